@@ -1,0 +1,9 @@
+"""Forward-only (zeroth-order) tuning of PEFT adapters."""
+
+from zo_peft.config import ZOConfig
+from zo_peft.direction import Direction
+from zo_peft.errors import NonFiniteLossError, UserError
+from zo_peft.trainer import ZOTrainer
+
+__all__ = ["Direction", "NonFiniteLossError", "UserError", "ZOConfig", "ZOTrainer"]
+__version__ = "0.1.0"

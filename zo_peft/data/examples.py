@@ -1,0 +1,158 @@
+"""Files to rows, and rows to examples by a prompt template and label words."""
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from zo_peft.errors import UserError
+
+Row = dict[str, Any]
+
+#: The forms an example may have, by its columns; see `zo_peft.data`.
+FORMS = (
+    ("input_ids", "labels"),
+    ("prompt", "options", "label"),
+    ("prompt", "completion"),
+    ("messages",),
+    ("text", "label"),
+)
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of a JSON lines (.jsonl, .json), CSV (.csv) or TSV (.tsv) file, in order.
+
+    CSV and TSV have a header line and give strings; quotes are literal in TSV, as in GLUE's files.
+
+    Raises:
+        UserError: the file is missing, empty, of another kind, or a line cannot be read.
+    """
+    path = Path(path)
+    readers = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}
+    if path.suffix not in readers:
+        raise UserError(f"{path.name}: unknown kind of file; use {', '.join(readers)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; check the path") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path.name} is not UTF-8 (byte {error.start}); convert it") from None
+    rows = readers[path.suffix](text, path)
+    if not rows:
+        raise UserError(f"{path.name} has no rows; it must hold at least one example")
+    return rows
+
+
+def _read_json(text: str, path: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path.name}, line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path.name}, line {number} is not a JSON object of columns")
+        rows.append(row)
+    return rows
+
+
+def _read_csv(text: str, path: Path) -> list[Row]:
+    tabs = path.suffix == ".tsv"
+    reader = csv.DictReader(
+        text.splitlines(keepends=True),
+        delimiter="\t" if tabs else ",",
+        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+    )
+    rows = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(
+                    f"{path.name}, line {reader.line_num} has not as many fields as the header"
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise UserError(f"{path.name}, line {reader.line_num}: {error}") from None
+    return rows
+
+
+def make_examples(
+    rows: Iterable[Row],
+    source: str,
+    prompt_template: str | None = None,
+    label_column: str = "label",
+    label_words: Sequence[str] | None = None,
+) -> list[Row]:
+    """Rows to examples of one of the forms of `zo_peft.data`.
+
+    With `label_words`, the prompt is the template filled in with the row's columns, the options are
+    the label words, and the label is an index into them or one of them. With a template alone, the
+    completion is the row's label column (or its `completion`). With neither, the rows already have
+    a form of their own.
+
+    Args:
+        source: what the rows came from, for error messages.
+
+    Raises:
+        UserError: a row lacks a column, or its label is not among the label words.
+    """
+    examples = []
+    for number, row in enumerate(rows, start=1):
+        where = f"{source}, row {number}"
+        if prompt_template is None:
+            examples.append(_own_form(row, where))
+            continue
+        prompt = fill_template(prompt_template, row, where)
+        if label_words:
+            label = label_index(_column(row, label_column, where), label_words, where)
+            examples.append({"prompt": prompt, "options": list(label_words), "label": label})
+        else:
+            completion = str(_column(row, label_column, where))
+            examples.append({"prompt": prompt, "completion": completion})
+    return examples
+
+
+def fill_template(template: str, row: Row, where: str) -> str:
+    """Replace each `{column}` of the template by the row's value; other braces stay."""
+    return re.sub(r"\{(\w+)\}", lambda match: str(_column(row, match[1], where)), template)
+
+
+def label_index(label: object, label_words: Sequence[str], where: str) -> int:
+    """The index of a row's label among the label words: a word itself, an index, or a bool."""
+    words = [word.strip() for word in label_words]
+    text = str(int(label)) if isinstance(label, bool) else str(label).strip()
+    if text in words:
+        return words.index(text)
+    if text.isdecimal() and int(text) < len(words):
+        return int(text)
+    raise UserError(
+        f"{where}: label {label!r} is not among the label words {', '.join(words)}, nor an index "
+        f"from 0 to {len(words) - 1}; correct the row or --label_words"
+    )
+
+
+def _column(row: Row, name: str, where: str) -> Any:
+    if row.get(name) is None:
+        raise UserError(f"{where} has no column {name!r}; it has {', '.join(map(str, row))}")
+    return row[name]
+
+
+def form_of(columns: Iterable[str]) -> tuple[str, ...] | None:
+    """The form of `FORMS` that these columns make, the first that is complete."""
+    present = set(columns)
+    return next((form for form in FORMS if present.issuperset(form)), None)
+
+
+def _own_form(row: Row, where: str) -> Row:
+    form = form_of(name for name, value in row.items() if value is not None)
+    if form is None:
+        wanted = "; ".join(" + ".join(form) for form in FORMS[1:])
+        raise UserError(
+            f"{where} has the columns {', '.join(map(str, row))}; expected {wanted}. For other "
+            "columns give a --prompt_template (and --label_words)"
+        )
+    return {name: row[name] for name in form}

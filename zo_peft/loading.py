@@ -1,0 +1,224 @@
+"""Base models (float, int8, NF4), adapters and tokenizers, ready for forward-only tuning."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import torch
+from huggingface_hub import hf_hub_download
+from peft import PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, SEQ_CLS_HEAD_NAMES
+from peft.utils.other import ModulesToSaveWrapper
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from zo_peft.errors import UserError
+
+
+def quantization_config(
+    load_in_8bit: bool, load_in_4bit: bool, compute_dtype: torch.dtype = torch.float32
+) -> BitsAndBytesConfig | None:
+    """bitsandbytes' LLM.int8() or NF4, or None for a base in floating point."""
+    if load_in_8bit and load_in_4bit:
+        raise UserError("load_in_8bit and load_in_4bit exclude each other; choose one")
+    if load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if load_in_4bit:
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
+        )
+    return None
+
+
+def load_base(name: str, num_labels: int | None = None, **kwargs: Any) -> PreTrainedModel:
+    """The base model `name` (Hub id or folder), from safetensors, placed as `device_map` says.
+
+    Args:
+        num_labels: classes of a sequence-classification head; None for a causal language model.
+        kwargs: for `from_pretrained`.
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    head = {} if num_labels is None else {"num_labels": num_labels}
+    auto = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
+    try:
+        return auto.from_pretrained(name, **{"use_safetensors": True, **head, **kwargs})
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model {name!r} cannot be loaded: {_first_line(error)} Give a folder that holds "
+            "config.json and safetensors, or a model id of the Hub"
+        ) from error
+
+
+def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of `name`; its padding token is the end of sequence where it has none.
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the tokenizer of {name!r} cannot be loaded: {_first_line(error)}"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) -> PeftModel:
+    """An adapter from a folder or the Hub on its base, from safetensors only.
+
+    Raises:
+        UserError: it cannot be found, or does not fit the base.
+    """
+    try:
+        if not Path(path).is_dir():
+            hf_hub_download(path, SAFETENSORS_WEIGHTS_NAME)
+        elif not (Path(path) / SAFETENSORS_WEIGHTS_NAME).is_file():
+            # PEFT would fall back to a pickle.
+            raise FileNotFoundError(f"it holds no {SAFETENSORS_WEIGHTS_NAME}.")
+        return PeftModel.from_pretrained(model, path, is_trainable=is_trainable)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"adapter {path!r} cannot be loaded: {_first_line(error)} Give an adapter's folder in "
+            "PEFT's layout (adapter_config.json, adapter_model.safetensors) for this base"
+        ) from error
+
+
+def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    """A new adapter on the base, as `peft.get_peft_model` makes it.
+
+    Raises:
+        UserError: PEFT finds nothing to attach it to.
+    """
+    try:
+        return get_peft_model(model, peft_config)
+    except (ValueError, AttributeError, KeyError) as error:
+        raise UserError(
+            f"{peft_config.peft_type.value} cannot be attached to {type(model).__name__}: "
+            f"{_first_line(error)} Its linear layers are: {', '.join(_linear_names(model))}; name "
+            "some of them as target_modules"
+        ) from error
+
+
+def prepare(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make a PEFT model safe for forward-only tuning, in place.
+
+    Trainable parameters become float32 (PEFT leaves `modules_to_save` and layer norms in the
+    base's dtype), and on a CPU bitsandbytes is kept from repacking NF4 weights: a `state_dict()`
+    afterwards, as in every save, would change them. A local base is recorded by its folder's name,
+    so that no saved file holds a path of this machine.
+    """
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = public_name(config.base_model_name_or_path)
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit) and module.weight.device.type == "cpu":
+            module.support_avx512bf16_for_cpu = False
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for name, module in model.named_modules():
+        for copy in _float32_copies(module).values():
+            copy.register_forward_pre_hook(_inputs_to_float32)
+            # A head's logits stay float32: only the loss reads them.
+            if name.rpartition(".")[2] not in (*SEQ_CLS_HEAD_NAMES, "lm_head"):
+                copy.register_forward_hook(_output_to(model.get_base_model().dtype))
+
+
+def tuned_parameters(model: PeftModel, tunable: str | None = None) -> dict[str, nn.Parameter]:
+    """The parameters PEFT made trainable, by name; `tunable` (a regular expression) narrows them.
+
+    Raises:
+        UserError: `tunable` is no regular expression, or matches none of them.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if tunable is None:
+        return trainable
+    try:
+        chosen = {name: p for name, p in trainable.items() if re.search(tunable, name)}
+    except re.error as error:
+        raise UserError(f"tunable={tunable!r} is not a regular expression: {error}") from None
+    if not chosen:
+        raise UserError(
+            f"tunable={tunable!r} matches none of the {len(trainable)} trainable parameters, e.g. "
+            f"{next(iter(trainable), 'none')}"
+        )
+    return chosen
+
+
+@torch.no_grad()
+def start_prefix_from_tokens(model: PeftModel, token_ids: Tensor) -> None:
+    """Set a prefix to the keys and values that the base computes for real tokens, in place.
+
+    A random prefix does not train this way (MeZO, arXiv:2305.17333, appendix on prefix tuning).
+
+    Args:
+        token_ids: one for each virtual token, int64 [T].
+    """
+    config = model.active_peft_config
+    assert isinstance(config, PrefixTuningConfig)
+    base = model.get_base_model()
+    cache = base(input_ids=token_ids[None].to(base.device), use_cache=True).past_key_values
+    heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
+    weight = model.prompt_encoder[model.active_adapter].embedding.weight
+    prefix = weight.view(len(token_ids), config.num_layers, 2, heads, width)
+    for layer, (keys, values, *_) in enumerate(cache):
+        prefix[:, layer, 0] = keys[0].transpose(0, 1)
+        prefix[:, layer, 1] = values[0].transpose(0, 1)
+
+
+def context_length(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Tokens that an example may have: the model's positions less the adapter's virtual tokens."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return None
+    virtual = getattr(model.active_peft_config, "num_virtual_tokens", None) or 0
+    return min(positions, tokenizer.model_max_length) - virtual
+
+
+def public_name(name_or_path: str | None) -> str:
+    """A model's Hub id, or the name of its folder without the way there."""
+    path = Path(name_or_path or "base")
+    return path.name if path.is_absolute() or path.is_dir() else path.as_posix()
+
+
+def _float32_copies(module: nn.Module) -> dict[str, nn.Module]:
+    """The copies of base modules that PEFT trains as a whole and does not cast for."""
+    if isinstance(module, ModulesToSaveWrapper):
+        return dict(module.modules_to_save.items())
+    if isinstance(module, LNTuningLayer):
+        return dict(module.ln_tuning_layers.items())
+    return {}
+
+
+def _inputs_to_float32(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def _output_to(dtype: torch.dtype) -> Any:
+    return lambda module, args, output: output.to(dtype)
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    names = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return sorted(names) or ["none"]
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+    return line if line.endswith(".") else line + "."

@@ -1,0 +1,128 @@
+"""Noise `z(seed)`: numbers addressed by seed, parameter name and offset, made from counters.
+
+Any block can be generated alone, at any time, on any device: number `i` of parameter `name`
+under `seed` is a pure function of the three. The generator is Philox4x32-10 (Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3", SC 2011) with the seed as key and
+(block index, hash of the name) as counter, so no two parameters and no two seeds share a stream.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Distribution = Literal["gaussian", "rademacher"]
+
+#: Numbers that one 128-bit counter yields: four of 32 bits, or one for each bit.
+NUMBERS_PER_COUNTER: dict[str, int] = {"gaussian": 4, "rademacher": 128}
+
+#: Every parameter of a `Layout` starts at a multiple of this: whole counters, whatever the noise.
+ALIGNMENT = 128
+
+#: Numbers made at a time; bounds the scratch memory (about 60 bytes a number) of large adapters.
+CHUNK = 1 << 18
+
+_MASK = 0xFFFFFFFF
+
+
+def derive_seed(*parts: int) -> int:
+    """A 63-bit seed that depends on all of `parts` and on nothing else."""
+    digest = hashlib.blake2b(b"".join(p.to_bytes(8, "little", signed=True) for p in parts))
+    return int.from_bytes(digest.digest()[:8], "little") >> 1
+
+
+def _name_words(name: str) -> tuple[int, int]:
+    """The two 32-bit counter words that stand for a parameter's name."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
+    """Philox4x32-10 of int64 tensors that hold uint32 values; returns four of the same kind.
+
+    The 64-bit products wrap in int64, which leaves all their bits right.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        p0 = c0 * 0xD2511F53
+        p1 = c2 * 0xCD9E8D57
+        c0 = (p1 >> 32).bitwise_and_(_MASK).bitwise_xor_(c1).bitwise_xor_(k0)
+        c2 = (p0 >> 32).bitwise_and_(_MASK).bitwise_xor_(c3).bitwise_xor_(k1)
+        c1 = p1.bitwise_and_(_MASK)
+        c3 = p0.bitwise_and_(_MASK)
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def _gaussian(words: tuple[Tensor, ...]) -> Tensor:
+    """Four N(0, 1) float32 numbers a counter, by Box-Muller on pairs of words."""
+    numbers = []
+    for radius_word, angle_word in (words[:2], words[2:]):
+        # (word + 1) / 2^32 lies in (0, 1]: the logarithm is finite.
+        radius = (radius_word + 1).float().mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+        angle = angle_word.float().mul_(2.0 * math.pi * 2.0**-32)
+        numbers += [radius * angle.cos(), angle.sin_().mul_(radius)]
+    return torch.stack(numbers, dim=-1).flatten()
+
+
+def _rademacher(words: tuple[Tensor, ...]) -> Tensor:
+    """128 signs (+1 or -1, float32) a counter, one for each bit of its words."""
+    bits = torch.arange(32, device=words[0].device)
+    grid = torch.stack(words, dim=-1).unsqueeze(-1) >> bits
+    return grid.bitwise_and_(1).flatten().float().mul_(2.0).sub_(1.0)
+
+
+def _numbers(blocks: Tensor, low: Tensor, high: Tensor, seed: int, distribution: str) -> Tensor:
+    words = philox((blocks & _MASK, blocks >> 32, low, high), seed)
+    return _gaussian(words) if distribution == "gaussian" else _rademacher(words)
+
+
+def noise_block(
+    seed: int,
+    name: str,
+    start: int,
+    stop: int,
+    distribution: Distribution = "gaussian",
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Numbers `start` to `stop` of parameter `name` (flattened) under `seed`: float32, 1-D."""
+    per_counter = NUMBERS_PER_COUNTER[distribution]
+    first = start // per_counter
+    blocks = torch.arange(first, -(-stop // per_counter), device=device)
+    low, high = (torch.full_like(blocks, word) for word in _name_words(name))
+    numbers = _numbers(blocks, low, high, seed, distribution)
+    return numbers[start - first * per_counter : stop - first * per_counter]
+
+
+class Layout:
+    """Named parameters side by side in one flat buffer, and the noise of any part of it.
+
+    Args:
+        sizes: numbers of each parameter, by name; each starts at a multiple of `ALIGNMENT`, and the
+            padding behind it belongs to no parameter (its noise is never read).
+        device: where the noise is made.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], device: torch.device | str = "cpu") -> None:
+        self.slices: dict[str, slice] = {}
+        start, runs, words = 0, [], []
+        for name, size in sizes.items():
+            self.slices[name] = slice(start, start + size)
+            runs.append(-(-size // ALIGNMENT))
+            words.append((start, *_name_words(name)))
+            start += runs[-1] * ALIGNMENT
+        self.numel = start
+        per_run = torch.tensor(words).reshape(-1, 3).repeat_interleave(torch.tensor(runs), dim=0)
+        self._start, self._low, self._high = per_run.to(device).unbind(1)
+
+    def noise(self, seed: int, start: int, stop: int, distribution: Distribution) -> Tensor:
+        """The noise of `flat[start:stop]`, both multiples of `ALIGNMENT`: float32, 1-D."""
+        per_counter = NUMBERS_PER_COUNTER[distribution]
+        index = torch.arange(start, stop, per_counter, device=self._start.device)
+        run = index // ALIGNMENT
+        blocks = (index - self._start[run]) // per_counter
+        return _numbers(blocks, self._low[run], self._high[run], seed, distribution)

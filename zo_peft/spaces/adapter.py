@@ -1,0 +1,119 @@
+"""The adapter's parameters as a space: `theta` in one flat float32 buffer, perturbed on a copy."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from zo_peft.direction import Direction
+from zo_peft.errors import UserError
+from zo_peft.noise import CHUNK, Distribution, Layout
+
+
+class _Flat:
+    """The tuned parameters of one device: `theta`, and the `live` copy that the model reads."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
+        self.layout = Layout({name: p.numel() for name, p in parameters.items()}, device)
+        self.theta = torch.zeros(self.layout.numel, device=device)
+        for name, parameter in parameters.items():
+            self.theta[self.layout.slices[name]] = parameter.detach().flatten().float()
+        self.live = self.theta.clone()
+        for name, parameter in parameters.items():
+            parameter.data = self.live[self.layout.slices[name]].view(parameter.shape)
+
+    def add(self, into: Tensor, direction: Direction, distribution: Distribution) -> None:
+        """`into += direction`; product and sum round separately, alike on every device."""
+        for start in range(0, self.layout.numel, CHUNK):
+            stop = min(start + CHUNK, self.layout.numel)
+            for seed, weight in direction.terms:
+                into[start:stop] += self.layout.noise(seed, start, stop, distribution).mul_(weight)
+
+
+class AdapterSpace:
+    """The tuned parameters of a model, float32, and nothing else.
+
+    The model's parameters become views into a flat buffer; evaluations write `theta + displacement`
+    into it and put `theta` back, so `theta` itself only ever changes in `move`.
+
+    Args:
+        parameters: the tuned parameters by name, floating point. They may lie on several devices.
+        distribution: of the noise.
+
+    Raises:
+        UserError: a parameter is not floating point, or there is none.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], distribution: Distribution = "gaussian"
+    ) -> None:
+        if not parameters:
+            raise UserError("there is nothing to tune: the adapter has no trainable parameter")
+        for name, parameter in parameters.items():
+            if not parameter.is_floating_point():
+                raise UserError(f"{name} is {parameter.dtype}; only floating point can be tuned")
+        self.distribution = distribution
+        by_device: dict[torch.device, dict[str, nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            by_device.setdefault(parameter.device, {})[name] = parameter
+        self._flats = [_Flat(group, device) for device, group in by_device.items()]
+        self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self.numel = sum(parameter.numel() for parameter in parameters.values())
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """`theta`, one flat float32 tensor a device."""
+        return [flat.theta for flat in self._flats]
+
+    @contextmanager
+    def displaced(self, displacement: Direction) -> Iterator[None]:
+        """Within the context the model is at `theta + displacement`; after it, at `theta` again."""
+        try:
+            for flat in self._flats:
+                flat.add(flat.live.copy_(flat.theta), displacement, self.distribution)
+            yield
+        finally:
+            self._restore()
+
+    def move(self, displacement: Direction, shrink: Mapping[str, float] | None = None) -> None:
+        """`theta <- theta + displacement`; `shrink` first multiplies the parameters it names."""
+        for flat in self._flats:
+            for name, factor in (shrink or {}).items():
+                if name in flat.layout.slices:
+                    flat.theta[flat.layout.slices[name]] *= factor
+            flat.add(flat.theta, displacement, self.distribution)
+        self._restore()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`theta` by parameter name and in its shape; views, not copies."""
+        return {
+            name: flat.theta[where].view(self._shapes[name])
+            for flat in self._flats
+            for name, where in flat.layout.slices.items()
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set `theta` from tensors by name, all of them and no others.
+
+        Raises:
+            UserError: names or shapes differ from this space's; nothing has been changed then.
+        """
+        mine = self.tensors()
+        wrong = sorted(
+            name
+            for name in mine.keys() | tensors.keys()
+            if name not in mine or name not in tensors or mine[name].shape != tensors[name].shape
+        )
+        if wrong:
+            raise UserError(
+                f"the saved state does not fit this adapter: {wrong[0]} and {len(wrong) - 1} more "
+                "differ in name or shape. Use the model, peft_config and tunable of the saved run"
+            )
+        for name, tensor in tensors.items():
+            mine[name].copy_(tensor)
+        self._restore()
+
+    def _restore(self) -> None:
+        for flat in self._flats:
+            flat.live.copy_(flat.theta)

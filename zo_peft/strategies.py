@@ -1,0 +1,136 @@
+"""Strategies: which points to evaluate in a step, and the direction and slope that come out.
+
+A strategy is a generator over floats. It yields lists of displacements (directions times eps) and
+is sent their losses, one for each, all on the same batch; what it returns is the `Estimate`. It
+never touches a tensor or the model, so a step is tested, replayed and counted without either.
+
+Notation as in arXiv:2601.04710 (Jin, Cen, Tan): M candidates `z_i`, losses
+`l_i = L(theta + eps z_i)`, split ratio alpha (`elite_fraction`).
+"""
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from zo_peft.direction import Direction
+
+Probe = Literal["central", "reuse"]
+Weighting = Literal["split", "loss"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step found: the loss changes by `slope` per unit of `direction` (at `theta`).
+
+    Attributes:
+        direction: `v`; the step of plain SGD is `-learning_rate * slope * v`.
+        slope: the projected gradient along `v`.
+        losses: every loss of the step, in the order it was asked for.
+        elite: seed of the candidate with the lowest loss; None where nothing is selected.
+    """
+
+    direction: Direction
+    slope: float
+    losses: tuple[float, ...]
+    elite: int | None = None
+
+    @property
+    def loss(self) -> float:
+        """Mean of the step's losses: the batch loss at `theta`, blurred over eps."""
+        return sum(self.losses) / len(self.losses)
+
+
+Step = Generator[list[Direction], Sequence[float], Estimate]
+Evaluate = Callable[[Sequence[Direction]], Sequence[float]]
+
+
+def run_step(step: Step, evaluate: Evaluate) -> Estimate:
+    """Drive a strategy's step: answer every list of displacements it asks for."""
+    points = next(step)
+    while True:
+        try:
+            points = step.send(evaluate(points))
+        except StopIteration as stop:
+            return stop.value
+
+
+def mezo(seed: int, eps: float) -> Step:
+    """MeZO: a central difference along one noise vector (arXiv:2305.17333, eq. 1). 2 passes."""
+    z = Direction.of(seed)
+    plus, minus = yield [eps * z, -eps * z]
+    return Estimate(z, (plus - minus) / (2 * eps), (plus, minus))
+
+
+def n_spsa(seeds: Sequence[int], eps: float) -> Step:
+    """The mean of q central differences (arXiv:2601.04710, eq. 1). 2q passes.
+
+    `slope * direction` equals `mean_i(g_i z_i)`; the slope itself is the root mean square of the
+    g_i, so that it can be read beside MeZO's.
+    """
+    points = [sign * eps * Direction.of(seed) for seed in seeds for sign in (1.0, -1.0)]
+    losses = yield points
+    slopes = [(plus - minus) / (2 * eps) for plus, minus in zip(losses[::2], losses[1::2])]
+    q = len(slopes)
+    slope = math.sqrt(sum(g * g for g in slopes) / q)
+    weights = [g / (q * slope) if slope else 0.0 for g in slopes]
+    return Estimate(Direction.combine(seeds, weights), slope, tuple(losses))
+
+
+def greedy(seeds: Sequence[int], eps: float, probe: Probe) -> Step:
+    """MeZO-Greedy: the candidate with the lowest loss (arXiv:2601.04710, Alg. 3, 4; eq. 7, 8).
+
+    M + 2 passes as published (`probe="central"`). `probe="reuse"` takes `L(theta + eps z*)` from
+    the selection, where it is already known: M + 1 passes, the same numbers.
+    """
+    losses = yield [eps * Direction.of(seed) for seed in seeds]
+    best = min(range(len(seeds)), key=losses.__getitem__)
+    z = Direction.of(seeds[best])
+    if probe == "reuse":
+        probes = yield [-eps * z]
+        plus, minus = losses[best], probes[0]
+    else:
+        plus, minus = probes = yield [eps * z, -eps * z]
+    return Estimate(z, (plus - minus) / (2 * eps), (*losses, *probes), seeds[best])
+
+
+def split_weights(losses: Sequence[float], elite_fraction: float) -> list[float]:
+    """Mean of the `floor(alpha M)` lowest minus mean of the rest (arXiv:2601.04710, eq. 5)."""
+    order = sorted(range(len(losses)), key=losses.__getitem__)
+    top = math.floor(elite_fraction * len(losses))
+    weights = [0.0] * len(losses)
+    for rank, index in enumerate(order):
+        weights[index] = 1 / top if rank < top else -1 / (len(losses) - top)
+    return weights
+
+
+def loss_weights(losses: Sequence[float]) -> list[float]:
+    """Weights in proportion to `mean - l_i`, of unit length, so that `v` is as long as one `z`."""
+    mean = sum(losses) / len(losses)
+    length = math.sqrt(sum((loss - mean) ** 2 for loss in losses))
+    return [(mean - loss) / length if length else 0.0 for loss in losses]
+
+
+def gv(
+    seeds: Sequence[int], eps: float, elite_fraction: float, weighting: Weighting, probe: Probe
+) -> Step:
+    """MeZO-GV: a guiding vector, low-loss minus high-loss candidates (arXiv:2601.04710, Alg. 1, 2).
+
+    As published: `weighting="split"`, `probe="central"` (eq. 5, 6), M + 2 passes.
+    `weighting="loss"` weights each candidate by how far its loss is from the mean.
+    `probe="reuse"` reads the slope off the candidates' own losses: with `v = sum w_i z_i` and
+    `sum w_i = 0`, `v . grad = sum w_i l_i / eps` to first order in eps. M passes.
+    """
+    losses = yield [eps * Direction.of(seed) for seed in seeds]
+    if weighting == "split":
+        weights = split_weights(losses, elite_fraction)
+    else:
+        weights = loss_weights(losses)
+    v = Direction.combine(seeds, weights)
+    elite = seeds[min(range(len(seeds)), key=losses.__getitem__)]
+    if probe == "reuse":
+        mean = sum(losses) / len(losses)
+        slope = sum(w * (loss - mean) for w, loss in zip(weights, losses)) / eps
+        return Estimate(v, slope, tuple(losses), elite)
+    plus, minus = yield [eps * v, -eps * v]
+    return Estimate(v, (plus - minus) / (2 * eps), (*losses, plus, minus), elite)

@@ -1,0 +1,374 @@
+"""`ZOTrainer`: transformers' Trainer with a forward-only step."""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftConfig, PeftModel, PeftType, TaskType
+from torch import Tensor, nn
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as SEQUENCE_CLASSIFIERS,
+)
+from transformers.trainer_utils import HubStrategy
+
+from zo_peft import checkpoint, strategies
+from zo_peft.card import write_model_card
+from zo_peft.config import ZOConfig
+from zo_peft.data import Collator, Tokenization, tokenize_dataset
+from zo_peft.direction import Direction
+from zo_peft.errors import NonFiniteLossError, UserError
+from zo_peft.evaluators import SequentialEvaluator
+from zo_peft.loading import (
+    add_adapter,
+    context_length,
+    load_base,
+    load_tokenizer,
+    prepare,
+    start_prefix_from_tokens,
+    tuned_parameters,
+)
+from zo_peft.noise import derive_seed
+from zo_peft.objectives import (
+    IGNORE_INDEX,
+    Batch,
+    ClassificationObjective,
+    CompletionObjective,
+    Objective,
+    OptionObjective,
+)
+from zo_peft.spaces import AdapterSpace
+from zo_peft.updates import SGD
+
+#: (zo_eps, learning_rate) of the default strategy by adapter type, measured by
+#: scripts/tune_defaults.py on the embedded model and the real encoder; LORA's for any other type.
+DEFAULTS: dict[PeftType, tuple[float, float]] = {
+    PeftType.LORA: (1e-2, 1e-3),
+    PeftType.PREFIX_TUNING: (1e-1, 1e-2),
+    PeftType.PROMPT_TUNING: (1e-1, 1e-2),
+    PeftType.IA3: (1e-2, 1e-3),
+}
+
+CLASSIFIERS = frozenset(SEQUENCE_CLASSIFIERS.values())
+
+#: The columns that `tokenize_dataset` makes, all of which the collator needs.
+FEATURES = ["input_ids", "labels", "prompt_ids", "option_ids", "label"]
+
+
+class ZOTrainer(Trainer):
+    """Tunes a PEFT adapter with forward passes only; otherwise a `transformers.Trainer`.
+
+    Args:
+        model: name (Hub id or folder), `PreTrainedModel`, or `PeftModel` whose adapter is tuned.
+        args: settings; default `ZOConfig("<model>-zo")`.
+        train_dataset, eval_dataset: examples in one of the forms of `zo_peft.data`.
+        processing_class: the tokenizer; default: the model's own.
+        peft_config: the new adapter; None exactly when `model` is a `PeftModel`.
+        objective: what is minimised; default: by the model's class and the data set's columns.
+        data_collator, compute_metrics, callbacks: as in `Trainer`. The default metric is
+            `accuracy`, of options, classes or completion tokens.
+
+    Raises:
+        UserError: settings, data and model do not go together.
+    """
+
+    args: ZOConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: ZOConfig | None = None,
+        data_collator: Callable[..., Batch] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        peft_config: PeftConfig | None = None,
+        objective: Objective | None = None,
+    ) -> None:
+        name = model if isinstance(model, str) else model.config.name_or_path
+        args = args or ZOConfig(f"{Path(name).name}-zo")
+        if (peft_config is None) != isinstance(model, PeftModel):
+            raise UserError("give a peft_config for a new adapter or a PeftModel: one of the two")
+        if args.world_size > 1:
+            raise UserError("several processes are not supported yet; start one")
+        tokenizer = processing_class or load_tokenizer(name)
+        # Trainer seeds too late for this: a new adapter's values are part of the run.
+        set_seed(args.seed)
+        if isinstance(model, str):
+            model = _load_base(model, args, peft_config, train_dataset)
+        if peft_config is not None:
+            model = add_adapter(model, peft_config)
+        prepare(model, tokenizer)
+        tokenization = _tokenization(model, tokenizer, args)
+        train, evaluation = (_tokenize(d, tokenization) for d in (train_dataset, eval_dataset))
+        self.objective = objective or _objective(tokenization, train, evaluation)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or Collator(tokenizer.pad_token_id),
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics or accuracy,
+            callbacks=callbacks,
+        )
+        self._signature_columns = FEATURES
+        if peft_config is not None and peft_config.peft_type == PeftType.PREFIX_TUNING and train:
+            self._start_prefix(train)
+        eps, learning_rate = DEFAULTS.get(_peft_type(model), DEFAULTS[PeftType.LORA])
+        self._eps = args.zo_eps = args.zo_eps or eps
+        self._learning_rate = args.learning_rate = args.learning_rate or learning_rate
+        self.space = AdapterSpace(tuned_parameters(model, args.tunable), args.noise)
+        self.evaluator = SequentialEvaluator(model, self.space, self.objective)
+        self.summary: dict[str, Any] = {}
+        self._micro_batches: list[Batch] = []
+        self._elite: int | None = None
+        self._slope = 0.0
+
+    def _start_prefix(self, train: Any) -> None:
+        config = self.model.active_peft_config
+        if config.prefix_projection:
+            return
+        first = next(iter(train))
+        pool = torch.tensor(first.get("prompt_ids") or first["input_ids"])
+        choice = torch.randint(len(pool), (config.num_virtual_tokens,))
+        start_prefix_from_tokens(self.model, pool[choice])
+
+    # ---- The step -------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], None]:
+        """The micro-batches of one step, kept for its candidates: each of them sees them all."""
+        self._micro_batches = list(islice(epoch_iterator, num_batches))
+        return self._micro_batches, None
+
+    def training_step(
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Estimate the step's direction and slope, on its last micro-batch; returns the loss.
+
+        Raises:
+            NonFiniteLossError: a candidate's loss is NaN or infinite.
+        """
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        model.eval()
+        batches = [self._prepare_inputs(batch) for batch in self._micro_batches]
+        step = self._strategy_step()
+        estimate = strategies.run_step(step, lambda points: self._losses(points, batches))
+        self._elite, self._slope = estimate.elite, estimate.slope
+        self.update_rule.estimate = estimate
+        return torch.tensor(estimate.loss, device=self.args.device)
+
+    def _strategy_step(self) -> strategies.Step:
+        args, eps = self.args, self._eps
+        step = self.state.global_step
+        seeds = [derive_seed(args.seed, step, index) for index in range(args.num_candidates)]
+        if args.carry_best and self._elite is not None:
+            seeds[0] = self._elite
+        if args.strategy == "mezo":
+            return strategies.mezo(seeds[0], eps)
+        if args.strategy == "n-spsa":
+            return strategies.n_spsa(seeds, eps)
+        if args.strategy == "greedy":
+            return strategies.greedy(seeds, eps, args.probe)
+        return strategies.gv(seeds, eps, args.elite_fraction, args.weighting, args.probe)
+
+    def _losses(self, points: Sequence[Direction], batches: Sequence[Batch]) -> list[float]:
+        losses = self.evaluator(points, batches)
+        for number, loss in enumerate(losses, start=1):
+            if not math.isfinite(loss):
+                raise self._non_finite(f"candidate {number} of {len(losses)} has the loss {loss}")
+        return losses
+
+    def _non_finite(self, what: str) -> NonFiniteLossError:
+        """The error to raise; the adapter before this step is saved as a checkpoint first."""
+        step, kept = self.state.global_step, "the adapter is as it was at the start"
+        if step > 0:
+            self._save_checkpoint(self.model, trial=None)
+            kept = f"the last good adapter is in checkpoint-{step}"
+        return NonFiniteLossError(
+            f"{what} at step {step} with zo_eps={self._eps}; {kept}. Lower learning_rate or "
+            "zo_eps; load a float16 model as bfloat16 or float32"
+        )
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Operations of all candidates on a micro-batch; transformers counts a backward as two."""
+        passes = self.args.forward_passes_per_step / self.args.gradient_accumulation_steps
+        return int(super().floating_point_ops(inputs) / 3 * passes)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The update rule, as the optimizer that the Trainer steps and schedules."""
+        decayed = set(self.get_decay_parameter_names(self.model)) & self.space.tensors().keys()
+        self.update_rule = SGD(
+            self.space, self._learning_rate, self.args.weight_decay, tuple(sorted(decayed))
+        )
+        self.optimizer = self.update_rule
+        return self.optimizer
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Accelerate prepares data and optimizer; the model stays as it is (no DDP, no buckets)."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.prepare_model = lambda model, **_: model
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> Any:
+        return model
+
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        return None
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        return None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in Trainer; training logs also say the slope and what has been spent."""
+        if "learning_rate" in logs:
+            logs["slope"] = self._slope
+            logs["forward_passes"] = self.evaluator.forward_passes
+            logs["examples_forwarded"] = self.evaluator.examples_forwarded
+        super().log(logs, start_time)
+
+    # ---- Evaluation -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The objective's mean loss, predictions and references of a batch."""
+        losses, predictions, references = self.objective.predict(
+            model, self._prepare_inputs(inputs)
+        )
+        if prediction_loss_only:
+            return losses.mean(), None, None
+        return losses.mean(), predictions, references
+
+    # ---- Saving and resuming: safetensors and JSON ----------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = output_dir or self.args.output_dir
+        os.makedirs(folder, exist_ok=True)
+        self.model.save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
+        write_model_card(folder, self.model, self.summary)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card of `zo_peft.card`, written with every save as well."""
+        write_model_card(self.args.output_dir, self.model, self.summary)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.args.hub_strategy != HubStrategy.END:
+            message = f"Training in progress, step {self.state.global_step}"
+            self.push_to_hub(commit_message=message, blocking=False)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = {
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "elite": self._elite,
+            "forward_passes": self.evaluator.forward_passes,
+            "examples_forwarded": self.evaluator.examples_forwarded,
+        }
+        checkpoint.save_state(output_dir, tuned_parameters(self.model), state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is None:
+            return
+        state = checkpoint.load_state(checkpoint_folder)
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
+            group["lr"] = lr
+        self._elite = state["elite"]
+        self.evaluator.forward_passes = state["forward_passes"]
+        self.evaluator.examples_forwarded = state["examples_forwarded"]
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        tensors = checkpoint.load_tensors(resume_from_checkpoint)
+        tuned = self.space.tensors().keys()
+        for name, parameter in tuned_parameters(self.model).items():
+            if name not in tuned and name in tensors:
+                parameter.data.copy_(tensors.pop(name))
+        self.space.load(tensors)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        checkpoint.save_rng_state(output_dir)
+
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is not None:
+            checkpoint.load_rng_state(checkpoint_folder)
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of predictions that equal their reference, where there is one."""
+    counted = prediction.label_ids != IGNORE_INDEX
+    right = (prediction.predictions == prediction.label_ids)[counted]
+    return {"accuracy": float(np.mean(right))}
+
+
+def _peft_type(model: PeftModel) -> PeftType:
+    return model.active_peft_config.peft_type
+
+
+def _load_base(
+    name: str, args: ZOConfig, peft_config: PeftConfig | None, train_dataset: Any
+) -> PreTrainedModel:
+    num_labels = None
+    if peft_config is not None and peft_config.task_type == TaskType.SEQ_CLS:
+        labels = [row["label"] for row in train_dataset]
+        num_labels = max(labels) + 1
+    kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    return load_base(name, num_labels, **kwargs)
+
+
+def _tokenization(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, args: ZOConfig
+) -> Tokenization:
+    classifies = type(model.get_base_model()).__name__ in CLASSIFIERS
+    return Tokenization(
+        tokenizer,
+        context_length(model, tokenizer),
+        args.max_length,
+        model.config.num_labels if classifies else None,
+    )
+
+
+def _tokenize(dataset: Any, tokenization: Tokenization) -> Any:
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {name: tokenize_dataset(part, tokenization) for name, part in dataset.items()}
+    return tokenize_dataset(dataset, tokenization)
+
+
+def _objective(tokenization: Tokenization, train: Any, evaluation: Any) -> Objective:
+    """The objective that the features call for."""
+    if tokenization.num_labels is not None:
+        return ClassificationObjective()
+    dataset = train if train is not None else evaluation
+    if isinstance(dataset, dict):
+        dataset = next(iter(dataset.values()))
+    if dataset is not None and "option_ids" in next(iter(dataset)):
+        return OptionObjective()
+    return CompletionObjective()
