@@ -105,6 +105,8 @@ class ZOTrainer(Trainer):
             raise UserError("give a peft_config for a new adapter or a PeftModel: one of the two")
         if args.world_size > 1:
             raise UserError("several processes are not supported yet; start one")
+        if args.device.type == "cpu":
+            args.dataloader_pin_memory = False
         tokenizer = processing_class or load_tokenizer(name)
         # Trainer seeds too late for this: a new adapter's values are part of the run.
         set_seed(args.seed)
@@ -266,7 +268,8 @@ class ZOTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = output_dir or self.args.output_dir
         os.makedirs(folder, exist_ok=True)
-        self.model.save_pretrained(folder)
+        # The base is never written, so its embeddings never need saving either.
+        self.model.save_pretrained(folder, save_embedding_layers=False)
         self.processing_class.save_pretrained(folder)
         write_model_card(folder, self.model, self.summary)
 

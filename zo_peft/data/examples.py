@@ -86,16 +86,18 @@ def make_examples(
     prompt_template: str | None = None,
     label_column: str = "label",
     label_words: Sequence[str] | None = None,
+    classifies: bool = False,
 ) -> list[Row]:
     """Rows to examples of one of the forms of `zo_peft.data`.
 
-    With `label_words`, the prompt is the template filled in with the row's columns, the options are
-    the label words, and the label is an index into them or one of them. With a template alone, the
-    completion is the row's label column (or its `completion`). With neither, the rows already have
-    a form of their own.
+    With a template, the prompt is the template filled in with the row's columns. With `label_words`
+    they are its options, and the label is one of them or an index; without, the label column is its
+    completion. Without a template, the rows already have a form of their own.
 
     Args:
         source: what the rows came from, for error messages.
+        classifies: for a sequence-classification head: the filled-in template (or the column
+            `text`) is its text, and the label an index or one of the label words.
 
     Raises:
         UserError: a row lacks a column, or its label is not among the label words.
@@ -103,6 +105,11 @@ def make_examples(
     examples = []
     for number, row in enumerate(rows, start=1):
         where = f"{source}, row {number}"
+        if classifies:
+            text = fill_template(prompt_template or "{text}", row, where)
+            label = label_index(_column(row, label_column, where), label_words, where)
+            examples.append({"text": text, "label": label})
+            continue
         if prompt_template is None:
             examples.append(_own_form(row, where))
             continue
@@ -121,14 +128,18 @@ def fill_template(template: str, row: Row, where: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: str(_column(row, match[1], where)), template)
 
 
-def label_index(label: object, label_words: Sequence[str], where: str) -> int:
-    """The index of a row's label among the label words: a word itself, an index, or a bool."""
-    words = [word.strip() for word in label_words]
+def label_index(label: object, label_words: Sequence[str] | None, where: str) -> int:
+    """The index of a row's label: one of the label words, an index (into them), or a bool."""
+    words = [word.strip() for word in label_words or ()]
     text = str(int(label)) if isinstance(label, bool) else str(label).strip()
     if text in words:
         return words.index(text)
-    if text.isdecimal() and int(text) < len(words):
+    if text.isdecimal() and (label_words is None or int(text) < len(words)):
         return int(text)
+    if label_words is None:
+        raise UserError(
+            f"{where}: label {label!r} is no class index; name the classes as label words"
+        )
     raise UserError(
         f"{where}: label {label!r} is not among the label words {', '.join(words)}, nor an index "
         f"from 0 to {len(words) - 1}; correct the row or --label_words"

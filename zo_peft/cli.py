@@ -1,0 +1,166 @@
+"""The command line: `zo-peft train`, `zo-peft evaluate`, `zo-peft demo`."""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import datasets
+import yaml
+from transformers import HfArgumentParser
+
+from zo_peft import run
+from zo_peft.arguments import DataArguments, ModelArguments
+from zo_peft.config import StrategyName, ZOConfig
+from zo_peft.demo import FORWARD_PASSES, LOAD, demo
+from zo_peft.errors import UserError
+
+USAGE = """\
+usage: zo-peft COMMAND [options]
+
+  train     tune an adapter with forward passes only
+  evaluate  measure an adapter
+  demo      tune a LoRA on the embedded model, offline
+
+zo-peft COMMAND --help lists a command's options; --config FILE.yaml gives them in a file."""
+
+
+@dataclass
+class OutputArguments:
+    """What a command prints."""
+
+    json: bool = field(
+        default=False, metadata={"help": "Print one JSON object on stdout, and nothing else."}
+    )
+
+
+@dataclass
+class DemoArguments:
+    """The demo's settings."""
+
+    output_dir: str = field(
+        default="zo_peft_demo", metadata={"help": "Folder for the base and the adapter."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of data order and noise."})
+    strategy: StrategyName = field(default="gv", metadata={"help": "How a direction is found."})
+    max_forward_passes: int = field(default=FORWARD_PASSES, metadata={"help": "The budget."})
+
+
+def _train_text(metrics: dict[str, Any]) -> str:
+    lines = []
+    if metrics["metric_after"] is not None:
+        name = metrics["metric_name"]
+        lines = [
+            f"{name:20}{metrics['metric_before']:.4f} -> {metrics['metric_after']:.4f}",
+            f"{'evaluation loss':20}{metrics['eval_loss_before']:.4f} -> "
+            f"{metrics['eval_loss_after']:.4f}",
+        ]
+    spent = f"{metrics['forward_passes']:,} in {metrics['steps']:,} steps of {metrics['strategy']}"
+    return "\n".join(
+        [
+            *lines,
+            f"{'forward passes':20}{spent}",
+            f"{'peak memory':20}{metrics['peak_memory_bytes'] / 2**20:,.0f} MiB",
+            f"{'time':20}{metrics['wall_seconds']:.0f} s",
+        ]
+    )
+
+
+def _demo_text(result: dict[str, Any]) -> str:
+    saved = f"The base is in {result['base']}, the adapter in {result['adapter']}."
+    return (
+        f"{_train_text(result)}\n\n{saved} To load them with plain PEFT:\n\n{LOAD.format(**result)}"
+    )
+
+
+def _evaluate_text(result: dict[str, Any]) -> str:
+    examples = f"on {result['examples']:,} examples"
+    return (
+        f"{result['metric_name']} {result['metric']:.4f}, loss {result['eval_loss']:.4f} {examples}"
+    )
+
+
+def _demo(args: DemoArguments) -> dict[str, Any]:
+    return demo(**vars(args))
+
+
+Job = Callable[..., dict[str, Any]]
+Text = Callable[[dict[str, Any]], str]
+
+#: By name: the job, its arguments, and its result as text.
+COMMANDS: dict[str, tuple[Job, tuple[type, ...], Text]] = {
+    "train": (run.train, (ModelArguments, DataArguments, ZOConfig), _train_text),
+    "evaluate": (run.evaluate, (ModelArguments, DataArguments, ZOConfig), _evaluate_text),
+    "demo": (_demo, (DemoArguments,), _demo_text),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, or 2 for a mistake of the user's."""
+    name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    if name not in COMMANDS:
+        known = name in ("-h", "--help")
+        print(USAGE, file=sys.stdout if known else sys.stderr)
+        return 0 if known else 2
+    job, argument_types, text = COMMANDS[name]
+    datasets.disable_progress_bars()
+    try:
+        # Trainer prints its logs on stdout; there only the result belongs.
+        with contextlib.redirect_stdout(sys.stderr):
+            output, arguments = _parse(name, argument_types, rest)
+            result = job(*arguments)
+    except UserError as error:
+        print(f"zo-peft: error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result) if output.json else text(result))
+    return 0
+
+
+class _Parser(HfArgumentParser):
+    """Errors in one line, without the list of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parse(
+    name: str, argument_types: tuple[type, ...], argv: Sequence[str]
+) -> tuple[OutputArguments, list[Any]]:
+    """The arguments of a command, from the command line over a `--config` file."""
+    file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    file_parser.add_argument("--config")
+    given, rest = file_parser.parse_known_args(argv)
+    parser = _Parser((OutputArguments, *argument_types), prog=f"zo-peft {name}")
+    parser.add_argument("--config", help="YAML file of options; the command line overrides it.")
+    if given.config is not None:
+        _set_defaults(parser, given.config)
+    output, *arguments, _, unknown = parser.parse_args_into_dataclasses(
+        rest, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]}; see zo-peft {name} --help")
+    return output, arguments
+
+
+def _set_defaults(parser: argparse.ArgumentParser, path: str) -> None:
+    """Make the options of a YAML file the parser's defaults, so that its types apply to them."""
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"--config {path} cannot be read as YAML: {first}") from None
+    if not isinstance(options, dict):
+        raise UserError(f"--config {path} must hold options, one `name: value` a line")
+    actions: dict[str, list[argparse.Action]] = {}
+    for action in parser._actions:
+        actions.setdefault(action.dest, []).append(action)
+    for option, value in options.items():
+        if option not in actions or option in ("help", "config"):
+            raise UserError(f"--config {path} has an unknown option {option!r}")
+        for action in actions[option]:
+            action.required = False
+            action.default = str(value) if isinstance(value, bool | int | float) else value
