@@ -45,10 +45,14 @@ def load_state(folder: str) -> dict[str, Any]:
     Raises:
         UserError: it is missing or damaged.
     """
+    return _read_json(folder, STATE_NAME)
+
+
+def _read_json(folder: str, name: str) -> dict[str, Any]:
     try:
-        return json.loads((Path(folder) / STATE_NAME).read_text())
+        return json.loads((Path(folder) / name).read_text())
     except (OSError, ValueError) as error:
-        raise _no_checkpoint(folder, STATE_NAME, error) from error
+        raise _no_checkpoint(folder, name, error) from error
 
 
 def _no_checkpoint(folder: str, name: str, error: Exception) -> UserError:
@@ -73,10 +77,7 @@ def save_rng_state(folder: str) -> None:
 
 def load_rng_state(folder: str) -> None:
     """Set the generators to what `save_rng_state` wrote; devices that are not here are left out."""
-    path = Path(folder) / RNG_NAME
-    if not path.is_file():
-        raise _no_checkpoint(folder, RNG_NAME, FileNotFoundError())
-    state = json.loads(path.read_text())
+    state = _read_json(folder, RNG_NAME)
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]

@@ -1,0 +1,232 @@
+"""The command line on the embedded model: what it writes, prints and refuses."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from zo_peft.cli import main
+from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.objectives import OptionObjective
+
+METRICS = {
+    "strategy",
+    "steps",
+    "forward_passes",
+    "examples_forwarded",
+    "wall_seconds",
+    "peak_memory_bytes",
+    "metric_name",
+    "metric_before",
+    "metric_after",
+    "train_loss",
+    "eval_loss_before",
+    "eval_loss_after",
+    "settings",
+}
+
+
+def options(tmp_path: Path, **changes: Any) -> list[str]:
+    """A command line for a short run on the embedded model; None removes an option."""
+    chosen = {
+        "model_name_or_path": EMBEDDED / "model",
+        "lora_target_modules": "q_proj v_proj",
+        "train_file": EMBEDDED / "train.jsonl",
+        "eval_file": EMBEDDED / "test.jsonl",
+        "prompt_template": TEMPLATE,
+        "label_words": LABEL_WORDS,
+        "max_forward_passes": 32,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 100,
+        "output_dir": tmp_path / "out",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **changes,
+    }
+    argv = []
+    for name, value in chosen.items():
+        if value is not None:
+            split = str(value).split() if name == "lora_target_modules" else [str(value)]
+            argv += [f"--{name}", *split]
+    return argv
+
+
+def test_train_writes_adapter_card_and_metrics_and_evaluate_agrees(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *options(tmp_path, save_strategy="no"), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    out = tmp_path / "out"
+    assert printed == json.loads((out / "zo_metrics.json").read_text())
+    assert printed.keys() >= METRICS
+    assert (printed["steps"], printed["forward_passes"]) == (4, 32)
+    assert printed["examples_forwarded"] == 32 * 4
+    assert printed["settings"]["train_file"] == "train.jsonl"
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= {
+        path.name for path in out.iterdir()
+    }
+    files = [p.read_text() for p in out.iterdir() if p.suffix in (".md", ".json")]
+    assert not any(str(tmp_path) in text or str(EMBEDDED) in text for text in files)
+
+    evaluate = options(tmp_path, adapter_name_or_path=out, output_dir=None, max_forward_passes=None)
+    assert main(["evaluate", *evaluate, "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["metric"] == printed["metric_after"]
+    assert measured["eval_loss"] == pytest.approx(printed["eval_loss_after"], rel=1e-6)
+
+
+def test_a_config_file_gives_options_and_the_command_line_overrides_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "model_name_or_path": str(EMBEDDED / "model"),
+                "lora_target_modules": ["q_proj"],
+                "train_file": str(EMBEDDED / "train.jsonl"),
+                "prompt_template": TEMPLATE,
+                "label_words": LABEL_WORDS,
+                "learning_rate": 1e-4,
+                "strategy": "mezo",
+                "max_steps": 5,
+                "use_cpu": True,
+                "disable_tqdm": True,
+                "output_dir": str(tmp_path / "out"),
+            }
+        )
+    )
+    assert main(["train", "--config", str(config), "--max_steps", "3", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["strategy"] == "mezo"
+    assert printed["steps"] == 3
+    assert printed["settings"]["learning_rate"] == 1e-4
+    assert printed["metric_before"] is None
+
+
+def test_csv_and_tsv_train_like_json_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (EMBEDDED / "train.jsonl").open()]
+    results = []
+    for name, separator in (("a.tsv", "\t"), ("a.csv", ",")):
+        lines = [f"text{separator}label"]
+        for row in rows[:40]:
+            text = f'"{row["text"]}"' if separator == "," else row["text"]
+            lines.append(f"{text}{separator}{row['label']}")
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+        argv = options(tmp_path, train_file=tmp_path / name, eval_file=None)
+        assert main(["train", *argv, "--json"]) == 0
+        results.append(json.loads(capsys.readouterr().out)["train_loss"])
+    assert results[0] == results[1]
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n" if lines else "")
+    return path
+
+
+LONG = json.dumps({"text": "good " * 500, "label": 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines", "message"),
+    [
+        ({"train_file": "nowhere.jsonl"}, None, r"nowhere\.jsonl cannot be read.*check the path"),
+        ({}, [], "has no rows; it must hold"),
+        ({}, ['{"text": "a", "label": 1}', "{"], "line 2 is not JSON"),
+        ({}, ['{"sentence": "a", "label": 1}'], "row 1 has no column 'text'; it has sentence"),
+        ({"label_column": "sentiment"}, ['{"text": "a", "label": 1}'], "no column 'sentiment'"),
+        ({}, ['{"text": "a", "label": "fine"}'], "label 'fine' is not among the label words"),
+        ({}, ['{"text": "a", "label": 2}'], "nor an index from 0 to 1"),
+        ({}, [LONG], "context holds 256; shorten it, or set max_length"),
+        ({"strategy": "adam"}, None, "invalid choice: 'adam'"),
+        ({"lora_target_modules": "nothing"}, None, "linear layers are: .*q_proj"),
+        ({"model_name_or_path": "no/such-model"}, None, "no/such-model"),
+        ({"peft_type": "LAURA"}, None, "PEFT has .*LORA"),
+        ({"fp16": True}, None, "fp16 is not for forward-only tuning: .*dtype"),
+        ({"max_forward_passes": 3}, None, "less than one step of gv, which takes 8"),
+        ({"load_in_8bit": True, "load_in_4bit": True}, None, "exclude each other"),
+        ({"output_dir": None}, None, "give --output_dir"),
+        ({"train_file": None}, None, "give --train_file"),
+        ({"prompt_template": None, "label_words": None}, None, "--prompt_template"),
+        ({"no_such_option": 1}, None, "unknown argument --no_such_option"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(
+    changes: dict[str, Any],
+    lines: list[str] | None,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "adapter_model.safetensors").write_text("an earlier adapter")
+    if lines is not None:
+        changes = {"train_file": write(tmp_path / "rows.jsonl", *lines), **changes}
+    assert main(["train", *options(tmp_path, **changes)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    errors = [line for line in printed.err.splitlines() if line.startswith("zo-peft: error: ")]
+    assert len(errors) == 1
+    assert printed.err.splitlines()[-1] == errors[0]
+    assert "Traceback" not in printed.err
+
+    assert re.search(message, errors[0])
+    assert [path.name for path in out.iterdir()] == ["adapter_model.safetensors"]
+    assert (out / "adapter_model.safetensors").read_text() == "an earlier adapter"
+
+
+def test_a_nan_loss_keeps_the_last_good_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    losses = OptionObjective.losses
+
+    def poisoned(self: OptionObjective, model: Any, batch: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return losses(self, model, batch) * (torch.nan if calls == 20 else 1.0)
+
+    monkeypatch.setattr(OptionObjective, "losses", poisoned)
+    assert main(["train", *options(tmp_path, save_strategy="no")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    # The 20th loss is the fourth of the third step's eight candidates.
+    assert "candidate 4 of 8 has the loss nan at step 2 with zo_eps=" in error
+    kept = tmp_path / "out" / "checkpoint-2"
+    assert (kept / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    resume = options(tmp_path, resume_from_checkpoint=kept, save_strategy="no")
+    monkeypatch.undo()
+    assert main(["train", *resume]) == 0
+
+
+def test_usage_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "train" in capsys.readouterr().out
+    assert main(["tune"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "usage" in printed.err
+
+
+@pytest.mark.parametrize("strategy", ["gv", "mezo"])
+def test_a_short_demo_saves_base_and_adapter(
+    strategy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["demo", "--output_dir", str(tmp_path / "demo"), "--max_forward_passes", "80"]
+    assert main([*argv, "--strategy", strategy]) == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    code = "\n".join(lines[-3:])
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    assert namespace["model"].get_base_model().is_loaded_in_8bit
+    metrics = json.loads((tmp_path / "demo" / "adapter" / "zo_metrics.json").read_text())
+    assert metrics["strategy"] == strategy
+    assert f"{metrics['metric_after']:.4f}" in printed

@@ -1,0 +1,475 @@
+"""ZOTrainer on the embedded model: training, saving, resuming, all bases and adapters."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BitsAndBytesConfig,
+    TrainerCallback,
+)
+
+from zo_peft import NonFiniteLossError, UserError, ZOConfig, ZOTrainer
+from zo_peft.data import make_examples, read_rows
+from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.loading import start_prefix_from_tokens
+from zo_peft.noise import derive_seed, noise_block
+from zo_peft.objectives import OptionObjective
+
+MODEL = str(EMBEDDED / "model")
+LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+BASES: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float16": {"dtype": "float16"},
+    "int8": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+    "nf4": {
+        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    },
+}
+QUANTIZATION = {
+    "int8": '{"load_in_8bit": true}',
+    "nf4": '{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}',
+}
+PLAIN_PEFT = """
+import json, sys
+import bitsandbytes, peft, torch, transformers
+name, quantization, adapter, ids = sys.argv[1:]
+base = transformers.AutoModelForCausalLM.from_pretrained(
+    name, quantization_config=transformers.BitsAndBytesConfig(**json.loads(quantization))
+)
+model = peft.PeftModel.from_pretrained(base, adapter).eval()
+with torch.no_grad():
+    print(json.dumps(model(input_ids=torch.tensor(json.loads(ids))).logits[0, -1].tolist()))
+"""
+ADAPTERS: dict[str, PeftConfig] = {
+    "lora": LORA,
+    "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "ia3": IA3Config(
+        task_type="CAUSAL_LM",
+        target_modules=["k_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+    ),
+    "layer norms": LNTuningConfig(task_type="CAUSAL_LM"),
+    "saved head": LoraConfig(
+        task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]
+    ),
+}
+
+
+def examples(part: str = "train", count: int = 40) -> list[dict[str, Any]]:
+    rows = read_rows(EMBEDDED / f"{part}.jsonl")[:count]
+    return make_examples(rows, part, TEMPLATE, label_words=LABEL_WORDS.split(","))
+
+
+def make(tmp_path: Path, peft_config: PeftConfig | None = LORA, **settings: Any) -> ZOTrainer:
+    model = settings.pop("model", MODEL)
+    callbacks = settings.pop("callbacks", None)
+    train = settings.pop("train", None)
+    defaults = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "num_candidates": 4,
+        "seed": 3,
+    }
+    return ZOTrainer(
+        model,
+        ZOConfig(str(tmp_path / "run"), **{**defaults, **settings}),
+        train_dataset=train or examples(),
+        eval_dataset=examples("test"),
+        processing_class=AutoTokenizer.from_pretrained(MODEL),
+        peft_config=peft_config,
+        callbacks=callbacks,
+    )
+
+
+def adapter(trainer: ZOTrainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.space.tensors().items()}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def base_hash(model: PeftModel) -> str:
+    """Of every tensor of the base, parameters and buffers and quantization state alike."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.get_base_model().state_dict().items()):
+        if isinstance(tensor, torch.Tensor) and not any(
+            part in name for part in ("lora_", "modules_to_save", "ia3_", "ln_tuning_layers")
+        ):
+            digest.update(name.encode())
+            digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def raises(*_: Any, **__: Any) -> Any:
+    raise AssertionError("a backward pass")
+
+
+def test_trains_without_autograd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.autograd, "backward", raises)
+    monkeypatch.setattr(torch.autograd, "grad", raises)
+    monkeypatch.setattr(torch.Tensor, "backward", raises)
+    trainer = make(tmp_path)
+    before = adapter(trainer)
+    trainer.train()
+    assert not same(before, adapter(trainer))
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("base", BASES)
+def test_tunes_the_adapter_and_never_the_base(base: str, kind: str, tmp_path: Path) -> None:
+    trainer = make(tmp_path, ADAPTERS[kind], model_init_kwargs=BASES[base])
+    start, hashed = adapter(trainer), base_hash(trainer.model)
+    trainer.train()
+    trained = adapter(trainer)
+    assert not any(torch.equal(start[name], trained[name]) for name in start)
+    assert all(tensor.dtype == torch.float32 for tensor in trained.values())
+    assert base_hash(trainer.model) == hashed
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.save_model()
+    assert base_hash(trainer.model) == hashed
+    assert trainer.evaluate()["eval_loss"] == loss
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_plain_peft_loads_what_was_trained(kind: str, tmp_path: Path) -> None:
+    trainer = make(tmp_path, ADAPTERS[kind], learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model()
+    base = AutoModelForCausalLM.from_pretrained(MODEL)
+    loaded = PeftModel.from_pretrained(base, trainer.args.output_dir).eval()
+    batch = trainer.data_collator([trainer.eval_dataset[i] for i in range(8)])
+    with torch.no_grad():
+        ours = OptionObjective().scores(trainer.model, batch)
+        plain = OptionObjective().scores(loaded, batch)
+    assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_a_new_process_with_plain_peft_predicts_the_same(base: str, tmp_path: Path) -> None:
+    trainer = make(tmp_path, model_init_kwargs=BASES[base], learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model()
+    prompt = examples("test")[0]["prompt"]
+    ids = trainer.processing_class(prompt, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        ours = trainer.model(input_ids=ids, use_cache=False).logits[0, -1]
+    arguments = [MODEL, QUANTIZATION[base], trainer.args.output_dir, json.dumps(ids.tolist())]
+    output = subprocess.run(
+        [sys.executable, "-c", PLAIN_PEFT, *arguments], capture_output=True, text=True, check=True
+    )
+    plain = torch.tensor(json.loads(output.stdout.splitlines()[-1]))
+    assert ours.argmax() == plain.argmax()
+    torch.testing.assert_close(plain, ours, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"strategy": "greedy", "carry_best": True, "noise": "rademacher"},
+        {"gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 3},
+        {"tunable": "lora_B", "weight_decay": 0.1, "strategy": "mezo"},
+    ],
+    ids=["default", "carry_best", "accumulation", "tunable"],
+)
+@pytest.mark.parametrize("stop", [3, 5, 7])
+def test_resuming_is_not_stopping_bit_for_bit(
+    settings: dict[str, Any], stop: int, tmp_path: Path
+) -> None:
+    settings = {"learning_rate": 1e-2, "max_steps": 9, **settings}
+    whole = make(tmp_path / "whole", **settings)
+    whole.train()
+    first = make(tmp_path / "parts", save_strategy="steps", save_steps=stop, **settings)
+    first.train()
+    # A different seed for torch shows that nothing is left to a fresh adapter's values.
+    second = make(tmp_path / "parts", **settings)
+    for parameter in second.model.parameters():
+        if parameter.requires_grad:
+            parameter.data.fill_(0.5)
+    second.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-{stop}")
+    assert same(adapter(whole), adapter(first))
+    assert same(adapter(whole), adapter(second))
+    assert second.evaluator.forward_passes == whole.evaluator.forward_passes
+    trainable = [dict(t.model.named_parameters()) for t in (whole, second)]
+    assert all(
+        torch.equal(trainable[0][name], trainable[1][name])
+        for name, parameter in trainable[0].items()
+        if parameter.requires_grad
+    )
+
+
+def test_writes_safetensors_and_json_and_no_pickle(tmp_path: Path) -> None:
+    trainer = make(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.save_model()
+    files = {path.name for path in Path(trainer.args.output_dir).rglob("*") if path.is_file()}
+    assert {"adapter_model.safetensors", "zo_state.safetensors", "trainer_state.json"} <= files
+    assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".md", ".jinja"}
+    texts = [
+        path.read_text()
+        for path in Path(trainer.args.output_dir).rglob("*")
+        if path.suffix in (".md", ".json")
+    ]
+    assert not any(str(EMBEDDED) in text for text in texts)
+
+
+@pytest.mark.parametrize("name", ["zo_state.safetensors", "zo_state.json", "zo_rng_state.json"])
+def test_a_damaged_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
+    trainer = make(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    folder = Path(trainer.args.output_dir) / "checkpoint-2"
+    (folder / name).write_bytes((folder / name).read_bytes()[:20])
+    with pytest.raises(UserError, match=name):
+        make(tmp_path).train(resume_from_checkpoint=str(folder))
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(tmp_path: Path) -> None:
+    trainer = make(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    other = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    with pytest.raises(UserError, match="does not fit"):
+        make(tmp_path, other).train(
+            resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-2"
+        )
+
+
+def test_accumulated_micro_batches_are_one_larger_batch(tmp_path: Path) -> None:
+    one = make(tmp_path, per_device_train_batch_size=8, learning_rate=1e-3)
+    two = make(
+        tmp_path,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+    )
+    one.train()
+    two.train()
+    for name, tensor in adapter(one).items():
+        torch.testing.assert_close(adapter(two)[name], tensor, rtol=1e-3, atol=1e-6)
+    assert two.evaluator.forward_passes == 2 * one.evaluator.forward_passes
+    assert two.evaluator.examples_forwarded == one.evaluator.examples_forwarded
+
+
+def test_the_update_is_the_formula_with_the_noise_that_was_measured(tmp_path: Path) -> None:
+    trainer = make(
+        tmp_path, strategy="mezo", max_steps=1, learning_rate=1e-2, lr_scheduler_type="constant"
+    )
+    start = adapter(trainer)
+    batches: list[dict[str, torch.Tensor]] = []
+    losses = trainer.objective.losses
+    trainer.objective.losses = lambda model, batch: batches.append(batch) or losses(model, batch)
+    trainer.train()
+    seed, eps = derive_seed(3, 0, 0), trainer.args.zo_eps
+    noise = {
+        name: noise_block(seed, name, 0, tensor.numel()).view(tensor.shape)
+        for name, tensor in start.items()
+    }
+    parameters = dict(trainer.model.named_parameters())
+
+    def loss_at(scale: float) -> float:
+        for name, tensor in start.items():
+            parameters[name].data.copy_(tensor + scale * noise[name])
+        with torch.no_grad():
+            return losses(trainer.model, batches[0]).double().mean().item()
+
+    slope = (loss_at(eps) - loss_at(-eps)) / (2 * eps)
+    for name, tensor in adapter(trainer).items():
+        expected = start[name] - 1e-2 * slope * noise[name]
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_prefix_starts_from_the_activations_of_real_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[torch.Tensor] = []
+
+    def record(model: PeftModel, token_ids: torch.Tensor) -> None:
+        chosen.append(token_ids)
+        start_prefix_from_tokens(model, token_ids)
+
+    monkeypatch.setattr("zo_peft.trainer.start_prefix_from_tokens", record)
+    trainer = make(tmp_path, ADAPTERS["prefix"])
+    assert set(chosen[0].tolist()) <= set(trainer.train_dataset[0]["prompt_ids"])
+    rest = torch.tensor([trainer.train_dataset[1]["prompt_ids"]])
+    base = AutoModelForCausalLM.from_pretrained(MODEL)
+    with torch.no_grad():
+        prefixed = trainer.model(input_ids=rest, use_cache=False).logits
+        behind_tokens = base(input_ids=torch.cat([chosen[0][None], rest], dim=1)).logits
+    torch.testing.assert_close(prefixed, behind_tokens[:, len(chosen[0]) :], rtol=1e-4, atol=1e-4)
+
+
+class PoisonAt(TrainerCallback):
+    """Makes the objective return NaN from a step on."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.trainer: ZOTrainer | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        if state.global_step == self.step:
+            losses = self.trainer.objective.losses
+            self.trainer.objective.losses = lambda model, batch: losses(model, batch) * torch.nan
+
+
+def test_a_nan_loss_stops_and_keeps_the_last_good_adapter(tmp_path: Path) -> None:
+    poison = PoisonAt(2)
+    trainer = make(tmp_path, callbacks=[poison])
+    poison.trainer = trainer
+    good = make(tmp_path / "good", max_steps=4)
+    good.add_callback(_StopAfter(2))
+    good.train()
+    with pytest.raises(
+        NonFiniteLossError, match=r"candidate 1 of 4.*step 2.*zo_eps=0\.01.*checkpoint-2"
+    ):
+        trainer.train()
+    assert same(adapter(good), adapter(trainer))
+    resumed = make(tmp_path)
+    resumed._load_from_checkpoint(f"{trainer.args.output_dir}/checkpoint-2")
+    assert same(adapter(good), adapter(resumed))
+
+
+class _StopAfter(TrainerCallback):
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.steps
+
+
+def test_loads_the_best_model_at_the_end(tmp_path: Path) -> None:
+    trainer = make(
+        tmp_path,
+        max_steps=6,
+        learning_rate=3e-2,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )
+    trainer.train()
+    losses = {
+        log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log
+    }
+    assert len(losses) == 3
+    assert trainer.evaluate()["eval_loss"] == min(losses.values())
+
+
+def test_logs_what_was_spent(tmp_path: Path) -> None:
+    trainer = make(tmp_path, logging_steps=2)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["forward_passes"] for log in logs] == [8, 16]
+    assert [log["examples_forwarded"] for log in logs] == [64, 128]
+    assert all("slope" in log and "grad_norm" not in log for log in logs)
+
+
+def test_a_saved_head_on_a_bfloat16_encoder_is_float32(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = BertForSequenceClassification(config).to(torch.bfloat16)
+    lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
+    rows = [{"text": row["prompt"], "label": row["label"]} for row in examples()]
+    args = ZOConfig(str(tmp_path), max_steps=3, use_cpu=True, save_strategy="no", disable_tqdm=True)
+    trainer = ZOTrainer(model, args, None, rows, rows, tokenizer, peft_config=lora)
+    start = adapter(trainer)
+    trainer.train()
+    heads = [name for name in start if "classifier" in name]
+    assert heads
+    assert all(tensor.dtype == torch.float32 for tensor in adapter(trainer).values())
+    assert not any(torch.equal(start[name], adapter(trainer)[name]) for name in start)
+    assert (
+        trainer.objective.predict(trainer.model, trainer.data_collator([trainer.train_dataset[0]]))[
+            0
+        ].dtype
+        == torch.float32
+    )
+
+
+def test_gradient_options_and_double_adapters_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="peft_config"):
+        make(tmp_path, None)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LORA)
+    with pytest.raises(UserError, match="peft_config"):
+        make(tmp_path, LORA, model=model)
+    with pytest.raises(UserError, match="q_proj"):
+        make(tmp_path, LoraConfig(task_type="CAUSAL_LM", target_modules=["nothing"]))
+    with pytest.raises(UserError, match="tunable"):
+        make(tmp_path, tunable="nothing")
+
+
+def test_every_strategy_and_preset_trains(tmp_path: Path) -> None:
+    for settings in (
+        {"strategy": "mezo"},
+        {"strategy": "n-spsa"},
+        {"strategy": "greedy"},
+        {"strategy": "greedy", "probe": "central"},
+        {"strategy": "gv", "weighting": "split", "elite_fraction": 0.25},
+        {"preset": "paper-gv"},
+        {"preset": "paper-greedy"},
+        {"preset": "mezo"},
+    ):
+        trainer = make(tmp_path, max_steps=2, **settings)
+        trainer.train()
+        assert trainer.evaluator.forward_passes == 2 * trainer.args.forward_passes_per_step
+
+
+def test_learns_the_gradient_direction(tmp_path: Path) -> None:
+    """On average a step follows the back-propagated gradient: cos(v, g) well above chance."""
+    trainer = make(tmp_path, tunable="lora_B", num_candidates=16, zo_eps=1e-3)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    trainer.objective.losses(trainer.model, batch).mean().backward()
+    parameters = dict(trainer.model.named_parameters())
+    gradient = torch.cat([parameters[n].grad.flatten() for n in trainer.space.tensors()])
+    trainer.model.zero_grad()
+    trainer._micro_batches = [batch]
+    cosines = []
+    for step in range(20):
+        trainer.state.global_step = step
+        trainer.create_optimizer()
+        before = torch.cat([t.flatten() for t in adapter(trainer).values()])
+        trainer.training_step(trainer.model, batch)
+        trainer.update_rule.step()
+        after = torch.cat([t.flatten() for t in adapter(trainer).values()])
+        cosines.append(torch.cosine_similarity(before - after, gradient, dim=0))
+        trainer.space.load({n: torch.zeros_like(t) for n, t in adapter(trainer).items()})
+    alignment = torch.stack(cosines).square().mean() * len(gradient)
+    # Weighting by the loss: c = M - 1 = 15 for small eps; 20 draws leave it within a third.
+    assert 10 < alignment < 20
+    assert min(cosines) > 0
