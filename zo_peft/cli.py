@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,10 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if known else 2
     job, argument_types, text = COMMANDS[name]
     datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
+        output, arguments = _parse(name, argument_types, rest)
         # Trainer prints its logs on stdout; there only the result belongs.
         with contextlib.redirect_stdout(sys.stderr):
-            output, arguments = _parse(name, argument_types, rest)
             result = job(*arguments)
     except UserError as error:
         print(f"zo-peft: error: {error}", file=sys.stderr)

@@ -234,5 +234,5 @@ def _check_candidates(config: ZOConfig) -> None:
             "more forward passes: with two candidates the direction is +-(z1 - z2), whichever is "
             "better (docs/how-it-works.md). Use num_candidates of 4 or more.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )

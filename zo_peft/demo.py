@@ -11,7 +11,7 @@ from zo_peft.config import ZOConfig
 EMBEDDED = Path(__file__).parent / "embedded"
 TEMPLATE = "{text} It was"
 LABEL_WORDS = "terrible,great"
-FORWARD_PASSES = 6000
+FORWARD_PASSES = 2000
 
 LOAD = """\
 from peft import PeftModel; from transformers import AutoModelForCausalLM, BitsAndBytesConfig

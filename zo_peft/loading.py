@@ -1,5 +1,6 @@
 """Base models (float, int8, NF4), adapters and tokenizers, ready for forward-only tuning."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from transformers import (
 )
 
 from zo_peft.errors import UserError
+
+# It says on every int8 matmul that float32 inputs are quantized by way of float16.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def quantization_config(

@@ -40,7 +40,9 @@ def _only_positions(model: nn.Module, rows: Tensor, positions: Tensor, length: i
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
 
     def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][rows, positions + args[0].shape[1] - length], *args[1:])
+        hidden = args[0]
+        where = positions + hidden.shape[1] - length
+        return (hidden[rows.to(hidden.device), where.to(hidden.device)], *args[1:])
 
     handle = head.register_forward_pre_hook(gather)
     try:

@@ -19,9 +19,6 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as SEQUENCE_CLASSIFIERS,
-)
 from transformers.trainer_utils import HubStrategy
 
 from zo_peft import checkpoint, strategies
@@ -61,10 +58,8 @@ DEFAULTS: dict[PeftType, tuple[float, float]] = {
     PeftType.IA3: (1e-2, 1e-3),
 }
 
-CLASSIFIERS = frozenset(SEQUENCE_CLASSIFIERS.values())
-
 #: The columns that `tokenize_dataset` makes, all of which the collator needs.
-FEATURES = ["input_ids", "labels", "prompt_ids", "option_ids", "label"]
+FEATURES = ["input_ids", "labels", "prompt_ids", "option_ids", "label", "length"]
 
 
 class ZOTrainer(Trainer):
@@ -339,8 +334,7 @@ def _load_base(
 ) -> PreTrainedModel:
     num_labels = None
     if peft_config is not None and peft_config.task_type == TaskType.SEQ_CLS:
-        labels = [row["label"] for row in train_dataset]
-        num_labels = max(labels) + 1
+        num_labels = 1 + max((row["label"] for row in train_dataset or ()), default=1)
     kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     return load_base(name, num_labels, **kwargs)
 
@@ -348,7 +342,7 @@ def _load_base(
 def _tokenization(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, args: ZOConfig
 ) -> Tokenization:
-    classifies = type(model.get_base_model()).__name__ in CLASSIFIERS
+    classifies = model.active_peft_config.task_type == TaskType.SEQ_CLS
     return Tokenization(
         tokenizer,
         context_length(model, tokenizer),

@@ -30,7 +30,15 @@ class Tokenization:
     num_labels: int | None = None
 
     def __call__(self, example: Row, index: int) -> Row:
-        """Features for `Collator`; `index` counts examples from 0, for messages."""
+        """Features for `Collator`; `index` counts examples from 0, for messages.
+
+        `length` is for transformers' `train_sampling_strategy="group_by_length"`.
+        """
+        features = self._features(example, index)
+        ids = features.get("input_ids") or features["prompt_ids"] + features["option_ids"][0]
+        return {**features, "length": len(ids)}
+
+    def _features(self, example: Row, index: int) -> Row:
         where = f"example {index + 1}"
         form = form_of(example)
         if form == ("input_ids", "labels"):
