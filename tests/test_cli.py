@@ -206,9 +206,24 @@ def test_a_nan_loss_keeps_the_last_good_adapter(
     assert main(["train", *resume]) == 0
 
 
+def test_a_classification_head_trains_and_is_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = {"task_type": "SEQ_CLS", "prompt_template": None, "label_words": "negative,positive"}
+    assert main(["train", *options(tmp_path, **head), "--json"]) == 0
+    trained = json.loads(capsys.readouterr().out)
+    assert (
+        main(["evaluate", *options(tmp_path, adapter_name_or_path=tmp_path / "out", **head)]) == 0
+    )
+    assert f"accuracy {trained['metric_after']:.4f}" in capsys.readouterr().out
+
+
 def test_usage_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "train" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    assert "--num_candidates" in capsys.readouterr().out
     assert main(["tune"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
