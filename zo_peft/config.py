@@ -1,5 +1,6 @@
 """`ZOConfig`: transformers' TrainingArguments plus the fields of forward-only tuning."""
 
+import math
 import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args
@@ -205,8 +206,8 @@ def _check(config: ZOConfig) -> None:
             raise UserError(f"{name} is not for forward-only tuning: {REFUSED[name]}")
     for name in ("zo_eps", "learning_rate", "max_forward_passes", "max_length"):
         value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise UserError(f"{name}={value}; it must be positive")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name}={value}; it must be positive and finite")
     _check_candidates(config)
     if config.load_best_model_at_end and config.save_only_model:
         raise UserError("load_best_model_at_end needs whole checkpoints; drop save_only_model")

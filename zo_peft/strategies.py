@@ -106,9 +106,10 @@ def split_weights(losses: Sequence[float], elite_fraction: float) -> list[float]
 
 def loss_weights(losses: Sequence[float]) -> list[float]:
     """Weights in proportion to `mean - l_i`, of unit length, so that `v` is as long as one `z`."""
-    mean = sum(losses) / len(losses)
-    length = math.sqrt(sum((loss - mean) ** 2 for loss in losses))
-    return [(mean - loss) / length if length else 0.0 for loss in losses]
+    gains = [losses[0] - loss for loss in losses]  # exactly zero where all are equal
+    mean = sum(gains) / len(gains)
+    length = math.sqrt(sum((gain - mean) ** 2 for gain in gains))
+    return [(gain - mean) / length if length else 0.0 for gain in gains]
 
 
 def gv(

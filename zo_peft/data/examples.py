@@ -1,6 +1,7 @@
 """Files to rows, and rows to examples by a prompt template and label words."""
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -63,9 +64,10 @@ def _read_json(text: str, path: Path) -> list[Row]:
 def _read_csv(text: str, path: Path) -> list[Row]:
     tabs = path.suffix == ".tsv"
     reader = csv.DictReader(
-        text.splitlines(keepends=True),
+        io.StringIO(text, newline=""),
         delimiter="\t" if tabs else ",",
         quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+        strict=True,
     )
     rows = []
     try:
@@ -76,7 +78,8 @@ def _read_csv(text: str, path: Path) -> list[Row]:
                 )
             rows.append(row)
     except csv.Error as error:
-        raise UserError(f"{path.name}, line {reader.line_num}: {error}") from None
+        # The outer reader's own count lags behind where the inner one raises.
+        raise UserError(f"{path.name}, line {reader.reader.line_num}: {error}") from None
     return rows
 
 
@@ -131,7 +134,10 @@ def fill_template(template: str, row: Row, where: str) -> str:
 def label_index(label: object, label_words: Sequence[str] | None, where: str) -> int:
     """The index of a row's label: one of the label words, an index (into them), or a bool."""
     words = [word.strip() for word in label_words or ()]
-    text = str(int(label)) if isinstance(label, bool) else str(label).strip()
+    text = str(label).strip()
+    if isinstance(label, bool):
+        lower = [word.lower() for word in words]
+        text = words[lower.index(text.lower())] if text.lower() in lower else str(int(label))
     if text in words:
         return words.index(text)
     if text.isdecimal() and (label_words is None or int(text) < len(words)):

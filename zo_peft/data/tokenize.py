@@ -35,8 +35,8 @@ class Tokenization:
         `length` is for transformers' `train_sampling_strategy="group_by_length"`.
         """
         features = self._features(example, index)
-        ids = features.get("input_ids") or features["prompt_ids"] + features["option_ids"][0]
-        return {**features, "length": len(ids)}
+        ids = features["input_ids"] if "input_ids" in features else features["prompt_ids"]
+        return {**features, "length": len(ids) + max(map(len, features.get("option_ids", [[]])))}
 
     def _features(self, example: Row, index: int) -> Row:
         where = f"example {index + 1}"
@@ -48,14 +48,18 @@ class Tokenization:
         if form == ("prompt", "options", "label"):
             return self._options(example, where)
         if form == ("prompt", "completion"):
-            return self._completion(example["prompt"], example["completion"], where)
+            return self._completion(str(example["prompt"]), str(example["completion"]), where)
         return self._messages(example["messages"], where)
 
     def _tokenized(self, example: Row, where: str) -> Row:
         ids, labels = example["input_ids"], example["labels"]
         self._fit(len(ids), where)
-        if self.num_labels is None and (
-            len(labels) != len(ids) or all(label == -100 for label in labels[1:])
+        if self.num_labels is not None:
+            return {"input_ids": ids, "labels": _index(labels, self.num_labels, "classes", where)}
+        if (
+            not isinstance(labels, list)
+            or len(labels) != len(ids)
+            or all(label == -100 for label in labels[1:])
         ):
             raise UserError(
                 f"{where}: labels must be as long as input_ids, and one other than -100"
@@ -63,24 +67,21 @@ class Tokenization:
         return {"input_ids": ids, "labels": labels}
 
     def _classified(self, example: Row, where: str) -> Row:
-        label = example["label"]
-        if not isinstance(label, int) or not 0 <= label < (self.num_labels or 0):
-            raise UserError(
-                f"{where}: label {label!r} is not a class index from 0 to {self.num_labels} - 1"
-            )
+        label = _index(example["label"], self.num_labels or 0, "classes", where)
         ids = self.tokenizer(
             example["text"], truncation=self.max_length is not None, max_length=self.max_length
         )["input_ids"]
+        if not ids:
+            raise UserError(f"{where}: its text is empty")
         self._fit(len(ids), where)
         return {"input_ids": ids, "labels": label}
 
     def _options(self, example: Row, where: str) -> Row:
         prompt, options = example["prompt"], example["options"]
-        if not options or not 0 <= example["label"] < len(options):
-            raise UserError(f"{where}: label {example['label']!r} is no index into its options")
+        label = _index(example["label"], len(options), "options", where)
         prompt_ids, option_ids = self._split(prompt, [_spaced(prompt, o) for o in options], where)
         prompt_ids = self._cut(prompt_ids, max(map(len, option_ids)), where)
-        return {"prompt_ids": prompt_ids, "option_ids": option_ids, "label": example["label"]}
+        return {"prompt_ids": prompt_ids, "option_ids": option_ids, "label": label}
 
     def _completion(self, prompt: str, completion: str, where: str) -> Row:
         end = self.tokenizer.eos_token or ""
@@ -90,8 +91,12 @@ class Tokenization:
         return self._labelled(prompt_ids, completion_ids, where)
 
     def _messages(self, messages: Sequence[dict[str, Any]], where: str) -> Row:
-        if not messages or messages[-1].get("role") != "assistant":
-            raise UserError(f"{where}: the last of its messages must be the assistant's")
+        roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
+        if len(roles) < 2 or None in roles or roles[-1] != "assistant":
+            raise UserError(
+                f"{where}: messages must be a list of role and content, the last of them the "
+                "assistant's and one before it"
+            )
         if not self.tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template; use prompt and completion columns")
         render: Callable[..., str] = self.tokenizer.apply_chat_template
@@ -120,19 +125,23 @@ class Tokenization:
         Where a tokenizer merges across the seam, the merged tokens go to the endings.
         """
 
+        # Some tokenizers close every text; here only what is written out closes one.
+        closes = special_tokens and self.tokenizer("a")["input_ids"][-1] == (
+            self.tokenizer.eos_token_id
+        )
+
         def ids(text: str) -> list[int]:
             encoded = self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
-            closes = special_tokens and encoded and encoded[-1] == self.tokenizer.eos_token_id
-            return (
-                encoded[:-1] if closes and not text.endswith(self.tokenizer.eos_token) else encoded
-            )
+            return encoded[:-1] if closes else encoded
 
         alone, joined = ids(prompt), [ids(prompt + ending) for ending in endings]
         # At least one token is left for each ending, and one before it to predict it from.
         seam = min(_shared(alone, whole) for whole in joined)
         seam = min(seam, *(len(whole) - 1 for whole in joined))
         if seam < 1:
-            raise UserError(f"{where}: the prompt is empty; a completion needs a token before it")
+            raise UserError(
+                f"{where}: the prompt is empty or one token with its completion; put text before"
+            )
         return joined[0][:seam], [whole[seam:] for whole in joined]
 
     def _cut(self, prompt_ids: list[int], behind: int, where: str) -> list[int]:
@@ -154,6 +163,13 @@ class Tokenization:
                 f"{where} has {length} tokens, but the model's context holds {self.context}; "
                 f"shorten it, or set max_length to {self.context} or less to cut it"
             )
+
+
+def _index(label: object, count: int, what: str, where: str) -> int:
+    """The label, when it is an index into `count` classes or options."""
+    if isinstance(label, int) and 0 <= label < count:
+        return int(label)
+    raise UserError(f"{where}: label {label!r} is no index into its {what}, from 0 to {count - 1}")
 
 
 def _shared(first: list[int], second: list[int]) -> int:

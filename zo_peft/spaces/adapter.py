@@ -78,12 +78,18 @@ class AdapterSpace:
 
     def move(self, displacement: Direction, shrink: Mapping[str, float] | None = None) -> None:
         """`theta <- theta + displacement`; `shrink` first multiplies the parameters it names."""
+        try:
+            for flat in self._flats:
+                flat.live.copy_(flat.theta)
+                for name, factor in (shrink or {}).items():
+                    if name in flat.layout.slices:
+                        flat.live[flat.layout.slices[name]] *= factor
+                flat.add(flat.live, displacement, self.distribution)
+        except BaseException:
+            self._restore()
+            raise
         for flat in self._flats:
-            for name, factor in (shrink or {}).items():
-                if name in flat.layout.slices:
-                    flat.theta[flat.layout.slices[name]] *= factor
-            flat.add(flat.theta, displacement, self.distribution)
-        self._restore()
+            flat.theta.copy_(flat.live)
 
     def tensors(self) -> dict[str, Tensor]:
         """`theta` by parameter name and in its shape; views, not copies."""
