@@ -151,7 +151,6 @@ LONG = json.dumps({"text": "good " * 500, "label": 1})
         ({"fp16": True}, None, "fp16 is not for forward-only tuning: .*dtype"),
         ({"max_forward_passes": 3}, None, "less than one step of gv, which takes 8"),
         ({"load_in_8bit": True, "load_in_4bit": True}, None, "exclude each other"),
-        ({"output_dir": None}, None, "give --output_dir"),
         ({"train_file": None}, None, "give --train_file"),
         ({"prompt_template": None, "label_words": None}, None, "--prompt_template"),
         ({"no_such_option": 1}, None, "unknown argument --no_such_option"),

@@ -55,8 +55,6 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     Raises:
         UserError: something given cannot work; no adapter has been written then.
     """
-    if args.output_dir is None:
-        raise UserError("nowhere to write the adapter; give --output_dir")
     rows, eval_rows = _rows(data, "train"), _rows(data, "eval")
     if rows is None:
         raise UserError("nothing to train on; give --train_file or --dataset_name")

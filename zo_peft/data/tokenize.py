@@ -202,7 +202,8 @@ def tokenize_dataset(dataset: Any, tokenization: Tokenization) -> Dataset | Iter
     if not fits:
         wanted = "text + label (a class index)"
         if tokenization.num_labels is None:
-            wanted = "prompt + completion, prompt + options + label, or messages"
+            wanted = "prompt + completion, prompt + options + label, or messages (on the command "
+            wanted += "line, --prompt_template and --label_words make them)"
         raise UserError(
             f"the data set has the columns {', '.join(columns or ())}; this model needs {wanted}"
         )
