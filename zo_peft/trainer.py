@@ -49,8 +49,8 @@ from zo_peft.objectives import (
 from zo_peft.spaces import AdapterSpace
 from zo_peft.updates import SGD
 
-#: (zo_eps, learning_rate) of the default strategy by adapter type, from scripts/tune_defaults.py and
-#: scripts/tune_encoder.py (docs/benchmarks.md); LORA's for any other type.
+#: (zo_eps, learning_rate) of the default strategy by adapter type, from scripts/tune_defaults.py
+#: and scripts/tune_encoder.py (docs/benchmarks.md); LORA's for any other type.
 DEFAULTS: dict[PeftType, tuple[float, float]] = {
     PeftType.LORA: (1e-2, 1e-3),
     PeftType.PREFIX_TUNING: (1e-1, 1.0),
