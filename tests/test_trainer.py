@@ -50,6 +50,8 @@ QUANTIZATION = {
     "int8": '{"load_in_8bit": true}',
     "nf4": '{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}',
 }
+# Without the flag, bitsandbytes repacks NF4 weights on CPUs with AVX512-BF16, and fails on the
+# embedded model, whose widths are no multiples of its block size.
 PLAIN_PEFT = """
 import json, sys
 import bitsandbytes, peft, torch, transformers
@@ -57,6 +59,9 @@ name, quantization, adapter, ids = sys.argv[1:]
 base = transformers.AutoModelForCausalLM.from_pretrained(
     name, quantization_config=transformers.BitsAndBytesConfig(**json.loads(quantization))
 )
+for module in base.modules():
+    if isinstance(module, bitsandbytes.nn.Linear4bit):
+        module.support_avx512bf16_for_cpu = False
 model = peft.PeftModel.from_pretrained(base, adapter).eval()
 with torch.no_grad():
     print(json.dumps(model(input_ids=torch.tensor(json.loads(ids))).logits[0, -1].tolist()))
