@@ -189,13 +189,15 @@ def test_a_nan_loss_keeps_the_last_good_adapter(
 
     def poisoned(self: OptionObjective, model: Any, batch: Any) -> torch.Tensor:
         nonlocal calls
+        found = losses(self, model, batch)
         calls += 1
-        return losses(self, model, batch) * (torch.nan if calls == 20 else 1.0)
+        if calls == 3:
+            found.view(8, -1)[3] = torch.nan
+        return found
 
     monkeypatch.setattr(OptionObjective, "losses", poisoned)
     assert main(["train", *options(tmp_path, save_strategy="no")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    # The 20th loss is the fourth of the third step's eight candidates.
     assert "candidate 4 of 8 has the loss nan at step 2 with zo_eps=" in error
     kept = tmp_path / "out" / "checkpoint-2"
     assert (kept / "adapter_model.safetensors").is_file()

@@ -131,6 +131,7 @@ PUBLISHED: dict[str, dict[str, tuple[Any, Any]]] = {
         "carry_best": (False, True),
         "noise": ("gaussian", "rademacher"),
         "lr_scheduler_type": ("constant", "cosine"),
+        "train_sampling_strategy": ("random", "sequential"),
     },
     "paper-greedy": {
         "strategy": ("greedy", "mezo"),
@@ -138,11 +139,13 @@ PUBLISHED: dict[str, dict[str, tuple[Any, Any]]] = {
         "carry_best": (False, True),
         "noise": ("gaussian", "rademacher"),
         "lr_scheduler_type": ("constant", "cosine"),
+        "train_sampling_strategy": ("random", "sequential"),
     },
     "mezo": {
         "strategy": ("mezo", "n-spsa"),
         "noise": ("gaussian", "rademacher"),
         "lr_scheduler_type": ("constant", "cosine"),
+        "train_sampling_strategy": ("random", "sequential"),
     },
 }
 

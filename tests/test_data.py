@@ -581,16 +581,45 @@ def test_options_are_padded_and_scored(examples: list[tuple[list[int], list[list
         assert batch["rows"].tolist() == list(range(len(examples)))
         assert batch["option_tokens"].tolist() == [[o[0] for o in opts] for _, opts in examples]
         return
-    assert rows_of(batch) == [prompt + o for prompt, options in examples for o in options]
-    most, row, expected, table = max(len(options) for _, options in examples), 0, [], []
-    for prompt, options in examples:
-        table.append([*range(row, row + len(options)), *[-1] * (most - len(options))])
-        for option in options:
-            expected += [(row, len(prompt) + i - 1, token) for i, token in enumerate(option)]
+    assert rows_of(batch) == [prompt + o[:-1] for prompt, options in examples for o in options]
+    most, row, expected = max(len(options) for _, options in examples), 0, []
+    for number, (prompt, options) in enumerate(examples):
+        for index, option in enumerate(options):
+            where = number * most + index
+            expected += [(row, len(prompt) + i - 1, token, where) for i, token in enumerate(option)]
             row += 1
-    scored = zip(*(batch[name].tolist() for name in ("rows", "positions", "tokens")))
-    assert list(scored) == expected
-    assert batch["option_rows"].tolist() == table
+    names = ("rows", "positions", "tokens", "token_options")
+    assert list(zip(*(batch[name].tolist() for name in names))) == expected
+    assert batch["is_option"].sum(dim=1).tolist() == [len(options) for _, options in examples]
+
+
+@given(st.lists(st.tuples(IDS, st.lists(IDS, min_size=1, max_size=4)), min_size=1, max_size=5))
+def test_options_behind_one_prompt_are_the_same_sequences(
+    examples: list[tuple[list[int], list[list[int]]]],
+) -> None:
+    """What an option's tokens see (its segment and the prompt's) is the prompt and the option."""
+    features = [
+        {"prompt_ids": prompt, "option_ids": [*options, [1, 2]], "label": 0}
+        for prompt, options in examples
+    ]
+    batch = Collator(0, is_causal=True, shares_prompts=True)(features)
+    assert len(batch["input_ids"]) == len(features)
+    scored = torch.stack([batch[n] for n in ("rows", "positions", "tokens", "token_options")], 1)
+    width = batch["is_option"].shape[1]
+    for number, feature in enumerate(features):
+        for index, option in enumerate(feature["option_ids"]):
+            mine = scored[scored[:, 3] == number * width + index]
+            assert mine[:, 2].tolist() == option
+            assert mine[:, 0].unique().tolist() == [number]
+            ids, segments = batch["input_ids"][number], batch["segments"][number]
+            where = batch["position_ids"][number]
+            for _, position, token, _ in mine.tolist():
+                seen = (segments == 0) | (segments == segments[position])
+                seen &= torch.arange(len(ids)) <= position
+                whole = feature["prompt_ids"] + option
+                assert ids[seen].tolist() == whole[: len(whole[: where[position] + 1])]
+                assert where[seen].tolist() == list(range(int(where[position]) + 1))
+                assert whole[where[position] + 1] == token
 
 
 @given(st.lists(st.tuples(IDS, st.integers(0, 3)), min_size=1, max_size=5))
@@ -614,5 +643,5 @@ def test_from_file_to_batch(tmp_path: Path) -> None:
     examples = make_examples(read_rows(path), path.name, "{sentence}", label_words=["n", "y"])
     batch = Collator(0)(list(tokenize_dataset(examples, Tokenization(TOKENIZER))))
     assert batch["labels"].tolist() == [1, 0]
-    assert rows_of(batch)[:2] == [ids("q", "Ġ", "n"), ids("q", "Ġy")]
-    assert batch["option_rows"].tolist() == [[0, 1], [2, 3]]
+    assert rows_of(batch)[:2] == [ids("q", "Ġ"), ids("q")]
+    assert batch["is_option"].tolist() == [[True, True], [True, True]]

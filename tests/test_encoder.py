@@ -21,15 +21,15 @@ def test_lora_and_a_head_train_on_real_text(
     assert SPEC is not None
     assert SPEC.origin is not None
     lines = (DATA / "dev.tsv").read_text().splitlines()
-    (tmp_path / "train.tsv").write_text("\n".join(lines[:65]) + "\n")
+    (tmp_path / "train.tsv").write_text("\n".join(lines[:33]) + "\n")
     argv = [
         *("--model_name_or_path", str(Path(SPEC.origin).parent / "model"), "--dtype", dtype),
         *("--task_type", "SEQ_CLS", "--lora_target_modules", "query", "value"),
         *("--train_file", str(tmp_path / "train.tsv"), "--prompt_template", "{sentence}"),
-        *("--eval_file", str(tmp_path / "train.tsv"), "--max_forward_passes", "480"),
+        *("--eval_file", str(tmp_path / "train.tsv"), "--max_forward_passes", "120"),
         *(
             "--per_device_train_batch_size",
-            "64",
+            "32",
             "--learning_rate",
             "0.03",
             "--noise",

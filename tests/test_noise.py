@@ -65,15 +65,17 @@ def bits(numbers: torch.Tensor) -> NDArray[np.uint32]:
 )
 def test_philox_gives_the_known_answers_of_random123(counter: str, seed: int, answer: str) -> None:
     given_words = [torch.tensor([int(word, 16)]) for word in counter.split()]
-    found = philox((given_words[0], given_words[1], given_words[2], given_words[3]), seed)
+    found = philox((given_words[0], given_words[1], given_words[2], given_words[3]), [seed])
     assert " ".join(f"{word.item():08x}" for word in found) == answer
 
 
 @given(st.lists(st.tuples(WORD, WORD, WORD, WORD), min_size=1, max_size=20), WORD, WORD)
 def test_philox_is_philox(counters: list[tuple[int, int, int, int]], low: int, high: int) -> None:
     c0, c1, c2, c3 = torch.tensor(counters).unbind(1)
-    found = torch.stack(philox((c0, c1, c2, c3), low + 2**32 * high), dim=1)
-    assert found.tolist() == [list(philox_of_python(c, (low, high))) for c in counters]
+    keys = [(low, high), (high, low)]
+    found = torch.stack(philox((c0, c1, c2, c3), [k0 + 2**32 * k1 for k0, k1 in keys]), dim=2)
+    expected = [[list(philox_of_python(c, key)) for c in counters] for key in keys]
+    assert found.tolist() == expected
 
 
 @given(SEED, st.sampled_from(NAMES), st.integers(0, 2**34))
@@ -164,7 +166,7 @@ def test_a_layout_holds_every_parameters_own_noise(
     edges = sorted({0, runs, *data.draw(st.lists(st.integers(0, runs), max_size=4))})
     flat = torch.cat(
         [
-            layout.noise(seed, ALIGNMENT * a, ALIGNMENT * b, distribution)
+            layout.noise([seed + 1, seed], ALIGNMENT * a, ALIGNMENT * b, distribution)[1]
             for a, b in itertools.pairwise(edges)
         ]
     )

@@ -1,6 +1,6 @@
 """AdapterSpace, its evaluator and its update: exact arithmetic, and no drift whatever happens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from zo_peft import Direction, UserError
 from zo_peft.checkpoint import load_state, load_tensors, save_state
-from zo_peft.evaluators import SequentialEvaluator
+from zo_peft.evaluators import Evaluator
 from zo_peft.loading import tuned_parameters
 from zo_peft.noise import Distribution, Layout, noise_block
 from zo_peft.objectives import Batch
@@ -83,7 +83,9 @@ def moved(start: Arrays, direction: Direction, kind: Distribution) -> Arrays:
     result = {}
     for name, value in start.items():
         result[name] = value
-        for term in displacement(name, value.shape, direction, kind):
+        seeds = [seed for seed, _ in direction.terms]
+        together = Direction(tuple(sorted(direction.terms, key=lambda t: seeds.index(t[0]))))
+        for term in displacement(name, value.shape, together, kind):
             result[name] = result[name] + term
     return result
 
@@ -135,7 +137,7 @@ def test_moves_add_up_over_all_chunks_of_a_long_parameter(distribution: Distribu
 def test_ten_thousand_evaluations_do_not_drift() -> None:
     model, space = make()
     start, buffers = arrays(space.tensors()), [buffer.clone() for buffer in space.buffers]
-    evaluator = SequentialEvaluator(model, space, PerExample())
+    evaluator = Evaluator(model, space, PerExample())
     batches = [{"x": torch.ones(2, 5)}]
     for seed in range(1000):
         evaluator([s * Direction.of(seed + i) for i in range(5) for s in (0.1, -0.1)], batches)
@@ -162,7 +164,7 @@ class Interrupted(PerExample):
 def test_an_evaluation_that_raises_leaves_theta_alone(after: int, error: BaseException) -> None:
     model, space = make()
     start = arrays(space.tensors())
-    evaluator = SequentialEvaluator(model, space, Interrupted(after, error))
+    evaluator = Evaluator(model, space, Interrupted(after, error))
     with pytest.raises(type(error)):
         evaluator([0.5 * Direction.of(s) for s in range(3)], [{"x": torch.ones(2, 5)}] * 2)
     assert is_at(model, space, start)
@@ -173,11 +175,13 @@ def noise_raises(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Call it with n: the noise of the n-th block from now on cannot be made any more."""
     noise, left = Layout.noise, [10**9]
 
-    def raising(self: Layout, seed: int, start: int, stop: int, kind: Distribution) -> Tensor:
+    def raising(
+        self: Layout, seeds: Sequence[int], start: int, stop: int, kind: Distribution
+    ) -> Tensor:
         left[0] -= 1
         if left[0] < 0:
             raise torch.OutOfMemoryError
-        return noise(self, seed, start, stop, kind)
+        return noise(self, seeds, start, stop, kind)
 
     monkeypatch.setattr(Layout, "noise", raising)
     monkeypatch.setattr(adapter, "CHUNK", 256)
@@ -205,7 +209,7 @@ def test_the_update_uses_the_noise_whose_loss_was_measured() -> None:
     """The published memory-saving code reseeds its generator for every tensor; see design.md."""
     model, space = make()
     start, objective = arrays(space.tensors()), PerExample()
-    evaluator, batches = SequentialEvaluator(model, space, objective), [{"x": torch.randn(4, 5)}]
+    evaluator, batches = Evaluator(model, space, objective), [{"x": torch.randn(4, 5)}]
     eps, rate = 0.125, 0.01
     estimate = run_step(mezo(5, eps), lambda points: evaluator(points, batches))
     plus, minus = objective.seen
@@ -349,7 +353,7 @@ def test_peft_saves_the_views_as_its_own_tensors(tmp_path: Path) -> None:
 def test_the_evaluator_means_over_examples_and_counts() -> None:
     model, space = make()
     start, objective = arrays(space.tensors()), PerExample()
-    evaluator = SequentialEvaluator(model, space, objective)
+    evaluator = Evaluator(model, space, objective)
     rng = np.random.default_rng(0)
     batches = [rng.normal(size=(rows, 5)).astype(np.float32) for rows in (1, 4, 2)]
     points = [0.1 * Direction.of(1), -0.2 * Direction.of(2)]

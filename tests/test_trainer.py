@@ -266,9 +266,11 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path: Path) -> None:
 
 
 def test_accumulated_micro_batches_are_one_larger_batch(tmp_path: Path) -> None:
-    one = make(tmp_path, per_device_train_batch_size=8, learning_rate=1e-3)
+    order: dict[str, Any] = {"train_sampling_strategy": "sequential"}
+    one = make(tmp_path, per_device_train_batch_size=8, learning_rate=1e-3, **order)
     two = make(
         tmp_path,
+        **order,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
         learning_rate=1e-3,

@@ -24,6 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "carry_best": False,
         "noise": "gaussian",
         "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "random",
     },
     "paper-greedy": {
         "strategy": "greedy",
@@ -31,11 +32,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "carry_best": False,
         "noise": "gaussian",
         "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "random",
     },
     "mezo": {
         "strategy": "mezo",
         "noise": "gaussian",
         "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "random",
     },
 }
 
@@ -100,6 +103,13 @@ class ZOConfig(TrainingArguments):
         default=False,
         metadata={"help": "greedy, gv: evaluate the last step's best candidate again."},
     )
+    candidates_per_forward: int | None = field(
+        default=None,
+        metadata={
+            "help": "The most candidates in one forward. Default: as many as keep the peak memory "
+            "within 1.05 of plain inference on the same batch, from shapes."
+        },
+    )
     zo_eps: float | None = field(
         default=None,
         metadata={"help": "Scale of the perturbations (epsilon). Default: by adapter type."},
@@ -134,6 +144,10 @@ class ZOConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments for from_pretrained when the model is a name."},
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={"help": "As in transformers; examples of like length share a batch by default."},
     )
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many steps (below 1: a share of the run)."}
@@ -204,7 +218,13 @@ def _check(config: ZOConfig) -> None:
     for name, default in ((f.name, f.default) for f in fields(config) if f.name in REFUSED):
         if getattr(config, name) not in (None, False, default):
             raise UserError(f"{name} is not for forward-only tuning: {REFUSED[name]}")
-    for name in ("zo_eps", "learning_rate", "max_forward_passes", "max_length"):
+    for name in (
+        "zo_eps",
+        "learning_rate",
+        "max_forward_passes",
+        "max_length",
+        "candidates_per_forward",
+    ):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name}={value}; it must be positive and finite")

@@ -8,7 +8,7 @@ under `seed` is a pure function of the three. The generator is Philox4x32-10 (Sa
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -22,7 +22,7 @@ NUMBERS_PER_COUNTER: dict[str, int] = {"gaussian": 4, "rademacher": 128}
 #: Every parameter of a `Layout` starts at a multiple of this: whole counters, whatever the noise.
 ALIGNMENT = 128
 
-#: Numbers made at a time; bounds the scratch memory (about 60 bytes a number) of large adapters.
+#: Numbers to make at a time; bounds the scratch memory (about 60 bytes a number) of large adapters.
 CHUNK = 1 << 18
 
 _MASK = 0xFFFFFFFF
@@ -40,25 +40,30 @@ def _name_words(name: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of int64 tensors that hold uint32 values; returns four of the same kind.
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seeds: Sequence[int]) -> list[Tensor]:
+    """Philox4x32-10 of int64 tensors [C] that hold uint32 values; four like them [seeds, C].
 
     The 64-bit products wrap in int64, which leaves all their bits right.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(10):
+    device = counter[0].device
+    # A copy from pinned memory does not wait for the device.
+    keys = torch.tensor(seeds, dtype=torch.uint64, pin_memory=device.type == "cuda")
+    keys = keys.view(torch.int64).to(device, non_blocking=True)
+    rounds = torch.arange(10, device=device)[:, None, None]
+    keys0 = ((keys[:, None] & _MASK) + rounds * 0x9E3779B9) & _MASK
+    keys1 = ((keys[:, None] >> 32 & _MASK) + rounds * 0xBB67AE85) & _MASK
+    c0, c1, c2, c3 = (c.expand(len(seeds), -1) for c in counter)
+    for k0, k1 in zip(keys0.unbind(), keys1.unbind()):
         p0 = c0 * 0xD2511F53
         p1 = c2 * 0xCD9E8D57
         c0 = (p1 >> 32).bitwise_and_(_MASK).bitwise_xor_(c1).bitwise_xor_(k0)
         c2 = (p0 >> 32).bitwise_and_(_MASK).bitwise_xor_(c3).bitwise_xor_(k1)
         c1 = p1.bitwise_and_(_MASK)
         c3 = p0.bitwise_and_(_MASK)
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return c0, c1, c2, c3
+    return [c0, c1, c2, c3]
 
 
-def _gaussian(words: tuple[Tensor, ...]) -> Tensor:
+def _gaussian(words: list[Tensor]) -> Tensor:
     """Four N(0, 1) float32 numbers a counter, by Box-Muller on pairs of words."""
     numbers = []
     for radius_word, angle_word in (words[:2], words[2:]):
@@ -66,18 +71,20 @@ def _gaussian(words: tuple[Tensor, ...]) -> Tensor:
         radius = (radius_word + 1).float().mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
         angle = angle_word.float().mul_(2.0 * math.pi * 2.0**-32)
         numbers += [radius * angle.cos(), angle.sin_().mul_(radius)]
-    return torch.stack(numbers, dim=-1).flatten()
+    return torch.stack(numbers, dim=-1).flatten(1)
 
 
-def _rademacher(words: tuple[Tensor, ...]) -> Tensor:
+def _rademacher(words: list[Tensor]) -> Tensor:
     """128 signs (+1 or -1, float32) a counter, one for each bit of its words."""
     bits = torch.arange(32, device=words[0].device)
     grid = torch.stack(words, dim=-1).unsqueeze(-1) >> bits
-    return grid.bitwise_and_(1).flatten().float().mul_(2.0).sub_(1.0)
+    return grid.bitwise_and_(1).flatten(1).float().mul_(2.0).sub_(1.0)
 
 
-def _numbers(blocks: Tensor, low: Tensor, high: Tensor, seed: int, distribution: str) -> Tensor:
-    words = philox((blocks & _MASK, blocks >> 32, low, high), seed)
+def _numbers(
+    blocks: Tensor, low: Tensor, high: Tensor, seeds: Sequence[int], distribution: Distribution
+) -> Tensor:
+    words = philox((blocks & _MASK, blocks >> 32, low, high), seeds)
     return _gaussian(words) if distribution == "gaussian" else _rademacher(words)
 
 
@@ -94,7 +101,7 @@ def noise_block(
     first = start // per_counter
     blocks = torch.arange(first, -(-stop // per_counter), device=device)
     low, high = (torch.full_like(blocks, word) for word in _name_words(name))
-    numbers = _numbers(blocks, low, high, seed, distribution)
+    numbers = _numbers(blocks, low, high, [seed], distribution)[0]
     return numbers[start - first * per_counter : stop - first * per_counter]
 
 
@@ -119,10 +126,12 @@ class Layout:
         per_run = torch.tensor(words).reshape(-1, 3).repeat_interleave(torch.tensor(runs), dim=0)
         self._start, self._low, self._high = per_run.to(device).unbind(1)
 
-    def noise(self, seed: int, start: int, stop: int, distribution: Distribution) -> Tensor:
-        """The noise of `flat[start:stop]`, both multiples of `ALIGNMENT`: float32, 1-D."""
+    def noise(
+        self, seeds: Sequence[int], start: int, stop: int, distribution: Distribution
+    ) -> Tensor:
+        """Noise of `flat[start:stop]`, multiples of `ALIGNMENT`: float32 [seeds, stop - start]."""
         per_counter = NUMBERS_PER_COUNTER[distribution]
         index = torch.arange(start, stop, per_counter, device=self._start.device)
         run = index // ALIGNMENT
         blocks = (index - self._start[run]) // per_counter
-        return _numbers(blocks, self._low[run], self._high[run], seed, distribution)
+        return _numbers(blocks, self._low[run], self._high[run], seeds, distribution)

@@ -3,7 +3,8 @@
 Each has `losses(model, batch) -> [B]` for training and
 `predict(model, batch) -> (losses [B], predictions, references)` for evaluation, where accuracy is
 the share of predictions that equal their reference (references of -100 do not count). All losses
-are natural-log cross entropies in float32.
+are natural-log cross entropies in float32. `repeated(batch, times)` is what lets many candidates
+share a forward: an objective that calls the model once, on all rows of the batch, may have it.
 """
 
 from collections.abc import Iterator
@@ -51,45 +52,65 @@ def _only_positions(model: nn.Module, rows: Tensor, positions: Tensor, length: i
         handle.remove()
 
 
-def labelled_logits(model: nn.Module, batch: Batch, rows: Tensor, positions: Tensor) -> Tensor:
-    """Next-token logits at the given positions of `batch["input_ids"]` [R, L]: float32 [N, V]."""
-    input_ids = batch["input_ids"]
-    with _only_positions(model, rows, positions, input_ids.shape[1]):
-        logits = model(
-            input_ids=input_ids, attention_mask=batch["attention_mask"], use_cache=False
-        ).logits
+def labelled_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Next-token logits at the N positions (`rows`, `positions`) of a batch: float32 [N, V]."""
+    rows, positions, length = batch["rows"], batch["positions"], batch["input_ids"].shape[1]
+    with _only_positions(model, rows, positions, length):
+        logits = model(**_inputs(model, batch), use_cache=False).logits
     if logits.dim() == 3:  # a model that applies its head without calling the module
-        logits = logits[rows, positions + logits.shape[1] - input_ids.shape[1]]
+        logits = logits[rows, positions + logits.shape[1] - length]
     return logits.float()
 
 
-def _spread(values: Tensor, batch: Batch) -> Tensor:
-    """Values of the scored tokens [N] on the grid of their rows and positions [R, L], else zero."""
-    grid = values.new_zeros(batch["input_ids"].shape)
-    grid[batch["rows"], batch["positions"]] = values
-    return grid
+def _inputs(model: nn.Module, batch: Batch) -> Batch:
+    """What the model is called with; see `zo_peft.data.Collator` for the forms of a batch."""
+    inputs: Batch = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    if "segments" in batch:
+        dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        inputs["attention_mask"] = _segment_mask(batch["segments"], dtype)
+        inputs["position_ids"] = batch["position_ids"]
+    return inputs
+
+
+def _segment_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """The additive attention mask [B, 1, T, T] of prompts (segment 0) with options behind them.
+
+    Causal, and each option sees its prompt and itself alone.
+    """
+    to, start = segments[:, None, :, None], segments[:, None, None, :]
+    earlier = torch.ones(*segments.shape[1:] * 2, dtype=torch.bool, device=segments.device).tril()
+    seen = earlier & ((start == 0) | (start == to))
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+        ~seen, torch.finfo(dtype).min
+    )
 
 
 class CompletionObjective:
     """Language modelling on the completion: mean negative log-likelihood of its tokens.
 
-    Batch: `input_ids`, `attention_mask` [B, L], `labels` [B, L] (-100 outside the completion), and
-    where the N scored tokens are predicted: `rows`, `positions`, `tokens` [N].
+    Batch: `labels` [B, L] (-100 outside the completion), the inputs [B, L], and where the N scored
+    tokens are predicted: `rows`, `positions`, `tokens` [N].
     """
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """One loss per example, float32, shape [B]."""
-        return self.predict(model, batch)[0]
+        return self._means(labelled_logits(model, batch), batch)
 
     def predict(self, model: nn.Module, batch: Batch) -> Prediction:
         """Losses [B]; the likeliest next tokens and the true ones [B, L - 1], -100 elsewhere."""
-        logits = labelled_logits(model, batch, batch["rows"], batch["positions"])
-        nll = F.cross_entropy(logits, batch["tokens"], reduction="none")
+        logits = labelled_logits(model, batch)
         labels = batch["labels"][:, 1:]
-        losses = _spread(nll, batch).sum(dim=1) / (labels != IGNORE_INDEX).sum(dim=1)
         predictions = torch.full_like(labels, IGNORE_INDEX)
         predictions[batch["rows"], batch["positions"]] = logits.argmax(dim=-1)
-        return losses, predictions, labels
+        return self._means(logits, batch), predictions, labels
+
+    def repeated(self, batch: Batch, times: int) -> Batch:
+        """The batch `times` times over."""
+        return _repeated(batch, times, {"rows": len(batch["labels"])})
+
+    def _means(self, logits: Tensor, batch: Batch) -> Tensor:
+        nll = F.cross_entropy(logits, batch["tokens"], reduction="none")
+        return _mean_by(batch["rows"], nll, len(batch["labels"]))
 
 
 class OptionObjective:
@@ -98,10 +119,10 @@ class OptionObjective:
     An option's score is the mean log-likelihood of its tokens; the loss is the cross entropy of the
     scores over an example's options (MeZO, arXiv:2305.17333, appendix on training details).
 
-    Batch: `labels` [B], and either, where every option is one token, the prompts as `input_ids`
-    [B, L] with `rows`, `positions` (of the last prompt token) [B] and `option_tokens` [B, K]; or
-    every option behind its prompt as `input_ids` [R, L] with `rows`, `positions`, `tokens` [N] and
-    `option_rows` [B, K], the row of each option (-1: the example has fewer).
+    Batch: `labels` [B] and the inputs. Where every option is one token: `rows`, `positions` (of the
+    last prompt token) [B] and `option_tokens` [B, K]. Else, where the N tokens of the options are
+    predicted: `rows`, `positions`, `tokens` and `token_options` [N] (the option of each token,
+    counted through [B, K]), and `is_option` [B, K] (False: the example has fewer).
     """
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -115,15 +136,21 @@ class OptionObjective:
         return losses, scores.argmax(dim=-1), batch["labels"]
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean log-likelihood of each option, float32 [B, K]; -inf where there is none."""
-        log_probs = labelled_logits(model, batch, batch["rows"], batch["positions"]).log_softmax(-1)
+        """Log-likelihoods up to a constant of the example, float32 [B, K]; -inf: no option."""
+        logits = labelled_logits(model, batch)
         if "option_tokens" in batch:
-            return log_probs.gather(1, batch["option_tokens"])
-        likelihoods = log_probs.gather(1, batch["tokens"][:, None]).squeeze(1)
-        counts = _spread(torch.ones_like(likelihoods), batch).sum(dim=1)
-        means = _spread(likelihoods, batch).sum(dim=1) / counts
-        scores = means[batch["option_rows"].clamp(min=0)]
-        return scores.masked_fill(batch["option_rows"] < 0, -torch.inf)
+            return logits.gather(1, batch["option_tokens"])
+        is_option = batch["is_option"]
+        nll = F.cross_entropy(logits, batch["tokens"], reduction="none")
+        means = _mean_by(batch["token_options"], nll, is_option.numel()).view_as(is_option)
+        return (-means).masked_fill(~is_option, -torch.inf)
+
+    def repeated(self, batch: Batch, times: int) -> Batch:
+        """The batch `times` times over."""
+        counts = {"rows": len(batch["input_ids"])}
+        if "is_option" in batch:
+            counts["token_options"] = batch["is_option"].numel()
+        return _repeated(batch, times, counts)
 
 
 class ClassificationObjective:
@@ -141,3 +168,24 @@ class ClassificationObjective:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         losses = F.cross_entropy(logits.float(), batch["labels"], reduction="none")
         return losses, logits.argmax(dim=-1), batch["labels"]
+
+    def repeated(self, batch: Batch, times: int) -> Batch:
+        """The batch `times` times over."""
+        return _repeated(batch, times, {})
+
+
+def _mean_by(groups: Tensor, values: Tensor, count: int) -> Tensor:
+    """The mean of the values [N] of each group, float32 [count]; NaN for a group without any."""
+    member = groups == torch.arange(count, device=groups.device)[:, None]
+    return torch.where(member, values, 0.0).sum(dim=1) / member.sum(dim=1)
+
+
+def _repeated(batch: Batch, times: int, counts: dict[str, int]) -> Batch:
+    """Every tensor `times` times over; indices (named in `counts`) into each copy's own part."""
+    copies = {}
+    for name, tensor in batch.items():
+        copies[name] = tensor.repeat(times, *[1] * (tensor.dim() - 1))
+        if name in counts:
+            start = counts[name] * torch.arange(times, device=tensor.device)
+            copies[name] += start.repeat_interleave(len(tensor))
+    return copies

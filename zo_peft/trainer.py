@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from peft import PeftConfig, PeftModel, PeftType, TaskType
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import (
     EvalPrediction,
     PreTrainedModel,
@@ -19,15 +20,16 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy
 
 from zo_peft import checkpoint, strategies
 from zo_peft.card import write_model_card
 from zo_peft.config import ZOConfig
-from zo_peft.data import Collator, Tokenization, tokenize_dataset
+from zo_peft.data import Collator, Tokenization, collator_for, tokenize_dataset
 from zo_peft.direction import Direction
 from zo_peft.errors import NonFiniteLossError, UserError
-from zo_peft.evaluators import SequentialEvaluator
+from zo_peft.evaluators import Evaluator
 from zo_peft.loading import (
     add_adapter,
     context_length,
@@ -124,13 +126,16 @@ class ZOTrainer(Trainer):
             callbacks=callbacks,
         )
         self._signature_columns = FEATURES
+        if data_collator is None:
+            model.eval()
+            self.data_collator = collator_for(model, tokenizer.pad_token_id, self.objective)
         if peft_config is not None and peft_config.peft_type == PeftType.PREFIX_TUNING and train:
             self._start_prefix(train)
         eps, learning_rate = DEFAULTS.get(_peft_type(model), DEFAULTS[PeftType.LORA])
         self._eps = args.zo_eps = args.zo_eps or eps
         self._learning_rate = args.learning_rate = args.learning_rate or learning_rate
         self.space = AdapterSpace(tuned_parameters(model, args.tunable), args.noise)
-        self.evaluator = SequentialEvaluator(model, self.space, self.objective)
+        self.evaluator = Evaluator(model, self.space, self.objective, args.candidates_per_forward)
         self.summary: dict[str, Any] = {}
         self._micro_batches: list[Batch] = []
         self._elite: int | None = None
@@ -144,6 +149,12 @@ class ZOTrainer(Trainer):
         pool = torch.tensor(first.get("prompt_ids") or first["input_ids"])
         choice = torch.randint(len(pool), (config.num_virtual_tokens,))
         start_prefix_from_tokens(self.model, pool[choice])
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            return EpochSampler(sampler, self.args.data_seed or self.args.seed)
+        return sampler
 
     # ---- The step -------------------------------------------------------------------------------
 
@@ -281,6 +292,7 @@ class ZOTrainer(Trainer):
         state = {
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "elite": self._elite,
+            "candidates_per_forward": self.evaluator.candidates_per_forward,
             "forward_passes": self.evaluator.forward_passes,
             "examples_forwarded": self.evaluator.examples_forwarded,
         }
@@ -294,6 +306,7 @@ class ZOTrainer(Trainer):
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
             group["lr"] = lr
         self._elite = state["elite"]
+        self.evaluator.candidates_per_forward = state["candidates_per_forward"]
         self.evaluator.forward_passes = state["forward_passes"]
         self.evaluator.examples_forwarded = state["examples_forwarded"]
 
@@ -316,6 +329,25 @@ class ZOTrainer(Trainer):
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:
             checkpoint.load_rng_state(checkpoint_folder)
+
+
+class EpochSampler(Sampler[int]):
+    """A sampler whose order depends on seed and epoch alone, so that a resumed epoch has it too."""
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        seed = derive_seed(self.seed, self.epoch)
+        self.sampler.generator = torch.Generator().manual_seed(seed)
+        return iter(self.sampler)
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

@@ -9,8 +9,15 @@ An example has one of these forms (the columns of the data set that `ZOTrainer` 
 * `input_ids`, `labels`: already tokenized, with -100 (or one class index) as transformers has it.
 """
 
-from zo_peft.data.collate import Collator
+from zo_peft.data.collate import Collator, collator_for
 from zo_peft.data.examples import make_examples, read_rows
 from zo_peft.data.tokenize import Tokenization, tokenize_dataset
 
-__all__ = ["Collator", "Tokenization", "make_examples", "read_rows", "tokenize_dataset"]
+__all__ = [
+    "Collator",
+    "Tokenization",
+    "collator_for",
+    "make_examples",
+    "read_rows",
+    "tokenize_dataset",
+]

@@ -1,14 +1,21 @@
 """Features to padded batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from zo_peft.objectives import IGNORE_INDEX, Batch
+from zo_peft.objectives import (
+    IGNORE_INDEX,
+    Batch,
+    ClassificationObjective,
+    Objective,
+    OptionObjective,
+)
 
 Features = Sequence[dict[str, Any]]
 
@@ -17,80 +24,152 @@ Features = Sequence[dict[str, Any]]
 class Collator:
     """Pads features on the right, to the longest of the batch, into a batch of their objective.
 
+    The inputs of a batch are `input_ids` [R, L], and `attention_mask` [R, L] unless `is_causal`.
+    With `shares_prompts`, options of several tokens stand behind their one prompt, as `input_ids`,
+    `position_ids` and `segments` [B, L] (0: the prompt; 1 and on: an option).
+
     `labels` comes first in every batch and has one row per example, so that transformers counts
     examples and not rows.
+
+    Attributes:
+        is_causal: the model's outputs do not depend on later tokens, so padding needs no mask.
+        shares_prompts: it takes position ids and masks of four dimensions (and `is_causal`).
     """
 
     pad_token_id: int
+    is_causal: bool = False
+    shares_prompts: bool = False
 
     def __call__(self, features: Features) -> Batch:
         """A batch for `OptionObjective`, `ClassificationObjective` or `CompletionObjective`."""
         if "option_ids" in features[0]:
-            if all(len(o) == 1 for f in features for o in f["option_ids"]) and _same_count(
-                features
-            ):
-                return self._single_token_options(features)
-            return self._options(features)
-        labels = [feature["labels"] for feature in features]
-        if isinstance(labels[0], int):
-            return {
-                "labels": torch.tensor(labels),
-                **self._inputs([f["input_ids"] for f in features]),
-            }
-        return {
-            "labels": pad_sequence(
-                [torch.as_tensor(row) for row in labels], True, padding_value=IGNORE_INDEX
-            ),
-            **self._inputs([f["input_ids"] for f in features]),
-            **_scored([torch.as_tensor(row) for row in labels]),
-        }
+            right = torch.tensor([feature["label"] for feature in features])
+            counts = {len(feature["option_ids"]) for feature in features}
+            if len(counts) == 1 and all(len(o) == 1 for f in features for o in f["option_ids"]):
+                return {"labels": right, **self._one_token_options(features)}
+            return {"labels": right, **self._options(features, max(counts))}
+        inputs = self._inputs([feature["input_ids"] for feature in features])
+        labels = [torch.as_tensor(feature["labels"]) for feature in features]
+        if labels[0].dim() == 0:
+            return {"labels": torch.stack(labels), **inputs}
+        padded = pad_sequence(labels, True, padding_value=IGNORE_INDEX)
+        rows, positions = (padded[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        scored = {"rows": rows, "positions": positions, "tokens": padded[rows, positions + 1]}
+        return {"labels": padded, **inputs, **scored}
 
     def _inputs(self, sequences: Sequence[Sequence[int]]) -> Batch:
         ids = [torch.as_tensor(sequence) for sequence in sequences]
-        return {
-            "input_ids": pad_sequence(ids, True, padding_value=self.pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True),
-        }
+        inputs = {"input_ids": pad_sequence(ids, True, padding_value=self.pad_token_id)}
+        if not self.is_causal:
+            inputs["attention_mask"] = pad_sequence([torch.ones_like(row) for row in ids], True)
+        return inputs
 
-    def _single_token_options(self, features: Features) -> Batch:
+    def _one_token_options(self, features: Features) -> Batch:
         prompts = [feature["prompt_ids"] for feature in features]
+        options = [[option[0] for option in feature["option_ids"]] for feature in features]
         return {
-            "labels": torch.tensor([feature["label"] for feature in features]),
             **self._inputs(prompts),
             "rows": torch.arange(len(prompts)),
             "positions": torch.tensor([len(prompt) - 1 for prompt in prompts]),
-            "option_tokens": torch.tensor(
-                [[option[0] for option in f["option_ids"]] for f in features]
-            ),
+            "option_tokens": torch.tensor(options),
         }
 
-    def _options(self, features: Features) -> Batch:
-        sequences: list[list[int]] = []
-        labels, option_rows = [], []
-        for feature in features:
-            first = len(sequences)
-            for option in feature["option_ids"]:
-                sequences.append(feature["prompt_ids"] + option)
-                prompt_labels = [IGNORE_INDEX] * len(feature["prompt_ids"])
-                labels.append(torch.tensor(prompt_labels + option))
-            option_rows.append(torch.arange(first, len(sequences)))
+    def _options(self, features: Features, width: int) -> Batch:
+        """Options behind their prompts, without their last tokens, which predict nothing."""
+        sequences: list[_Sequence] = []
+        scored: list[tuple[int, int, int, int]] = []
+        for number, feature in enumerate(features):
+            prompt = feature["prompt_ids"]
+            for index, option in enumerate(feature["option_ids"]):
+                if index == 0 or not self.shares_prompts:
+                    sequences.append(_Sequence(prompt))
+                sequence, row = sequences[-1], len(sequences) - 1
+                positions = sequence.append(option[:-1], index + 1)
+                where = number * width + index
+                scored += [
+                    (row, position, token, where)
+                    for position, token in zip([len(prompt) - 1, *positions], option)
+                ]
+        names = ("rows", "positions", "tokens", "token_options")
+        counts = torch.tensor([len(feature["option_ids"]) for feature in features])
         return {
-            "labels": torch.tensor([feature["label"] for feature in features]),
-            **self._inputs(sequences),
-            **_scored(labels),
-            "option_rows": pad_sequence(option_rows, True, padding_value=-1),
+            **self._sequences(sequences),
+            **dict(zip(names, torch.tensor(scored).unbind(1))),
+            "is_option": torch.arange(width) < counts[:, None],
         }
 
+    def _sequences(self, sequences: Sequence["_Sequence"]) -> Batch:
+        inputs = self._inputs([sequence.ids for sequence in sequences])
+        if not self.shares_prompts:
+            return inputs
+        for name in ("position_ids", "segments"):
+            rows = [torch.tensor(getattr(sequence, name)) for sequence in sequences]
+            inputs[name] = pad_sequence(rows, True)
+        return inputs
 
-def _same_count(features: Features) -> bool:
-    return len({len(feature["option_ids"]) for feature in features}) == 1
+
+class _Sequence:
+    """Token ids of a prompt, with the options behind it that share it."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self.prompt_length = len(prompt)
+        self.ids = list(prompt)
+        self.position_ids = list(range(len(prompt)))
+        self.segments = [0] * len(prompt)
+
+    def append(self, option: Sequence[int], segment: int) -> range:
+        """The positions that the option takes."""
+        first = len(self.ids)
+        self.ids += option
+        self.position_ids += range(self.prompt_length, self.prompt_length + len(option))
+        self.segments += [segment] * len(option)
+        return range(first, len(self.ids))
 
 
-def _scored(labels: Sequence[Tensor]) -> Batch:
-    """Where each labelled token is predicted (the position before it), and which it is."""
-    where = [(row[1:] != IGNORE_INDEX).nonzero().squeeze(1) for row in labels]
-    return {
-        "rows": torch.cat([torch.full_like(p, row) for row, p in enumerate(where)]),
-        "positions": torch.cat(where),
-        "tokens": torch.cat([row[1:][p] for row, p in zip(labels, where)]),
-    }
+#: A few token ids that every vocabulary has.
+_SOME_IDS = [5, 6, 7, 8, 9, 10]
+
+
+@torch.no_grad()
+def collator_for(model: PeftModel, pad_token_id: int, objective: Objective) -> Collator:
+    """The collator that spares a model what it does not need, as tried on a few tokens.
+
+    Whether its logits depend on later tokens, and whether options that stand behind one prompt
+    score as they do behind one each, is found out by forwards of a dozen tokens.
+    """
+    collator = Collator(pad_token_id)
+    if isinstance(objective, ClassificationObjective) or not _is_causal(model):
+        return collator
+    collator = replace(collator, is_causal=True)
+    sharing = replace(collator, shares_prompts=True)
+    if isinstance(objective, OptionObjective) and _scores_alike(
+        model, objective, collator, sharing
+    ):
+        return sharing
+    return collator
+
+
+def _is_causal(model: PeftModel) -> bool:
+    def logits(ending: list[int]) -> Tensor:
+        ids = torch.tensor([_SOME_IDS + ending], device=model.device)
+        return model(input_ids=ids, use_cache=False).logits[:, : -len(ending)]
+
+    return torch.equal(logits(_SOME_IDS), logits(_SOME_IDS[::-1]))
+
+
+def _scores_alike(model: PeftModel, objective: OptionObjective, *collators: Collator) -> bool:
+    # PEFT puts a mask of two dimensions before that of the batch.
+    if model.active_peft_config.is_prompt_learning:
+        return False
+    options = [_SOME_IDS[:3], _SOME_IDS[2:], _SOME_IDS[4:]]
+    features = [{"prompt_ids": _SOME_IDS, "option_ids": options, "label": 0}]
+    batches = [collator(features) for collator in collators]
+    try:
+        first, second = (
+            objective.scores(model, {name: t.to(model.device) for name, t in batch.items()})
+            for batch in batches
+        )
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    exact = model.get_base_model().dtype == torch.float32
+    return torch.allclose(first, second, rtol=1e-4 if exact else 2e-2)

@@ -1,6 +1,6 @@
 """The adapter's parameters as a space: `theta` in one flat float32 buffer, perturbed on a copy."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from zo_peft.direction import Direction
 from zo_peft.errors import UserError
 from zo_peft.noise import CHUNK, Distribution, Layout
+from zo_peft.spaces.lanes import Lanes
 
 
 class _Flat:
@@ -23,12 +24,30 @@ class _Flat:
         for name, parameter in parameters.items():
             parameter.data = self.live[self.layout.slices[name]].view(parameter.shape)
 
-    def add(self, into: Tensor, direction: Direction, distribution: Distribution) -> None:
-        """`into += direction`; product and sum round separately, alike on every device."""
-        for start in range(0, self.layout.numel, CHUNK):
-            stop = min(start + CHUNK, self.layout.numel)
+    def add(
+        self, into: Tensor, directions: Sequence[Direction], distribution: Distribution
+    ) -> None:
+        """Add each direction to its row of `into` [rows, numel]; noise they share is made once.
+
+        Product and sum round separately, alike on every device; a seed's terms go one by one.
+        """
+        rows: dict[int, list[tuple[int, float]]] = {}
+        for row, direction in enumerate(directions):
             for seed, weight in direction.terms:
-                into[start:stop] += self.layout.noise(seed, start, stop, distribution).mul_(weight)
+                rows.setdefault(seed, []).append((row, weight))
+        width = min(CHUNK, self.layout.numel)
+        for start in range(0, self.layout.numel, width):
+            stop = min(start + width, self.layout.numel)
+            for seeds in _grouped(list(rows), CHUNK // width):
+                noises = self.layout.noise(seeds, start, stop, distribution)
+                for seed, noise in zip(seeds, noises):
+                    for row, weight in rows[seed]:
+                        into[row, start:stop] += noise * weight
+
+
+def _grouped(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for first in range(0, len(seeds), size):
+        yield seeds[first : first + size]
 
 
 class AdapterSpace:
@@ -40,6 +59,10 @@ class AdapterSpace:
     Args:
         parameters: the tuned parameters by name, floating point. They may lie on several devices.
         distribution: of the noise.
+
+    Attributes:
+        parameters: as given.
+        numel: how many numbers are tuned.
 
     Raises:
         UserError: a parameter is not floating point, or there is none.
@@ -58,7 +81,7 @@ class AdapterSpace:
         for name, parameter in parameters.items():
             by_device.setdefault(parameter.device, {})[name] = parameter
         self._flats = [_Flat(group, device) for device, group in by_device.items()]
-        self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self.parameters = dict(parameters)
         self.numel = sum(parameter.numel() for parameter in parameters.values())
 
     @property
@@ -71,10 +94,22 @@ class AdapterSpace:
         """Within the context the model is at `theta + displacement`; after it, at `theta` again."""
         try:
             for flat in self._flats:
-                flat.add(flat.live.copy_(flat.theta), displacement, self.distribution)
+                flat.live.copy_(flat.theta)
+                flat.add(flat.live[None], [displacement], self.distribution)
             yield
         finally:
             self._restore()
+
+    def lanes(self, displacements: Sequence[Direction]) -> Lanes:
+        """Each parameter at `theta` plus every displacement, for all in one forward."""
+        values: dict[Tensor, Tensor] = {}
+        for flat in self._flats:
+            points = flat.theta.repeat(len(displacements), 1)
+            flat.add(points, displacements, self.distribution)
+            for name, where in flat.layout.slices.items():
+                parameter = self.parameters[name]
+                values[parameter] = points[:, where].view(-1, *parameter.shape)
+        return Lanes(values, len(displacements))
 
     def move(self, displacement: Direction, shrink: Mapping[str, float] | None = None) -> None:
         """`theta <- theta + displacement`; `shrink` first multiplies the parameters it names."""
@@ -84,7 +119,7 @@ class AdapterSpace:
                 for name, factor in (shrink or {}).items():
                     if name in flat.layout.slices:
                         flat.live[flat.layout.slices[name]] *= factor
-                flat.add(flat.live, displacement, self.distribution)
+                flat.add(flat.live[None], [displacement], self.distribution)
         except BaseException:
             self._restore()
             raise
@@ -94,7 +129,7 @@ class AdapterSpace:
     def tensors(self) -> dict[str, Tensor]:
         """`theta` by parameter name and in its shape; views, not copies."""
         return {
-            name: flat.theta[where].view(self._shapes[name])
+            name: flat.theta[where].view(self.parameters[name].shape)
             for flat in self._flats
             for name, where in flat.layout.slices.items()
         }
