@@ -11,6 +11,7 @@ in a process for each side: the resident set on a CPU, the allocator's peak on C
 
     python scripts/bench_step.py                    # the table of docs/benchmarks.md
     python scripts/bench_step.py --rows "OPT-125M"  # rows whose names contain this
+    python scripts/bench_step.py --deviations       # losses in one forward against one by one
 """
 
 import argparse
@@ -31,9 +32,12 @@ import torch
 import torch.nn.functional as F
 from datasets import disable_progress_bars
 from peft import LoraConfig
+from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     LlamaConfig,
     OPTConfig,
     PreTrainedConfig,
@@ -42,11 +46,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from zo_peft import ZOConfig, ZOTrainer
+from zo_peft import Direction, ZOConfig, ZOTrainer
 from zo_peft.loading import quantization_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LABEL_TOKENS = (10, 11)
+EMBEDDED = Path(__file__).parent.parent / "zo_peft" / "embedded" / "model"
 EPS = 1e-2
 
 SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -66,9 +71,7 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
         num_key_value_heads=8,
         tie_word_embeddings=True,
     ),
-    "embedded": lambda: LlamaConfig.from_pretrained(
-        Path(__file__).parent.parent / "zo_peft" / "embedded" / "model"
-    ),
+    "embedded": lambda: LlamaConfig.from_pretrained(EMBEDDED),
 }
 
 
@@ -89,7 +92,7 @@ class Row:
     candidates: int = 8
     top: float = 1.0
     candidates_per_forward: int | None = None
-    steps: int = 3
+    steps: int = 2
 
     @property
     def name(self) -> str:
@@ -104,10 +107,11 @@ class Row:
 
 CPU_ROWS = [
     Row("OPT-125M"),
-    Row("Llama, 128k vocabulary, 4 layers"),
+    Row("Llama, 128k vocabulary, 4 layers", steps=1),
     Row("OPT-125M", "int8", batch=4),
     Row("OPT-125M", "nf4", batch=4),
-    Row("embedded", batch=4, candidates=16, steps=15),
+    Row("embedded", "int8", batch=4, length=26, candidates=16, steps=15),
+    Row("embedded", batch=4, length=26, candidates=16, steps=15),
     Row("OPT-125M", top=0.25),
     Row("OPT-125M", "bfloat16"),
 ]
@@ -139,14 +143,10 @@ def load(row: Row) -> PreTrainedModel:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer in name only: the prompts are made of token ids."""
-    from tokenizers import Tokenizer, models
-
-    words = {f"w{index}": index for index in range(900)}
+    words = {"<pad>": 1, "</s>": 2, **{f"w{index}": index for index in (0, *range(3, 900))}}
     core = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    from tokenizers.pre_tokenizers import Whitespace
-
-    core.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="w1", eos_token="w2")
+    core.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>")
 
 
 def examples(row: Row) -> list[dict[str, Any]]:
@@ -161,8 +161,12 @@ def examples(row: Row) -> list[dict[str, Any]]:
 
 
 def make_trainer(row: Row, folder: str) -> ZOTrainer:
+    """A trainer on the row's shape."""
+    return trainer_on(load(row), row, folder)
+
+
+def trainer_on(model: PreTrainedModel, row: Row, folder: str) -> ZOTrainer:
     """A trainer of LoRA r=8 on query and value; B starts as noise, so that no work is by zeros."""
-    model = load(row)
     layers = model.config.num_hidden_layers
     first = layers - round(layers * row.top)
     lora = LoraConfig(
@@ -303,12 +307,48 @@ def measure_memory(row: Row, what: str) -> int:
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
             before = psutil.Process().memory_info().rss
         with torch.no_grad():
-            for _ in range(3):
-                action()
+            action()
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated() - before
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 - before
+
+
+def print_deviations() -> None:
+    """How far losses of candidates that share a forward are from one by one, on embedded weights.
+
+    With outliers: three channels of every layer norm are 50 times as large, so that LLM.int8()
+    finds outlier columns at its default threshold.
+    """
+    print("| base | largest relative deviation of a loss | of the candidates' spread |")
+    print("| --- | --- | --- |")
+    formats: dict[str, tuple[BitsAndBytesConfig | None, bool]] = {
+        "float32": (None, False),
+        "nf4": (quantization_config(False, True), False),
+        "int8": (quantization_config(True, False), False),
+        "int8, outliers": (quantization_config(True, False), True),
+        "int8, outliers, llm_int8_threshold=0": (
+            BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0),
+            True,
+        ),
+    }
+    for name, (quantization, outliers) in formats.items():
+        model = AutoModelForCausalLM.from_pretrained(
+            EMBEDDED, quantization_config=quantization, device_map={"": DEVICE}
+        )
+        if outliers:
+            for layer in model.model.layers:
+                layer.input_layernorm.weight.data[:3] *= 50
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = trainer_on(model, Row("embedded", batch=8, length=26), folder)
+            batch = {key: value.to(DEVICE) for key, value in trainer.batch.items()}
+            points = [EPS * Direction.of(seed) for seed in range(16)]
+            trainer.evaluator.candidates_per_forward = 1
+            one = torch.tensor(trainer.evaluator(points, [batch]))
+            trainer.evaluator.candidates_per_forward = len(points)
+            many = torch.tensor(trainer.evaluator(points, [batch]))
+        deviation = (many - one).abs()
+        print(f"| {name} | {(deviation / one).max():.1e} | {deviation.max() / one.std():.1e} |")
 
 
 def in_a_process(row: Row, what: str) -> int:
@@ -348,12 +388,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
     parser.add_argument("--candidates_per_forward", type=int, help="default: zo_peft's")
+    parser.add_argument("--deviations", action="store_true", help="a table of losses instead")
     parser.add_argument("--memory", choices=["ours", "plain", "inference"], help="for its own use")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
+    if given.deviations:
+        print_deviations()
+        return
     rows = [
         replace(row, candidates_per_forward=given.candidates_per_forward)
         for row in (CUDA_ROWS if DEVICE == "cuda" else CPU_ROWS)
