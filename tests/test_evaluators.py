@@ -1,7 +1,7 @@
 """Many candidates in one forward, frozen layers once a batch: the losses of one by one."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from zo_peft import Direction
 from zo_peft.data import Collator, collator_for
 from zo_peft.evaluators import Evaluator
 from zo_peft.loading import tuned_parameters
-from zo_peft.memory import candidates_that_fit
+from zo_peft.memory import CPU_TOKENS, Fit
 from zo_peft.objectives import (
     Batch,
     ClassificationObjective,
@@ -470,7 +470,7 @@ def sizes(model: PeftModel, rows: int, length: int, numel: int = 1000) -> int:
         "input_ids": torch.zeros(rows, length, dtype=torch.long),
         "rows": torch.arange(rows),
     }
-    return candidates_that_fit(model, batch, numel)
+    return Fit(model, numel)(batch)
 
 
 def test_the_default_follows_the_shapes() -> None:
@@ -484,8 +484,12 @@ def test_the_default_follows_the_shapes() -> None:
     assert sizes(narrow, 1, 16) > 8
     assert sizes(wide, 64, 512) > 8
     assert sizes(wide, 64, 512, numel=2**30) < sizes(wide, 64, 512)
-    assert all(a >= b for a, b in zip(_by_rows(narrow), _by_rows(narrow)[1:]))
+    by_rows = [sizes(narrow, rows, 64) for rows in (1, 2, 4, 8, 16, 32)]
+    assert by_rows == sorted(by_rows, reverse=True)
+    assert by_rows[0] > by_rows[-1]
 
 
-def _by_rows(model: PeftModel) -> Sequence[int]:
-    return [sizes(model, rows, 64) for rows in (1, 2, 4, 8, 16, 32)]
+def test_a_float_base_on_a_cpu_takes_no_more_tokens_than_help() -> None:
+    model = tune(llama(), ADAPTERS["lora"])
+    assert sizes(model, 4, 64) == CPU_TOKENS // 256
+    assert sizes(model, 64, 64) == 1

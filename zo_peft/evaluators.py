@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from zo_peft.direction import Direction
-from zo_peft.memory import candidates_that_fit
+from zo_peft.memory import Fit
 from zo_peft.objectives import Batch, Objective
 from zo_peft.spaces import AdapterSpace, NotInLanes, find_replacements
 from zo_peft.trunk import Trunk, find_trunk
@@ -43,8 +43,11 @@ class Evaluator:
         self.candidates_per_forward = candidates_per_forward
         self.forward_passes = 0
         self.examples_forwarded = 0
+        self._fit: Fit | None = None
         self._trunk: Trunk | None = None
         self._repeats = hasattr(objective, "repeated")
+        if candidates_per_forward == 1:
+            return
         try:
             self._replacements = find_replacements(model, space.parameters)
             if not self._repeats:
@@ -104,7 +107,8 @@ class Evaluator:
         """Points of one forward: waves of like size, none above the limit."""
         limit = self.candidates_per_forward
         if limit is None:
-            limit = candidates_that_fit(self.model, batch, self.space.numel)
+            self._fit = self._fit or Fit(self.model, self.space.numel)
+            limit = self._fit(batch)
         return math.ceil(points / math.ceil(points / limit))
 
     def _one_by_one(self, reason: NotInLanes) -> None:

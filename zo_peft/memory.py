@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
 from zo_peft.objectives import Batch
@@ -12,6 +13,9 @@ PEAK_RATIO = 1.05
 #: ... or within this many bytes of it, where the model is tiny: less than the libraries themselves.
 FLOOR_BYTES = 16 << 20
 
+#: Tokens after which a float base on a CPU gains nothing from more: activations leave the cache.
+CPU_TOKENS = 1024
+
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters and buffers as they are stored (codes of a quantized base)."""
@@ -19,31 +23,44 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def candidates_that_fit(model: nn.Module, batch: Batch, adapter_numel: int) -> int:
-    """Candidates of one forward that keep its peak near that of plain inference on the batch.
+class Fit:
+    """How many candidates of one forward keep its peak near that of plain inference.
 
     Plain inference: the weights, and the activations of one layer or the logits of all positions,
     whichever is more. A candidate: the activations of one layer or the logits of the scored
-    positions, and its own copy of the adapter (`adapter_numel` float32 numbers). Depends on shapes
-    alone; at least 1.
+    positions, and its own copy of the adapter. Depends on shapes and the kind of device alone.
+
+    Args:
+        adapter_numel: float32 numbers of a candidate.
     """
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    rows, length = batch["input_ids"].shape
-    size = model.get_input_embeddings().weight.element_size()  # type: ignore[operator]
-    layer = rows * layer_bytes(config, length, size)
-    vocabulary = getattr(config, "vocab_size", 0) if "rows" in batch else 0
-    plain = max(layer, rows * length * vocabulary * size)
-    # The logits of scored positions are there twice, as they are and in the loss.
-    own = max(layer, 2 * 4 * len(batch.get("rows", ())) * vocabulary) + 4 * adapter_numel
-    slack = max((PEAK_RATIO - 1) * (weight_bytes(model) + plain), FLOOR_BYTES)
-    return max(1, int((plain + slack) / own))
+
+    def __init__(self, model: PeftModel, adapter_numel: int) -> None:
+        self.config = model.config.get_text_config()
+        self.size = model.get_input_embeddings().weight.element_size()
+        self.weights, self.adapter = weight_bytes(model), 4 * adapter_numel
+        is_float = all(parameter.is_floating_point() for parameter in model.parameters())
+        self.max_tokens = CPU_TOKENS if is_float and model.device.type == "cpu" else None
+
+    def __call__(self, batch: Batch) -> int:
+        """Candidates that fit on the batch; at least 1."""
+        rows, length = batch["input_ids"].shape
+        layer = rows * layer_bytes(self.config, length, self.size)
+        vocabulary = self.config.vocab_size if "rows" in batch else 0
+        plain = max(layer, rows * length * vocabulary * self.size)
+        # The logits of scored positions are there twice, as they are and in the loss.
+        own = max(layer, 2 * 4 * len(batch.get("rows", ())) * vocabulary) + self.adapter
+        slack = max((PEAK_RATIO - 1) * (self.weights + plain), FLOOR_BYTES)
+        fit = int((plain + slack) / own)
+        if self.max_tokens is not None:
+            fit = min(fit, self.max_tokens // (rows * length))
+        return max(1, fit)
 
 
 def layer_bytes(config: Any, length: int, size: int) -> int:
     """Bytes of what a transformer layer holds at its peak for one sequence.
 
-    The residual stream and its normalised copy, and the MLP's two branches and their product; the
-    same again for attention scores where they are computed as a whole.
+    The residual stream and its normalised copy, and the MLP's two branches and their product; also
+    attention scores and their softmax, where attention is computed as a whole.
     """
     hidden = config.hidden_size
     wide = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from peft import PeftConfig, PeftModel, PeftType, TaskType
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import (
     EvalPrediction,
     PreTrainedModel,
@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, has_length
 
 from zo_peft import checkpoint, strategies
 from zo_peft.card import write_model_card
@@ -155,6 +155,10 @@ class ZOTrainer(Trainer):
         if isinstance(sampler, LengthGroupedSampler):
             return EpochSampler(sampler, self.args.data_seed or self.args.seed)
         return sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        """In order, also where training groups by length: predictions come back row by row."""
+        return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
 
     # ---- The step -------------------------------------------------------------------------------
 
@@ -306,7 +310,8 @@ class ZOTrainer(Trainer):
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
             group["lr"] = lr
         self._elite = state["elite"]
-        self.evaluator.candidates_per_forward = state["candidates_per_forward"]
+        if self.args.candidates_per_forward is None:
+            self.evaluator.candidates_per_forward = state["candidates_per_forward"]
         self.evaluator.forward_passes = state["forward_passes"]
         self.evaluator.examples_forwarded = state["examples_forwarded"]
 
