@@ -53,7 +53,6 @@ def test_every_field_of_its_own_is_documented() -> None:
         ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor", "cross entropies"]),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, ["deepspeed", "no gradients"]),
         ({"fsdp": "full_shard"}, ["fsdp", "device_map"]),
-        ({"torch_compile": True}, ["torch_compile"]),
         ({"auto_find_batch_size": True}, ["per_device_train_batch_size"]),
         ({"optim": "adafactor"}, ["optim", "learning_rate * slope"]),
         ({"strategy": "adam"}, ["strategy='adam'", "mezo, n-spsa, greedy, gv"]),
@@ -105,7 +104,7 @@ def test_refuses_what_makes_no_sense(
     "settings",
     [
         {"fp16": False, "bf16": False, "deepspeed": None, "optim": "adamw_torch_fused"},
-        {"label_smoothing_factor": 0.0, "torch_compile": False, "neftune_noise_alpha": None},
+        {"label_smoothing_factor": 0.0, "neftune_noise_alpha": None},
         {"carry_best": True, "strategy": "greedy", "noise": "rademacher"},
         {"weighting": "split", "elite_fraction": 0.125},
         {"weighting": "split", "elite_fraction": 0.99},

@@ -55,7 +55,7 @@ from zo_peft.objectives import (
     OptionObjective,
 )
 from zo_peft.spaces import AdapterSpace
-from zo_peft.trunk import find_trunk
+from zo_peft.trunk import compile_frozen_parts, find_trunk
 
 VOCABULARY, PAD = 64, 0
 
@@ -404,6 +404,18 @@ def test_layers_that_do_not_hand_on_to_the_next_are_not_frozen() -> None:
         lambda _, args, kwargs: ((args[0] * 2, *args[1:]), kwargs), with_kwargs=True
     )
     assert find_trunk(model, tuned_parameters(model).values(), run) == []
+
+
+def test_compiled_parts_give_the_same_losses() -> None:
+    """Compiled by the backend that only traces: what is compiled, and that lanes go on working."""
+    model = tune(llama(), ADAPTERS["lora"])
+    space, objective = AdapterSpace(tuned_parameters(model)), CompletionObjective()
+    batch = Collator(PAD)(COMPLETIONS)
+    expected = plain_losses(model, space, objective, batch)
+    parts = compile_frozen_parts(model, space.parameters.values(), backend="eager")
+    assert [type(part).__name__ for part in parts] == ["LlamaMLP", *["LlamaRMSNorm"] * 2] * 3
+    losses = Evaluator(model, space, objective, 4)(POINTS, [batch])
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
 def test_an_error_in_a_wave_leaves_model_and_theta_as_they_were() -> None:

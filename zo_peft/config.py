@@ -54,7 +54,6 @@ REFUSED = {
     "label_smoothing_factor": "the losses of zo_peft are plain cross entropies",
     "deepspeed": "there are no gradients or optimizer states to shard",
     "fsdp": "there are no gradients or optimizer states to shard; use device_map",
-    "torch_compile": "it is not supported yet",
     "auto_find_batch_size": "lower per_device_train_batch_size, raise gradient_accumulation_steps",
     "optim": "the step is theta <- theta - learning_rate * slope * direction",
 }

@@ -49,6 +49,7 @@ from zo_peft.objectives import (
     OptionObjective,
 )
 from zo_peft.spaces import AdapterSpace
+from zo_peft.trunk import compile_frozen_parts
 from zo_peft.updates import SGD
 
 #: (zo_eps, learning_rate) of the default strategy by adapter type, from scripts/tune_defaults.py
@@ -136,6 +137,9 @@ class ZOTrainer(Trainer):
         self._learning_rate = args.learning_rate = args.learning_rate or learning_rate
         self.space = AdapterSpace(tuned_parameters(model, args.tunable), args.noise)
         self.evaluator = Evaluator(model, self.space, self.objective, args.candidates_per_forward)
+        if args.torch_compile:
+            options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+            compile_frozen_parts(model, self.space.parameters.values(), **options)
         self.summary: dict[str, Any] = {}
         self._micro_batches: list[Batch] = []
         self._elite: int | None = None

@@ -1,4 +1,4 @@
-"""The frozen trunk: layers below every tuned parameter, run once a batch for all candidates."""
+"""Frozen parts: the layers below every tuned parameter, run once a batch, and what is compiled."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -131,3 +131,28 @@ class Trunk:
         kept = _first(self._output)
         times = _hidden(*args, **kwargs).shape[0] // kept.shape[0]
         return self._like_output(kept.repeat(times, *[1] * (kept.dim() - 1)))
+
+
+def compile_frozen_parts(
+    model: nn.Module, tuned: Iterable[nn.Parameter], **options: Any
+) -> list[nn.Module]:
+    """Compile the parts of each layer that own no tuned parameter, in place; returns them.
+
+    MLPs and norms are such parts where only attention is tuned. Modules of PyTorch itself and
+    single linear layers are left alone: there is nothing to fuse.
+
+    Args:
+        options: for `torch.compile`.
+    """
+    ids = {id(parameter) for parameter in tuned}
+    parts = [
+        part
+        for layer in layers_of(model)
+        for part in layer.children()
+        if not isinstance(part, nn.Linear)
+        and not type(part).__module__.startswith("torch.nn.")
+        and ids.isdisjoint(id(parameter) for parameter in part.parameters())
+    ]
+    for part in parts:
+        part.compile(**options)
+    return parts
