@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 
@@ -15,6 +16,10 @@ FLOOR_BYTES = 16 << 20
 
 #: Tokens after which a float base on a CPU gains nothing from more: activations leave the cache.
 CPU_TOKENS = 1024
+
+#: bitsandbytes' int8 matmul on a CPU holds this many times the activations: each is quantized,
+#: multiplied to int32 and scaled in separate tensors (scripts/bench_step.py).
+CPU_INT8_COPIES = 5
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -38,13 +43,16 @@ class Fit:
         self.config = model.config.get_text_config()
         self.size = model.get_input_embeddings().weight.element_size()
         self.weights, self.adapter = weight_bytes(model), 4 * adapter_numel
-        is_float = all(parameter.is_floating_point() for parameter in model.parameters())
-        self.max_tokens = CPU_TOKENS if is_float and model.device.type == "cpu" else None
+        dtypes = {parameter.dtype for parameter in model.parameters()}
+        on_cpu = model.device.type == "cpu"
+        is_float = all(dtype.is_floating_point for dtype in dtypes)
+        self.max_tokens = CPU_TOKENS if is_float and on_cpu else None
+        self.copies = CPU_INT8_COPIES if torch.int8 in dtypes and on_cpu else 1
 
     def __call__(self, batch: Batch) -> int:
         """Candidates that fit on the batch; at least 1."""
         rows, length = batch["input_ids"].shape
-        layer = rows * layer_bytes(self.config, length, self.size)
+        layer = self.copies * rows * layer_bytes(self.config, length, self.size)
         vocabulary = self.config.vocab_size if "rows" in batch else 0
         plain = max(layer, rows * length * vocabulary * self.size)
         # The logits of scored positions are there twice, as they are and in the loss.
