@@ -196,7 +196,8 @@ def test_a_nan_loss_keeps_the_last_good_adapter(
         return found
 
     monkeypatch.setattr(OptionObjective, "losses", poisoned)
-    assert main(["train", *options(tmp_path, save_strategy="no")]) == 2
+    at_once = {"save_strategy": "no", "candidates_per_forward": 8}
+    assert main(["train", *options(tmp_path, **at_once)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "candidate 4 of 8 has the loss nan at step 2 with zo_eps=" in error
     kept = tmp_path / "out" / "checkpoint-2"

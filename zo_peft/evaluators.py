@@ -127,4 +127,3 @@ class Evaluator:
             UserWarning,
             stacklevel=2,
         )
-        torch.cuda.empty_cache()
