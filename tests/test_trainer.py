@@ -480,3 +480,47 @@ def test_learns_the_gradient_direction(tmp_path: Path) -> None:
     # Weighting by the loss: c = M - 1 = 15 for small eps; 20 draws leave it within a third.
     assert 10 < alignment < 20
     assert min(cosines) > 0
+
+
+def test_predictions_come_back_in_the_order_of_the_rows(tmp_path: Path) -> None:
+    """Also with batches of like length, which is the default of training."""
+    trainer = make(tmp_path, per_device_eval_batch_size=4)
+    rows = trainer.train_dataset.select(range(12))
+    assert rows["length"] != sorted(rows["length"], reverse=True)
+    assert trainer.predict(rows).label_ids.tolist() == list(rows["label"])
+
+
+def test_batches_hold_examples_of_like_length_in_another_order_each_epoch(tmp_path: Path) -> None:
+    trainer = make(tmp_path, per_device_train_batch_size=4)
+    loader = trainer.get_train_dataloader()
+    epochs = []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        epochs.append([batch["input_ids"] for batch in loader])
+    first, second, again = epochs
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second))
+    tokens = sum(len(batch) * batch.shape[1] for batch in first)
+    lengths = trainer.train_dataset["length"]
+    in_order = [
+        max(lengths[i : i + 4]) * len(lengths[i : i + 4]) for i in range(0, len(lengths), 4)
+    ]
+    assert tokens < sum(in_order)
+
+
+def test_compiled_frozen_parts_train_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # transformers sets it, and nothing unsets it for the tests behind this one.
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    plain = make(tmp_path / "plain", learning_rate=1e-3)
+    compiled = make(
+        tmp_path / "compiled",
+        learning_rate=1e-3,
+        torch_compile=True,
+        torch_compile_backend="eager",
+    )
+    plain.train()
+    compiled.train()
+    for name, tensor in adapter(plain).items():
+        torch.testing.assert_close(adapter(compiled)[name], tensor, rtol=1e-3, atol=1e-5)

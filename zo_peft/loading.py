@@ -2,6 +2,7 @@
 
 import logging
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         UserError: PEFT finds nothing to attach it to.
     """
     try:
-        return get_peft_model(model, peft_config)
+        # PEFT fills default target modules into the configuration that it is given.
+        return get_peft_model(model, deepcopy(peft_config))
     except (ValueError, AttributeError, KeyError) as error:
         raise UserError(
             f"{peft_config.peft_type.value} cannot be attached to {type(model).__name__}: "
