@@ -7,12 +7,24 @@ from typing import Any, ClassVar, Literal, get_args
 
 from transformers import TrainingArguments
 
+from zo_peft import calibrate
 from zo_peft.errors import UserError
 from zo_peft.noise import Distribution
 from zo_peft.strategies import Probe, Weighting
+from zo_peft.updates import RULES
 
 StrategyName = Literal["mezo", "n-spsa", "greedy", "gv"]
 Preset = Literal["paper-gv", "paper-greedy", "mezo"]
+UpdateRuleName = Literal["normalized", "sgd", "momentum", "spectral", "adam", "fzoo"]
+
+#: What the published algorithms have in common.
+PUBLISHED: dict[str, Any] = {
+    "noise": "gaussian",
+    "per_example_noise": False,
+    "update_rule": "sgd",
+    "lr_scheduler_type": "constant",
+    "train_sampling_strategy": "random",
+}
 
 #: What each preset fixes: the algorithms exactly as published (arXiv:2601.04710, arXiv:2305.17333).
 PRESETS: dict[str, dict[str, Any]] = {
@@ -22,24 +34,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weighting": "split",
         "probe": "central",
         "carry_best": False,
-        "noise": "gaussian",
-        "lr_scheduler_type": "constant",
-        "train_sampling_strategy": "random",
+        **PUBLISHED,
     },
-    "paper-greedy": {
-        "strategy": "greedy",
-        "probe": "central",
-        "carry_best": False,
-        "noise": "gaussian",
-        "lr_scheduler_type": "constant",
-        "train_sampling_strategy": "random",
-    },
-    "mezo": {
-        "strategy": "mezo",
-        "noise": "gaussian",
-        "lr_scheduler_type": "constant",
-        "train_sampling_strategy": "random",
-    },
+    "paper-greedy": {"strategy": "greedy", "probe": "central", "carry_best": False, **PUBLISHED},
+    "mezo": {"strategy": "mezo", **PUBLISHED},
 }
 
 #: TrainingArguments that act through gradients, or cast the model, and why each is refused.
@@ -55,7 +53,7 @@ REFUSED = {
     "deepspeed": "there are no gradients or optimizer states to shard",
     "fsdp": "there are no gradients or optimizer states to shard; use device_map",
     "auto_find_batch_size": "lower per_device_train_batch_size, raise gradient_accumulation_steps",
-    "optim": "the step is theta <- theta - learning_rate * slope * direction",
+    "optim": "choose an update_rule instead",
 }
 
 
@@ -69,16 +67,41 @@ class ZOConfig(TrainingArguments):
 
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Step size. Default: by adapter type, for zo_peft's default strategy."},
+        metadata={
+            "help": "Step size, as the update rule defines it. Default: from the losses, so that "
+            "all steps of the run, were they random, would move an example's loss by a fraction of "
+            "a nat; for sgd and momentum, which have no natural scale, by adapter type."
+        },
     )
     preset: Preset | None = field(
         default=None,
         metadata={"help": "A published algorithm, exactly: paper-gv, paper-greedy or mezo."},
     )
     strategy: StrategyName = field(default="gv", metadata={"help": "How a direction is found."})
-    num_candidates: int = field(
-        default=8,
-        metadata={"help": "Candidates a step (M in the paper); for n-spsa, directions a step."},
+    num_candidates: int | None = field(
+        default=None,
+        metadata={
+            "help": "Candidates a step (M in the paper); for n-spsa, directions a step. Default: 4 "
+            "where each example has its own noise and a batch at least 4 examples, else 8."
+        },
+    )
+    per_example_noise: bool = field(
+        default=True,
+        metadata={
+            "help": "Each example of a batch has candidates of its own, so that a forward tries as "
+            "many perturbations as the batch has examples. Where a model cannot work so, all "
+            "examples share their candidates."
+        },
+    )
+    update_rule: UpdateRuleName = field(
+        default="normalized",
+        metadata={
+            "help": "How the estimate moves the adapter: sgd, momentum, normalized (momentum, each "
+            "tensor's step at unit length), spectral (the same, orthogonalized), adam or fzoo."
+        },
+    )
+    momentum: float = field(
+        default=0.9, metadata={"help": "Of all update rules but sgd and fzoo; in [0, 1)."}
     )
     elite_fraction: float = field(
         default=0.5,
@@ -111,13 +134,20 @@ class ZOConfig(TrainingArguments):
     )
     zo_eps: float | None = field(
         default=None,
-        metadata={"help": "Scale of the perturbations (epsilon). Default: by adapter type."},
+        metadata={
+            "help": "Scale of the perturbations (epsilon). Default: the largest for which losses "
+            "are near a line and above rounding, measured at the start and as training goes on."
+        },
     )
     noise: Distribution = field(
-        default="gaussian",
+        default="rademacher",
         metadata={
-            "help": "Distribution of the candidates.",
+            "help": "Distribution of the candidates: gaussian, or rademacher (signs; cheaper).",
         },
+    )
+    warmup_steps: float = field(
+        default=0.02,
+        metadata={"help": "As in transformers: steps, or below 1 their share of the run."},
     )
     tunable: str | None = field(
         default=None,
@@ -160,6 +190,9 @@ class ZOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         _check_choices(self)
         _apply_preset(self)
+        if self.num_candidates is None:
+            own = self.per_example_noise and self.per_device_train_batch_size >= 4
+            self.num_candidates = 4 if own else 8
         _check(self)
         if self.max_forward_passes is not None:
             self._limit_steps(self.max_forward_passes)
@@ -168,17 +201,23 @@ class ZOConfig(TrainingArguments):
     @property
     def forward_passes_per_step(self) -> int:
         """Forward passes of one step: candidates and probes, times micro-batches."""
-        candidates = self.num_candidates
+        candidates = self.num_candidates or 0
         extra = {"central": 2, "reuse": 1 if self.strategy == "greedy" else 0}[self.probe]
         points = {"mezo": 2, "n-spsa": 2 * candidates}.get(self.strategy, candidates + extra)
         return points * self.gradient_accumulation_steps
 
     def _limit_steps(self, budget: int) -> None:
-        steps = budget // self.forward_passes_per_step
+        per_step, chooses = self.forward_passes_per_step, self.zo_eps is None
+        parts = self.per_device_train_batch_size if self.per_example_noise else 1
+        steps = budget // per_step
+        if chooses:
+            passes = calibrate.forward_passes(parts, steps) * self.gradient_accumulation_steps
+            steps = (budget - passes) // per_step
         if steps < 1:
             raise UserError(
                 f"max_forward_passes={budget} is less than one step of {self.strategy}, which "
-                f"takes {self.forward_passes_per_step}; raise it or lower num_candidates"
+                f"takes {per_step}{', and the choice of zo_eps' if chooses else ''}; raise it"
+                f"{', give zo_eps' if chooses else ''} or lower num_candidates"
             )
         self.max_steps: int = min(steps, self.max_steps) if self.max_steps > 0 else steps
 
@@ -189,6 +228,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "weighting": get_args(Weighting),
     "probe": get_args(Probe),
     "noise": get_args(Distribution),
+    "update_rule": tuple(RULES),
 }
 
 
@@ -227,6 +267,8 @@ def _check(config: ZOConfig) -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name}={value}; it must be positive and finite")
+    if not 0 <= config.momentum < 1:
+        raise UserError(f"momentum={config.momentum}; it must be at least 0 and below 1")
     _check_candidates(config)
     if config.load_best_model_at_end and config.save_only_model:
         raise UserError("load_best_model_at_end needs whole checkpoints; drop save_only_model")
@@ -234,6 +276,7 @@ def _check(config: ZOConfig) -> None:
 
 def _check_candidates(config: ZOConfig) -> None:
     selects = config.strategy in ("greedy", "gv")
+    assert config.num_candidates is not None
     if config.num_candidates < (2 if selects else 1):
         raise UserError(
             f"num_candidates={config.num_candidates} leaves {config.strategy} nothing to compare; "
@@ -241,6 +284,8 @@ def _check_candidates(config: ZOConfig) -> None:
         )
     if config.carry_best and not selects:
         raise UserError(f"carry_best=True has no meaning for strategy={config.strategy!r}")
+    if config.carry_best and config.per_example_noise:
+        raise UserError("carry_best=True needs per_example_noise=False: one best candidate a step")
     if config.strategy == "gv" and config.weighting == "split":
         top = int(config.elite_fraction * config.num_candidates)
         if not 0 < top < config.num_candidates:

@@ -3,7 +3,9 @@
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 from peft import PeftModel
@@ -14,6 +16,22 @@ from zo_peft.memory import Fit
 from zo_peft.objectives import Batch, Objective
 from zo_peft.spaces import AdapterSpace, NotInLanes, find_replacements
 from zo_peft.trunk import Trunk, find_trunk
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The losses of M displacements for each of G parts of a batch.
+
+    Attributes:
+        losses: mean over a part's examples, [G][M].
+        spread: standard deviation of a part's losses over the displacements, root mean square over
+            the parts; 0 for one displacement.
+        example_spread: the same of one example's losses.
+    """
+
+    losses: list[list[float]]
+    spread: float
+    example_spread: float
 
 
 class Evaluator:
@@ -46,8 +64,10 @@ class Evaluator:
         self._fit: Fit | None = None
         self._trunk: Trunk | None = None
         self._repeats = hasattr(objective, "repeated")
-        if candidates_per_forward == 1:
-            return
+        self._in_lanes = True
+        head = model.get_output_embeddings()
+        tuned = set(map(id, space.parameters.values()))
+        self._head_is_tuned = head is not None and any(id(p) in tuned for p in head.parameters())
         try:
             self._replacements = find_replacements(model, space.parameters)
             if not self._repeats:
@@ -55,22 +75,61 @@ class Evaluator:
         except NotInLanes as error:
             self._one_by_one(error)
 
-    @torch.no_grad()
     def __call__(self, points: Sequence[Direction], batches: Sequence[Batch]) -> list[float]:
-        """The mean loss over the examples of all micro-batches, at `theta` plus each point.
+        """The mean loss over the examples of all micro-batches, at `theta` plus each point."""
+        return self.evaluate([points], batches).losses[0]
 
-        The losses stay on the device until the last forward is queued and are read once.
+    def parts(self, batches: Sequence[Batch]) -> int:
+        """Into how many equal parts the batches can be cut for displacements of their own.
+
+        As many as examples, where rows are examples and the tuned modules work lane by lane; else
+        1. Micro-batches of different sizes have the greatest common number.
+        """
+        if not self._in_lanes or not all(map(self._rows_are_examples, batches)):
+            return 1
+        return math.gcd(*(len(batch["input_ids"]) for batch in batches))
+
+    def _rows_are_examples(self, batch: Batch) -> bool:
+        rows = len(batch["input_ids"])
+        # A tuned head sees the scored positions alone, from which it could not tell the parts.
+        told_apart = len(batch.get("rows", ())) in (0, rows) or not self._head_is_tuned
+        return len(batch.get("labels", ())) == rows and told_apart
+
+    @torch.no_grad()
+    def evaluate(
+        self, points: Sequence[Sequence[Direction]], batches: Sequence[Batch]
+    ) -> Evaluation:
+        """The losses of every part of the batches, each at `theta` plus displacements of its own.
+
+        Part g of G is the g-th G-th of each micro-batch's rows. The losses stay on the device until
+        the last forward is queued and are read once.
+
+        Args:
+            points: [G][M]; G is 1 or divides what `parts` says.
 
         Raises:
             torch.OutOfMemoryError: one displacement alone does not fit.
         """
-        losses = torch.cat([self._batch_losses(points, batch) for batch in batches], dim=1)
-        self.forward_passes += len(points) * len(batches)
+        by_candidate = list(zip(*points))
+        parts, count = len(points), len(by_candidate)
+        micro = [self._batch_losses(by_candidate, batch) for batch in batches]
+        losses = torch.cat([m.view(count, parts, -1) for m in micro], dim=2).double()
+        self.forward_passes += count * len(batches)
         self.examples_forwarded += losses.numel()
-        return losses.double().mean(dim=1).tolist()
+        means = losses.mean(dim=2)
+        if count == 1:
+            return Evaluation(means.T.tolist(), 0.0, 0.0)
+        spreads = [values.var(dim=0).mean().sqrt() for values in (means, losses)]
+        numbers = torch.cat([means.T.flatten(), torch.stack(spreads)]).tolist()
+        spread, example_spread = numbers[-2:]
+        return Evaluation(
+            [numbers[start : start + count] for start in range(0, count * parts, count)],
+            spread,
+            example_spread,
+        )
 
-    def _batch_losses(self, points: Sequence[Direction], batch: Batch) -> Tensor:
-        """[points, examples]"""
+    def _batch_losses(self, points: Sequence[Sequence[Direction]], batch: Batch) -> Tensor:
+        """Of points [M][G]: [M, examples]."""
         losses: list[Tensor] = []
         done = 0
         forward = partial(self.objective.losses, self.model, batch)
@@ -79,7 +138,7 @@ class Evaluator:
             self._trunk = Trunk(find_trunk(self.model, tuned, forward) if self._repeats else [])
         with self._trunk.reused(forward):
             while done < len(points):
-                wave = points[done : done + self._wave(len(points), batch)]
+                wave = points[done : done + self._wave(points, batch)]
                 try:
                     losses.append(self._wave_losses(wave, batch))
                     done += len(wave)
@@ -92,27 +151,42 @@ class Evaluator:
                     self._halve(len(wave))
         return torch.cat(losses)
 
-    def _wave_losses(self, points: Sequence[Direction], batch: Batch) -> Tensor:
-        """[points, examples], from one forward."""
-        if len(points) == 1:
-            with self.space.displaced(points[0]):
-                return self.objective.losses(self.model, batch)[None]
-        lanes = self.space.lanes(points)
-        repeated = self.objective.repeated(batch, len(points))  # type: ignore[attr-defined]
+    def _wave_losses(self, points: Sequence[Sequence[Direction]], batch: Batch) -> Tensor:
+        """Of points [M][G]: [M, examples], from one forward."""
+        count, parts = len(points), len(points[0])
+        if not self._in_lanes:
+            return torch.stack([self._alone(candidate, batch) for candidate in points])
+        if count * parts == 1:
+            return self._alone(points[0], batch)[None]
+        lanes = self.space.lanes(list(chain(*points)))
+        repeated = self.objective.repeated(batch, count)  # type: ignore[attr-defined]
         rows = len(batch["input_ids"])
-        with lanes.active(self._replacements, rows, len(batch.get("rows", ())) or rows):
-            return self.objective.losses(self.model, repeated).view(len(points), -1)
+        scored = len(batch.get("rows", ())) or rows
+        with lanes.active(self._replacements, rows // parts, scored // parts):
+            return self.objective.losses(self.model, repeated).view(count, -1)
 
-    def _wave(self, points: int, batch: Batch) -> int:
+    def _alone(self, candidate: Sequence[Direction], batch: Batch) -> Tensor:
+        """The losses of a candidate [examples]: a forward for each part, of which its rows count.
+
+        More than one part only in the step that finds that a module cannot work lane by lane.
+        """
+        losses = []
+        for part, point in enumerate(candidate):
+            with self.space.displaced(point):
+                whole = self.objective.losses(self.model, batch)
+            losses.append(whole.view(len(candidate), -1)[part])
+        return torch.cat(losses)
+
+    def _wave(self, points: Sequence[Sequence[Direction]], batch: Batch) -> int:
         """Points of one forward: waves of like size, none above the limit."""
         limit = self.candidates_per_forward
         if limit is None:
             self._fit = self._fit or Fit(self.model, self.space.numel)
-            limit = self._fit(batch)
-        return math.ceil(points / math.ceil(points / limit))
+            limit = self._fit(batch, len(points[0]))
+        return math.ceil(len(points) / math.ceil(len(points) / limit))
 
     def _one_by_one(self, reason: NotInLanes) -> None:
-        self.candidates_per_forward = 1
+        self.candidates_per_forward, self._in_lanes = 1, False
         warnings.warn(
             f"candidates are evaluated one by one: {reason} cannot work on several at once",
             UserWarning,

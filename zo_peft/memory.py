@@ -49,14 +49,14 @@ class Fit:
         self.max_tokens = CPU_TOKENS if is_float and on_cpu else None
         self.copies = CPU_INT8_COPIES if torch.int8 in dtypes and on_cpu else 1
 
-    def __call__(self, batch: Batch) -> int:
-        """Candidates that fit on the batch; at least 1."""
+    def __call__(self, batch: Batch, parts: int = 1) -> int:
+        """Candidates that fit on the batch, each with `parts` copies of the adapter; at least 1."""
         rows, length = batch["input_ids"].shape
         layer = self.copies * rows * layer_bytes(self.config, length, self.size)
         vocabulary = self.config.vocab_size if "rows" in batch else 0
         plain = max(layer, rows * length * vocabulary * self.size)
         # The logits of scored positions are there twice, as they are and in the loss.
-        own = max(layer, 2 * 4 * len(batch.get("rows", ())) * vocabulary) + self.adapter
+        own = max(layer, 2 * 4 * len(batch.get("rows", ())) * vocabulary) + parts * self.adapter
         slack = max((PEAK_RATIO - 1) * (self.weights + plain), FLOOR_BYTES)
         fit = int((plain + slack) / own)
         if self.max_tokens is not None:

@@ -28,12 +28,17 @@ class Estimate:
         slope: the projected gradient along `v`.
         losses: every loss of the step, in the order it was asked for.
         elite: seed of the candidate with the lowest loss; None where nothing is selected.
+        spread: standard deviation of the candidates' batch losses, over eps.
+        sensitivity: the same of the loss of one example (root mean square over the batch): how far
+            a displacement of root mean square 1 would move it.
     """
 
     direction: Direction
     slope: float
     losses: tuple[float, ...]
     elite: int | None = None
+    spread: float = 0.0
+    sensitivity: float = 0.0
 
     @property
     def loss(self) -> float:
@@ -43,16 +48,52 @@ class Estimate:
 
 Step = Generator[list[Direction], Sequence[float], Estimate]
 Evaluate = Callable[[Sequence[Direction]], Sequence[float]]
+EvaluateGroups = Callable[[Sequence[Sequence[Direction]]], Sequence[Sequence[float]]]
 
 
 def run_step(step: Step, evaluate: Evaluate) -> Estimate:
     """Drive a strategy's step: answer every list of displacements it asks for."""
-    points = next(step)
+    return run_steps([step], lambda points: [evaluate(points[0])])[0]
+
+
+def run_steps(steps: Sequence[Step], evaluate: EvaluateGroups) -> list[Estimate]:
+    """Drive the same strategy's step for several parts of a batch at once, each on its own losses.
+
+    Args:
+        evaluate: one list of displacements a part in, one list of losses a part out.
+    """
+    points = [next(step) for step in steps]
     while True:
-        try:
-            points = step.send(evaluate(points))
-        except StopIteration as stop:
-            return stop.value
+        estimates = []
+        for index, (step, losses) in enumerate(zip(steps, evaluate(points))):
+            try:
+                points[index] = step.send(losses)
+            except StopIteration as stop:
+                estimates.append(stop.value)
+        if estimates:
+            return estimates
+
+
+def combine(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of the gradients `slope * direction` of equal parts of a batch.
+
+    The slope is the length of the vector of the parts' shares; as with `n_spsa`, only its product
+    with the direction is an estimate of the gradient. Losses are means over the parts.
+    """
+    if len(estimates) == 1:
+        return estimates[0]
+    shares = [estimate.slope / len(estimates) for estimate in estimates]
+    slope = math.hypot(*shares)
+    terms = (
+        (share / slope if slope else 0.0) * estimate.direction
+        for share, estimate in zip(shares, estimates)
+    )
+    losses = zip(*(estimate.losses for estimate in estimates))
+    return Estimate(
+        Direction(tuple(term for direction in terms for term in direction.terms)),
+        slope,
+        tuple(sum(parts) / len(parts) for parts in losses),
+    )
 
 
 def mezo(seed: int, eps: float) -> Step:

@@ -2,7 +2,9 @@
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType, TaskType
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
+from tqdm.auto import tqdm
 from transformers import (
     EvalPrediction,
     PreTrainedModel,
@@ -23,13 +26,13 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy, has_length
 
-from zo_peft import checkpoint, strategies
+from zo_peft import calibrate, checkpoint, strategies
 from zo_peft.card import write_model_card
 from zo_peft.config import ZOConfig
 from zo_peft.data import Collator, Tokenization, collator_for, tokenize_dataset
 from zo_peft.direction import Direction
 from zo_peft.errors import NonFiniteLossError, UserError
-from zo_peft.evaluators import Evaluator
+from zo_peft.evaluators import Evaluation, Evaluator
 from zo_peft.loading import (
     add_adapter,
     context_length,
@@ -50,19 +53,34 @@ from zo_peft.objectives import (
 )
 from zo_peft.spaces import AdapterSpace
 from zo_peft.trunk import compile_frozen_parts
-from zo_peft.updates import SGD
+from zo_peft.updates import AUTOMATIC, RULES, Backoff
 
-#: (zo_eps, learning_rate) of the default strategy by adapter type, from scripts/tune_defaults.py
-#: and scripts/tune_encoder.py (docs/benchmarks.md); LORA's for any other type.
-DEFAULTS: dict[PeftType, tuple[float, float]] = {
-    PeftType.LORA: (1e-2, 1e-3),
-    PeftType.PREFIX_TUNING: (1e-1, 1.0),
-    PeftType.PROMPT_TUNING: (1e-1, 1.0),
-    PeftType.IA3: (1e-2, 1e-1),
+#: Learning rates of plain SGD by adapter type (docs/efficiency.md); LORA's for any other type.
+SGD_LEARNING_RATES: dict[PeftType, float] = {
+    PeftType.LORA: 1e-3,
+    PeftType.PREFIX_TUNING: 1.0,
+    PeftType.PROMPT_TUNING: 1.0,
+    PeftType.IA3: 1e-1,
 }
+
+#: The automatic learning rate is `WALK / sqrt(steps)` nats: a random walk of all steps would move
+#: the loss of an example by this much (docs/efficiency.md).
+WALK = 0.15
+
+#: Before the names of the update rule's tensors in a checkpoint.
+RULE_PREFIX = "update_rule."
 
 #: The columns that `tokenize_dataset` makes, all of which the collator needs.
 FEATURES = ["input_ids", "labels", "prompt_ids", "option_ids", "label", "length"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """An automatic choice of eps: at which forward pass, and how far losses were from a line."""
+
+    forward_passes: int
+    zo_eps: float
+    error: float
 
 
 class ZOTrainer(Trainer):
@@ -132,9 +150,6 @@ class ZOTrainer(Trainer):
             self.data_collator = collator_for(model, tokenizer.pad_token_id, self.objective)
         if peft_config is not None and peft_config.peft_type == PeftType.PREFIX_TUNING and train:
             self._start_prefix(train)
-        eps, learning_rate = DEFAULTS.get(_peft_type(model), DEFAULTS[PeftType.LORA])
-        self._eps = args.zo_eps = args.zo_eps or eps
-        self._learning_rate = args.learning_rate = args.learning_rate or learning_rate
         self.space = AdapterSpace(tuned_parameters(model, args.tunable), args.noise)
         self.evaluator = Evaluator(model, self.space, self.objective, args.candidates_per_forward)
         if args.torch_compile:
@@ -142,8 +157,11 @@ class ZOTrainer(Trainer):
             compile_frozen_parts(model, self.space.parameters.values(), **options)
         self.summary: dict[str, Any] = {}
         self._micro_batches: list[Batch] = []
+        self._eps = args.zo_eps or 0.0
         self._elite: int | None = None
         self._slope = 0.0
+        self._backoff = Backoff()
+        self.calibrations: list[Calibration] = []
 
     def _start_prefix(self, train: Any) -> None:
         config = self.model.active_peft_config
@@ -185,16 +203,65 @@ class ZOTrainer(Trainer):
             return torch.zeros((), device=self.args.device)
         model.eval()
         batches = [self._prepare_inputs(batch) for batch in self._micro_batches]
-        step = self._strategy_step()
-        estimate = strategies.run_step(step, lambda points: self._losses(points, batches))
+        parts = self.evaluator.parts(batches) if self.args.per_example_noise else 1
+        if self.args.zo_eps is None and self.state.global_step in calibrate.steps(
+            self.state.max_steps
+        ):
+            self._calibrate(batches, parts)
+        steps = [self._strategy_step(*((part,) if parts > 1 else ())) for part in range(parts)]
+        evaluations: list[Evaluation] = []
+
+        def evaluate(points: Sequence[Sequence[Direction]]) -> Sequence[Sequence[float]]:
+            evaluations.append(self._evaluated(points, batches))
+            return evaluations[-1].losses
+
+        estimate = strategies.combine(strategies.run_steps(steps, evaluate))
         self._elite, self._slope = estimate.elite, estimate.slope
-        self.update_rule.estimate = estimate
+        self.update_rule.estimate = replace(
+            estimate,
+            spread=evaluations[0].spread / self._eps,
+            sensitivity=evaluations[0].example_spread / self._eps,
+        )
+        self._watch(estimate.loss)
         return torch.tensor(estimate.loss, device=self.args.device)
 
-    def _strategy_step(self) -> strategies.Step:
-        args, eps = self.args, self._eps
-        step = self.state.global_step
-        seeds = [derive_seed(args.seed, step, index) for index in range(args.num_candidates)]
+    def _watch(self, loss: float) -> None:
+        """Shorter steps where the loss rises, and an end where the budget would be passed."""
+        if self.update_rule.automatic and self._backoff(loss) < 1:
+            self.update_rule.backoff *= 0.5
+            self._say(f"the loss rises: steps are {self.update_rule.backoff:g} times as long now")
+        budget = self.args.max_forward_passes
+        if budget is not None:
+            left = budget - self.evaluator.forward_passes
+            self.control.should_training_stop |= left < self.args.forward_passes_per_step
+
+    def _say(self, message: str) -> None:
+        tqdm.write(f"step {self.state.global_step}: {message}", file=sys.stderr)
+
+    def _calibrate(self, batches: Sequence[Batch], parts: int) -> None:
+        """Choose eps by `zo_peft.calibrate`, from the whole ladder or around what it is."""
+        ladder = [self._eps * factor for factor in calibrate.NEIGHBOURS]
+        if not self._eps:
+            ladder = list(calibrate.LADDER)
+        directions = calibrate.directions(parts)
+        start = derive_seed(self.args.seed, self.state.global_step, -1)
+        seeds = [[derive_seed(start, p, d) for d in range(directions)] for p in range(parts)]
+        found = calibrate.errors(
+            lambda points: self.evaluator.evaluate(points, batches).losses, seeds, ladder
+        )
+        self._eps, error = calibrate.choose(ladder, found)
+        spent = self.evaluator.forward_passes
+        self.calibrations.append(Calibration(spent, self._eps, error))
+        tried = f"of {len(ladder)} from {ladder[0]:.0e} to {ladder[-1]:.0e}"
+        self._say(
+            f"zo_eps={self._eps:.1e}, the largest {tried} where losses are within "
+            f"{error:.0%} of a line"
+        )
+
+    def _strategy_step(self, *part: int) -> strategies.Step:
+        args, eps, step = self.args, self._eps, self.state.global_step
+        count = args.num_candidates
+        seeds = [derive_seed(args.seed, step, index, *part) for index in range(count)]
         if args.carry_best and self._elite is not None:
             seeds[0] = self._elite
         if args.strategy == "mezo":
@@ -205,12 +272,16 @@ class ZOTrainer(Trainer):
             return strategies.greedy(seeds, eps, args.probe)
         return strategies.gv(seeds, eps, args.elite_fraction, args.weighting, args.probe)
 
-    def _losses(self, points: Sequence[Direction], batches: Sequence[Batch]) -> list[float]:
-        losses = self.evaluator(points, batches)
-        for number, loss in enumerate(losses, start=1):
-            if not math.isfinite(loss):
-                raise self._non_finite(f"candidate {number} of {len(losses)} has the loss {loss}")
-        return losses
+    def _evaluated(
+        self, points: Sequence[Sequence[Direction]], batches: Sequence[Batch]
+    ) -> Evaluation:
+        evaluation = self.evaluator.evaluate(points, batches)
+        for losses in evaluation.losses:
+            for number, loss in enumerate(losses, start=1):
+                if not math.isfinite(loss):
+                    what = f"candidate {number} of {len(losses)} has the loss {loss}"
+                    raise self._non_finite(what)
+        return evaluation
 
     def _non_finite(self, what: str) -> NonFiniteLossError:
         """The error to raise; the adapter before this step is saved as a checkpoint first."""
@@ -219,7 +290,7 @@ class ZOTrainer(Trainer):
             self._save_checkpoint(self.model, trial=None)
             kept = f"the last good adapter is in checkpoint-{step}"
         return NonFiniteLossError(
-            f"{what} at step {step} with zo_eps={self._eps}; {kept}. Lower learning_rate or "
+            f"{what} at step {step} with zo_eps={self._eps:g}; {kept}. Lower learning_rate or "
             "zo_eps; load a float16 model as bfloat16 or float32"
         )
 
@@ -230,12 +301,33 @@ class ZOTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The update rule, as the optimizer that the Trainer steps and schedules."""
+        args = self.args
         decayed = set(self.get_decay_parameter_names(self.model)) & self.space.tensors().keys()
-        self.update_rule = SGD(
-            self.space, self._learning_rate, self.args.weight_decay, tuple(sorted(decayed))
+        automatic = args.learning_rate is None and args.update_rule in AUTOMATIC
+        self.update_rule = RULES[args.update_rule](
+            self.space,
+            args.learning_rate or self._default_learning_rate(),
+            args.weight_decay,
+            tuple(sorted(decayed)),
+            automatic,
+            args.momentum,
+            args.adam_beta2,
         )
         self.optimizer = self.update_rule
         return self.optimizer
+
+    def _default_learning_rate(self) -> float:
+        by_type = SGD_LEARNING_RATES
+        rate = by_type.get(_peft_type(self.model), by_type[PeftType.LORA])
+        return rate * (1 - self.args.momentum) if self.args.update_rule == "momentum" else rate
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """As in Trainer; an automatic learning rate depends on the number of steps."""
+        if self.update_rule.automatic:
+            self.update_rule.param_groups[0]["lr"] = WALK / math.sqrt(num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Accelerate prepares data and optimizer; the model stays as it is (no DDP, no buckets)."""
@@ -255,6 +347,8 @@ class ZOTrainer(Trainer):
         """As in Trainer; training logs also say the slope and what has been spent."""
         if "learning_rate" in logs:
             logs["slope"] = self._slope
+            logs["zo_eps"] = self._eps
+            logs["step_size"] = self.update_rule.step_size
             logs["forward_passes"] = self.evaluator.forward_passes
             logs["examples_forwarded"] = self.evaluator.examples_forwarded
         super().log(logs, start_time)
@@ -300,11 +394,16 @@ class ZOTrainer(Trainer):
         state = {
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "elite": self._elite,
+            "zo_eps": self._eps,
+            "calibrations": [asdict(calibration) for calibration in self.calibrations],
+            "update_rule": self.update_rule.scalars(),
+            "backoff": vars(self._backoff),
             "candidates_per_forward": self.evaluator.candidates_per_forward,
             "forward_passes": self.evaluator.forward_passes,
             "examples_forwarded": self.evaluator.examples_forwarded,
         }
-        checkpoint.save_state(output_dir, tuned_parameters(self.model), state)
+        remembered = {RULE_PREFIX + name: t for name, t in self.update_rule.tensors().items()}
+        checkpoint.save_state(output_dir, tuned_parameters(self.model) | remembered, state)
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is None:
@@ -313,7 +412,12 @@ class ZOTrainer(Trainer):
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
             group["lr"] = lr
-        self._elite = state["elite"]
+        self._elite, self._eps = state["elite"], state["zo_eps"]
+        self.calibrations = [Calibration(**fields) for fields in state["calibrations"]]
+        vars(self._backoff).update(state["backoff"])
+        tensors = checkpoint.load_tensors(checkpoint_folder)
+        remembered = {n.removeprefix(RULE_PREFIX): t for n, t in tensors.items()}
+        self.update_rule.load(state["update_rule"], remembered)
         if self.args.candidates_per_forward is None:
             self.evaluator.candidates_per_forward = state["candidates_per_forward"]
         self.evaluator.forward_passes = state["forward_passes"]
@@ -322,7 +426,8 @@ class ZOTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        tensors = checkpoint.load_tensors(resume_from_checkpoint)
+        saved = checkpoint.load_tensors(resume_from_checkpoint)
+        tensors = {name: t for name, t in saved.items() if not name.startswith(RULE_PREFIX)}
         tuned = self.space.tensors().keys()
         for name, parameter in tuned_parameters(self.model).items():
             if name not in tuned and name in tensors:

@@ -126,13 +126,35 @@ class AdapterSpace:
         for flat in self._flats:
             flat.theta.copy_(flat.live)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """`theta` by parameter name and in its shape; views, not copies."""
+    def dense(self, direction: Direction) -> list[Tensor]:
+        """The direction as tensors: one like each of `buffers`."""
+        tensors = [torch.zeros_like(flat.theta) for flat in self._flats]
+        for flat, tensor in zip(self._flats, tensors):
+            flat.add(tensor[None], [direction], self.distribution)
+        return tensors
+
+    def shift(
+        self, steps: Sequence[Tensor], scale: float, shrink: Mapping[str, float] | None = None
+    ) -> None:
+        """`theta <- theta + scale * steps` (one like each of `buffers`); `shrink` as in `move`."""
+        for flat, step in zip(self._flats, steps):
+            for name, factor in (shrink or {}).items():
+                if name in flat.layout.slices:
+                    flat.theta[flat.layout.slices[name]] *= factor
+            flat.theta.add_(step, alpha=scale)
+        self._restore()
+
+    def views(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Tensors like `buffers` by parameter name and in its shape; views, not copies."""
         return {
-            name: flat.theta[where].view(self.parameters[name].shape)
-            for flat in self._flats
+            name: tensor[where].view(self.parameters[name].shape)
+            for flat, tensor in zip(self._flats, flats)
             for name, where in flat.layout.slices.items()
         }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`theta` by parameter name and in its shape; views, not copies."""
+        return self.views(self.buffers)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Set `theta` from tensors by name, all of them and no others.

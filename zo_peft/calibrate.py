@@ -1,0 +1,83 @@
+"""Automatic eps: from the losses at both ends of a ladder of displacements."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from zo_peft.direction import Direction
+
+#: The rungs that a run starts with: half a decade apart.
+LADDER = tuple(10.0 ** (exponent / 2) for exponent in range(-8, 1))
+
+#: What is tried again around an eps as training goes on.
+NEIGHBOURS = (10.0**-0.5, 1.0, 10.0**0.5)
+
+#: The share of a difference that may be no slope: curvature, which grows with eps, or rounding,
+#: which grows as eps falls; and, where rounding alone is above it, how many times the least.
+TOLERANCE, ABOVE_LEAST = 0.1, 1.5
+
+#: Directions that the parts of a batch try together; at least one each.
+DIRECTIONS = 8
+
+#: Shares of a run after which the neighbours are tried, and the fewest steps of such a run.
+AGAIN, AGAIN_STEPS = (1 / 8, 1 / 4, 1 / 2), 100
+
+#: [G][M] displacements in, [G][M] losses out.
+EvaluateParts = Callable[[Sequence[Sequence[Direction]]], Sequence[Sequence[float]]]
+
+
+def directions(parts: int) -> int:
+    """Random directions that each of the parts of a batch tries."""
+    return math.ceil(DIRECTIONS / parts)
+
+
+def steps(max_steps: int) -> set[int]:
+    """The steps of a run that choose eps first."""
+    again = {int(share * max_steps) for share in AGAIN} if max_steps >= AGAIN_STEPS else set()
+    return {0} | again
+
+
+def forward_passes(parts: int, max_steps: int) -> int:
+    """What all choices of a run cost."""
+    first, again = (1 + 2 * len(ladder) * directions(parts) for ladder in (LADDER, NEIGHBOURS))
+    return first + (len(steps(max_steps)) - 1) * again
+
+
+def errors(
+    evaluate: EvaluateParts, seeds: Sequence[Sequence[int]], ladder: Sequence[float]
+) -> list[float]:
+    """How far the loss is from a line along random noise, for each eps of the ladder.
+
+    `|l(+) + l(-) - 2 l(0)| / |l(+) - l(-)|`, both root mean square over parts and directions. It is
+    0 for a line; infinite where no displacement makes a difference.
+    `1 + 2 * len(ladder) * directions` forward passes.
+
+    Args:
+        seeds: of the noise: [G][directions].
+    """
+    points = [
+        [Direction()]
+        + [
+            sign * eps * Direction.of(seed)
+            for eps in ladder
+            for seed in own
+            for sign in (1.0, -1.0)
+        ]
+        for own in seeds
+    ]
+    even, odd = [0.0] * len(ladder), [0.0] * len(ladder)
+    count = len(seeds[0])
+    for start, *losses in evaluate(points):
+        for index, (plus, minus) in enumerate(zip(losses[::2], losses[1::2])):
+            rung = index // count
+            even[rung] += (plus + minus - 2 * start) ** 2
+            odd[rung] += (plus - minus) ** 2
+    return [math.sqrt(e / o) if o else math.inf for e, o in zip(even, odd)]
+
+
+def choose(ladder: Sequence[float], found: Sequence[float]) -> tuple[float, float]:
+    """The largest eps whose error is tolerable, and its error.
+
+    Tolerable: `TOLERANCE`, or `ABOVE_LEAST` times the least where none is that good.
+    """
+    limit = max(TOLERANCE, ABOVE_LEAST * min(found))
+    return [(eps, error) for eps, error in zip(ladder, found) if error <= limit][-1]
