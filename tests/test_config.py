@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import TrainingArguments
 
-from zo_peft import UserError, ZOConfig
+from zo_peft import UserError, ZOConfig, calibrate
 
 WARNING = "num_candidates=2"
 
@@ -27,8 +27,13 @@ def make(tmp_path: Path, **settings: Any) -> ZOConfig:
 
 def test_defaults(tmp_path: Path) -> None:
     config = make(tmp_path)
-    assert (config.strategy, config.num_candidates, config.weighting) == ("gv", 8, "loss")
-    assert (config.probe, config.noise, config.carry_best) == ("reuse", "gaussian", False)
+    assert (config.strategy, config.num_candidates, config.weighting) == ("gv", 4, "loss")
+    assert (config.probe, config.noise, config.carry_best) == ("reuse", "rademacher", False)
+    assert (config.update_rule, config.momentum, config.per_example_noise) == (
+        "normalized",
+        0.9,
+        True,
+    )
     assert (config.preset, config.zo_eps, config.learning_rate) == (None, None, None)
     assert (config.max_forward_passes, config.max_length, config.tunable) == (None, None, None)
 
@@ -54,7 +59,7 @@ def test_every_field_of_its_own_is_documented() -> None:
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, ["deepspeed", "no gradients"]),
         ({"fsdp": "full_shard"}, ["fsdp", "device_map"]),
         ({"auto_find_batch_size": True}, ["per_device_train_batch_size"]),
-        ({"optim": "adafactor"}, ["optim", "learning_rate * slope"]),
+        ({"optim": "adafactor"}, ["optim", "update_rule"]),
         ({"strategy": "adam"}, ["strategy='adam'", "mezo, n-spsa, greedy, gv"]),
         ({"preset": "paper"}, ["preset='paper'", "paper-gv, paper-greedy, mezo"]),
         ({"weighting": "rank"}, ["weighting='rank'", "split, loss"]),
@@ -75,16 +80,23 @@ def test_every_field_of_its_own_is_documented() -> None:
         ({"num_candidates": -3, "strategy": "mezo"}, ["num_candidates=-3"]),
         ({"carry_best": True, "strategy": "mezo"}, ["carry_best", "mezo"]),
         ({"carry_best": True, "strategy": "n-spsa"}, ["carry_best", "n-spsa"]),
-        ({"weighting": "split", "elite_fraction": 0.1}, ["elite_fraction=0.1", "8", "empty"]),
+        ({"carry_best": True}, ["carry_best", "per_example_noise=False"]),
+        ({"update_rule": "lion"}, ["update_rule='lion'", "sgd, momentum, normalized"]),
+        *(({"momentum": value}, ["momentum", "below 1"]) for value in (-0.1, 1.0, math.nan)),
+        ({"max_forward_passes": 22}, ["max_forward_passes=22", "choice of zo_eps", "give zo_eps"]),
+        ({"weighting": "split", "elite_fraction": 0.1}, ["elite_fraction=0.1", "4", "empty"]),
         ({"weighting": "split", "elite_fraction": 0.0}, ["elite_fraction"]),
         ({"weighting": "split", "elite_fraction": 1.0}, ["elite_fraction"]),
         ({"weighting": "split", "elite_fraction": 1.5}, ["elite_fraction"]),
         ({"weighting": "split", "elite_fraction": -0.5}, ["elite_fraction"]),
         ({"load_best_model_at_end": True, "save_only_model": True}, ["save_only_model"]),
-        ({"max_forward_passes": 7}, ["max_forward_passes=7", "gv", "takes 8", "num_candidates"]),
         (
-            {"max_forward_passes": 15, "gradient_accumulation_steps": 2},
-            ["max_forward_passes=15", "takes 16"],
+            {"max_forward_passes": 3, "zo_eps": 1e-2},
+            ["max_forward_passes=3", "gv", "takes 4", "num_candidates"],
+        ),
+        (
+            {"max_forward_passes": 7, "gradient_accumulation_steps": 2, "zo_eps": 1e-2},
+            ["max_forward_passes=7", "takes 8"],
         ),
     ],
     ids=str,
@@ -105,12 +117,14 @@ def test_refuses_what_makes_no_sense(
     [
         {"fp16": False, "bf16": False, "deepspeed": None, "optim": "adamw_torch_fused"},
         {"label_smoothing_factor": 0.0, "neftune_noise_alpha": None},
-        {"carry_best": True, "strategy": "greedy", "noise": "rademacher"},
-        {"weighting": "split", "elite_fraction": 0.125},
+        {"carry_best": True, "strategy": "greedy", "per_example_noise": False},
+        {"weighting": "split", "elite_fraction": 0.25},
         {"weighting": "split", "elite_fraction": 0.99},
         {"strategy": "mezo", "num_candidates": 1},
         {"strategy": "n-spsa", "num_candidates": 1},
-        {"max_forward_passes": 8},
+        {"max_forward_passes": 4, "zo_eps": 1e-2},
+        {"max_forward_passes": 23},
+        {"update_rule": "adam", "momentum": 0.0},
         {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 10},
     ],
     ids=str,
@@ -121,6 +135,13 @@ def test_takes_what_makes_sense(settings: dict[str, Any], tmp_path: Path) -> Non
 
 
 #: The published algorithms (paper.md), and a value of each field that is another algorithm.
+SHARED: dict[str, tuple[Any, Any]] = {
+    "noise": ("gaussian", None),
+    "per_example_noise": (False, None),
+    "update_rule": ("sgd", "adam"),
+    "lr_scheduler_type": ("constant", "cosine"),
+    "train_sampling_strategy": ("random", "sequential"),
+}
 PUBLISHED: dict[str, dict[str, tuple[Any, Any]]] = {
     "paper-gv": {
         "strategy": ("gv", "greedy"),
@@ -128,23 +149,17 @@ PUBLISHED: dict[str, dict[str, tuple[Any, Any]]] = {
         "weighting": ("split", None),
         "probe": ("central", None),
         "carry_best": (False, True),
-        "noise": ("gaussian", "rademacher"),
-        "lr_scheduler_type": ("constant", "cosine"),
-        "train_sampling_strategy": ("random", "sequential"),
+        **SHARED,
     },
     "paper-greedy": {
         "strategy": ("greedy", "mezo"),
         "probe": ("central", None),
         "carry_best": (False, True),
-        "noise": ("gaussian", "rademacher"),
-        "lr_scheduler_type": ("constant", "cosine"),
-        "train_sampling_strategy": ("random", "sequential"),
+        **SHARED,
     },
     "mezo": {
         "strategy": ("mezo", "n-spsa"),
-        "noise": ("gaussian", "rademacher"),
-        "lr_scheduler_type": ("constant", "cosine"),
-        "train_sampling_strategy": ("random", "sequential"),
+        **SHARED,
     },
 }
 
@@ -152,7 +167,8 @@ PUBLISHED: dict[str, dict[str, tuple[Any, Any]]] = {
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_a_preset_fixes_the_published_fields_and_no_others(preset: str, tmp_path: Path) -> None:
     fixed, plain, config = PUBLISHED[preset], make(tmp_path), make(tmp_path, preset=preset)
-    for name in (field.name for field in fields(ZOConfig) if field.name != "preset"):
+    free = {field.name for field in fields(ZOConfig)} - {"preset", "num_candidates"}
+    for name in free:
         wanted = fixed[name][0] if name in fixed else getattr(plain, name)
         assert getattr(config, name) == wanted, name
     given = {name: published for name, (published, _) in fixed.items()}
@@ -225,11 +241,48 @@ def test_other_numbers_of_candidates_do_not_warn(settings: dict[str, Any], tmp_p
     ids=str,
 )
 def test_the_smaller_budget_counts(settings: dict[str, Any], steps: int, tmp_path: Path) -> None:
-    config = make(tmp_path, **settings)
+    config = make(tmp_path, **{"zo_eps": 1e-2, "num_candidates": 8, **settings})
     assert config.max_steps == steps
     if "max_forward_passes" in settings:
         spent = steps * config.forward_passes_per_step
         assert spent <= settings["max_forward_passes"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("budget", [200, 500, 20_000])
+def test_the_choice_of_eps_is_counted_in_the_budget(
+    budget: int, own: bool, accumulation: int, tmp_path: Path
+) -> None:
+    config = make(
+        tmp_path,
+        max_forward_passes=budget * accumulation,
+        per_example_noise=own,
+        gradient_accumulation_steps=accumulation,
+    )
+    parts = config.per_device_train_batch_size if own else 1
+    choices = calibrate.forward_passes(parts, config.max_steps) * accumulation
+    steps = config.max_steps * config.forward_passes_per_step
+    assert budget * accumulation - config.forward_passes_per_step < steps + choices
+    assert steps + choices <= budget * accumulation
+    if budget == 20_000:
+        assert choices <= 0.03 * budget * accumulation
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({}, 4),
+        ({"per_device_train_batch_size": 2}, 8),
+        ({"per_example_noise": False}, 8),
+        ({"preset": "paper-gv"}, 8),
+    ],
+    ids=str,
+)
+def test_the_number_of_candidates_follows_from_the_batch(
+    settings: dict[str, Any], count: int, tmp_path: Path
+) -> None:
+    assert make(tmp_path, **settings).num_candidates == count
 
 
 def test_model_init_kwargs_may_be_json_as_on_the_command_line(tmp_path: Path) -> None:

@@ -505,3 +505,92 @@ def test_a_float_base_on_a_cpu_takes_no_more_tokens_than_help() -> None:
     model = tune(llama(), ADAPTERS["lora"])
     assert sizes(model, 4, 64) == CPU_TOKENS // 256
     assert sizes(model, 64, 64) == 1
+
+
+def example_losses(
+    model: PeftModel, space: AdapterSpace, objective: Objective, batch: Batch, point: Direction
+) -> Tensor:
+    with space.displaced(point), torch.no_grad():
+        return objective.losses(model, batch).double()
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_each_part_of_a_batch_sees_its_own_displacements(
+    adapter: str, data: str, size: int
+) -> None:
+    objective, features = DATA[data]
+    model = tune(llama(), ADAPTERS[adapter])
+    space = AdapterSpace(tuned_parameters(model))
+    evaluator = Evaluator(model, space, objective, size)
+    batch = collator_for(model, PAD, objective)(features)
+    parts = evaluator.parts([batch])
+    sees_positions = adapter == "saved head" and data != "label words"
+    own_rows = len(batch["input_ids"]) == len(features)
+    assert own_rows or (data == "options" and adapter.startswith(("prefix", "prompt")))
+    assert parts == (len(features) if own_rows and not sees_positions else 1)
+    points = [[0.1 * Direction.of(10 * g + m) for m in range(4)] for g in range(parts)]
+    found = evaluator.evaluate(points, [batch])
+    whole = Collator(PAD)(features)
+    expected = np.array(
+        [
+            [
+                example_losses(model, space, objective, whole, point).view(parts, -1)[g].numpy()
+                for point in own
+            ]
+            for g, own in enumerate(points)
+        ]
+    )
+    np.testing.assert_allclose(found.losses, expected.mean(axis=2), rtol=1e-5)
+    variances = expected.mean(axis=2).var(axis=1, ddof=1)
+    assert found.spread == pytest.approx(np.sqrt(variances.mean()), rel=1e-2)
+    assert found.example_spread == pytest.approx(
+        np.sqrt(expected.var(axis=1, ddof=1).mean()), rel=1e-2
+    )
+    assert evaluator.forward_passes == 4
+    assert evaluator.examples_forwarded == 4 * len(features)
+
+
+def test_micro_batches_are_cut_alike() -> None:
+    model = tune(llama(), ADAPTERS["lora"])
+    space, objective = AdapterSpace(tuned_parameters(model)), OptionObjective()
+    evaluator = Evaluator(model, space, objective)
+    two = [Collator(PAD)(WORDS[:2]), Collator(PAD)(WORDS[1:])]
+    assert evaluator.parts(two) == 2
+    assert evaluator.parts([Collator(PAD)(WORDS), two[0]]) == 1
+    points = [[0.1 * Direction.of(1)], [0.2 * Direction.of(2)]]
+    found = evaluator.evaluate(points, two)
+    expected = [
+        np.mean([example_losses(model, space, objective, b, own[0])[part] for b in two])
+        for part, own in enumerate(points)
+    ]
+    np.testing.assert_allclose(np.ravel(found.losses), expected, rtol=1e-5)
+    assert (found.spread, evaluator.forward_passes) == (0.0, 2)
+
+
+def test_what_goes_one_by_one_has_one_part() -> None:
+    model = tune(llama(), NOT_IN_LANES["dora"][0])
+    space, batch = AdapterSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
+    with pytest.warns(UserWarning, match="one by one"):
+        evaluator = Evaluator(model, space, CompletionObjective())
+    assert evaluator.parts([batch]) == 1
+
+
+def test_parts_are_right_in_the_step_that_finds_a_module_out() -> None:
+    base = llama()
+    base.model.layers[0].mlp = Mixture(base.model.layers[0].mlp)
+    model = tune(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["mlp.q_proj"], r=4))
+    space, objective = AdapterSpace(tuned_parameters(model)), CompletionObjective()
+    batch = Collator(PAD)(COMPLETIONS)
+    evaluator = Evaluator(model, space, objective, 8)
+    points = [[0.1 * Direction.of(10 * g + m) for m in range(3)] for g in range(2)]
+    assert evaluator.parts([batch]) == 2
+    with pytest.warns(UserWarning, match="one by one"):
+        found = evaluator.evaluate(points, [batch])
+    expected = [
+        [example_losses(model, space, objective, batch, point)[g].item() for point in own]
+        for g, own in enumerate(points)
+    ]
+    np.testing.assert_allclose(found.losses, expected, rtol=1e-6)
+    assert evaluator.parts([batch]) == 1

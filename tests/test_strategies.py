@@ -17,12 +17,14 @@ from zo_peft.strategies import (
     Evaluate,
     Step,
     Weighting,
+    combine,
     greedy,
     gv,
     loss_weights,
     mezo,
     n_spsa,
     run_step,
+    run_steps,
     split_weights,
 )
 
@@ -347,3 +349,31 @@ def test_a_direction_is_a_value() -> None:
     assert Direction().terms == (0.0 * Direction()).terms == ()
     with pytest.raises(ValueError, match="argument"):
         Direction.combine([1, 2], [1.0])
+
+
+@pytest.mark.parametrize("strategy", ["mezo", "n-spsa", "greedy", "gv"])
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_parts_of_a_batch_combine_to_the_mean_of_their_gradients(strategy: str, parts: int) -> None:
+    problems = [Problem(seed) for seed in range(parts)]
+    for problem in problems:
+        problem.z = problems[0].z
+    seeds = [[100 + 4 * part + index for index in range(4)] for part in range(parts)]
+    steps: dict[str, Callable[[list[int]], Step]] = {
+        "mezo": lambda own: mezo(own[0], EPS),
+        "n-spsa": lambda own: n_spsa(own, EPS),
+        "greedy": lambda own: greedy(own, EPS, "reuse"),
+        "gv": lambda own: gv(own, EPS, 0.5, "loss", "reuse"),
+    }
+    alone = [
+        run_step(steps[strategy](own), problem.evaluate) for own, problem in zip(seeds, problems)
+    ]
+    found = combine(
+        run_steps(
+            [steps[strategy](own) for own in seeds],
+            lambda points: [problem.evaluate(p) for problem, p in zip(problems, points)],
+        )
+    )
+    vector = problems[0].vector
+    expected = np.mean([e.slope * vector(e.direction) for e in alone], axis=0)
+    np.testing.assert_allclose(found.slope * vector(found.direction), expected, rtol=1e-9)
+    np.testing.assert_allclose(found.losses, np.mean([e.losses for e in alone], axis=0))

@@ -98,6 +98,7 @@ def make(tmp_path: Path, peft_config: PeftConfig | None = LORA, **settings: Any)
         "save_strategy": "no",
         "use_cpu": True,
         "num_candidates": 4,
+        "zo_eps": 1e-2,
         "seed": 3,
     }
     return ZOTrainer(
@@ -198,11 +199,14 @@ def test_a_new_process_with_plain_peft_predicts_the_same(base: str, tmp_path: Pa
     "settings",
     [
         {},
-        {"strategy": "greedy", "carry_best": True, "noise": "rademacher"},
+        {"strategy": "greedy", "carry_best": True, "per_example_noise": False},
+        {"zo_eps": None, "learning_rate": None},
+        {"update_rule": "adam"},
+        {"preset": "mezo"},
         {"gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 3},
         {"tunable": "lora_B", "weight_decay": 0.1, "strategy": "mezo"},
     ],
-    ids=["default", "carry_best", "accumulation", "tunable"],
+    ids=["default", "carry_best", "automatic", "adam", "mezo", "accumulation", "tunable"],
 )
 @pytest.mark.parametrize("stop", [3, 5, 7])
 def test_resuming_is_not_stopping_bit_for_bit(
@@ -267,6 +271,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path: Path) -> None:
 
 def test_accumulated_micro_batches_are_one_larger_batch(tmp_path: Path) -> None:
     order: dict[str, Any] = {"train_sampling_strategy": "sequential"}
+    order["per_example_noise"] = False
     one = make(tmp_path, per_device_train_batch_size=8, learning_rate=1e-3, **order)
     two = make(
         tmp_path,
@@ -284,9 +289,7 @@ def test_accumulated_micro_batches_are_one_larger_batch(tmp_path: Path) -> None:
 
 
 def test_the_update_is_the_formula_with_the_noise_that_was_measured(tmp_path: Path) -> None:
-    trainer = make(
-        tmp_path, strategy="mezo", max_steps=1, learning_rate=1e-2, lr_scheduler_type="constant"
-    )
+    trainer = make(tmp_path, preset="mezo", max_steps=1, learning_rate=1e-2)
     start = adapter(trainer)
     batches: list[dict[str, torch.Tensor]] = []
     losses = trainer.objective.losses
@@ -459,7 +462,15 @@ def test_every_strategy_and_preset_trains(tmp_path: Path) -> None:
 
 def test_learns_the_gradient_direction(tmp_path: Path) -> None:
     """On average a step follows the back-propagated gradient: cos(v, g) well above chance."""
-    trainer = make(tmp_path, tunable="lora_B", num_candidates=16, zo_eps=1e-3)
+    trainer = make(
+        tmp_path,
+        tunable="lora_B",
+        num_candidates=16,
+        zo_eps=1e-3,
+        per_example_noise=False,
+        update_rule="sgd",
+        learning_rate=1e-3,
+    )
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
     trainer.objective.losses(trainer.model, batch).mean().backward()
     parameters = dict(trainer.model.named_parameters())

@@ -54,21 +54,15 @@ def errors(
     Args:
         seeds: of the noise: [G][directions].
     """
+    signed = [sign * eps for eps in ladder for sign in (1.0, -1.0)]
     points = [
-        [Direction()]
-        + [
-            sign * eps * Direction.of(seed)
-            for eps in ladder
-            for seed in own
-            for sign in (1.0, -1.0)
-        ]
+        [Direction()] + [scale * Direction.of(seed) for seed in own for scale in signed]
         for own in seeds
     ]
     even, odd = [0.0] * len(ladder), [0.0] * len(ladder)
-    count = len(seeds[0])
     for start, *losses in evaluate(points):
         for index, (plus, minus) in enumerate(zip(losses[::2], losses[1::2])):
-            rung = index // count
+            rung = index % len(ladder)
             even[rung] += (plus + minus - 2 * start) ** 2
             odd[rung] += (plus - minus) ** 2
     return [math.sqrt(e / o) if o else math.inf for e, o in zip(even, odd)]

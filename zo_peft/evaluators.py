@@ -65,9 +65,6 @@ class Evaluator:
         self._trunk: Trunk | None = None
         self._repeats = hasattr(objective, "repeated")
         self._in_lanes = True
-        head = model.get_output_embeddings()
-        tuned = set(map(id, space.parameters.values()))
-        self._head_is_tuned = head is not None and any(id(p) in tuned for p in head.parameters())
         try:
             self._replacements = find_replacements(model, space.parameters)
             if not self._repeats:
@@ -92,8 +89,13 @@ class Evaluator:
     def _rows_are_examples(self, batch: Batch) -> bool:
         rows = len(batch["input_ids"])
         # A tuned head sees the scored positions alone, from which it could not tell the parts.
-        told_apart = len(batch.get("rows", ())) in (0, rows) or not self._head_is_tuned
+        told_apart = len(batch.get("rows", ())) in (0, rows) or not self._head_is_tuned()
         return len(batch.get("labels", ())) == rows and told_apart
+
+    def _head_is_tuned(self) -> bool:
+        head = self.model.get_output_embeddings()
+        tuned = set(map(id, self.space.parameters.values()))
+        return any(id(parameter) in tuned for parameter in head.parameters())
 
     @torch.no_grad()
     def evaluate(

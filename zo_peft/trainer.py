@@ -65,7 +65,7 @@ SGD_LEARNING_RATES: dict[PeftType, float] = {
 
 #: The automatic learning rate is `WALK / sqrt(steps)` nats: a random walk of all steps would move
 #: the loss of an example by this much (docs/efficiency.md).
-WALK = 0.15
+WALK = 0.2
 
 #: Before the names of the update rule's tensors in a checkpoint.
 RULE_PREFIX = "update_rule."
@@ -260,8 +260,8 @@ class ZOTrainer(Trainer):
 
     def _strategy_step(self, *part: int) -> strategies.Step:
         args, eps, step = self.args, self._eps, self.state.global_step
-        count = args.num_candidates
-        seeds = [derive_seed(args.seed, step, index, *part) for index in range(count)]
+        candidates = range(args.num_candidates or 0)
+        seeds = [derive_seed(args.seed, step, index, *part) for index in candidates]
         if args.carry_best and self._elite is not None:
             seeds[0] = self._elite
         if args.strategy == "mezo":

@@ -127,7 +127,7 @@ class FZOO(UpdateRule):
 class Momentum(UpdateRule):
     """`m <- momentum * m + g`, `theta <- theta - lr * m`, as `torch.optim.SGD` does."""
 
-    BUFFERS = ("momentum",)
+    BUFFERS: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def _move(self, rate: float, estimate: Estimate, shrink: Mapping[str, float]) -> None:
         gradients = self.space.dense(estimate.slope * estimate.direction)
@@ -157,7 +157,7 @@ class Normalized(Momentum):
         return steps
 
     def _unit(self, m: Tensor) -> Tensor:
-        return m * (math.sqrt(m.numel()) / m.norm().clamp_min(torch.finfo(m.dtype).tiny))
+        return m * (math.sqrt(m.numel()) / m.norm()).nan_to_num(0.0, posinf=0.0)
 
 
 class Spectral(Normalized):
@@ -174,7 +174,7 @@ class Spectral(Normalized):
 class Adam(Momentum):
     """Adam on the estimate, number by number (ZO-AdaMM, arXiv:1910.06513)."""
 
-    BUFFERS = ("momentum", "square")
+    BUFFERS: ClassVar[tuple[str, ...]] = ("momentum", "square")
 
     def _remember(self, gradients: list[Tensor]) -> None:
         for square, g in zip(self.buffers["square"], gradients):
@@ -220,7 +220,7 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 class Backoff:
     """Halves the steps when the loss rises: the mean of `WINDOW` steps against the best such mean.
 
-    A rise counts when it is above three standard errors of the difference and `RISE` of the loss.
+    A rise counts when it is above `ERRORS` standard errors of the difference and `RISE` of the loss.
 
     Attributes:
         losses: of the window under way.
@@ -228,7 +228,8 @@ class Backoff:
     """
 
     WINDOW = 32
-    RISE = 0.02
+    ERRORS = 4.0
+    RISE = 0.05
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -247,5 +248,5 @@ class Backoff:
             self.best = mean, variance
             return 1.0
         rise = mean - self.best[0]
-        error = 3 * math.sqrt(variance + self.best[1])
-        return 0.5 if rise > max(error, self.RISE * self.best[0]) else 1.0
+        error = math.sqrt(variance + self.best[1])
+        return 0.5 if rise > max(self.ERRORS * error, self.RISE * self.best[0]) else 1.0
