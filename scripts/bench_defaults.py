@@ -2,9 +2,10 @@
 
     python scripts/bench_defaults.py knobs robust adapters
 
-`knobs`: improvement of the train loss with defaults, as a share of that of the best learning rate of
-a grid, for each base format and adapter. `robust`: the loss before and after with unusual settings;
-none may end above its start by more than 5%. `adapters`: train loss at equal forward passes.
+`knobs`: improvement of the train loss with defaults, as a share of that of the best learning rate
+of a grid, for each base format and adapter. `robust`: the loss before and after with unusual
+settings; none may end above its start by more than 5%. `adapters`: train loss at equal forward
+passes.
 """
 
 import argparse

@@ -173,5 +173,5 @@ def workloads(data_dir: Path) -> dict[str, Workload]:
         "embedded LoRA int8": Workload(lambda **s: embedded(lora(), "int8", **s), 1000),
         "embedded prefix float32": Workload(lambda **s: embedded(PREFIX, **s), 1000),
         "encoder SST-2": Workload(lambda **s: encoder(sst2, "{sentence}", **s), 4000),
-        "encoder RTE": Workload(lambda **s: encoder(rte, pair, max_length=64, **s), 4000),
+        "encoder RTE": Workload(lambda **s: encoder(rte, pair, max_length=64, **s), 1000),
     }

@@ -220,7 +220,8 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 class Backoff:
     """Halves the steps when the loss rises: the mean of `WINDOW` steps against the best such mean.
 
-    A rise counts when it is above `ERRORS` standard errors of the difference and `RISE` of the loss.
+    A rise counts when it is above `ERRORS` standard errors of the difference, and above `RISE` of
+    the loss.
 
     Attributes:
         losses: of the window under way.

@@ -1,0 +1,192 @@
+"""How well each strategy's direction follows the gradient, against its closed form.
+
+Alignment: `c = d * E[cos^2(v, gradient)]`, with the gradient of the same batch by back-propagation;
+1 is one random direction. All strategies see the same noise and losses. The expectation beside it
+is for a linear loss in many dimensions, by formula or by simulation of the candidates' slopes. In
+the last rows each example has candidates of its own; there the expectation also depends on how far
+the gradients of the batch's examples agree.
+
+    python scripts/bench_estimators.py
+    python scripts/bench_estimators.py --work encoder --draws 300 --data_dir ../shared/data
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import disable_progress_bars
+from torch import Tensor
+from workloads import embedded, encoder, lora
+
+from zo_peft import Direction, ZOTrainer
+from zo_peft.noise import derive_seed
+from zo_peft.objectives import Batch
+from zo_peft.strategies import (
+    Step,
+    combine,
+    greedy,
+    gv,
+    loss_weights,
+    mezo,
+    n_spsa,
+    run_step,
+    run_steps,
+    split_weights,
+)
+
+EPS = 1e-3
+SIMULATED = 200_000
+
+
+def split(m: int) -> Callable[[Sequence[int]], Step]:
+    """Published GV."""
+    return lambda seeds: gv(seeds[:m], EPS, 0.5, "split", "central")
+
+
+def weighted(m: int) -> Callable[[Sequence[int]], Step]:
+    """GV, loss weights, slope from the same losses."""
+    return lambda seeds: gv(seeds[:m], EPS, 0.5, "loss", "reuse")
+
+
+def lowest(m: int, probe: str) -> Callable[[Sequence[int]], Step]:
+    """Greedy."""
+    return lambda seeds: greedy(seeds[:m], EPS, probe)  # type: ignore[arg-type]
+
+
+def of_weights(weights: Callable[[Sequence[float]], list[float]], m: int) -> float:
+    """`E[(w . a)^2 / |w|^2]` over the slopes a of m candidates."""
+    slopes = np.random.default_rng(0).normal(size=(SIMULATED // m, m))
+    found = []
+    for a in slopes:
+        w = np.asarray(weights(a.tolist()))
+        found.append((w @ a) ** 2 / (w @ w))
+    return float(np.mean(found))
+
+
+def of_lowest(m: int) -> float:
+    """`E[(min a)^2]`."""
+    return float(np.mean(np.random.default_rng(0).normal(size=(SIMULATED, m)).min(1) ** 2))
+
+
+#: By name: the step, from seeds, and the expectation.
+STRATEGIES: dict[str, tuple[Callable[[Sequence[int]], Step], float]] = {
+    "mezo": (lambda seeds: mezo(seeds[0], EPS), 1.0),
+    "n-spsa, q=4": (lambda seeds: n_spsa(seeds[:4], EPS), 4.0),
+    **{f"greedy, M={m}, central": (lowest(m, "central"), of_lowest(m)) for m in (2, 4, 8)},
+    **{f"greedy, M={m}, reuse": (lowest(m, "reuse"), of_lowest(m)) for m in (4,)},
+    **{
+        f"gv, M={m}, split, central": (split(m), of_weights(lambda a: split_weights(a, 0.5), m))
+        for m in (2, 4, 16)
+    },
+    **{f"gv, M={m}, loss, reuse": (weighted(m), of_weights(loss_weights, m)) for m in (4, 8, 16)},
+}
+
+
+def example_gradients(trainer: ZOTrainer, batch: Batch) -> Tensor:
+    """By back-propagation: [examples, d]."""
+    parameters = list(trainer.space.parameters.values())
+    losses = trainer.objective.losses(trainer.model, batch)
+    rows = []
+    for loss in losses:
+        gradients = torch.autograd.grad(
+            loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    return torch.stack(rows).double()
+
+
+class Alignment:
+    """Draws of every strategy on one batch."""
+
+    def __init__(self, trainer: ZOTrainer, batch: Batch) -> None:
+        trainer.model.eval()
+        self.trainer, self.batch = trainer, batch
+        self.gradients = example_gradients(trainer, batch)
+        self.gradient = self.gradients.mean(0)
+        self.known: dict[Direction, float] = {}
+
+    def losses(self, points: Sequence[Direction]) -> list[float]:
+        """As the evaluator gives them; a point that two strategies ask for is evaluated once."""
+        new = [point for point in dict.fromkeys(points) if point not in self.known]
+        if new:
+            self.known.update(zip(new, self.trainer.evaluator(new, [self.batch])))
+        return [self.known[point] for point in points]
+
+    def alignment(self, direction: Direction) -> float:
+        """`d * cos^2` of the direction with the gradient."""
+        space = self.trainer.space
+        views = space.views(space.dense(direction)).values()
+        v = torch.cat([view.flatten() for view in views]).double()
+        return len(v) * float((v @ self.gradient) ** 2 / (v @ v) / (self.gradient @ self.gradient))
+
+    def draw(self, number: int) -> dict[str, tuple[float, int]]:
+        """Alignment and forward passes of every strategy on the same noise."""
+        self.known = {}
+        seeds = [derive_seed(number, index) for index in range(16)]
+        found = {}
+        for name, (step, _) in STRATEGIES.items():
+            estimate = run_step(step(seeds), self.losses)
+            found[name] = self.alignment(estimate.direction), len(estimate.losses)
+        return found
+
+    def draw_by_example(self, number: int, m: int) -> float:
+        """Alignment where each example has m candidates of its own, loss weights."""
+        parts = range(len(self.gradients))
+        steps = [weighted(m)([derive_seed(number, part, i) for i in range(m)]) for part in parts]
+        evaluate = self.trainer.evaluator.evaluate
+        estimates = run_steps(steps, lambda points: evaluate(points, [self.batch]).losses)
+        return self.alignment(combine(estimates).direction)
+
+    def agreement(self) -> float:
+        """`B |mean gradient|^2 / mean |gradient of an example|^2`: 1 if orthogonal, B if equal."""
+        own = self.gradients.square().sum(1).mean()
+        return float(len(self.gradients) * self.gradient.square().sum() / own)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work", choices=["embedded", "encoder"], default="embedded")
+    parser.add_argument("--draws", type=int, default=2000)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--data_dir", type=Path, default=Path("../shared/data"))
+    given = parser.parse_args()
+    disable_progress_bars()
+    settings: dict[str, Any] = {"noise": "gaussian", "train_sampling_strategy": "sequential"}
+    with contextlib.redirect_stdout(sys.stderr):
+        if given.work == "embedded":
+            trainer = embedded(lora(), **settings)
+        else:
+            files = (given.data_dir / "sst2/train.tsv", given.data_dir / "sst2/dev.tsv")
+            trainer = encoder(files, "{sentence}", **settings)
+    rows = [trainer.train_dataset[index] for index in range(given.batch_size)]
+    bench = Alignment(trainer, trainer.data_collator(rows))
+    draws = [bench.draw(number) for number in range(given.draws)]
+    print(f"{given.work}, {trainer.space.numel:,} numbers, {given.draws:,} draws, eps {EPS:g}")
+    print("| strategy | forward passes | alignment | expected | ratio | per forward pass |")
+    print("| --- | --- | --- | --- | --- | --- |")
+
+    def report(name: str, passes: int, values: Sequence[float], expected: float) -> None:
+        c, error = float(np.mean(values)), float(np.std(values) / len(values) ** 0.5)
+        print(
+            f"| {name} | {passes} | {c:.2f} +- {error:.2f} | {expected:.2f} | {c / expected:.2f} "
+            f"| {c / passes:.2f} |",
+            flush=True,
+        )
+
+    for name, (_, expected) in STRATEGIES.items():
+        values = [draw[name][0] for draw in draws]
+        report(name, draws[0][name][1], values, expected)
+    for m in (4, 16):
+        values = [bench.draw_by_example(number, m) for number in range(given.draws)]
+        name = f"gv, M={m}, loss, reuse, by example"
+        report(name, m, values, (m - 1) * bench.agreement())
+
+
+if __name__ == "__main__":
+    main()
