@@ -78,6 +78,7 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         "eval_loss_before": before.get("eval_loss"),
         "eval_loss_after": after.get("eval_loss"),
         "tuned_parameters": trainer.space.numel,
+        "calibrations": [asdict(calibration) for calibration in trainer.calibrations],
         "settings": settings(model, data, args),
     }
     trainer.save_model()

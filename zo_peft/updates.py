@@ -36,6 +36,7 @@ class UpdateRule(torch.optim.Optimizer):
         steps: taken so far.
         sensitivity: averaged, in nats per unit of root-mean-square displacement; 0 before a step.
         backoff: factor on every step (see `Backoff`).
+        step_size: of the last step, schedule and automatic choice included.
     """
 
     BUFFERS: ClassVar[tuple[str, ...]] = ()
@@ -54,7 +55,7 @@ class UpdateRule(torch.optim.Optimizer):
         self.space, self.decayed, self.automatic = space, decayed, automatic
         self.momentum, self.beta2 = momentum, beta2
         self.estimate: Estimate | None = None
-        self.steps, self.sensitivity, self.backoff = 0, 0.0, 1.0
+        self.steps, self.sensitivity, self.backoff, self.step_size = 0, 0.0, 1.0, 0.0
         self.buffers = {
             name: [torch.zeros_like(theta) for theta in space.buffers] for name in self.BUFFERS
         }
@@ -66,17 +67,14 @@ class UpdateRule(torch.optim.Optimizer):
         self.steps += 1
         if self.automatic:
             self._track(self.estimate.sensitivity)
-        rate = self.step_size
+        rate = self.param_groups[0]["lr"] * self.backoff
+        if self.automatic and self.sensitivity:
+            rate /= self.sensitivity
+        self.step_size = rate
         keep = 1.0 - rate * self.param_groups[0]["weight_decay"]
         shrink = dict.fromkeys(self.decayed, keep) if keep != 1.0 else {}
         self._move(rate, self.estimate, shrink)
         self.estimate = None
-
-    @property
-    def step_size(self) -> float:
-        """The learning rate of the coming step, schedule and automatic choice included."""
-        rate = self.param_groups[0]["lr"] * self.backoff
-        return rate / self.sensitivity if self.automatic and self.sensitivity else rate
 
     def _track(self, sensitivity: float) -> None:
         keep = min(self.momentum, 1.0 - 1.0 / self.steps)
