@@ -314,6 +314,95 @@ def test_the_update_is_the_formula_with_the_noise_that_was_measured(tmp_path: Pa
         torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-7)
 
 
+def test_each_example_moves_theta_by_its_own_slope_along_its_own_noise(tmp_path: Path) -> None:
+    trainer = make(
+        tmp_path,
+        strategy="mezo",
+        update_rule="sgd",
+        max_steps=1,
+        learning_rate=1e-2,
+        warmup_steps=0,
+    )
+    start = adapter(trainer)
+    batches: list[dict[str, torch.Tensor]] = []
+    repeated = trainer.objective.repeated
+    trainer.objective.repeated = lambda batch, times: (
+        batches.append(batch) or repeated(batch, times)
+    )
+    trainer.train()
+    after, expected = adapter(trainer), dict(start)
+    parameters = dict(trainer.model.named_parameters())
+    for example in range(8):
+        noise = {
+            name: noise_block(derive_seed(3, 0, 0, example), name, 0, t.numel(), "rademacher")
+            for name, t in start.items()
+        }
+        losses = []
+        for scale in (1e-2, -1e-2):
+            for name, tensor in start.items():
+                parameters[name].data.copy_(tensor + scale * noise[name].view(tensor.shape))
+            with torch.no_grad():
+                losses.append(trainer.objective.losses(trainer.model, batches[0])[example].item())
+        slope = (losses[0] - losses[1]) / 2e-2
+        for name, tensor in expected.items():
+            expected[name] = tensor - 1e-2 * slope * noise[name].view(tensor.shape) / 8
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["lora", "layer norms"])
+@pytest.mark.parametrize("budget", [200, 700])
+def test_the_choice_of_eps_is_printed_kept_and_within_the_budget(
+    kind: str, budget: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make(
+        tmp_path,
+        ADAPTERS[kind],
+        max_steps=-1,
+        max_forward_passes=budget,
+        zo_eps=None,
+        logging_steps=1,
+    )
+    trainer.train()
+    assert trainer.evaluator.forward_passes <= budget
+    if kind == "lora":
+        assert trainer.evaluator.forward_passes > budget - 4
+        assert trainer.calibrations[0].forward_passes == 19
+        assert len(trainer.calibrations) == (4 if budget == 700 else 1)
+    printed = [line for line in capsys.readouterr().err.splitlines() if "zo_eps=" in line]
+    assert len(printed) == len(trainer.calibrations)
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert logs[-1]["zo_eps"] == trainer.calibrations[-1].zo_eps
+    assert all(log["step_size"] > 0 for log in logs[1:])
+
+
+def test_a_given_learning_rate_and_eps_are_used_as_they_are(tmp_path: Path) -> None:
+    trainer = make(
+        tmp_path,
+        max_steps=1,
+        learning_rate=3e-3,
+        zo_eps=2e-2,
+        lr_scheduler_type="constant",
+    )
+    before = adapter(trainer)
+    trainer.train()
+    assert trainer.calibrations == []
+    for name, tensor in trainer.space.tensors().items():
+        moved = (tensor - before[name]).square().mean().sqrt().item()
+        assert moved == pytest.approx(3e-3, rel=1e-4)
+
+
+def test_a_rising_loss_shortens_the_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make(tmp_path, max_steps=1)
+    trainer.train()
+    for step in range(320):
+        trainer._watch(1.0 + 0.01 * step)
+    assert trainer.update_rule.backoff < 1
+    assert "the loss rises" in capsys.readouterr().err
+
+
 def test_a_prefix_starts_from_the_activations_of_real_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
