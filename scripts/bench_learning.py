@@ -4,7 +4,7 @@ A published method gets a grid of learning rates and eps. All learning rates are
 eps, then the other eps at the best learning rate; with `--whole_grid` every pair is. The best
 point, by train loss at the end, is run on all seeds. zo_peft runs with its defaults, nothing
 tuned, with several budgets. Every run is a line of `results.jsonl`; a run that is there is not
-made again. `--table` prints what is there.
+made again. The losses over forward passes are drawn beside it, in `learning.png`.
 
     python scripts/bench_learning.py --data_dir ../shared/data
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import geometric_mean, mean
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 from datasets import disable_progress_bars
 from workloads import workloads
@@ -163,6 +164,39 @@ class Bench:
             before = passes, loss
         return float("inf")
 
+    def plot(self, names: Sequence[str], seeds: Sequence[int]) -> None:
+        """Each workload's losses at the end of a run over its forward passes, means over seeds."""
+        figure, all_axes = plt.subplots(1, len(names), figsize=(4 * len(names), 4), squeeze=False)
+        for axes, name in zip(all_axes[0], names):
+            for method in (*PUBLISHED, OURS):
+                points = self._means(name, method, seeds)
+                line = "o-" if method == OURS else "s"
+                axes.plot(*zip(*points), line, label=method)
+            adam = min((self.done[k]["train_loss"] for k in self._keys(name, "Adam")), default=None)
+            if adam is not None:
+                axes.axhline(adam, color="grey", linestyle=":", label="Adam, a tenth of the steps")
+            axes.set(title=name, xlabel="forward passes", ylabel="train loss", yscale="log")
+            axes.legend()
+        figure.tight_layout()
+        figure.savefig(self.path.with_name("learning.png"), dpi=120)
+
+    def _keys(self, workload: str, method: str) -> list[str]:
+        return [k for k in self.done if json.loads(k)[:2] == [workload, method]]
+
+    def _means(self, workload: str, method: str, seeds: Sequence[int]) -> list[tuple[float, float]]:
+        """(forward passes, mean loss) of the settings that all seeds were run with.
+
+        Of a published method, which has its seeds at the best grid point alone, that is one.
+        """
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for key in self._keys(workload, method):
+            runs.setdefault(json.dumps(json.loads(key)[2]), []).append(self.done[key])
+        return sorted(
+            (group[0]["forward_passes"], mean(record["train_loss"] for record in group))
+            for group in runs.values()
+            if len(group) >= len(seeds)
+        )
+
 
 def main() -> None:
     """Run what is missing and print the table."""
@@ -180,7 +214,7 @@ def main() -> None:
     ratios: dict[str, list[float]] = {}
     rows = []
     for workload in given.workloads:
-        for method in set(PUBLISHED) & set(given.methods):
+        for method in (name for name in PUBLISHED if name in given.methods):
             settings = bench.best(workload, method, given.whole_grid)
             loss = bench.mean_loss(workload, method, settings, given.seeds)
             rows.append([workload, method, f"{loss:.4f}"])
@@ -193,6 +227,7 @@ def main() -> None:
             steps = bench.workloads[workload].forward_passes // 10
             for rate in ADAM_RATES:
                 bench.run(workload, "Adam", {"learning_rate": rate, "steps": steps}, 0)
+    bench.plot(given.workloads, given.seeds)
     for row in rows:
         print(" | ".join(row))
     for method, values in ratios.items():

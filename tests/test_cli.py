@@ -40,6 +40,7 @@ def options(tmp_path: Path, **changes: Any) -> list[str]:
         "prompt_template": TEMPLATE,
         "label_words": LABEL_WORDS,
         "max_forward_passes": 32,
+        "zo_eps": 1e-2,
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 100,
         "output_dir": tmp_path / "out",
@@ -63,7 +64,7 @@ def test_train_writes_adapter_card_and_metrics_and_evaluate_agrees(
     out = tmp_path / "out"
     assert printed == json.loads((out / "zo_metrics.json").read_text())
     assert printed.keys() >= METRICS
-    assert (printed["steps"], printed["forward_passes"]) == (4, 32)
+    assert (printed["steps"], printed["forward_passes"]) == (8, 32)
     assert printed["examples_forwarded"] == 32 * 4
     assert printed["settings"]["train_file"] == "train.jsonl"
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= {
@@ -149,7 +150,7 @@ LONG = json.dumps({"text": "good " * 500, "label": 1})
         ({"model_name_or_path": "no/such-model"}, None, "no/such-model"),
         ({"peft_type": "LAURA"}, None, "PEFT has .*LORA"),
         ({"fp16": True}, None, "fp16 is not for forward-only tuning: .*dtype"),
-        ({"max_forward_passes": 3}, None, "less than one step of gv, which takes 8"),
+        ({"max_forward_passes": 3}, None, "less than one step of gv, which takes 4"),
         ({"load_in_8bit": True, "load_in_4bit": True}, None, "exclude each other"),
         ({"train_file": None}, None, "give --train_file"),
         ({"prompt_template": None, "label_words": None}, None, "--prompt_template"),
@@ -192,14 +193,14 @@ def test_a_nan_loss_keeps_the_last_good_adapter(
         found = losses(self, model, batch)
         calls += 1
         if calls == 3:
-            found.view(8, -1)[3] = torch.nan
+            found.view(4, -1)[3] = torch.nan
         return found
 
     monkeypatch.setattr(OptionObjective, "losses", poisoned)
-    at_once = {"save_strategy": "no", "candidates_per_forward": 8}
+    at_once = {"save_strategy": "no", "candidates_per_forward": 4}
     assert main(["train", *options(tmp_path, **at_once)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "candidate 4 of 8 has the loss nan at step 2 with zo_eps=" in error
+    assert "candidate 4 of 4 has the loss nan at step 2 with zo_eps=" in error
     kept = tmp_path / "out" / "checkpoint-2"
     assert (kept / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()

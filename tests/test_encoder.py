@@ -27,14 +27,7 @@ def test_lora_and_a_head_train_on_real_text(
         *("--task_type", "SEQ_CLS", "--lora_target_modules", "query", "value"),
         *("--train_file", str(tmp_path / "train.tsv"), "--prompt_template", "{sentence}"),
         *("--eval_file", str(tmp_path / "train.tsv"), "--max_forward_passes", "120"),
-        *(
-            "--per_device_train_batch_size",
-            "32",
-            "--learning_rate",
-            "0.03",
-            "--noise",
-            "rademacher",
-        ),
+        *("--per_device_train_batch_size", "32"),
         *("--output_dir", str(tmp_path / "out"), "--save_strategy", "no", "--disable_tqdm", "true"),
     ]
     assert main(["train", *argv, "--json"]) == 0
