@@ -45,7 +45,7 @@ ADAPTERS: dict[str, tuple[PeftConfig, dict[str, Any]]] = {
     "VeRA": (VeraConfig(**TARGETS, r=64), {}),
     "UniLoRA": (UniLoraConfig(**TARGETS), {}),
     "IA3": (IA3, {}),
-    "RoAd": (RoadConfig(**TARGETS), {}),
+    "RoAd": (RoadConfig(**TARGETS, group_size=32), {}),
     "layer norms": (LNTuningConfig(task_type="CAUSAL_LM"), {}),
     "prefix": (PREFIX, {}),
 }

@@ -120,7 +120,7 @@ class Alignment:
     def alignment(self, direction: Direction) -> float:
         """`d * cos^2` of the direction with the gradient."""
         space = self.trainer.space
-        views = space.views(space.dense(direction)).values()
+        views = space.views(0, space.dense(0, direction)).values()
         v = torch.cat([view.flatten() for view in views]).double()
         return len(v) * float((v @ self.gradient) ** 2 / (v @ v) / (self.gradient @ self.gradient))
 

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftModel, TaskType
+from peft import PeftModel
+from transformers import PreTrainedModel
 
-from zo_peft.loading import public_name
+from zo_peft.loading import classifies, peft_config_of, public_name
 
 TEXT = """\
 # {title}
@@ -26,6 +27,32 @@ model = PeftModel.from_pretrained(base, "{title}")
 The method is that of Jin, Cen, Tan, arXiv:2601.04710, on MeZO, arXiv:2305.17333.
 """
 
+BASE_TEXT = """\
+# {title}
+
+`{base}`, its {what} tuned with forward passes only (zeroth-order optimization) by zo_peft.
+
+{results}
+```python
+from transformers import {auto}
+
+model = {auto}.from_pretrained("{title}")
+```
+{delta}
+The method is that of Jin, Cen, Tan, arXiv:2601.04710, on MeZO, arXiv:2305.17333.
+"""
+
+DELTA = """
+`zo_scales.safetensors` holds the scales alone, for the same base:
+
+```python
+from zo_peft.scales import load_scales
+
+base = {auto}.from_pretrained("{base}"{arguments})
+load_scales(base, "{title}")
+```
+"""
+
 RESULTS = """\
 | | before | after |
 | --- | --- | --- |
@@ -37,29 +64,37 @@ forwarded, {wall_seconds:.0f} seconds, peak memory {peak_memory_bytes:,} bytes.
 """
 
 
-def write_model_card(folder: str, model: PeftModel, summary: dict[str, Any]) -> None:
+def write_model_card(
+    folder: str, model: PreTrainedModel | PeftModel, tune: str, summary: dict[str, Any]
+) -> None:
     """Write `README.md` into `folder`.
 
     Args:
+        tune: adapter, scales or weights.
         summary: the contents of `zo_metrics.json`; without evaluation results, they are left out.
     """
-    config = model.active_peft_config
-    base = public_name(config.base_model_name_or_path)
+    config = peft_config_of(model)
+    name = model.config.name_or_path if config is None else config.base_model_name_or_path
+    base = public_name(name)
     quantization = getattr(model.config, "quantization_config", None)
-    classifies = config.task_type == TaskType.SEQ_CLS
+    has_classes = classifies(model)
+    kind = tune if config is None else config.peft_type.value
     data = ModelCardData(
-        library_name="peft",
+        library_name="transformers" if config is None else "peft",
         base_model=base if "/" in base else None,
-        tags=["zo_peft", "zeroth-order", config.peft_type.value.lower()],
+        tags=["zo_peft", "zeroth-order", kind.lower()],
     )
-    text = TEXT.format(
-        title=Path(folder).resolve().name,
-        peft_type=config.peft_type.value,
-        base=base,
-        results=RESULTS.format(**summary) if summary.get("metric_after") is not None else "",
-        auto="AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM",
-        arguments=_arguments(quantization, model.config.num_labels if classifies else None),
-    )
+    fields = {
+        "title": Path(folder).resolve().name,
+        "peft_type": kind,
+        "what": kind,
+        "base": base,
+        "results": RESULTS.format(**summary) if summary.get("metric_after") is not None else "",
+        "auto": "AutoModelForSequenceClassification" if has_classes else "AutoModelForCausalLM",
+        "arguments": _arguments(quantization, model.config.num_labels if has_classes else None),
+    }
+    delta = DELTA.format(**fields) if tune == "scales" else ""
+    text = (TEXT if config is not None else BASE_TEXT).format(**fields, delta=delta)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(Path(folder) / "README.md")
 
 

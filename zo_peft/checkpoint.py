@@ -21,6 +21,7 @@ RNG_NAME = "zo_rng_state.json"
 
 def save_state(folder: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write tensors by name and a JSON state into `folder`."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
     # The tensors may be views into one buffer, which safetensors refuses.
     copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     save_file(copies, Path(folder) / TENSORS_NAME)

@@ -9,12 +9,14 @@ from transformers import TrainingArguments
 
 from zo_peft import calibrate
 from zo_peft.errors import UserError
+from zo_peft.low_rank import STRUCTURES, Structure
 from zo_peft.noise import Distribution
 from zo_peft.strategies import Probe, Weighting
 from zo_peft.updates import RULES
 
 StrategyName = Literal["mezo", "n-spsa", "greedy", "gv"]
-Preset = Literal["paper-gv", "paper-greedy", "mezo"]
+Preset = Literal["paper-gv", "paper-greedy", "mezo", "subzero", "lozo"]
+Tune = Literal["adapter", "scales", "weights"]
 UpdateRuleName = Literal["normalized", "sgd", "momentum", "spectral", "adam", "fzoo"]
 
 #: What the published algorithms have in common.
@@ -38,6 +40,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "paper-greedy": {"strategy": "greedy", "probe": "central", "carry_best": False, **PUBLISHED},
     "mezo": {"strategy": "mezo", **PUBLISHED},
+    "subzero": {"strategy": "mezo", "low_rank_noise": "subzero", **PUBLISHED},
+    "lozo": {"strategy": "mezo", "low_rank_noise": "lozo", **PUBLISHED},
+}
+
+#: Rank of each kind of low-rank noise, and the steps that its basis is kept, unless given.
+LOW_RANK: dict[Structure, tuple[int, int]] = {
+    "eggroll": (1, 1),
+    "subzero": (24, 1000),
+    "lozo": (2, 100),
 }
 
 #: TrainingArguments that act through gradients, or cast the model, and why each is refused.
@@ -75,7 +86,23 @@ class ZOConfig(TrainingArguments):
     )
     preset: Preset | None = field(
         default=None,
-        metadata={"help": "A published algorithm, exactly: paper-gv, paper-greedy or mezo."},
+        metadata={
+            "help": "A published algorithm, exactly: paper-gv, paper-greedy, mezo, subzero or lozo."
+        },
+    )
+    tune: Tune = field(
+        default="adapter",
+        metadata={
+            "help": "What is tuned: a PEFT adapter; the scales of an int8 or NF4 base; or the "
+            "weights of a base that is int8 or not quantized."
+        },
+    )
+    tune_unquantized: bool = field(
+        default=False,
+        metadata={
+            "help": "With tune=scales or weights on a quantized base: also the tensors that are "
+            "not quantized (embeddings, norms, biases, head)."
+        },
     )
     strategy: StrategyName = field(default="gv", metadata={"help": "How a direction is found."})
     num_candidates: int | None = field(
@@ -93,11 +120,12 @@ class ZOConfig(TrainingArguments):
             "examples share their candidates."
         },
     )
-    update_rule: UpdateRuleName = field(
-        default="normalized",
+    update_rule: UpdateRuleName | None = field(
+        default=None,
         metadata={
-            "help": "How the estimate moves the adapter: sgd, momentum, normalized (momentum, each "
-            "tensor's step at unit length), spectral (the same, orthogonalized), adam or fzoo."
+            "help": "How the estimate moves what is tuned: sgd, momentum, normalized (momentum, "
+            "each tensor's step at unit length), spectral (the same, orthogonalized), adam or fzoo "
+            "(steps of like length, no memory). Default: normalized; fzoo for tune=weights."
         },
     )
     momentum: float = field(
@@ -145,6 +173,27 @@ class ZOConfig(TrainingArguments):
             "help": "Distribution of the candidates: gaussian, or rademacher (signs; cheaper).",
         },
     )
+    noise_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of the noise of matrices; 0: full noise. Default: full, and for "
+            "tune=weights 1 (24 for subzero, 2 for lozo)."
+        },
+    )
+    low_rank_noise: Structure | None = field(
+        default=None,
+        metadata={
+            "help": "Kind of low-rank noise: eggroll (two factors for each seed), subzero or lozo "
+            "(a basis that is kept for basis_steps)."
+        },
+    )
+    basis_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps after which subzero and lozo draw their basis anew. Default: 1000 and "
+            "100."
+        },
+    )
     warmup_steps: float = field(
         default=0.02,
         metadata={"help": "As in transformers: steps, or below 1 their share of the run."},
@@ -190,6 +239,9 @@ class ZOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         _check_choices(self)
         _apply_preset(self)
+        _choose_noise(self)
+        if self.update_rule is None:
+            self.update_rule = "fzoo" if self.tune == "weights" else "normalized"
         if self.num_candidates is None:
             own = self.per_example_noise and self.per_device_train_batch_size >= 4
             self.num_candidates = 4 if own else 8
@@ -228,7 +280,9 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "weighting": get_args(Weighting),
     "probe": get_args(Probe),
     "noise": get_args(Distribution),
-    "update_rule": tuple(RULES),
+    "update_rule": (None, *RULES),
+    "tune": get_args(Tune),
+    "low_rank_noise": (None, *STRUCTURES),
 }
 
 
@@ -252,6 +306,24 @@ def _apply_preset(config: ZOConfig) -> None:
         setattr(config, name, value)
 
 
+def _choose_noise(config: ZOConfig) -> None:
+    """Full noise, unless low-rank noise is asked for or weights are tuned in our own way."""
+    if config.noise_rank is None:
+        full = config.tune != "weights" or config.preset is not None
+        if config.low_rank_noise is None and full:
+            config.noise_rank = 0
+        else:
+            config.noise_rank = LOW_RANK[config.low_rank_noise or "eggroll"][0]
+    if config.noise_rank < 0:
+        raise UserError(f"noise_rank={config.noise_rank}; it must be 1 or more, or 0 (full noise)")
+    if config.noise_rank == 0 and config.low_rank_noise is not None:
+        raise UserError(f"low_rank_noise={config.low_rank_noise!r} needs a noise_rank of 1 or more")
+    if config.noise_rank and config.low_rank_noise is None:
+        config.low_rank_noise = "eggroll"
+    if config.basis_steps is None and config.low_rank_noise is not None:
+        config.basis_steps = LOW_RANK[config.low_rank_noise][1]
+
+
 def _check(config: ZOConfig) -> None:
     """Refuse single values and combinations that make no sense."""
     for name, default in ((f.name, f.default) for f in fields(config) if f.name in REFUSED):
@@ -263,6 +335,7 @@ def _check(config: ZOConfig) -> None:
         "max_forward_passes",
         "max_length",
         "candidates_per_forward",
+        "basis_steps",
     ):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
@@ -270,6 +343,8 @@ def _check(config: ZOConfig) -> None:
     if not 0 <= config.momentum < 1:
         raise UserError(f"momentum={config.momentum}; it must be at least 0 and below 1")
     _check_candidates(config)
+    if config.tune_unquantized and config.tune == "adapter":
+        raise UserError("tune_unquantized=True has no meaning for tune='adapter'")
     if config.load_best_model_at_end and config.save_only_model:
         raise UserError("load_best_model_at_end needs whole checkpoints; drop save_only_model")
 

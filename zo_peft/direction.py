@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -25,6 +26,11 @@ class Direction:
     def combine(cls, seeds: Iterable[int], weights: Iterable[float]) -> Direction:
         """`sum_i weights[i] * z(seeds[i])`; one weight a seed."""
         return cls(tuple(zip(seeds, weights, strict=True)))
+
+    @property
+    def length(self) -> float:
+        """The root mean square of its numbers, in expectation."""
+        return math.hypot(*(weight for _, weight in self.terms))
 
     def __rmul__(self, scale: float) -> Direction:
         return Direction(tuple((seed, scale * weight) for seed, weight in self.terms))

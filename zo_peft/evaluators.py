@@ -10,11 +10,12 @@ from itertools import chain
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from zo_peft.direction import Direction
 from zo_peft.memory import Fit
 from zo_peft.objectives import Batch, Objective
-from zo_peft.spaces import AdapterSpace, NotInLanes, find_replacements
+from zo_peft.spaces import NotInLanes, Space
 from zo_peft.trunk import Trunk, find_trunk
 
 
@@ -52,8 +53,8 @@ class Evaluator:
 
     def __init__(
         self,
-        model: PeftModel,
-        space: AdapterSpace,
+        model: PreTrainedModel | PeftModel,
+        space: Space,
         objective: Objective,
         candidates_per_forward: int | None = None,
     ) -> None:
@@ -66,7 +67,7 @@ class Evaluator:
         self._repeats = hasattr(objective, "repeated")
         self._in_lanes = True
         try:
-            self._replacements = find_replacements(model, space.parameters)
+            self._replacements = space.replacements(model)
             if not self._repeats:
                 raise NotInLanes(f"objective {type(objective).__name__} (it has no `repeated`)")
         except NotInLanes as error:
@@ -183,7 +184,7 @@ class Evaluator:
         """Points of one forward: waves of like size, none above the limit."""
         limit = self.candidates_per_forward
         if limit is None:
-            self._fit = self._fit or Fit(self.model, self.space.numel)
+            self._fit = self._fit or Fit(self.model, self.space.lane_numel)
             limit = self._fit(batch, len(points[0]))
         return math.ceil(len(points) / math.ceil(len(points) / limit))
 

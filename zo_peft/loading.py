@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Collection
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import bitsandbytes
 import torch
 from huggingface_hub import hf_hub_download
-from peft import PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft import PeftConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, SEQ_CLS_HEAD_NAMES
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -64,6 +66,39 @@ def load_base(name: str, num_labels: int | None = None, **kwargs: Any) -> PreTra
             f"model {name!r} cannot be loaded: {_first_line(error)} Give a folder that holds "
             "config.json and safetensors, or a model id of the Hub"
         ) from error
+
+
+def check_quantization(name: str, tune: str, quantization: Any, **kwargs: Any) -> None:
+    """Refuse, from the model's configuration alone, a base that cannot be tuned in this way.
+
+    Args:
+        tune: adapter, scales or weights.
+        quantization: the `BitsAndBytesConfig` that it would be loaded with; None: as it was saved.
+
+    Raises:
+        UserError: weights of a 4-bit base, scales of a base without any, a model that is not found.
+    """
+    if tune == "adapter":
+        return
+    try:
+        config = AutoConfig.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    found = quantization or getattr(config, "quantization_config", None)
+    settings = found if isinstance(found, dict) else getattr(found, "__dict__", {})
+    eight, four = (
+        settings.get(key, settings.get(f"_{key}")) for key in ("load_in_8bit", "load_in_4bit")
+    )
+    if tune == "weights" and four:
+        raise UserError(
+            "tune='weights' cannot move the codes of a 4-bit base; load it in 8 bit or "
+            "unquantized, or use tune='scales'"
+        )
+    if tune == "scales" and not (eight or four):
+        raise UserError(
+            f"tune='scales' needs a quantized base, and {public_name(name)} is not; use "
+            "load_in_8bit or load_in_4bit, or tune='weights'"
+        )
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -120,21 +155,26 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         ) from error
 
 
-def prepare(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make a PEFT model safe for forward-only tuning, in place.
+def prepare(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make a model safe for forward-only tuning, in place.
 
-    Trainable parameters become float32 (PEFT leaves `modules_to_save` and layer norms in the
-    base's dtype), and on a CPU bitsandbytes is kept from repacking NF4 weights: a `state_dict()`
-    afterwards, as in every save, would change them. A local base is recorded by its folder's name,
-    so that no saved file holds a path of this machine.
+    On a CPU bitsandbytes is kept from repacking NF4 weights: a `state_dict()` afterwards, as in
+    every save, would change them. Of a PEFT model, trainable parameters become float32 (PEFT leaves
+    `modules_to_save` and layer norms in the base's dtype), and a local base is recorded by its
+    folder's name, so that no saved file holds a path of this machine.
     """
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = public_name(config.base_model_name_or_path)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit) and module.weight.device.type == "cpu":
             module.support_avx512bf16_for_cpu = False
+    if isinstance(model, PeftModel):
+        _prepare_adapter(model)
+
+
+def _prepare_adapter(model: PeftModel) -> None:
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = public_name(config.base_model_name_or_path)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
@@ -153,16 +193,26 @@ def tuned_parameters(model: PeftModel, tunable: str | None = None) -> dict[str, 
         UserError: `tunable` is no regular expression, or matches none of them.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    chosen = matching(trainable, tunable)
+    return {name: p for name, p in trainable.items() if name in chosen}
+
+
+def matching(names: Collection[str], tunable: str | None) -> set[str]:
+    """The names in which `tunable`, a regular expression, is found; all for None.
+
+    Raises:
+        UserError: it is no regular expression, or found in none.
+    """
     if tunable is None:
-        return trainable
+        return set(names)
     try:
-        chosen = {name: p for name, p in trainable.items() if re.search(tunable, name)}
+        chosen = {name for name in names if re.search(tunable, name)}
     except re.error as error:
         raise UserError(f"tunable={tunable!r} is not a regular expression: {error}") from None
     if not chosen:
         raise UserError(
-            f"tunable={tunable!r} matches none of the {len(trainable)} trainable parameters, e.g. "
-            f"{next(iter(trainable), 'none')}"
+            f"tunable={tunable!r} matches none of the {len(names)} trainable parameters, e.g. "
+            f"{next(iter(names), 'none')}"
         )
     return chosen
 
@@ -188,12 +238,27 @@ def start_prefix_from_tokens(model: PeftModel, token_ids: Tensor) -> None:
         prefix[:, layer, 1] = values[0].transpose(0, 1)
 
 
-def context_length(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def peft_config_of(model: PreTrainedModel | PeftModel) -> PeftConfig | None:
+    """The active adapter's configuration; None without one."""
+    return model.active_peft_config if isinstance(model, PeftModel) else None
+
+
+def classifies(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether the model has a head for sequence classification instead of one for tokens."""
+    config = peft_config_of(model)
+    if config is None:
+        return model.get_output_embeddings() is None
+    return config.task_type == TaskType.SEQ_CLS
+
+
+def context_length(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> int | None:
     """Tokens that an example may have: the model's positions less the adapter's virtual tokens."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
         return None
-    virtual = getattr(model.active_peft_config, "num_virtual_tokens", None) or 0
+    virtual = getattr(peft_config_of(model), "num_virtual_tokens", None) or 0
     return min(positions, tokenizer.model_max_length) - virtual
 
 

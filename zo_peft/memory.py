@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from zo_peft.objectives import Batch
 
@@ -39,7 +40,7 @@ class Fit:
         adapter_numel: float32 numbers of a candidate.
     """
 
-    def __init__(self, model: PeftModel, adapter_numel: int) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, adapter_numel: int) -> None:
         self.config = model.config.get_text_config()
         self.size = model.get_input_embeddings().weight.element_size()
         self.weights, self.adapter = weight_bytes(model), 4 * adapter_numel

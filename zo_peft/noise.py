@@ -76,8 +76,9 @@ def _gaussian(words: list[Tensor]) -> Tensor:
 
 def _rademacher(words: list[Tensor]) -> Tensor:
     """128 signs (+1 or -1, float32) a counter, one for each bit of its words."""
-    bits = torch.arange(32, device=words[0].device)
-    grid = torch.stack(words, dim=-1).unsqueeze(-1) >> bits
+    bits = torch.arange(32, dtype=torch.int32, device=words[0].device)
+    # Conversion wraps: the bits stay as they are.
+    grid = torch.stack([word.int() for word in words], dim=-1).unsqueeze(-1) >> bits
     return grid.bitwise_and_(1).flatten(1).float().mul_(2.0).sub_(1.0)
 
 
@@ -97,12 +98,60 @@ def noise_block(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Numbers `start` to `stop` of parameter `name` (flattened) under `seed`: float32, 1-D."""
+    return noise_blocks([seed], name, start, stop, distribution, device)[0]
+
+
+def noise_blocks(
+    seeds: Sequence[int],
+    name: str,
+    start: int,
+    stop: int,
+    distribution: Distribution = "gaussian",
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The same under several seeds: float32 [seeds, stop - start]."""
     per_counter = NUMBERS_PER_COUNTER[distribution]
     first = start // per_counter
     blocks = torch.arange(first, -(-stop // per_counter), device=device)
     low, high = (torch.full_like(blocks, word) for word in _name_words(name))
-    numbers = _numbers(blocks, low, high, [seed], distribution)[0]
-    return numbers[start - first * per_counter : stop - first * per_counter]
+    numbers = _numbers(blocks, low, high, seeds, distribution)
+    return numbers[:, start - first * per_counter : stop - first * per_counter]
+
+
+def noise_rows(
+    seed: int, name: str, rows: Tensor, width: int, distribution: Distribution = "gaussian"
+) -> Tensor:
+    """Noise of some rows (int64 [R]) of the matrix `name` of that width: float32 [R, width].
+
+    The numbers that `noise_block` has for the flattened matrix.
+    """
+    per_counter = NUMBERS_PER_COUNTER[distribution]
+    start = rows * width
+    first = start // per_counter
+    span = torch.arange(-(-width // per_counter) + 1, device=rows.device)
+    blocks = (first[:, None] + span).flatten()
+    low, high = (torch.full_like(blocks, word) for word in _name_words(name))
+    numbers = _numbers(blocks, low, high, [seed], distribution)[0].view(len(rows), -1)
+    columns = torch.arange(width, device=rows.device)
+    return numbers.gather(1, (start - first * per_counter)[:, None] + columns)
+
+
+def uniform_rows(seed: int, name: str, rows: Tensor, width: int) -> Tensor:
+    """Some rows (int64 [R]) of uniform numbers in [0, 1), multiples of 2^-24: float32 [R, width].
+
+    For rounding, where speed counts: each row is a Weyl sequence from a Philox word through the
+    finalizer lowbias32 (Wellons), which has next to no bias; another stream than the noise's.
+    """
+    low, high = (torch.full_like(rows, word) for word in _name_words(f"{name}, rounding"))
+    first = philox((rows & _MASK, rows >> 32, low, high), [seed])[0][0].int()
+    # int32 arithmetic wraps; shifts are arithmetic, so what they bring in on the left is masked.
+    weyl = torch.arange(width, dtype=torch.int32, device=rows.device).mul_(-1640531527)
+    x = first[:, None] + weyl
+    shifted = torch.empty_like(x)
+    for shift, factor in ((16, 0x7FEB352D), (15, -2073254261), (16, 1)):
+        torch.bitwise_right_shift(x, shift, out=shifted)
+        x.bitwise_xor_(shifted.bitwise_and_((1 << (32 - shift)) - 1)).mul_(factor)
+    return x.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).float().mul_(2.0**-24)
 
 
 class Layout:

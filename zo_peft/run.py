@@ -21,12 +21,14 @@ from zo_peft.data import make_examples, read_rows
 from zo_peft.data.examples import Row
 from zo_peft.errors import UserError
 from zo_peft.loading import (
+    check_quantization,
     load_adapter,
     load_base,
     load_tokenizer,
     public_name,
     quantization_config,
 )
+from zo_peft.scales import load_scales
 from zo_peft.trainer import ZOTrainer
 
 METRICS_NAME = "zo_metrics.json"
@@ -92,7 +94,7 @@ def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict
     Raises:
         UserError: something given cannot work.
     """
-    if model.adapter_name_or_path is None:
+    if model.adapter_name_or_path is None and args.tune == "adapter":
         raise UserError("nothing to evaluate; give --adapter_name_or_path")
     rows = _rows(data, "eval")
     if rows is None:
@@ -173,34 +175,41 @@ def _trainer(
         revision=model.model_revision,
         trust_remote_code=model.trust_remote_code,
     )
-    base: PreTrainedModel | PeftModel = _base(model, train or evaluation or [])
+    base: PreTrainedModel | PeftModel = _base(model, args.tune, train or evaluation or [])
     if model.adapter_name_or_path is not None:
-        base = load_adapter(base, model.adapter_name_or_path, is_trainable=True)
+        if args.tune == "scales":
+            load_scales(base, model.adapter_name_or_path)
+        else:
+            base = load_adapter(base, model.adapter_name_or_path, is_trainable=True)
+    new = model.adapter_name_or_path is None and args.tune == "adapter"
     return ZOTrainer(
         model=base,
         args=args,
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
-        peft_config=None if model.adapter_name_or_path else model.peft_config(),
+        peft_config=model.peft_config() if new else None,
     )
 
 
-def _base(model: ModelArguments, examples: list[Row]) -> PreTrainedModel:
+def _base(model: ModelArguments, tune: str, examples: list[Row]) -> PreTrainedModel:
     num_labels = None
     if model.task_type == "SEQ_CLS":
         num_labels = 1 + max(example["label"] for example in examples)
     compute_dtype = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
-    return load_base(
+    quantization = quantization_config(model.load_in_8bit, model.load_in_4bit, compute_dtype)
+    name, source = (
         model.model_name_or_path,
+        {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code},
+    )
+    check_quantization(name, tune, quantization, **source)
+    return load_base(
+        name,
         num_labels,
-        revision=model.model_revision,
         dtype=model.dtype,
         device_map=model.device_map,
-        trust_remote_code=model.trust_remote_code,
-        quantization_config=quantization_config(
-            model.load_in_8bit, model.load_in_4bit, compute_dtype
-        ),
+        quantization_config=quantization,
+        **source,
     )
 
 

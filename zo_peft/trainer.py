@@ -1,5 +1,6 @@
 """`ZOTrainer`: transformers' Trainer with a forward-only step."""
 
+import contextlib
 import math
 import os
 import sys
@@ -35,13 +36,17 @@ from zo_peft.errors import NonFiniteLossError, UserError
 from zo_peft.evaluators import Evaluation, Evaluator
 from zo_peft.loading import (
     add_adapter,
+    check_quantization,
+    classifies,
     context_length,
     load_base,
     load_tokenizer,
+    peft_config_of,
     prepare,
     start_prefix_from_tokens,
     tuned_parameters,
 )
+from zo_peft.low_rank import LowRank
 from zo_peft.noise import derive_seed
 from zo_peft.objectives import (
     IGNORE_INDEX,
@@ -51,21 +56,25 @@ from zo_peft.objectives import (
     Objective,
     OptionObjective,
 )
-from zo_peft.spaces import AdapterSpace
+from zo_peft.scales import base_hash, save_scales
+from zo_peft.spaces import AdapterSpace, BaseSpace, Space, choose, find_scales, find_weights
 from zo_peft.trunk import compile_frozen_parts
 from zo_peft.updates import AUTOMATIC, RULES, Backoff
 
-#: Learning rates of plain SGD by adapter type (docs/efficiency.md); LORA's for any other type.
-SGD_LEARNING_RATES: dict[PeftType, float] = {
+#: Learning rates of plain SGD by adapter type (docs/efficiency.md), LORA's for any other; and of
+#: scales and weights.
+SGD_LEARNING_RATES: dict[str, float] = {
     PeftType.LORA: 1e-3,
     PeftType.PREFIX_TUNING: 1.0,
     PeftType.PROMPT_TUNING: 1.0,
     PeftType.IA3: 1e-1,
+    "scales": 1e-3,
+    "weights": 1e-6,
 }
 
-#: The automatic learning rate is `WALK / sqrt(steps)` nats: a random walk of all steps would move
-#: the loss of an example by this much (docs/efficiency.md).
-WALK = 0.2
+#: How far a random walk of all steps would move the loss of an example, in nats, with the automatic
+#: learning rate (docs/efficiency.md).
+WALK = 0.87
 
 #: Before the names of the update rule's tensors in a checkpoint.
 RULE_PREFIX = "update_rule."
@@ -84,14 +93,15 @@ class Calibration:
 
 
 class ZOTrainer(Trainer):
-    """Tunes a PEFT adapter with forward passes only; otherwise a `transformers.Trainer`.
+    """Tunes a PEFT adapter or the base with forward passes only; else a `transformers.Trainer`.
 
     Args:
         model: name (Hub id or folder), `PreTrainedModel`, or `PeftModel` whose adapter is tuned.
         args: settings; default `ZOConfig("<model>-zo")`.
         train_dataset, eval_dataset: examples in one of the forms of `zo_peft.data`.
         processing_class: the tokenizer; default: the model's own.
-        peft_config: the new adapter; None exactly when `model` is a `PeftModel`.
+        peft_config: the new adapter; None exactly when `model` is a `PeftModel`, or when the base
+            itself is tuned (`args.tune`).
         objective: what is minimised; default: by the model's class and the data set's columns.
         data_collator, compute_metrics, callbacks: as in `Trainer`. The default metric is
             `accuracy`, of options, classes or completion tokens.
@@ -117,7 +127,11 @@ class ZOTrainer(Trainer):
     ) -> None:
         name = model if isinstance(model, str) else model.config.name_or_path
         args = args or ZOConfig(f"{Path(name).name}-zo")
-        if (peft_config is None) != isinstance(model, PeftModel):
+        if args.tune != "adapter" and (peft_config or isinstance(model, PeftModel)):
+            raise UserError(
+                f"tune={args.tune!r} tunes the base itself: give no adapter, no peft_config"
+            )
+        if args.tune == "adapter" and (peft_config is None) != isinstance(model, PeftModel):
             raise UserError("give a peft_config for a new adapter or a PeftModel: one of the two")
         if args.world_size > 1:
             raise UserError("several processes are not supported yet; start one")
@@ -134,23 +148,25 @@ class ZOTrainer(Trainer):
         tokenization = _tokenization(model, tokenizer, args)
         train, evaluation = (_tokenize(d, tokenization) for d in (train_dataset, eval_dataset))
         self.objective = objective or _objective(tokenization, train, evaluation)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator or Collator(tokenizer.pad_token_id),
-            train_dataset=train,
-            eval_dataset=evaluation,
-            processing_class=tokenizer,
-            compute_metrics=compute_metrics or accuracy,
-            callbacks=callbacks,
-        )
+        with _not_quantized(model):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator or Collator(tokenizer.pad_token_id),
+                train_dataset=train,
+                eval_dataset=evaluation,
+                processing_class=tokenizer,
+                compute_metrics=compute_metrics or accuracy,
+                callbacks=callbacks,
+            )
         self._signature_columns = FEATURES
         if data_collator is None:
             model.eval()
             self.data_collator = collator_for(model, tokenizer.pad_token_id, self.objective)
         if peft_config is not None and peft_config.peft_type == PeftType.PREFIX_TUNING and train:
             self._start_prefix(train)
-        self.space = AdapterSpace(tuned_parameters(model, args.tunable), args.noise)
+        self.base_hash = None if args.tune == "adapter" else base_hash(model)
+        self.space = _space(model, args)
         self.evaluator = Evaluator(model, self.space, self.objective, args.candidates_per_forward)
         if args.torch_compile:
             options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
@@ -202,6 +218,9 @@ class ZOTrainer(Trainer):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         model.eval()
+        if isinstance(self.space.noise, LowRank):
+            drawn = self.state.global_step // (self.args.basis_steps or 1)
+            self.space.noise.basis_seed = derive_seed(self.args.seed, drawn, -2)
         batches = [self._prepare_inputs(batch) for batch in self._micro_batches]
         parts = self.evaluator.parts(batches) if self.args.per_example_noise else 1
         if self.args.zo_eps is None and self.state.global_step in calibrate.steps(
@@ -303,6 +322,7 @@ class ZOTrainer(Trainer):
         """The update rule, as the optimizer that the Trainer steps and schedules."""
         args = self.args
         decayed = set(self.get_decay_parameter_names(self.model)) & self.space.tensors().keys()
+        assert args.update_rule is not None
         automatic = args.learning_rate is None and args.update_rule in AUTOMATIC
         self.update_rule = RULES[args.update_rule](
             self.space,
@@ -317,8 +337,9 @@ class ZOTrainer(Trainer):
         return self.optimizer
 
     def _default_learning_rate(self) -> float:
-        by_type = SGD_LEARNING_RATES
-        rate = by_type.get(_peft_type(self.model), by_type[PeftType.LORA])
+        config = peft_config_of(self.model)
+        kind = self.args.tune if config is None else config.peft_type
+        rate = SGD_LEARNING_RATES.get(kind, SGD_LEARNING_RATES[PeftType.LORA])
         return rate * (1 - self.args.momentum) if self.args.update_rule == "momentum" else rate
 
     def create_scheduler(
@@ -326,7 +347,10 @@ class ZOTrainer(Trainer):
     ) -> Any:
         """As in Trainer; an automatic learning rate depends on the number of steps."""
         if self.update_rule.automatic:
-            self.update_rule.param_groups[0]["lr"] = WALK / math.sqrt(num_training_steps)
+            # Momentum makes steps alike: they go further than as many independent ones.
+            kept = self.update_rule.momentum if self.update_rule.BUFFERS else 0.0
+            independent = num_training_steps * (1 + kept) / (1 - kept)
+            self.update_rule.param_groups[0]["lr"] = WALK / math.sqrt(independent)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -349,6 +373,8 @@ class ZOTrainer(Trainer):
             logs["slope"] = self._slope
             logs["zo_eps"] = self._eps
             logs["step_size"] = self.update_rule.step_size
+            if isinstance(self.space, BaseSpace):
+                logs |= self.space.shares()
             logs["forward_passes"] = self.evaluator.forward_passes
             logs["examples_forwarded"] = self.evaluator.examples_forwarded
         super().log(logs, start_time)
@@ -373,17 +399,31 @@ class ZOTrainer(Trainer):
 
     # ---- Saving and resuming: safetensors and JSON ----------------------------------------------
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter, or the tuned base, with tokenizer and card; see `Trainer.save_model`.
+
+        A checkpoint gets no copy of a whole base: its state holds the tensors that are tuned.
+        """
+        if isinstance(self.space, AdapterSpace) or not _internal_call:
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = output_dir or self.args.output_dir
         os.makedirs(folder, exist_ok=True)
-        # The base is never written, so its embeddings never need saving either.
-        self.model.save_pretrained(folder, save_embedding_layers=False)
+        if isinstance(self.space, AdapterSpace):
+            # The base is never written, so its embeddings never need saving either.
+            self.model.save_pretrained(folder, save_embedding_layers=False)
+        else:
+            self.model.save_pretrained(folder)
+        if isinstance(self.space, BaseSpace) and self.args.tune == "scales":
+            assert self.base_hash is not None
+            save_scales(folder, self.space, self.base_hash)
         self.processing_class.save_pretrained(folder)
-        write_model_card(folder, self.model, self.summary)
+        write_model_card(folder, self.model, self.args.tune, self.summary)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card of `zo_peft.card`, written with every save as well."""
-        write_model_card(self.args.output_dir, self.model, self.summary)
+        write_model_card(self.args.output_dir, self.model, self.args.tune, self.summary)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.args.hub_strategy != HubStrategy.END:
@@ -401,9 +441,16 @@ class ZOTrainer(Trainer):
             "candidates_per_forward": self.evaluator.candidates_per_forward,
             "forward_passes": self.evaluator.forward_passes,
             "examples_forwarded": self.evaluator.examples_forwarded,
+            "base": self.base_hash,
+            "moves": getattr(self.space, "moves", 0),
         }
         remembered = {RULE_PREFIX + name: t for name, t in self.update_rule.tensors().items()}
-        checkpoint.save_state(output_dir, tuned_parameters(self.model) | remembered, state)
+        checkpoint.save_state(output_dir, self._trained() | remembered, state)
+
+    def _trained(self) -> dict[str, Tensor]:
+        """All that training may have changed: what is tuned, and what PEFT made trainable."""
+        trainable = tuned_parameters(self.model) if isinstance(self.model, PeftModel) else {}
+        return trainable | self.space.tensors()
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is None:
@@ -422,14 +469,21 @@ class ZOTrainer(Trainer):
             self.evaluator.candidates_per_forward = state["candidates_per_forward"]
         self.evaluator.forward_passes = state["forward_passes"]
         self.evaluator.examples_forwarded = state["examples_forwarded"]
+        if isinstance(self.space, BaseSpace):
+            self.space.moves = state["moves"]
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
+        if checkpoint.load_state(resume_from_checkpoint)["base"] != self.base_hash:
+            raise UserError(
+                f"{Path(resume_from_checkpoint).name} is of another base or another tune; load the "
+                "model that the run started with, quantized in the same way"
+            )
         saved = checkpoint.load_tensors(resume_from_checkpoint)
         tensors = {name: t for name, t in saved.items() if not name.startswith(RULE_PREFIX)}
         tuned = self.space.tensors().keys()
-        for name, parameter in tuned_parameters(self.model).items():
+        for name, parameter in self._trained().items():
             if name not in tuned and name in tensors:
                 parameter.data.copy_(tensors.pop(name))
         self.space.load(tensors)
@@ -471,8 +525,29 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(right))}
 
 
-def _peft_type(model: PeftModel) -> PeftType:
-    return model.active_peft_config.peft_type
+@contextlib.contextmanager
+def _not_quantized(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Within the context Trainer takes a quantized base, which backward passes could not train."""
+    quantized = getattr(model, "is_quantized", False) and not isinstance(model, PeftModel)
+    try:
+        if quantized:
+            model.is_quantized = False
+        yield
+    finally:
+        if quantized:
+            model.is_quantized = True
+
+
+def _space(model: PreTrainedModel | PeftModel, args: ZOConfig) -> Space:
+    noise: Any = args.noise
+    if args.noise_rank:
+        assert args.low_rank_noise is not None
+        noise = LowRank(args.noise_rank, args.low_rank_noise, args.noise)
+    if args.tune == "adapter":
+        return AdapterSpace(tuned_parameters(model, args.tunable), noise)
+    model.requires_grad_(False)
+    find = find_scales if args.tune == "scales" else find_weights
+    return BaseSpace(choose(find(model, args.tune_unquantized), args.tunable), noise)
 
 
 def _load_base(
@@ -482,18 +557,18 @@ def _load_base(
     if peft_config is not None and peft_config.task_type == TaskType.SEQ_CLS:
         num_labels = 1 + max((row["label"] for row in train_dataset or ()), default=1)
     kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    check_quantization(name, args.tune, kwargs.get("quantization_config"))
     return load_base(name, num_labels, **kwargs)
 
 
 def _tokenization(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, args: ZOConfig
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, args: ZOConfig
 ) -> Tokenization:
-    classifies = model.active_peft_config.task_type == TaskType.SEQ_CLS
     return Tokenization(
         tokenizer,
         context_length(model, tokenizer),
         args.max_length,
-        model.config.num_labels if classifies else None,
+        model.config.num_labels if classifies(model) else None,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zo_peft.spaces import AdapterSpace
+from zo_peft.spaces import Space
 from zo_peft.strategies import Estimate
 
 #: Quintic Newton-Schulz coefficients of Muon, and how often they are applied.
@@ -32,7 +32,7 @@ class UpdateRule(torch.optim.Optimizer):
         beta2: the same of its square (`Adam`).
 
     Attributes:
-        buffers: what the rule remembers, adapter-sized, by name: one flat float32 tensor a device.
+        buffers: what the rule remembers, by name: float32, one like each of the space's buffers.
         steps: taken so far.
         sensitivity: averaged, in nats per unit of root-mean-square displacement; 0 before a step.
         backoff: factor on every step (see `Backoff`).
@@ -43,7 +43,7 @@ class UpdateRule(torch.optim.Optimizer):
 
     def __init__(
         self,
-        space: AdapterSpace,
+        space: Space,
         learning_rate: float,
         weight_decay: float = 0.0,
         decayed: tuple[str, ...] = (),
@@ -57,7 +57,8 @@ class UpdateRule(torch.optim.Optimizer):
         self.estimate: Estimate | None = None
         self.steps, self.sensitivity, self.backoff, self.step_size = 0, 0.0, 1.0, 0.0
         self.buffers = {
-            name: [torch.zeros_like(theta) for theta in space.buffers] for name in self.BUFFERS
+            name: [torch.zeros_like(theta, dtype=torch.float32) for theta in space.buffers]
+            for name in self.BUFFERS
         }
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -93,7 +94,8 @@ class UpdateRule(torch.optim.Optimizer):
         return {
             f"{buffer}.{name}": tensor
             for buffer, flats in self.buffers.items()
-            for name, tensor in self.space.views(flats).items()
+            for index, flat in enumerate(flats)
+            for name, tensor in self.space.views(index, flat).items()
         }
 
     def load(self, scalars: Mapping[str, float], tensors: Mapping[str, Tensor]) -> None:
@@ -114,11 +116,15 @@ class SGD(UpdateRule):
 class FZOO(UpdateRule):
     """SGD with `g / spread`: a step of like length whatever the slope (arXiv:2506.09034, eq. 4).
 
-    The spread is the standard deviation of the candidates' losses over eps.
+    The spread is the standard deviation of the candidates' losses over eps. The length that comes
+    out depends on the number of candidates alone; where it is chosen automatically, it is 1.
     """
 
     def _move(self, rate: float, estimate: Estimate, shrink: Mapping[str, float]) -> None:
-        scale = estimate.slope / estimate.spread if estimate.spread else 0.0
+        spread = estimate.spread
+        if self.automatic:
+            spread = abs(estimate.slope) * estimate.direction.length
+        scale = estimate.slope / spread if spread else 0.0
         self.space.move(-(rate * scale) * estimate.direction, shrink)
 
 
@@ -128,18 +134,18 @@ class Momentum(UpdateRule):
     BUFFERS: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def _move(self, rate: float, estimate: Estimate, shrink: Mapping[str, float]) -> None:
-        gradients = self.space.dense(estimate.slope * estimate.direction)
-        for m, g in zip(self.buffers["momentum"], gradients):
+        for index, m in enumerate(self.buffers["momentum"]):
+            g = self.space.dense(index, estimate.slope * estimate.direction)
             m.mul_(self.momentum).add_(g)
-        self._remember(gradients)
-        self.space.shift(self._steps(), -rate, shrink)
+            self._remember(index, g)
+            self.space.shift(index, self._step(index), -rate, shrink)
 
-    def _remember(self, gradients: list[Tensor]) -> None:
-        """More to keep of the gradients than `m`."""
+    def _remember(self, index: int, g: Tensor) -> None:
+        """More to keep of the gradient of a buffer than `m`."""
 
-    def _steps(self) -> list[Tensor]:
-        """What `theta` moves against, for a learning rate of 1: one flat tensor a device."""
-        return self.buffers["momentum"]
+    def _step(self, index: int) -> Tensor:
+        """What a buffer of `theta` moves against, for a learning rate of 1."""
+        return self.buffers["momentum"][index]
 
 
 class Normalized(Momentum):
@@ -148,11 +154,11 @@ class Normalized(Momentum):
     Normalized SGD with momentum (arXiv:2002.03305), tensor by tensor (as LARS, arXiv:1708.03888).
     """
 
-    def _steps(self) -> list[Tensor]:
-        steps = [m.clone() for m in self.buffers["momentum"]]
-        for tensor in self.space.views(steps).values():
+    def _step(self, index: int) -> Tensor:
+        step = self.buffers["momentum"][index].clone()
+        for tensor in self.space.views(index, step).values():
             tensor.copy_(self._unit(tensor))
-        return steps
+        return step
 
     def _unit(self, m: Tensor) -> Tensor:
         return m * (math.sqrt(m.numel()) / m.norm()).nan_to_num(0.0, posinf=0.0)
@@ -174,18 +180,16 @@ class Adam(Momentum):
 
     BUFFERS: ClassVar[tuple[str, ...]] = ("momentum", "square")
 
-    def _remember(self, gradients: list[Tensor]) -> None:
-        for square, g in zip(self.buffers["square"], gradients):
-            square.mul_(self.beta2).addcmul_(g, g, value=1.0 - self.beta2)
+    def _remember(self, index: int, g: Tensor) -> None:
+        square = self.buffers["square"][index]
+        square.mul_(self.beta2).addcmul_(g, g, value=1.0 - self.beta2)
 
-    def _steps(self) -> list[Tensor]:
+    def _step(self, index: int) -> Tensor:
         first = (1.0 - self.momentum) / (1.0 - self.momentum**self.steps)
         second = 1.0 / (1.0 - self.beta2**self.steps)
         tiny = torch.finfo(torch.float32).tiny
-        return [
-            first * m / (second * square).sqrt_().clamp_min(tiny)
-            for m, square in zip(self.buffers["momentum"], self.buffers["square"])
-        ]
+        m, square = self.buffers["momentum"][index], self.buffers["square"][index]
+        return first * m / (second * square).sqrt_().clamp_min(tiny)
 
 
 RULES: dict[str, type[UpdateRule]] = {

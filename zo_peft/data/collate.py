@@ -8,7 +8,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
+from zo_peft.loading import peft_config_of
 from zo_peft.objectives import (
     IGNORE_INDEX,
     Batch,
@@ -131,7 +133,9 @@ _SOME_IDS = [5, 6, 7, 8, 9, 10]
 
 
 @torch.no_grad()
-def collator_for(model: PeftModel, pad_token_id: int, objective: Objective) -> Collator:
+def collator_for(
+    model: PreTrainedModel | PeftModel, pad_token_id: int, objective: Objective
+) -> Collator:
     """The collator that spares a model what it does not need, as tried on a few tokens.
 
     Whether its logits depend on later tokens, and whether options that stand behind one prompt
@@ -149,7 +153,7 @@ def collator_for(model: PeftModel, pad_token_id: int, objective: Objective) -> C
     return collator
 
 
-def _is_causal(model: PeftModel) -> bool:
+def _is_causal(model: PreTrainedModel | PeftModel) -> bool:
     def logits(ending: list[int]) -> Tensor:
         ids = torch.tensor([_SOME_IDS + ending], device=model.device)
         return model(input_ids=ids, use_cache=False).logits[:, : -len(ending)]
@@ -157,9 +161,12 @@ def _is_causal(model: PeftModel) -> bool:
     return torch.equal(logits(_SOME_IDS), logits(_SOME_IDS[::-1]))
 
 
-def _scores_alike(model: PeftModel, objective: OptionObjective, *collators: Collator) -> bool:
+def _scores_alike(
+    model: PreTrainedModel | PeftModel, objective: OptionObjective, *collators: Collator
+) -> bool:
     # PEFT puts a mask of two dimensions before that of the batch.
-    if model.active_peft_config.is_prompt_learning:
+    config = peft_config_of(model)
+    if config is not None and config.is_prompt_learning:
         return False
     options = [_SOME_IDS[:3], _SOME_IDS[2:], _SOME_IDS[4:]]
     features = [{"prompt_ids": _SOME_IDS, "option_ids": options, "label": 0}]
@@ -171,5 +178,6 @@ def _scores_alike(model: PeftModel, objective: OptionObjective, *collators: Coll
         )
     except (TypeError, ValueError, RuntimeError):
         return False
-    exact = model.get_base_model().dtype == torch.float32
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    exact = base.dtype == torch.float32
     return torch.allclose(first, second, rtol=1e-4 if exact else 2e-2)

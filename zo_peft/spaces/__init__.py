@@ -1,6 +1,18 @@
 """Parameter spaces: the numbers that are tuned, and the model evaluated beside them."""
 
 from zo_peft.spaces.adapter import AdapterSpace
-from zo_peft.spaces.lanes import NotInLanes, find_replacements
+from zo_peft.spaces.base import BaseSpace, choose, find_scales, find_weights
+from zo_peft.spaces.lanes import NotInLanes
 
-__all__ = ["AdapterSpace", "NotInLanes", "find_replacements"]
+#: What a strategy's directions move.
+Space = AdapterSpace | BaseSpace
+
+__all__ = [
+    "AdapterSpace",
+    "BaseSpace",
+    "NotInLanes",
+    "Space",
+    "choose",
+    "find_scales",
+    "find_weights",
+]

@@ -2,20 +2,24 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from zo_peft.direction import Direction
 from zo_peft.errors import UserError
+from zo_peft.low_rank import LowRank
 from zo_peft.noise import CHUNK, Distribution, Layout
-from zo_peft.spaces.lanes import Lanes
+from zo_peft.spaces.lanes import Lanes, Replacement, find_replacements
 
 
 class _Flat:
     """The tuned parameters of one device: `theta`, and the `live` copy that the model reads."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
+        self.shapes = {name: p.shape for name, p in parameters.items()}
         self.layout = Layout({name: p.numel() for name, p in parameters.items()}, device)
         self.theta = torch.zeros(self.layout.numel, device=device)
         for name, parameter in parameters.items():
@@ -25,9 +29,20 @@ class _Flat:
             parameter.data = self.live[self.layout.slices[name]].view(parameter.shape)
 
     def add(
+        self, into: Tensor, directions: Sequence[Direction], noise: Distribution | LowRank
+    ) -> None:
+        """Add each direction to its row of `into` [rows, numel]; noise they share is made once."""
+        if isinstance(noise, LowRank):
+            for name, where in self.layout.slices.items():
+                own = noise.dense(directions, name, self.shapes[name], into.device)
+                into[:, where] += own.flatten(1)
+        else:
+            self._add_full(into, directions, noise)
+
+    def _add_full(
         self, into: Tensor, directions: Sequence[Direction], distribution: Distribution
     ) -> None:
-        """Add each direction to its row of `into` [rows, numel]; noise they share is made once.
+        """Chunk by chunk.
 
         Product and sum round separately, alike on every device; a seed's terms go one by one.
         """
@@ -58,7 +73,7 @@ class AdapterSpace:
 
     Args:
         parameters: the tuned parameters by name, floating point. They may lie on several devices.
-        distribution: of the noise.
+        noise: its distribution; or low-rank noise.
 
     Attributes:
         parameters: as given.
@@ -69,14 +84,14 @@ class AdapterSpace:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], distribution: Distribution = "gaussian"
+        self, parameters: Mapping[str, nn.Parameter], noise: Distribution | LowRank = "gaussian"
     ) -> None:
         if not parameters:
             raise UserError("there is nothing to tune: the adapter has no trainable parameter")
         for name, parameter in parameters.items():
             if not parameter.is_floating_point():
                 raise UserError(f"{name} is {parameter.dtype}; only floating point can be tuned")
-        self.distribution = distribution
+        self.noise = noise
         by_device: dict[torch.device, dict[str, nn.Parameter]] = {}
         for name, parameter in parameters.items():
             by_device.setdefault(parameter.device, {})[name] = parameter
@@ -89,13 +104,26 @@ class AdapterSpace:
         """`theta`, one flat float32 tensor a device."""
         return [flat.theta for flat in self._flats]
 
+    @property
+    def lane_numel(self) -> int:
+        """How many numbers a candidate holds while it is evaluated."""
+        return self.numel
+
+    def replacements(self, model: PeftModel) -> dict[str, Replacement]:
+        """How each module that owns tuned parameters works lane by lane.
+
+        Raises:
+            NotInLanes: a module cannot.
+        """
+        return find_replacements(model, self.parameters)
+
     @contextmanager
     def displaced(self, displacement: Direction) -> Iterator[None]:
         """Within the context the model is at `theta + displacement`; after it, at `theta` again."""
         try:
             for flat in self._flats:
                 flat.live.copy_(flat.theta)
-                flat.add(flat.live[None], [displacement], self.distribution)
+                flat.add(flat.live[None], [displacement], self.noise)
             yield
         finally:
             self._restore()
@@ -105,7 +133,7 @@ class AdapterSpace:
         values: dict[Tensor, Tensor] = {}
         for flat in self._flats:
             points = flat.theta.repeat(len(displacements), 1)
-            flat.add(points, displacements, self.distribution)
+            flat.add(points, displacements, self.noise)
             for name, where in flat.layout.slices.items():
                 parameter = self.parameters[name]
                 values[parameter] = points[:, where].view(-1, *parameter.shape)
@@ -119,42 +147,40 @@ class AdapterSpace:
                 for name, factor in (shrink or {}).items():
                     if name in flat.layout.slices:
                         flat.live[flat.layout.slices[name]] *= factor
-                flat.add(flat.live[None], [displacement], self.distribution)
+                flat.add(flat.live[None], [displacement], self.noise)
         except BaseException:
             self._restore()
             raise
         for flat in self._flats:
             flat.theta.copy_(flat.live)
 
-    def dense(self, direction: Direction) -> list[Tensor]:
-        """The direction as tensors: one like each of `buffers`."""
-        tensors = [torch.zeros_like(flat.theta) for flat in self._flats]
-        for flat, tensor in zip(self._flats, tensors):
-            flat.add(tensor[None], [direction], self.distribution)
-        return tensors
+    def dense(self, index: int, direction: Direction) -> Tensor:
+        """The direction as a tensor like `buffers[index]`."""
+        flat = self._flats[index]
+        tensor = torch.zeros_like(flat.theta)
+        flat.add(tensor[None], [direction], self.noise)
+        return tensor
 
-    def shift(
-        self, steps: Sequence[Tensor], scale: float, shrink: Mapping[str, float] | None = None
-    ) -> None:
-        """`theta <- theta + scale * steps` (one like each of `buffers`); `shrink` as in `move`."""
-        for flat, step in zip(self._flats, steps):
-            for name, factor in (shrink or {}).items():
-                if name in flat.layout.slices:
-                    flat.theta[flat.layout.slices[name]] *= factor
-            flat.theta.add_(step, alpha=scale)
-        self._restore()
+    def shift(self, index: int, step: Tensor, scale: float, shrink: Mapping[str, float]) -> None:
+        """`theta <- theta + scale * step`, in `buffers[index]`; `shrink` as in `move`."""
+        flat = self._flats[index]
+        for name, factor in shrink.items():
+            if name in flat.layout.slices:
+                flat.theta[flat.layout.slices[name]] *= factor
+        flat.theta.add_(step, alpha=scale)
+        flat.live.copy_(flat.theta)
 
-    def views(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Tensors like `buffers` by parameter name and in its shape; views, not copies."""
+    def views(self, index: int, flat: Tensor) -> dict[str, Tensor]:
+        """A tensor like `buffers[index]` by parameter, in its shape; views, not copies."""
+        slices = self._flats[index].layout.slices
         return {
-            name: tensor[where].view(self.parameters[name].shape)
-            for flat, tensor in zip(self._flats, flats)
-            for name, where in flat.layout.slices.items()
+            name: flat[where].view(self.parameters[name].shape) for name, where in slices.items()
         }
 
     def tensors(self) -> dict[str, Tensor]:
         """`theta` by parameter name and in its shape; views, not copies."""
-        return self.views(self.buffers)
+        views = (self.views(index, flat) for index, flat in enumerate(self.buffers))
+        return dict(chain.from_iterable(view.items() for view in views))
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Set `theta` from tensors by name, all of them and no others.
