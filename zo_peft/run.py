@@ -198,18 +198,18 @@ def _base(model: ModelArguments, tune: str, examples: list[Row]) -> PreTrainedMo
         num_labels = 1 + max(example["label"] for example in examples)
     compute_dtype = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
     quantization = quantization_config(model.load_in_8bit, model.load_in_4bit, compute_dtype)
-    name, source = (
-        model.model_name_or_path,
-        {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code},
-    )
+    name = model.model_name_or_path
+    source = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
     check_quantization(name, tune, quantization, **source)
+    # None would hide that a base was saved in quantized form.
+    quantized = {} if quantization is None else {"quantization_config": quantization}
     return load_base(
         name,
         num_labels,
         dtype=model.dtype,
         device_map=model.device_map,
-        quantization_config=quantization,
         **source,
+        **quantized,
     )
 
 
