@@ -27,6 +27,7 @@ from transformers import (
     BitsAndBytesConfig,
     TrainerCallback,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from zo_peft import NonFiniteLossError, UserError, ZOConfig, ZOTrainer
 from zo_peft.data import make_examples, read_rows
@@ -34,6 +35,7 @@ from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 from zo_peft.loading import start_prefix_from_tokens
 from zo_peft.noise import derive_seed, noise_block
 from zo_peft.objectives import OptionObjective
+from zo_peft.trainer import EpochSampler
 
 MODEL = str(EMBEDDED / "model")
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
@@ -624,3 +626,24 @@ def test_compiled_frozen_parts_train_the_same(
     compiled.train()
     for name, tensor in adapter(plain).items():
         torch.testing.assert_close(adapter(compiled)[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_batches_of_like_length_come_in_an_order_of_seed_and_epoch_alone() -> None:
+    lengths = [5 + (37 * i) % 61 for i in range(1003)]
+
+    def order(epoch: int, seed: int = 3) -> list[int]:
+        sampler = EpochSampler(LengthGroupedSampler(8, lengths=lengths), seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    found = order(0)
+    assert sorted(found) == list(range(1003))
+    assert found == order(0)
+    assert found != order(1)
+    assert found != order(0, seed=4)
+    batches = [[lengths[i] for i in found[start : start + 8]] for start in range(0, 1000, 8)]
+    within = sum(max(batch) - min(batch) for batch in batches) / len(batches)
+    assert within < 10
+    means = torch.tensor([sum(batch) / 8 for batch in batches])
+    successive = torch.corrcoef(torch.stack([means[1:], means[:-1]]))[0, 1]
+    assert abs(successive) < 0.3

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -500,7 +500,11 @@ class ZOTrainer(Trainer):
 
 
 class EpochSampler(Sampler[int]):
-    """A sampler whose order depends on seed and epoch alone, so that a resumed epoch has it too."""
+    """Batches of like length, in an order that depends on seed and epoch alone.
+
+    So a resumed epoch has it too. The sampler's own order runs from long to short batches, over and
+    over, which losses and momentum would follow; here batches come in random order.
+    """
 
     def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
         self.sampler, self.seed, self.epoch = sampler, seed, 0
@@ -513,9 +517,14 @@ class EpochSampler(Sampler[int]):
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[int]:
-        seed = derive_seed(self.seed, self.epoch)
-        self.sampler.generator = torch.Generator().manual_seed(seed)
-        return iter(self.sampler)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+        self.sampler.generator = generator
+        indices, size = list(self.sampler), self.sampler.batch_size
+        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        # A batch that is not full stays last.
+        full = len(indices) // size
+        order = [*torch.randperm(full, generator=generator).tolist(), *range(full, len(batches))]
+        return chain.from_iterable(batches[index] for index in order)
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
