@@ -72,9 +72,9 @@ SGD_LEARNING_RATES: dict[str, float] = {
     "weights": 1e-6,
 }
 
-#: How far a random walk of all steps would move the loss of an example, as a share of the loss at
-#: the start, with the automatic learning rate (docs/efficiency.md).
-WALK = 0.63
+#: How far a random walk of all steps would move the loss of an example, in nats, with the automatic
+#: learning rate (docs/efficiency.md).
+WALK = 0.87
 
 #: Before the names of the update rule's tensors in a checkpoint.
 RULE_PREFIX = "update_rule."

@@ -24,10 +24,9 @@ class UpdateRule(torch.optim.Optimizer):
     """What all rules share: weight decay, the automatic step size, and state that is saved.
 
     Args:
-        learning_rate: as the rule defines it. With `automatic`, how far a step in a random
-            direction moves the loss of an example (root mean square), as a share of the first
-            step's loss: that many nats over `Estimate.sensitivity`, averaged over about
-            `1 / (1 - momentum)` steps.
+        learning_rate: as the rule defines it. With `automatic`, in nats: how far a step in a random
+            direction moves the loss of an example (root mean square). It is divided by
+            `Estimate.sensitivity`, averaged over about `1 / (1 - momentum)` steps.
         decayed: names of the parameters that `weight_decay` shrinks.
         momentum: how much of the last steps' gradient is kept, in [0, 1).
         beta2: the same of its square (`Adam`).
@@ -35,7 +34,6 @@ class UpdateRule(torch.optim.Optimizer):
     Attributes:
         buffers: what the rule remembers, by name: float32, one like each of the space's buffers.
         steps: taken so far.
-        start_loss: of the first step, in nats; 0 before it.
         sensitivity: averaged, in nats per unit of root-mean-square displacement; 0 before a step.
         backoff: factor on every step (see `Backoff`).
         step_size: of the last step, schedule and automatic choice included.
@@ -57,8 +55,7 @@ class UpdateRule(torch.optim.Optimizer):
         self.space, self.decayed, self.automatic = space, decayed, automatic
         self.momentum, self.beta2 = momentum, beta2
         self.estimate: Estimate | None = None
-        self.steps, self.start_loss, self.sensitivity = 0, 0.0, 0.0
-        self.backoff, self.step_size = 1.0, 0.0
+        self.steps, self.sensitivity, self.backoff, self.step_size = 0, 0.0, 1.0, 0.0
         self.buffers = {
             name: [torch.zeros_like(theta, dtype=torch.float32) for theta in space.buffers]
             for name in self.BUFFERS
@@ -70,11 +67,10 @@ class UpdateRule(torch.optim.Optimizer):
             return
         self.steps += 1
         if self.automatic:
-            self.start_loss = self.start_loss or abs(self.estimate.loss)
             self._track(self.estimate.sensitivity)
         rate = self.param_groups[0]["lr"] * self.backoff
         if self.automatic and self.sensitivity:
-            rate *= self.start_loss / self.sensitivity
+            rate /= self.sensitivity
         self.step_size = rate
         keep = 1.0 - rate * self.param_groups[0]["weight_decay"]
         shrink = dict.fromkeys(self.decayed, keep) if keep != 1.0 else {}
@@ -91,12 +87,7 @@ class UpdateRule(torch.optim.Optimizer):
 
     def scalars(self) -> dict[str, float]:
         """The numbers to save beside the tensors."""
-        return {
-            "steps": self.steps,
-            "start_loss": self.start_loss,
-            "sensitivity": self.sensitivity,
-            "backoff": self.backoff,
-        }
+        return {"steps": self.steps, "sensitivity": self.sensitivity, "backoff": self.backoff}
 
     def tensors(self) -> dict[str, Tensor]:
         """What is remembered, by buffer and parameter name; views, not copies."""
@@ -109,7 +100,7 @@ class UpdateRule(torch.optim.Optimizer):
 
     def load(self, scalars: Mapping[str, float], tensors: Mapping[str, Tensor]) -> None:
         """Take up what `scalars` and `tensors` gave."""
-        self.steps, self.start_loss = int(scalars["steps"]), scalars["start_loss"]
+        self.steps = int(scalars["steps"])
         self.sensitivity, self.backoff = scalars["sensitivity"], scalars["backoff"]
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
