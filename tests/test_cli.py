@@ -152,6 +152,8 @@ LONG = json.dumps({"text": "good " * 500, "label": 1})
         ({"fp16": True}, None, "fp16 is not for forward-only tuning: .*dtype"),
         ({"max_forward_passes": 3}, None, "less than one step of gv, which takes 4"),
         ({"load_in_8bit": True, "load_in_4bit": True}, None, "exclude each other"),
+        ({"load_in_4bit": True, "tune": "weights"}, None, "codes of a 4-bit base"),
+        ({"tune": "scales"}, None, "needs a quantized base, and model is not"),
         ({"train_file": None}, None, "give --train_file"),
         ({"prompt_template": None, "label_words": None}, None, "--prompt_template"),
         ({"no_such_option": 1}, None, "unknown argument --no_such_option"),

@@ -38,6 +38,29 @@ def test_defaults(tmp_path: Path) -> None:
     assert (config.max_forward_passes, config.max_length, config.tunable) == (None, None, None)
 
 
+@pytest.mark.parametrize(
+    ("settings", "noise", "update_rule"),
+    [
+        ({}, (0, None, None), "normalized"),
+        ({"tune": "scales"}, (0, None, None), "normalized"),
+        ({"tune": "weights"}, (1, "eggroll", 1), "fzoo"),
+        ({"tune": "weights", "noise_rank": 0}, (0, None, None), "fzoo"),
+        ({"noise_rank": 3}, (3, "eggroll", 1), "normalized"),
+        ({"tune": "weights", "preset": "mezo"}, (0, None, None), "sgd"),
+        ({"tune": "weights", "preset": "subzero"}, (24, "subzero", 1000), "sgd"),
+        ({"preset": "lozo", "noise_rank": 4, "basis_steps": 50}, (4, "lozo", 50), "sgd"),
+        ({"preset": "paper-gv", "low_rank_noise": "subzero"}, (24, "subzero", 1000), "sgd"),
+    ],
+    ids=str,
+)
+def test_noise_and_update_rule_follow_what_is_tuned(
+    settings: dict[str, Any], noise: tuple[Any, ...], update_rule: str, tmp_path: Path
+) -> None:
+    config = make(tmp_path, **settings)
+    assert (config.noise_rank, config.low_rank_noise, config.basis_steps) == noise
+    assert config.update_rule == update_rule
+
+
 def test_every_field_of_its_own_is_documented() -> None:
     inherited = {field.name for field in fields(TrainingArguments)}
     own = [field for field in fields(ZOConfig) if field.name not in inherited]
@@ -84,6 +107,13 @@ def test_every_field_of_its_own_is_documented() -> None:
         ({"update_rule": "lion"}, ["update_rule='lion'", "sgd, momentum, normalized"]),
         *(({"momentum": value}, ["momentum", "below 1"]) for value in (-0.1, 1.0, math.nan)),
         ({"max_forward_passes": 22}, ["max_forward_passes=22", "choice of zo_eps", "give zo_eps"]),
+        ({"tune": "codes"}, ["tune='codes'", "adapter, scales, weights"]),
+        ({"tune_unquantized": True}, ["tune_unquantized", "adapter"]),
+        ({"noise_rank": -1}, ["noise_rank=-1", "full noise"]),
+        ({"noise_rank": 0, "low_rank_noise": "lozo"}, ["lozo", "noise_rank of 1"]),
+        ({"low_rank_noise": "svd"}, ["low_rank_noise='svd'", "eggroll, lozo, subzero"]),
+        ({"basis_steps": 0, "low_rank_noise": "lozo"}, ["basis_steps=0"]),
+        ({"preset": "lozo", "low_rank_noise": "subzero"}, ["preset='lozo'", "low_rank_noise"]),
         ({"weighting": "split", "elite_fraction": 0.1}, ["elite_fraction=0.1", "4", "empty"]),
         ({"weighting": "split", "elite_fraction": 0.0}, ["elite_fraction"]),
         ({"weighting": "split", "elite_fraction": 1.0}, ["elite_fraction"]),

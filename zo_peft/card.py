@@ -46,6 +46,7 @@ DELTA = """
 `zo_scales.safetensors` holds the scales alone, for the same base:
 
 ```python
+from transformers import {auto}, BitsAndBytesConfig
 from zo_peft.scales import load_scales
 
 base = {auto}.from_pretrained("{base}"{arguments})

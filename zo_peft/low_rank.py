@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zo_peft.direction import Direction
-from zo_peft.noise import Distribution, noise_blocks
+from zo_peft.noise import CHUNK, Distribution, noise_blocks
 
 Structure = Literal["eggroll", "lozo", "subzero"]
 STRUCTURES = get_args(Structure)
@@ -125,14 +125,18 @@ def summed(
 ) -> Tensor:
     """Numbers `start` to `stop` of K directions of full noise: float32 [K, stop - start]."""
     seeds = list(dict.fromkeys(seed for d in directions for seed, _ in d.terms))
-    if not seeds:
-        return torch.zeros(len(directions), stop - start, device=device)
     weights = [dict.fromkeys(seeds, 0.0) for _ in directions]
     for mine, direction in zip(weights, directions):
         for seed, weight in direction.terms:
             mine[seed] += weight
     matrix = torch.tensor([list(mine.values()) for mine in weights], device=device)
-    return matrix @ noise_blocks(seeds, name, start, stop, distribution, device)
+    sums = torch.zeros(len(directions), stop - start, device=device)
+    at_once = max(1, CHUNK // (stop - start))
+    for first in range(0, len(seeds), at_once):
+        part = slice(first, first + at_once)
+        noise = noise_blocks(seeds[part], name, start, stop, distribution, device)
+        sums.addmm_(matrix[:, part], noise)
+    return sums
 
 
 def _side_by_side(factors: Tensor) -> Tensor:
