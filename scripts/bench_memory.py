@@ -1,7 +1,8 @@
 """Memory and time of tuning a base's own numbers: OPT shapes, random weights, batches of tokens.
 
 Each row is a process of its own: it builds the quantized model layer by layer (never in float),
-runs plain inference or training steps, and reports the peak resident set meanwhile (VmHWM, Linux).
+runs plain inference (all logits) and then training steps, and reports the peak resident set during
+each (VmHWM, Linux); `plain, alone` is a process without a trainer and its libraries' memory.
 A step's time stands beside that of as many plain forwards as it has candidates, in one process.
 
     python scripts/bench_memory.py    # OPT-1.3B, int8, batch 16 x 48
@@ -176,12 +177,14 @@ def trained(
         forwards_before = forwards() if steps > 1 else 0.0
         clock = StepClock(model)
         trainer.add_callback(clock)
+        base = plain(model, examples)["peak"]
         reset_peak()
         trainer.train()
         peak = peak_mib()
         after = forwards() if steps > 1 else 0.0
     return {
         "peak": peak,
+        "plain": base,
         "step": median(clock.steps[1:] or clock.steps),
         "forwards": (forwards_before + after) / 2,
     }
@@ -220,13 +223,14 @@ def main() -> None:
     modes = given.modes or [m for m in MODES if given.base == "int8" or MODES[m] != "weights"]
     if given.base == "nf4":
         modes = [mode for mode in modes if MODES[mode].get("tune") != "weights"]
-    print("| what | peak MiB | of plain | step, s | its forwards, s | ratio |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| what | peak MiB | plain inference, MiB | ratio | step, s | its forwards, s | ratio |")
+    print("|" + " --- |" * 7)
     base = measure(given, "plain")["peak"]
-    print(f"| plain | {base:,.0f} | 1.00 | | | |", flush=True)
+    print(f"| plain, alone | | {base:,.0f} | | | | |", flush=True)
     for mode in (mode for mode in modes if mode != "plain"):
         row = measure(given, mode)
-        cells = [mode, f"{row['peak']:,.0f}", f"{row['peak'] / base:.2f}", f"{row['step']:.1f}"]
+        cells = [mode, f"{row['peak']:,.0f}", f"{row['plain']:,.0f}"]
+        cells += [f"{row['peak'] / row['plain']:.2f}", f"{row['step']:.1f}"]
         if row["forwards"]:
             cells += [f"{row['forwards']:.1f}", f"{row['step'] / row['forwards']:.2f}"]
         print(f"| {' | '.join(cells)} |", flush=True)

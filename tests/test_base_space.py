@@ -26,7 +26,7 @@ from zo_peft.data import make_examples, read_rows
 from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 from zo_peft.evaluators import Evaluator
 from zo_peft.low_rank import LowRank, Structure
-from zo_peft.noise import noise_block, noise_rows, uniform_rows
+from zo_peft.noise import noise_block, noise_rows, row_words, uniform_rows
 from zo_peft.objectives import ClassificationObjective, OptionObjective
 from zo_peft.rounding import round_codes, round_float
 from zo_peft.scales import base_hash, load_scales, save_scales
@@ -212,10 +212,13 @@ def test_noise_of_rows_is_that_of_the_matrix(
 
 
 def test_uniform_numbers_are_uniform_and_independent_of_rows_asked_for() -> None:
-    whole = uniform_rows(3, "w", torch.arange(300), 257)
-    assert torch.equal(uniform_rows(3, "w", torch.tensor([7, 299]), 257), whole[[7, 299]])
+    def uniforms(seed: int, rows: Tensor) -> Tensor:
+        return uniform_rows(row_words(seed, "w", rows), 257)
+
+    whole = uniforms(3, torch.arange(300))
+    assert torch.equal(uniforms(3, torch.tensor([7, 299])), whole[[7, 299]])
     assert stats.kstest(whole.flatten().numpy(), "uniform").pvalue > 1e-4
-    for other in (whole[1:, :], whole[:, 1:], uniform_rows(4, "w", torch.arange(300), 257)):
+    for other in (whole[1:, :], whole[:, 1:], uniforms(4, torch.arange(300))):
         here = whole[: other.shape[0], : other.shape[1]]
         assert abs(np.corrcoef(here.flatten(), other.flatten())[0, 1]) < 0.02
 

@@ -76,9 +76,10 @@ def _gaussian(words: list[Tensor]) -> Tensor:
 
 def _rademacher(words: list[Tensor]) -> Tensor:
     """128 signs (+1 or -1, float32) a counter, one for each bit of its words."""
-    bits = torch.arange(32, dtype=torch.int32, device=words[0].device)
-    # Conversion wraps: the bits stay as they are.
-    grid = torch.stack([word.int() for word in words], dim=-1).unsqueeze(-1) >> bits
+    bits = torch.arange(8, dtype=torch.uint8, device=words[0].device)
+    # Conversion wraps: the bits stay as they are, lowest byte first.
+    octets = torch.stack([word.int() for word in words], dim=-1).view(torch.uint8)
+    grid = octets.unsqueeze(-1) >> bits
     return grid.bitwise_and_(1).flatten(1).float().mul_(2.0).sub_(1.0)
 
 
@@ -136,22 +137,33 @@ def noise_rows(
     return numbers.gather(1, (start - first * per_counter)[:, None] + columns)
 
 
-def uniform_rows(seed: int, name: str, rows: Tensor, width: int) -> Tensor:
-    """Some rows (int64 [R]) of uniform numbers in [0, 1), multiples of 2^-24: float32 [R, width].
+def row_words(seed: int, name: str, rows: Tensor) -> Tensor:
+    """What `uniform_rows` starts some rows (int64 [R]) of `name` with: int32 [R].
 
-    For rounding, where speed counts: each row is a Weyl sequence from a Philox word through the
-    finalizer lowbias32 (Wellons), which has next to no bias; another stream than the noise's.
+    Philox words of another stream than the noise's.
     """
     low, high = (torch.full_like(rows, word) for word in _name_words(f"{name}, rounding"))
-    first = philox((rows & _MASK, rows >> 32, low, high), [seed])[0][0].int()
+    return philox((rows & _MASK, rows >> 32, low, high), [seed])[0][0].int()
+
+
+def uniform_rows(words: Tensor, width: int) -> Tensor:
+    """Uniform numbers in [0, 1), multiples of 2^-24, a row for each word: float32 [R, width].
+
+    For rounding, where speed counts: pairs of a row are the halves of a Weyl sequence through the
+    finalizer lowbias32 (Wellons), which has next to no bias; their last 8 bits are the row's own.
+    """
     # int32 arithmetic wraps; shifts are arithmetic, so what they bring in on the left is masked.
-    weyl = torch.arange(width, dtype=torch.int32, device=rows.device).mul_(-1640531527)
-    x = first[:, None] + weyl
+    pairs = -(-width // 2)
+    weyl = torch.arange(pairs, dtype=torch.int32, device=words.device).mul_(-1640531527)
+    x = words[:, None] + weyl
     shifted = torch.empty_like(x)
     for shift, factor in ((16, 0x7FEB352D), (15, -2073254261), (16, 1)):
         torch.bitwise_right_shift(x, shift, out=shifted)
-        x.bitwise_xor_(shifted.bitwise_and_((1 << (32 - shift)) - 1)).mul_(factor)
-    return x.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).float().mul_(2.0**-24)
+        x.bitwise_xor_(shifted.bitwise_and_((1 << (32 - shift)) - 1))
+        if factor != 1:
+            x.mul_(factor)
+    ends = (words >> 24).bitwise_and_(0xFF).float().mul_(2.0**-8).add_(2.0**15)
+    return x.view(torch.int16)[:, :width].float().add_(ends[:, None]).mul_(2.0**-16)
 
 
 class Layout:

@@ -21,8 +21,9 @@ def round_codes(codes: Tensor, steps: Tensor, uniforms: Tensor) -> tuple[Tensor,
     """
     whole = steps.abs().add_(uniforms).floor_().copysign_(steps)
     moved = whole.add_(codes)
-    beyond = (moved.abs() > MAX_CODE).sum()
-    return moved.clamp_(-MAX_CODE, MAX_CODE).to(torch.int8), beyond
+    # They are whole numbers: each one beyond counts as 1.
+    beyond = moved.abs().sub_(MAX_CODE).clamp_(0, 1).sum()
+    return moved.clamp_(-MAX_CODE, MAX_CODE).to(torch.int8), beyond.long()
 
 
 def round_float(values: Tensor, dtype: torch.dtype, uniforms: Tensor) -> Tensor:

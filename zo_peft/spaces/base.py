@@ -22,7 +22,7 @@ from zo_peft.direction import Direction
 from zo_peft.errors import UserError
 from zo_peft.loading import matching
 from zo_peft.low_rank import LowRank, summed
-from zo_peft.noise import CHUNK, Distribution, derive_seed, noise_rows, uniform_rows
+from zo_peft.noise import CHUNK, Distribution, derive_seed, noise_rows, row_words, uniform_rows
 from zo_peft.rounding import MAX_CODE, round_codes, round_float
 from zo_peft.spaces.lanes import Lanes, NotInLanes, Replacement
 
@@ -216,12 +216,13 @@ class BaseSpace:
     ) -> None:
         device = numbers.stored.device
         numbers.moved, numbers.saturated = torch.zeros(2, dtype=torch.int64, device=device).unbind()
+        uniforms = Uniforms(numbers, seed)
         for rows in numbers.chunks():
             before = numbers.matrix[rows]
             change = steps(rows)
             if keep != 1.0:
                 change = change - (1.0 - keep) * numbers.value(rows)
-            after = numbers.stepped(rows, change, _uniforms(numbers, rows, seed))
+            after = numbers.stepped(rows, change, uniforms(rows))
             numbers.moved += (after != before).sum()
             numbers.matrix[rows] = after
 
@@ -301,6 +302,23 @@ class Steps:
         return summed([self.direction], self.name, *ends, kind, self.device).view(-1, self.width)
 
 
+class Uniforms:
+    """What rounds the rows of a matrix; of float32, which is not rounded, nothing."""
+
+    def __init__(self, numbers: Numbers, seed: int) -> None:
+        self.matrix = numbers.matrix
+        self.words = torch.empty(0)
+        if self.matrix.dtype != torch.float32:
+            rows = torch.arange(len(self.matrix), device=self.matrix.device)
+            self.words = row_words(seed, numbers.name, rows)
+
+    def __call__(self, rows: slice | Tensor) -> Tensor:
+        """Float32 [R, width] in [0, 1)."""
+        if not len(self.words):
+            return self.words
+        return uniform_rows(self.words[rows], self.matrix.shape[1])
+
+
 class BaseLanes(Lanes):
     """K displacements of the base, of which each module makes its own part when it runs."""
 
@@ -322,7 +340,7 @@ class BaseLanes(Lanes):
         points = zip(steps, self.displacements)
         return torch.cat(
             [
-                numbers.stepped(rows, step[None], _uniforms(numbers, rows, _seed_of(point)))
+                numbers.stepped(rows, step[None], Uniforms(numbers, _seed_of(point))(rows))
                 for step, point in points
             ]
         )
@@ -336,32 +354,22 @@ class BaseLanes(Lanes):
     def copy(self, numbers: Numbers) -> Tensor:
         """A scratch copy of the numbers at the only displacement."""
         (point,) = self.displacements
-        steps, seed = Steps(point, numbers, self.noise), _seed_of(point)
+        steps, uniforms = Steps(point, numbers, self.noise), Uniforms(numbers, _seed_of(point))
         scratch = torch.empty_like(numbers.matrix)
         for rows in numbers.chunks():
-            scratch[rows] = numbers.stepped(rows, steps(rows), _uniforms(numbers, rows, seed))
+            scratch[rows] = numbers.stepped(rows, steps(rows), uniforms(rows))
         return scratch.view(numbers.stored.shape)
 
     def rows(self, numbers: Numbers, rows: Tensor) -> Tensor:
         """Some rows (int64 [R]) of a matrix at the only displacement."""
         (point,) = self.displacements
         steps = Steps(point, numbers, self.noise)(rows)
-        return numbers.stepped(rows, steps, _uniforms(numbers, rows, _seed_of(point)))
+        return numbers.stepped(rows, steps, Uniforms(numbers, _seed_of(point))(rows))
 
 
 def _seed_of(point: Direction) -> int:
     """What rounds the numbers at a point; the same for its negative."""
     return derive_seed(*(seed for seed, _ in point.terms))
-
-
-def _uniforms(numbers: Numbers, rows: slice | Tensor, seed: int) -> Tensor:
-    """What rounds these rows; of float32, which is not rounded, nothing."""
-    matrix = numbers.matrix
-    if matrix.dtype == torch.float32:
-        return matrix[:0]
-    if isinstance(rows, slice):
-        rows = torch.arange(rows.start, rows.stop, device=matrix.device)
-    return uniform_rows(seed, numbers.name, rows, matrix.shape[1])
 
 
 # ---- How modules read ---------------------------------------------------------------------------
