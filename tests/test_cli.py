@@ -223,6 +223,20 @@ def test_a_classification_head_trains_and_is_evaluated(
     assert f"accuracy {trained['metric_after']:.4f}" in capsys.readouterr().out
 
 
+def test_a_quantized_base_with_a_new_head_is_tuned_and_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = {"task_type": "SEQ_CLS", "prompt_template": None, "label_words": "negative,positive"}
+    scales = {"load_in_8bit": True, "tune": "scales", "tune_unquantized": True}
+    assert main(["train", *options(tmp_path, **head, **scales), "--json"]) == 0
+    trained = json.loads(capsys.readouterr().out)
+    given = {"model_name_or_path": tmp_path / "out", "tune": "scales", **head}
+    assert main(["evaluate", *options(tmp_path, **given), "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["metric"] == trained["metric_after"]
+    assert evaluated["eval_loss"] == pytest.approx(trained["eval_loss_after"], rel=1e-5)
+
+
 def test_usage_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "train" in capsys.readouterr().out

@@ -33,16 +33,27 @@ logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def quantization_config(
-    load_in_8bit: bool, load_in_4bit: bool, compute_dtype: torch.dtype = torch.float32
+    load_in_8bit: bool,
+    load_in_4bit: bool,
+    compute_dtype: torch.dtype = torch.float32,
+    has_classes: bool = False,
 ) -> BitsAndBytesConfig | None:
-    """bitsandbytes' LLM.int8() or NF4, or None for a base in floating point."""
+    """bitsandbytes' LLM.int8() or NF4, or None for a base in floating point.
+
+    Args:
+        has_classes: there is a head for sequence classification; it is new, and not quantized.
+    """
     if load_in_8bit and load_in_4bit:
         raise UserError("load_in_8bit and load_in_4bit exclude each other; choose one")
+    skipped = list(SEQ_CLS_HEAD_NAMES) if has_classes else None
     if load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     if load_in_4bit:
         return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=compute_dtype,
+            llm_int8_skip_modules=skipped,
         )
     return None
 

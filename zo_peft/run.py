@@ -197,7 +197,9 @@ def _base(model: ModelArguments, tune: str, examples: list[Row]) -> PreTrainedMo
     if model.task_type == "SEQ_CLS":
         num_labels = 1 + max(example["label"] for example in examples)
     compute_dtype = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
-    quantization = quantization_config(model.load_in_8bit, model.load_in_4bit, compute_dtype)
+    quantization = quantization_config(
+        model.load_in_8bit, model.load_in_4bit, compute_dtype, num_labels is not None
+    )
     name = model.model_name_or_path
     source = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
     check_quantization(name, tune, quantization, **source)
