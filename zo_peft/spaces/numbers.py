@@ -1,0 +1,113 @@
+"""The base's tuned tensors: where each is stored, and what a step makes of it."""
+
+from collections.abc import Iterator
+
+import torch
+from bitsandbytes.nn import Linear8bitLt
+from torch import Tensor, nn
+
+from zo_peft.noise import CHUNK
+from zo_peft.rounding import MAX_CODE, round_codes, round_float
+
+
+class Numbers:
+    """A tensor of the base that is tuned, and how a step changes it.
+
+    Subclasses say where it is stored and what `theta + step` is in that format.
+
+    Attributes:
+        name: as in the model's state dict.
+        parameter: of the module that owns it.
+        moved, saturated: how many numbers the last move changed and kept from passing an end, on
+            the device.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter) -> None:
+        self.name, self.parameter = name, parameter
+        zero = torch.zeros(2, dtype=torch.int64, device=parameter.device)
+        self.moved, self.saturated = zero.unbind()
+
+    @property
+    def stored(self) -> Tensor:
+        """What the model holds; one of its own tensors."""
+        return self.parameter.data
+
+    def stepped(self, rows: slice | Tensor, steps: Tensor, uniforms: Tensor) -> Tensor:
+        """Rows of the stored matrix after steps [R, width]; the stored one stays as it is."""
+        raise NotImplementedError
+
+    def value(self, rows: slice) -> Tensor:
+        """What steps are added to, float32 [R, width]."""
+        return self.matrix[rows].float()
+
+    @property
+    def matrix(self) -> Tensor:
+        """`stored` as a matrix: all but the first dimension flattened; a vector is one row."""
+        stored = self.stored
+        return stored.view(1, -1) if stored.dim() < 2 else stored.view(len(stored), -1)
+
+    def chunks(self) -> Iterator[slice]:
+        """Its rows, in parts that bound the scratch memory."""
+        count, width = self.matrix.shape
+        rows = max(1, CHUNK // max(1, width))
+        for start in range(0, count, rows):
+            yield slice(start, min(start + rows, count))
+
+
+class FloatNumbers(Numbers):
+    """Weights of a float dtype; below float32 rounded stochastically."""
+
+    def stepped(self, rows: slice | Tensor, steps: Tensor, uniforms: Tensor) -> Tensor:
+        """`w + step`."""
+        values = self.matrix[rows]
+        if values.dtype == torch.float32:
+            return values + steps
+        return round_float(values.float() + steps, values.dtype, uniforms)
+
+
+class Int8Codes(Numbers):
+    """The codes of LLM.int8() weights `w = code * SCB / 127`; steps are of `w`."""
+
+    def __init__(self, name: str, layer: Linear8bitLt) -> None:
+        super().__init__(name, layer.weight)
+        self.scales: Tensor = layer.state.SCB
+
+    def stepped(self, rows: slice | Tensor, steps: Tensor, uniforms: Tensor) -> Tensor:
+        """Codes rounded stochastically (QuZO, arXiv:2502.12346), saturating at the ends."""
+        per_code = (MAX_CODE / self.scales[rows])[:, None].nan_to_num(0.0, posinf=0.0)
+        codes, beyond = round_codes(self.matrix[rows], steps * per_code, uniforms)
+        self.saturated += beyond
+        return codes
+
+    def value(self, rows: slice) -> Tensor:
+        """`w`."""
+        return self.matrix[rows] * (self.scales[rows] / MAX_CODE)[:, None]
+
+
+class Scales(Numbers):
+    """Quantization scales; steps are of their logarithm, so they stay positive.
+
+    Perturbing scales and leaving codes alone is QZO's way (arXiv:2505.13430).
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, stored: Tensor) -> None:
+        super().__init__(name, parameter)
+        self._stored = stored
+
+    @property
+    def stored(self) -> Tensor:
+        """Float32 [rows] of int8 weights, [blocks] of NF4 weights."""
+        return self._stored
+
+    def stepped(self, rows: slice | Tensor, steps: Tensor, uniforms: Tensor) -> Tensor:
+        """`s * exp(step)`."""
+        return self.matrix[rows] * steps.exp()
+
+    def value(self, rows: slice) -> Tensor:
+        """`log s`."""
+        return self.matrix[rows].log()
+
+
+#: The tuned numbers of a module by attribute, and the modules that have some, by name.
+Own = dict[str, Numbers]
+Owners = dict[str, tuple[nn.Module, Own]]
