@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,10 @@ from zo_peft.evaluators import Evaluator
 from zo_peft.low_rank import LowRank, Structure
 from zo_peft.noise import noise_block, noise_rows, row_words, uniform_rows
 from zo_peft.objectives import ClassificationObjective, OptionObjective
-from zo_peft.rounding import round_codes, round_float
+from zo_peft.rounding import round_float
 from zo_peft.scales import base_hash, load_scales, save_scales
 from zo_peft.spaces import BaseSpace, NotInLanes, choose, find_scales, find_weights
+from zo_peft.spaces.numbers import Int8Codes
 
 MODEL = str(EMBEDDED / "model")
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -283,10 +285,16 @@ def test_small_steps_survive_in_bfloat16_where_plain_rounding_loses_them(tiny: P
 
 
 def test_codes_saturate_at_the_ends_and_are_counted() -> None:
-    codes = torch.tensor([[127, -127, 100, 0]], dtype=torch.int8)
-    moved, beyond = round_codes(codes, torch.tensor([[3.0, -2.0, 500.0, 1.5]]), torch.zeros(1, 4))
-    assert moved.tolist() == [[127, -127, 127, 1]]
-    assert int(beyond) == 3
+    codes = torch.tensor([[127, -127, 100, 0, 5]], dtype=torch.int8)
+    weight = nn.Parameter(codes, requires_grad=False)
+    layer: Any = SimpleNamespace(weight=weight, state=SimpleNamespace(SCB=torch.tensor([127.0])))
+    numbers = Int8Codes("weight", layer)
+    steps = torch.tensor([[3.0, -2.0, 500.0, 1.5, 0.0]])
+    stepped = numbers.stepped(slice(0, 1), steps, torch.zeros(1, 5))
+    assert int(numbers.saturated) == 0
+    numbers.write(slice(0, 1), steps, torch.zeros(1, 5))
+    assert numbers.stored.tolist() == stepped.tolist() == [[127, -127, 127, 1, 5]]
+    assert (int(numbers.saturated), int(numbers.moved)) == (3, 2)
 
 
 def numpy_noise(seed: int, name: str, *shape: int) -> np.ndarray:

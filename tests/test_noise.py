@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from zo_peft.noise import ALIGNMENT, Distribution, Layout, derive_seed, noise_block, philox
+from zo_peft.noise import (
+    ALIGNMENT,
+    Distribution,
+    Layout,
+    SignSums,
+    derive_seed,
+    noise_block,
+    philox,
+)
 
 DISTRIBUTIONS: tuple[Distribution, ...] = ("gaussian", "rademacher")
 WORD, SEED = st.integers(0, 2**32 - 1), st.integers(0, 2**63 - 1)
@@ -279,3 +287,24 @@ def test_derived_seeds_are_uniform_and_do_not_collide() -> None:
     assert stats.chisquare(bins).pvalue > 1e-4
     low = np.bincount([seed & 63 for seed in seeds], minlength=64)
     assert stats.chisquare(low).pvalue > 1e-4
+
+
+@given(
+    width=st.integers(1, 300),
+    rows=st.integers(1, 20),
+    at_once=st.integers(1, 7),
+    ahead=st.sampled_from([128, 1024, SignSums.AHEAD]),
+)
+def test_sums_of_signs_are_those_of_the_blocks(
+    width: int, rows: int, at_once: int, ahead: int
+) -> None:
+    terms = [(3, 0.5), (7, -1.25)]
+    sums = SignSums(terms, "layer.weight", rows * width, torch.device("cpu"))
+    sums.AHEAD = ahead
+    whole = sum(
+        weight * noise_block(seed, "layer.weight", 0, rows * width, "rademacher")
+        for seed, weight in terms
+    )
+    for start in range(0, rows, at_once):
+        ends = start * width, min(start + at_once, rows) * width
+        assert torch.equal(sums(*ends), whole[slice(*ends)])

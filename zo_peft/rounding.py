@@ -11,8 +11,8 @@ from torch import Tensor
 MAX_CODE = 127
 
 
-def round_codes(codes: Tensor, steps: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes moved by float steps, and how many would have passed the ends (int64 []).
+def round_codes(codes: Tensor, steps: Tensor, uniforms: Tensor) -> Tensor:
+    """int8 codes moved by float steps: whole numbers, float32, also beyond the ends.
 
     The same uniforms round a step and its negative to opposite codes.
 
@@ -20,10 +20,7 @@ def round_codes(codes: Tensor, steps: Tensor, uniforms: Tensor) -> tuple[Tensor,
         uniforms: in [0, 1), of the steps' shape.
     """
     whole = steps.abs().add_(uniforms).floor_().copysign_(steps)
-    moved = whole.add_(codes)
-    # They are whole numbers: each one beyond counts as 1.
-    beyond = moved.abs().sub_(MAX_CODE).clamp_(0, 1).sum()
-    return moved.clamp_(-MAX_CODE, MAX_CODE).to(torch.int8), beyond.long()
+    return whole.add_(codes)
 
 
 def round_float(values: Tensor, dtype: torch.dtype, uniforms: Tensor) -> Tensor:

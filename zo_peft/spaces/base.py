@@ -106,13 +106,10 @@ class BaseSpace:
         numbers.moved, numbers.saturated = torch.zeros(2, dtype=torch.int64, device=device).unbind()
         uniforms = Uniforms(numbers, seed)
         for rows in numbers.chunks():
-            before = numbers.matrix[rows]
             change = steps(rows)
             if keep != 1.0:
                 change = change - (1.0 - keep) * numbers.value(rows)
-            after = numbers.stepped(rows, change, uniforms(rows))
-            numbers.moved += (after != before).sum()
-            numbers.matrix[rows] = after
+            numbers.write(rows, change, uniforms(rows))
 
     def shares(self) -> dict[str, float]:
         """Of all numbers, the shares that the last move changed and kept from passing an end."""

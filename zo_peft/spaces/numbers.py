@@ -36,6 +36,14 @@ class Numbers:
         """Rows of the stored matrix after steps [R, width]; the stored one stays as it is."""
         raise NotImplementedError
 
+    def write(self, rows: slice, steps: Tensor, uniforms: Tensor) -> None:
+        """Store rows after steps, and count those that moved."""
+        self._store(rows, self.stepped(rows, steps, uniforms))
+
+    def _store(self, rows: slice, after: Tensor) -> None:
+        self.moved += (after != self.matrix[rows]).sum()
+        self.matrix[rows] = after
+
     def value(self, rows: slice) -> Tensor:
         """What steps are added to, float32 [R, width]."""
         return self.matrix[rows].float()
@@ -74,14 +82,25 @@ class Int8Codes(Numbers):
 
     def stepped(self, rows: slice | Tensor, steps: Tensor, uniforms: Tensor) -> Tensor:
         """Codes rounded stochastically (QuZO, arXiv:2502.12346), saturating at the ends."""
+        return _bounded(self._moved(rows, steps, uniforms))
+
+    def write(self, rows: slice, steps: Tensor, uniforms: Tensor) -> None:
+        """Store rows after steps, and count those that moved or saturated."""
+        moved = self._moved(rows, steps, uniforms)
+        self.saturated += (moved.abs() > MAX_CODE).sum()
+        self._store(rows, _bounded(moved))
+
+    def _moved(self, rows: slice | Tensor, steps: Tensor, uniforms: Tensor) -> Tensor:
         per_code = (MAX_CODE / self.scales[rows])[:, None].nan_to_num(0.0, posinf=0.0)
-        codes, beyond = round_codes(self.matrix[rows], steps * per_code, uniforms)
-        self.saturated += beyond
-        return codes
+        return round_codes(self.matrix[rows], steps * per_code, uniforms)
 
     def value(self, rows: slice) -> Tensor:
         """`w`."""
         return self.matrix[rows] * (self.scales[rows] / MAX_CODE)[:, None]
+
+
+def _bounded(codes: Tensor) -> Tensor:
+    return codes.clamp_(-MAX_CODE, MAX_CODE).to(torch.int8)
 
 
 class Scales(Numbers):

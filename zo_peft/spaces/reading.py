@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from zo_peft.direction import Direction
 from zo_peft.low_rank import LowRank, summed
-from zo_peft.noise import Distribution, derive_seed, noise_rows, row_words, uniform_rows
+from zo_peft.noise import (
+    Distribution,
+    SignSums,
+    derive_seed,
+    noise_rows,
+    row_words,
+    uniform_rows,
+)
 from zo_peft.spaces.lanes import Lanes, Replacement
 from zo_peft.spaces.numbers import Numbers, Own
 
@@ -27,6 +34,8 @@ class Steps:
     def __init__(self, direction: Direction, numbers: Numbers, noise: Noise) -> None:
         self.direction, self.name, self.noise = direction, numbers.name, noise
         self.width, self.device = numbers.matrix.shape[1], numbers.stored.device
+        self.kind = noise.distribution if isinstance(noise, LowRank) else noise
+        self.signs = SignSums(direction.terms, self.name, numbers.stored.numel(), self.device)
         self.factors: tuple[Tensor, Tensor] | None = None
         if isinstance(noise, LowRank) and numbers.stored.dim() == 2:
             shape = numbers.stored.shape
@@ -37,14 +46,16 @@ class Steps:
         """Float32 [R, width]."""
         if self.factors is not None:
             return self.factors[0][rows] @ self.factors[1]
-        kind = self.noise.distribution if isinstance(self.noise, LowRank) else self.noise
         if isinstance(rows, Tensor):
             sums = torch.zeros(len(rows), self.width, device=self.device)
             for seed, weight in self.direction.terms:
-                sums += weight * noise_rows(seed, self.name, rows, self.width, kind)
+                sums += weight * noise_rows(seed, self.name, rows, self.width, self.kind)
             return sums
         ends = rows.start * self.width, rows.stop * self.width
-        return summed([self.direction], self.name, *ends, kind, self.device).view(-1, self.width)
+        if self.kind == "rademacher":
+            return self.signs(*ends).view(-1, self.width)
+        sums = summed([self.direction], self.name, *ends, self.kind, self.device)
+        return sums.view(-1, self.width)
 
 
 class Uniforms:
