@@ -433,7 +433,7 @@ def test_max_length_cuts_texts_from_the_right() -> None:
         assert row == {"input_ids": kept, "labels": 1}
 
 
-def test_the_loss_of_messages_is_on_the_last_answer_only() -> None:
+def test_the_loss_of_messages_is_on_all_turns_of_the_assistant() -> None:
     messages = [
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": "ok"},
@@ -442,10 +442,11 @@ def test_the_loss_of_messages_is_on_the_last_answer_only() -> None:
     ]
     start = make_tokenizer(start="<s>", chat=CHAT)
     row = tokenized({"messages": messages}, start)
-    prompt = [*ids("<user>", "q"), 2, *ids("<assistant>", "ok"), 2, *ids("<user>", "qq"), 2]
-    prompt += ids("<assistant>")
-    assert row["input_ids"] == [*prompt, *ids("ab"), 2]
-    assert row["labels"] == [-100] * len(prompt) + [*ids("ab"), 2]
+    question, again = [*ids("<user>", "q"), 2], [*ids("<user>", "qq"), 2]
+    header, turn, last = ids("<assistant>"), [*ids("ok"), 2], [*ids("ab"), 2]
+    assert row["input_ids"] == [*question, *header, *turn, *again, *header, *last]
+    unseen = [-100] * len([*question, *header]), [-100] * len([*again, *header])
+    assert row["labels"] == [*unseen[0], *turn, *unseen[1], *last]
 
 
 def test_tokenized_rows_stay_as_they_are() -> None:

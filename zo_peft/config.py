@@ -17,6 +17,7 @@ from zo_peft.updates import RULES
 StrategyName = Literal["mezo", "n-spsa", "greedy", "gv"]
 Preset = Literal["paper-gv", "paper-greedy", "mezo", "subzero", "lozo"]
 Tune = Literal["adapter", "scales", "weights"]
+ObjectiveName = Literal["accuracy", "f1", "exact_match"]
 UpdateRuleName = Literal["normalized", "sgd", "momentum", "spectral", "adam", "fzoo"]
 
 #: What the published algorithms have in common.
@@ -130,6 +131,29 @@ class ZOConfig(TrainingArguments):
     )
     momentum: float = field(
         default=0.9, metadata={"help": "Of all update rules but sgd and fzoo; in [0, 1)."}
+    )
+    objective: ObjectiveName | None = field(
+        default=None,
+        metadata={
+            "help": "A goal without a gradient: accuracy, or f1 or exact_match (as SQuAD's) of "
+            "generated completions. Default: cross entropy."
+        },
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of the reward functions. Default: 1 each."}
+    )
+    max_completion_length: int = field(
+        default=64, metadata={"help": "The most tokens of a generated completion."}
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "At which completions are sampled in training, with random numbers that all "
+            "candidates of a step share; 0: greedy, as in evaluation."
+        },
+    )
+    top_p: float = field(
+        default=1.0, metadata={"help": "Sample from the likeliest tokens of this probability."}
     )
     elite_fraction: float = field(
         default=0.5,
@@ -283,6 +307,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "update_rule": (None, *RULES),
     "tune": get_args(Tune),
     "low_rank_noise": (None, *STRUCTURES),
+    "objective": (None, *get_args(ObjectiveName)),
 }
 
 
@@ -336,12 +361,17 @@ def _check(config: ZOConfig) -> None:
         "max_length",
         "candidates_per_forward",
         "basis_steps",
+        "max_completion_length",
     ):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name}={value}; it must be positive and finite")
     if not 0 <= config.momentum < 1:
         raise UserError(f"momentum={config.momentum}; it must be at least 0 and below 1")
+    if not 0 <= config.temperature < math.inf:
+        raise UserError(f"temperature={config.temperature}; it must be 0 or more")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"top_p={config.top_p}; it must be above 0 and at most 1")
     _check_candidates(config)
     if config.tune_unquantized and config.tune == "adapter":
         raise UserError("tune_unquantized=True has no meaning for tune='adapter'")

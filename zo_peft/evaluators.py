@@ -65,6 +65,7 @@ class Evaluator:
         self._fit: Fit | None = None
         self._trunk: Trunk | None = None
         self._repeats = hasattr(objective, "repeated")
+        self._new_tokens = getattr(objective, "max_completion_length", 0)
         self._in_lanes = True
         try:
             self._replacements = space.replacements(model)
@@ -138,7 +139,8 @@ class Evaluator:
         forward = partial(self.objective.losses, self.model, batch)
         if self._trunk is None:
             tuned = self.space.parameters.values()
-            self._trunk = Trunk(find_trunk(self.model, tuned, forward) if self._repeats else [])
+            once = self._repeats and not self._new_tokens
+            self._trunk = Trunk(find_trunk(self.model, tuned, forward) if once else [])
         with self._trunk.reused(forward):
             while done < len(points):
                 wave = points[done : done + self._wave(points, batch)]
@@ -184,7 +186,8 @@ class Evaluator:
         """Points of one forward: waves of like size, none above the limit."""
         limit = self.candidates_per_forward
         if limit is None:
-            self._fit = self._fit or Fit(self.model, self.space.lane_numel)
+            lane = self.space.lane_numel
+            self._fit = self._fit or Fit(self.model, lane, self._new_tokens)
             limit = self._fit(batch, len(points[0]))
         return math.ceil(len(points) / math.ceil(len(points) / limit))
 

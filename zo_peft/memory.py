@@ -38,9 +38,13 @@ class Fit:
 
     Args:
         adapter_numel: float32 numbers of a candidate.
+        new_tokens: the most that each sequence generates; their keys and values are kept, too.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, adapter_numel: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, adapter_numel: int, new_tokens: int = 0
+    ) -> None:
+        self.new_tokens = new_tokens
         self.config = model.config.get_text_config()
         self.size = model.get_input_embeddings().weight.element_size()
         self.weights, self.adapter = weight_bytes(model), 4 * adapter_numel
@@ -54,6 +58,8 @@ class Fit:
         """Candidates that fit on the batch, each with `parts` copies of the adapter; at least 1."""
         rows, length = batch["input_ids"].shape
         layer = self.copies * rows * layer_bytes(self.config, length, self.size)
+        if self.new_tokens:
+            layer += rows * cache_bytes(self.config, length + self.new_tokens, self.size)
         vocabulary = self.config.vocab_size if "rows" in batch else 0
         plain = max(layer, rows * length * vocabulary * self.size)
         # The logits of scored positions are there twice, as they are and in the loss.
@@ -63,6 +69,13 @@ class Fit:
         if self.max_tokens is not None:
             fit = min(fit, self.max_tokens // (rows * length))
         return max(1, fit)
+
+
+def cache_bytes(config: Any, length: int, size: int) -> int:
+    """Bytes of the keys and values of one sequence in all layers."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * length * size
 
 
 def layer_bytes(config: Any, length: int, size: int) -> int:

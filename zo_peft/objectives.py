@@ -4,18 +4,20 @@ Each has `losses(model, batch) -> [B]` for training and
 `predict(model, batch) -> (losses [B], predictions, references)` for evaluation, where accuracy is
 the share of predictions that equal their reference (references of -100 do not count). All losses
 are natural-log cross entropies in float32. `repeated(batch, times)` is what lets many candidates
-share a forward: an objective that calls the model once, on all rows of the batch, may have it.
+share a forward: an objective that has the model work on all rows of the batch alike may have it.
+One that generates also says for how many tokens, `max_completion_length`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 Prediction = tuple[Tensor, Tensor, Tensor]
 
 #: References with this value are not compared, as everywhere in transformers.
@@ -172,6 +174,47 @@ class ClassificationObjective:
     def repeated(self, batch: Batch, times: int) -> Batch:
         """The batch `times` times over."""
         return _repeated(batch, times, {})
+
+
+class AccuracyObjective:
+    """The share of wrong predictions of another objective: 0 or 1, or in between for completions.
+
+    Args:
+        inner: its predictions and references are compared.
+    """
+
+    def __init__(self, inner: Objective) -> None:
+        self.predict = inner.predict
+        if hasattr(inner, "repeated"):
+            self.repeated = inner.repeated
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The share of each example's predictions that are wrong, float32, shape [B]."""
+        _, predictions, references = self.predict(model, batch)
+        counted = (references != IGNORE_INDEX).view(len(references), -1)
+        wrong = (predictions != references).view_as(counted) & counted
+        return wrong.sum(dim=1) / counted.sum(dim=1)
+
+
+class BlackBoxObjective:
+    """A function of the adapter alone, such as what a server says that serves it; no data.
+
+    Args:
+        evaluate: the adapter's tensors, named as in `adapter_model.safetensors`, in; its loss out.
+    """
+
+    def __init__(self, evaluate: Callable[[dict[str, Tensor]], float]) -> None:
+        self.evaluate = evaluate
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The function's value, float32, shape [1]."""
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        value = self.evaluate({name: tensor.detach() for name, tensor in state.items()})
+        return torch.tensor([float(value)])
+
+    def predict(self, model: nn.Module, batch: Batch) -> Prediction:
+        """The loss; nothing is predicted."""
+        return self.losses(model, batch), batch["labels"], batch["labels"]
 
 
 def _mean_by(groups: Tensor, values: Tensor, count: int) -> Tensor:

@@ -1,61 +1,31 @@
 """`ZOTrainer`: transformers' Trainer with a forward-only step."""
 
-import contextlib
 import math
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from peft import PeftConfig, PeftModel, PeftType, TaskType
+from peft import PeftModel, PeftType
 from torch import Tensor, nn
-from torch.utils.data import Sampler, SequentialSampler
 from tqdm.auto import tqdm
-from transformers import (
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
-from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import HubStrategy, has_length
+from transformers import PreTrainedModel
+from transformers.trainer_utils import HubStrategy
 
 from zo_peft import calibrate, checkpoint, strategies
-from zo_peft.card import write_model_card
+from zo_peft.base_trainer import BaseTrainer
 from zo_peft.config import ZOConfig
-from zo_peft.data import Collator, Tokenization, collator_for, tokenize_dataset
 from zo_peft.direction import Direction
 from zo_peft.errors import NonFiniteLossError, UserError
 from zo_peft.evaluators import Evaluation, Evaluator
-from zo_peft.loading import (
-    add_adapter,
-    check_quantization,
-    classifies,
-    context_length,
-    load_base,
-    load_tokenizer,
-    peft_config_of,
-    prepare,
-    start_prefix_from_tokens,
-    tuned_parameters,
-)
+from zo_peft.loading import peft_config_of, tuned_parameters
 from zo_peft.low_rank import LowRank
 from zo_peft.noise import derive_seed
-from zo_peft.objectives import (
-    IGNORE_INDEX,
-    Batch,
-    ClassificationObjective,
-    CompletionObjective,
-    Objective,
-    OptionObjective,
-)
+from zo_peft.objectives import Batch
+from zo_peft.rewards import RewardObjective
 from zo_peft.scales import base_hash, save_scales
 from zo_peft.spaces import AdapterSpace, BaseSpace, Space, choose, find_scales, find_weights
 from zo_peft.trunk import compile_frozen_parts
@@ -79,9 +49,6 @@ WALK = 0.87
 #: Before the names of the update rule's tensors in a checkpoint.
 RULE_PREFIX = "update_rule."
 
-#: The columns that `tokenize_dataset` makes, all of which the collator needs.
-FEATURES = ["input_ids", "labels", "prompt_ids", "option_ids", "label", "length"]
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -92,86 +59,21 @@ class Calibration:
     error: float
 
 
-class ZOTrainer(Trainer):
+class ZOTrainer(BaseTrainer):
     """Tunes a PEFT adapter or the base with forward passes only; else a `transformers.Trainer`.
 
-    Args:
-        model: name (Hub id or folder), `PreTrainedModel`, or `PeftModel` whose adapter is tuned.
-        args: settings; default `ZOConfig("<model>-zo")`.
-        train_dataset, eval_dataset: examples in one of the forms of `zo_peft.data`.
-        processing_class: the tokenizer; default: the model's own.
-        peft_config: the new adapter; None exactly when `model` is a `PeftModel`, or when the base
-            itself is tuned (`args.tune`).
-        objective: what is minimised; default: by the model's class and the data set's columns.
-        data_collator, compute_metrics, callbacks: as in `Trainer`. The default metric is
-            `accuracy`, of options, classes or completion tokens.
-
-    Raises:
-        UserError: settings, data and model do not go together.
+    See `BaseTrainer` for the arguments.
     """
 
-    args: ZOConfig
-
-    def __init__(
-        self,
-        model: str | PreTrainedModel | PeftModel,
-        args: ZOConfig | None = None,
-        data_collator: Callable[..., Batch] | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        peft_config: PeftConfig | None = None,
-        objective: Objective | None = None,
-    ) -> None:
-        name = model if isinstance(model, str) else model.config.name_or_path
-        args = args or ZOConfig(f"{Path(name).name}-zo")
-        if args.tune != "adapter" and (peft_config or isinstance(model, PeftModel)):
-            raise UserError(
-                f"tune={args.tune!r} tunes the base itself: give no adapter, no peft_config"
-            )
-        if args.tune == "adapter" and (peft_config is None) != isinstance(model, PeftModel):
-            raise UserError("give a peft_config for a new adapter or a PeftModel: one of the two")
-        if args.world_size > 1:
-            raise UserError("several processes are not supported yet; start one")
-        if args.device.type == "cpu":
-            args.dataloader_pin_memory = False
-        tokenizer = processing_class or load_tokenizer(name)
-        # Trainer seeds too late for this: a new adapter's values are part of the run.
-        set_seed(args.seed)
-        if isinstance(model, str):
-            model = _load_base(model, args, peft_config, train_dataset)
-        if peft_config is not None:
-            model = add_adapter(model, peft_config)
-        prepare(model, tokenizer)
-        tokenization = _tokenization(model, tokenizer, args)
-        train, evaluation = (_tokenize(d, tokenization) for d in (train_dataset, eval_dataset))
-        self.objective = objective or _objective(tokenization, train, evaluation)
-        with _not_quantized(model):
-            super().__init__(
-                model=model,
-                args=args,
-                data_collator=data_collator or Collator(tokenizer.pad_token_id),
-                train_dataset=train,
-                eval_dataset=evaluation,
-                processing_class=tokenizer,
-                compute_metrics=compute_metrics or accuracy,
-                callbacks=callbacks,
-            )
-        self._signature_columns = FEATURES
-        if data_collator is None:
-            model.eval()
-            self.data_collator = collator_for(model, tokenizer.pad_token_id, self.objective)
-        if peft_config is not None and peft_config.peft_type == PeftType.PREFIX_TUNING and train:
-            self._start_prefix(train)
+    def ready(self) -> None:
+        """The space, the evaluator and the state of the steps."""
+        model, args = self.model, self.args
         self.base_hash = None if args.tune == "adapter" else base_hash(model)
         self.space = _space(model, args)
         self.evaluator = Evaluator(model, self.space, self.objective, args.candidates_per_forward)
         if args.torch_compile:
             options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
             compile_frozen_parts(model, self.space.parameters.values(), **options)
-        self.summary: dict[str, Any] = {}
         self._micro_batches: list[Batch] = []
         self._eps = args.zo_eps or 0.0
         self._elite: int | None = None
@@ -179,24 +81,20 @@ class ZOTrainer(Trainer):
         self._backoff = Backoff()
         self.calibrations: list[Calibration] = []
 
-    def _start_prefix(self, train: Any) -> None:
-        config = self.model.active_peft_config
-        if config.prefix_projection:
-            return
-        first = next(iter(train))
-        pool = torch.tensor(first.get("prompt_ids") or first["input_ids"])
-        choice = torch.randint(len(pool), (config.num_virtual_tokens,))
-        start_prefix_from_tokens(self.model, pool[choice])
+    @property
+    def forward_passes(self) -> int:
+        """So far; one is one candidate through one micro-batch."""
+        return self.evaluator.forward_passes
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        sampler = super()._get_train_sampler(train_dataset)
-        if isinstance(sampler, LengthGroupedSampler):
-            return EpochSampler(sampler, self.args.data_seed or self.args.seed)
-        return sampler
+    @property
+    def examples_forwarded(self) -> int:
+        """So far; candidates times examples."""
+        return self.evaluator.examples_forwarded
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
-        """In order, also where training groups by length: predictions come back row by row."""
-        return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
+    @property
+    def tuned_numel(self) -> int:
+        """How many numbers are tuned."""
+        return self.space.numel
 
     # ---- The step -------------------------------------------------------------------------------
 
@@ -221,6 +119,8 @@ class ZOTrainer(Trainer):
         if isinstance(self.space.noise, LowRank):
             drawn = self.state.global_step // (self.args.basis_steps or 1)
             self.space.noise.basis_seed = derive_seed(self.args.seed, drawn, -2)
+        if isinstance(self.objective, RewardObjective):
+            self.objective.seed = derive_seed(self.args.seed, self.state.global_step, -3)
         batches = [self._prepare_inputs(batch) for batch in self._micro_batches]
         parts = self.evaluator.parts(batches) if self.args.per_example_noise else 1
         if self.args.zo_eps is None and self.state.global_step in calibrate.steps(
@@ -379,24 +279,6 @@ class ZOTrainer(Trainer):
             logs["examples_forwarded"] = self.evaluator.examples_forwarded
         super().log(logs, start_time)
 
-    # ---- Evaluation -----------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: Batch,
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The objective's mean loss, predictions and references of a batch."""
-        losses, predictions, references = self.objective.predict(
-            model, self._prepare_inputs(inputs)
-        )
-        if prediction_loss_only:
-            return losses.mean(), None, None
-        return losses.mean(), predictions, references
-
     # ---- Saving and resuming: safetensors and JSON ----------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -408,22 +290,10 @@ class ZOTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = output_dir or self.args.output_dir
-        os.makedirs(folder, exist_ok=True)
-        if isinstance(self.space, AdapterSpace):
-            # The base is never written, so its embeddings never need saving either.
-            self.model.save_pretrained(folder, save_embedding_layers=False)
-        else:
-            self.model.save_pretrained(folder)
+        super()._save(output_dir, state_dict)
         if isinstance(self.space, BaseSpace) and self.args.tune == "scales":
             assert self.base_hash is not None
-            save_scales(folder, self.space, self.base_hash)
-        self.processing_class.save_pretrained(folder)
-        write_model_card(folder, self.model, self.args.tune, self.summary)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The card of `zo_peft.card`, written with every save as well."""
-        write_model_card(self.args.output_dir, self.model, self.args.tune, self.summary)
+            save_scales(output_dir or self.args.output_dir, self.space, self.base_hash)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.args.hub_strategy != HubStrategy.END:
@@ -499,54 +369,6 @@ class ZOTrainer(Trainer):
             checkpoint.load_rng_state(checkpoint_folder)
 
 
-class EpochSampler(Sampler[int]):
-    """Batches of like length, in an order that depends on seed and epoch alone.
-
-    So a resumed epoch has it too. The sampler's own order runs from long to short batches, over and
-    over, which losses and momentum would follow; here batches come in random order.
-    """
-
-    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
-        self.sampler, self.seed, self.epoch = sampler, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate at the start of each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
-        self.sampler.generator = generator
-        indices, size = list(self.sampler), self.sampler.batch_size
-        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
-        # A batch that is not full stays last.
-        full = len(indices) // size
-        order = [*torch.randperm(full, generator=generator).tolist(), *range(full, len(batches))]
-        return chain.from_iterable(batches[index] for index in order)
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The share of predictions that equal their reference, where there is one."""
-    counted = prediction.label_ids != IGNORE_INDEX
-    right = (prediction.predictions == prediction.label_ids)[counted]
-    return {"accuracy": float(np.mean(right))}
-
-
-@contextlib.contextmanager
-def _not_quantized(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Within the context Trainer takes a quantized base, which backward passes could not train."""
-    quantized = getattr(model, "is_quantized", False) and not isinstance(model, PeftModel)
-    try:
-        if quantized:
-            model.is_quantized = False
-        yield
-    finally:
-        if quantized:
-            model.is_quantized = True
-
-
 def _space(model: PreTrainedModel | PeftModel, args: ZOConfig) -> Space:
     noise: Any = args.noise
     if args.noise_rank:
@@ -557,45 +379,3 @@ def _space(model: PreTrainedModel | PeftModel, args: ZOConfig) -> Space:
     model.requires_grad_(False)
     find = find_scales if args.tune == "scales" else find_weights
     return BaseSpace(choose(find(model, args.tune_unquantized), args.tunable), noise)
-
-
-def _load_base(
-    name: str, args: ZOConfig, peft_config: PeftConfig | None, train_dataset: Any
-) -> PreTrainedModel:
-    num_labels = None
-    if peft_config is not None and peft_config.task_type == TaskType.SEQ_CLS:
-        num_labels = 1 + max((row["label"] for row in train_dataset or ()), default=1)
-    kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-    check_quantization(name, args.tune, kwargs.get("quantization_config"))
-    return load_base(name, num_labels, **kwargs)
-
-
-def _tokenization(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, args: ZOConfig
-) -> Tokenization:
-    return Tokenization(
-        tokenizer,
-        context_length(model, tokenizer),
-        args.max_length,
-        model.config.num_labels if classifies(model) else None,
-    )
-
-
-def _tokenize(dataset: Any, tokenization: Tokenization) -> Any:
-    if dataset is None:
-        return None
-    if isinstance(dataset, dict):
-        return {name: tokenize_dataset(part, tokenization) for name, part in dataset.items()}
-    return tokenize_dataset(dataset, tokenization)
-
-
-def _objective(tokenization: Tokenization, train: Any, evaluation: Any) -> Objective:
-    """The objective that the features call for."""
-    if tokenization.num_labels is not None:
-        return ClassificationObjective()
-    dataset = train if train is not None else evaluation
-    if isinstance(dataset, dict):
-        dataset = next(iter(dataset.values()))
-    if dataset is not None and "option_ids" in next(iter(dataset)):
-        return OptionObjective()
-    return CompletionObjective()

@@ -24,7 +24,7 @@ Features = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads features on the right, to the longest of the batch, into a batch of their objective.
+    """Pads features, to the longest of the batch, into a batch of their objective.
 
     The inputs of a batch are `input_ids` [R, L], and `attention_mask` [R, L] unless `is_causal`.
     With `shares_prompts`, options of several tokens stand behind their one prompt, as `input_ids`,
@@ -43,7 +43,9 @@ class Collator:
     shares_prompts: bool = False
 
     def __call__(self, features: Features) -> Batch:
-        """A batch for `OptionObjective`, `ClassificationObjective` or `CompletionObjective`."""
+        """A batch of the objective that the features call for (`zo_peft.objectives`)."""
+        if "columns" in features[0]:
+            return self._prompts(features)
         if "option_ids" in features[0]:
             right = torch.tensor([feature["label"] for feature in features])
             counts = {len(feature["option_ids"]) for feature in features}
@@ -58,6 +60,17 @@ class Collator:
         rows, positions = (padded[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
         scored = {"rows": rows, "positions": positions, "tokens": padded[rows, positions + 1]}
         return {"labels": padded, **inputs, **scored}
+
+    def _prompts(self, features: Features) -> Batch:
+        """Padded on the left: completions go on at the right."""
+        ids = [torch.tensor(feature["prompt_ids"]) for feature in features]
+        pad: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
+        return {
+            "labels": torch.zeros(len(features), dtype=torch.long),
+            "input_ids": pad_sequence(ids, padding_value=self.pad_token_id, **pad),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], **pad),
+            "columns": [feature["columns"] for feature in features],
+        }
 
     def _inputs(self, sequences: Sequence[Sequence[int]]) -> Batch:
         ids = [torch.as_tensor(sequence) for sequence in sequences]
@@ -134,7 +147,7 @@ _SOME_IDS = [5, 6, 7, 8, 9, 10]
 
 @torch.no_grad()
 def collator_for(
-    model: PreTrainedModel | PeftModel, pad_token_id: int, objective: Objective
+    model: PreTrainedModel | PeftModel, pad_token_id: int, objectives: Sequence[Objective]
 ) -> Collator:
     """The collator that spares a model what it does not need, as tried on a few tokens.
 
@@ -142,14 +155,15 @@ def collator_for(
     score as they do behind one each, is found out by forwards of a dozen tokens.
     """
     collator = Collator(pad_token_id)
-    if isinstance(objective, ClassificationObjective) or not _is_causal(model):
+    if isinstance(objectives[0], ClassificationObjective) or not _is_causal(model):
         return collator
     collator = replace(collator, is_causal=True)
     sharing = replace(collator, shares_prompts=True)
-    if isinstance(objective, OptionObjective) and _scores_alike(
-        model, objective, collator, sharing
-    ):
-        return sharing
+    for objective in objectives:
+        if isinstance(objective, OptionObjective) and _scores_alike(
+            model, objective, collator, sharing
+        ):
+            return sharing
     return collator
 
 

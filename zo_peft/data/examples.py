@@ -17,8 +17,11 @@ FORMS = (
     ("input_ids", "labels"),
     ("prompt", "options", "label"),
     ("prompt", "completion"),
+    ("prompt", "answers"),
     ("messages",),
     ("text", "label"),
+    ("text",),
+    ("prompt",),
 )
 
 
@@ -90,6 +93,7 @@ def make_examples(
     label_column: str = "label",
     label_words: Sequence[str] | None = None,
     classifies: bool = False,
+    generates: bool = False,
 ) -> list[Row]:
     """Rows to examples of one of the forms of `zo_peft.data`.
 
@@ -101,6 +105,7 @@ def make_examples(
         source: what the rows came from, for error messages.
         classifies: for a sequence-classification head: the filled-in template (or the column
             `text`) is its text, and the label an index or one of the label words.
+        generates: for rewards: the row's other columns are kept, and no label is needed.
 
     Raises:
         UserError: a row lacks a column, or its label is not among the label words.
@@ -114,15 +119,19 @@ def make_examples(
             examples.append({"text": text, "label": label})
             continue
         if prompt_template is None:
-            examples.append(_own_form(row, where))
+            examples.append(_own_form(row, where, generates))
             continue
         prompt = fill_template(prompt_template, row, where)
+        if generates and row.get(label_column) is None:
+            examples.append({**row, "prompt": prompt})
+            continue
         if label_words:
             label = label_index(_column(row, label_column, where), label_words, where)
             examples.append({"prompt": prompt, "options": list(label_words), "label": label})
         else:
             completion = str(_column(row, label_column, where))
-            examples.append({"prompt": prompt, "completion": completion})
+            others = row if generates else {}
+            examples.append({**others, "prompt": prompt, "completion": completion})
     return examples
 
 
@@ -164,12 +173,14 @@ def form_of(columns: Iterable[str]) -> tuple[str, ...] | None:
     return next((form for form in FORMS if present.issuperset(form)), None)
 
 
-def _own_form(row: Row, where: str) -> Row:
+def _own_form(row: Row, where: str, generates: bool) -> Row:
     form = form_of(name for name, value in row.items() if value is not None)
-    if form is None:
-        wanted = "; ".join(" + ".join(form) for form in FORMS[1:])
+    if generates and "prompt" in row:
+        return row
+    if form is None or form == ("prompt",):
+        wanted = "; ".join(" + ".join(form) for form in FORMS[1:-1])
         raise UserError(
             f"{where} has the columns {', '.join(map(str, row))}; expected {wanted}. For other "
             "columns give a --prompt_template (and --label_words)"
         )
-    return {name: row[name] for name in form}
+    return {name: row[name] for name in (*form, "passage") if name in row}

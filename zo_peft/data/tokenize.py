@@ -22,12 +22,16 @@ class Tokenization:
         max_length: cut prompts from the left (texts from the right) to this many tokens; None:
             what does not fit the context is an error.
         num_labels: classes of a sequence-classification head; None for a language model.
+        generates: completions are generated and rewarded.
+        max_completion_length: tokens for which prompts leave room in the context, if so.
     """
 
     tokenizer: PreTrainedTokenizerBase
     context: int | None = None
     max_length: int | None = None
     num_labels: int | None = None
+    generates: bool = False
+    max_completion_length: int = 0
 
     def __call__(self, example: Row, index: int) -> Row:
         """Features for `Collator`; `index` counts examples from 0, for messages.
@@ -43,13 +47,79 @@ class Tokenization:
         form = form_of(example)
         if form == ("input_ids", "labels"):
             return self._tokenized(example, where)
+        example = self._shortened(example, where)
         if self.num_labels is not None:
             return self._classified(example, where)
+        if self.generates or form == ("prompt", "answers"):
+            return self._generated(example, where)
         if form == ("prompt", "options", "label"):
             return self._options(example, where)
         if form == ("prompt", "completion"):
             return self._completion(str(example["prompt"]), str(example["completion"]), where)
+        if form == ("text",):
+            return self._text(str(example["text"]), where)
         return self._messages(example["messages"], where)
+
+    def _shortened(self, example: Row, where: str) -> Row:
+        """The example with its passage cut at the end until all fits `max_length`, or the context.
+
+        What stands around the passage stays: the question that is asked about it.
+        """
+        limit, passage = self.max_length or self.context, example.get("passage")
+        if passage is None or limit is None:
+            return example
+        column = "text" if self.num_labels is not None else "prompt"
+        text = str(example[column])
+        if passage not in text:
+            raise UserError(f"{where}: its passage is not part of its {column}")
+        endings = ["", *example.get("options", ()), str(example.get("completion") or "")]
+        generated = column == "prompt" and (self.generates or "answers" in example)
+        limit -= self.max_completion_length if generated and self.max_length is None else 0
+        while passage:
+            whole = [text + _spaced(text, ending) for ending in endings]
+            # One more for the token that ends a completion.
+            excess = 1 + max(len(ids) for ids in self.tokenizer(whole)["input_ids"]) - limit
+            if excess <= 0:
+                break
+            starts = self.tokenizer(passage, add_special_tokens=False, return_offsets_mapping=True)[
+                "offset_mapping"
+            ]
+            kept = len(starts) - excess
+            shorter = passage[: starts[kept][0]].rstrip() if kept > 0 else ""
+            text, passage = text.replace(passage, shorter, 1), shorter
+        return {**example, column: text}
+
+    def _generated(self, example: Row, where: str) -> Row:
+        prompt, columns = example["prompt"], dict(example)
+        if "answers" not in example and "options" in example:
+            columns["answers"] = [example["options"][example["label"]]]
+        elif "answers" not in example and example.get("completion") is not None:
+            columns["answers"] = [example["completion"]]
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt)["input_ids"]
+        else:
+            self._need_chat_template()
+            text = self.tokenizer.apply_chat_template(
+                prompt, tokenize=False, add_generation_prompt=True
+            )
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id and self._closes():
+            ids = ids[:-1]
+        if not ids:
+            raise UserError(f"{where}: the prompt is empty; put text there")
+        ids = ids[-self.max_length :] if self.max_length is not None else ids
+        self._fit(len(ids) + self.max_completion_length, where)
+        return {"prompt_ids": ids, "columns": columns}
+
+    def _text(self, text: str, where: str) -> Row:
+        end = self.tokenizer.eos_token or ""
+        ids = self.tokenizer(text if end and text.endswith(end) else text + end)["input_ids"]
+        ids = ids[:-1] if self._closes() else ids
+        ids = ids[: self.max_length] if self.max_length is not None else ids
+        if len(ids) < 2:
+            raise UserError(f"{where}: its text has no two tokens")
+        self._fit(len(ids), where)
+        return {"input_ids": ids, "labels": ids}
 
     def _tokenized(self, example: Row, where: str) -> Row:
         ids, labels = example["input_ids"], example["labels"]
@@ -97,20 +167,46 @@ class Tokenization:
                 f"{where}: messages must be a list of role and content, the last of them the "
                 "assistant's and one before it"
             )
+        self._need_chat_template()
+        render: Callable[..., str] = self.tokenizer.apply_chat_template
+        full = render(messages, tokenize=False)
+        turns = []
+        for number in (i for i, role in enumerate(roles) if role == "assistant" and i):
+            prompt = render(messages[:number], tokenize=False, add_generation_prompt=True)
+            through = render(messages[: number + 1], tokenize=False)
+            if not (full.startswith(prompt) and full.startswith(through)):
+                raise UserError(
+                    f"{where}: the chat template renders the prompt differently without its "
+                    "answer; use prompt and completion columns"
+                )
+            turns.append(range(len(prompt), len(through)))
+        return self._turns(full, turns, where)
+
+    def _turns(self, text: str, turns: Sequence[range], where: str) -> Row:
+        """The loss on the tokens that reach into one of the turns, ranges of characters."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        labels = [
+            token if any(start < turn.stop and end > turn.start for turn in turns) else -100
+            for token, (start, end) in zip(ids, offsets)
+        ]
+        if self.max_length is not None:
+            ids, labels = ids[-self.max_length :], labels[-self.max_length :]
+        self._fit(len(ids), where)
+        if all(label == -100 for label in labels[1:]):
+            raise UserError(
+                f"{where}: no token of the assistant's turns is left; shorten them, raise "
+                "max_length, or put text before"
+            )
+        return {"input_ids": ids, "labels": labels}
+
+    def _need_chat_template(self) -> None:
         if not self.tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template; use prompt and completion columns")
-        render: Callable[..., str] = self.tokenizer.apply_chat_template
-        prompt = render(messages[:-1], tokenize=False, add_generation_prompt=True)
-        full = render(messages, tokenize=False)
-        if not full.startswith(prompt):
-            raise UserError(
-                f"{where}: the chat template renders the prompt differently without its answer; "
-                "use prompt and completion columns"
-            )
-        prompt_ids, (completion_ids,) = self._split(
-            prompt, [full[len(prompt) :]], where, special_tokens=False
-        )
-        return self._labelled(prompt_ids, completion_ids, where)
+
+    def _closes(self) -> bool:
+        """Whether the tokenizer closes every text; here only what is written out closes one."""
+        return self.tokenizer("a")["input_ids"][-1] == self.tokenizer.eos_token_id
 
     def _labelled(self, prompt_ids: list[int], completion_ids: list[int], where: str) -> Row:
         prompt_ids = self._cut(prompt_ids, len(completion_ids), where)
@@ -118,20 +214,16 @@ class Tokenization:
         return {"input_ids": prompt_ids + completion_ids, "labels": labels}
 
     def _split(
-        self, prompt: str, endings: list[str], where: str, special_tokens: bool = True
+        self, prompt: str, endings: list[str], where: str
     ) -> tuple[list[int], list[list[int]]]:
         """Ids of the prompt and of each ending, from tokenizing both together.
 
         Where a tokenizer merges across the seam, the merged tokens go to the endings.
         """
-
-        # Some tokenizers close every text; here only what is written out closes one.
-        closes = special_tokens and self.tokenizer("a")["input_ids"][-1] == (
-            self.tokenizer.eos_token_id
-        )
+        closes = self._closes()
 
         def ids(text: str) -> list[int]:
-            encoded = self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
+            encoded = self.tokenizer(text)["input_ids"]
             return encoded[:-1] if closes else encoded
 
         alone, joined = ids(prompt), [ids(prompt + ending) for ending in endings]
@@ -196,14 +288,17 @@ def tokenize_dataset(dataset: Any, tokenization: Tokenization) -> Dataset | Iter
     if isinstance(dataset, Dataset) and not len(dataset):
         raise UserError("the data set is empty; it must hold at least one example")
     form = form_of(columns or ())
-    fits = form is not None and (
-        form == FORMS[0] or (tokenization.num_labels is not None) == (form == ("text", "label"))
-    )
-    if not fits:
+    if tokenization.num_labels is not None:
+        fits = form in (FORMS[0], ("text", "label"))
         wanted = "text + label (a class index)"
-        if tokenization.num_labels is None:
-            wanted = "prompt + completion, prompt + options + label, or messages (on the command "
-            wanted += "line, --prompt_template and --label_words make them)"
+    elif tokenization.generates:
+        fits = "prompt" in (columns or ())
+        wanted = "prompt, and what the reward functions need"
+    else:
+        fits = form not in (None, ("prompt",), ("text", "label"))
+        wanted = "prompt + completion, prompt + options + label, messages, or text (on the command "
+        wanted += "line, --prompt_template and --label_words make them)"
+    if not fits:
         raise UserError(
             f"the data set has the columns {', '.join(columns or ())}; this model needs {wanted}"
         )
