@@ -86,6 +86,7 @@ def trainer(strategy: StrategyName, folder: str) -> ZOTrainer:
     args = ZOConfig(
         folder,
         strategy=strategy,
+        zo_eps=1e-3,
         max_steps=STEPS,
         per_device_train_batch_size=BATCH_SIZE,
         save_strategy="no",

@@ -71,7 +71,9 @@ def errors(
 def choose(ladder: Sequence[float], found: Sequence[float]) -> tuple[float, float]:
     """The largest eps whose error is tolerable, and its error.
 
-    Tolerable: `TOLERANCE`, or `ABOVE_LEAST` times the least where none is that good.
+    Tolerable: `TOLERANCE`, or `ABOVE_LEAST` times the least where none is that good. From 1 on no
+    slope is left to see (so with accuracies and rewards, which jump): there it is the least alone.
     """
-    limit = max(TOLERANCE, ABOVE_LEAST * min(found))
+    least = min(found)
+    limit = max(TOLERANCE, least, min(ABOVE_LEAST * least, 1.0))
     return [(eps, error) for eps, error in zip(ladder, found) if error <= limit][-1]

@@ -168,7 +168,11 @@ class ZOTrainer(BaseTrainer):
         found = calibrate.errors(
             lambda points: self.evaluator.evaluate(points, batches).losses, seeds, ladder
         )
+        before = self._eps
         self._eps, error = calibrate.choose(ladder, found)
+        if self._eps != before:
+            # Losses are those of the candidates: further away they are others.
+            self._backoff = Backoff()
         spent = self.evaluator.forward_passes
         self.calibrations.append(Calibration(spent, self._eps, error))
         tried = f"of {len(ladder)} from {ladder[0]:.0e} to {ladder[-1]:.0e}"

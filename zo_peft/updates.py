@@ -252,4 +252,4 @@ class Backoff:
             return 1.0
         rise = mean - self.best[0]
         error = math.sqrt(variance + self.best[1])
-        return 0.5 if rise > max(self.ERRORS * error, self.RISE * self.best[0]) else 1.0
+        return 0.5 if rise > max(self.ERRORS * error, self.RISE * abs(self.best[0])) else 1.0
