@@ -153,9 +153,9 @@ class SignSums:
         if not self._first <= start <= stop <= self._stop:
             self._make(start, stop)
         first, last = (start - self._first) // 8, -(-(stop - self._first) // 8)
-        sums = torch.zeros((last - first) * 8, device=self.device)
-        for octets, table in zip(self._octets[:, first:last], self.tables):
-            sums += table.index_select(0, octets).flatten()
+        ranges = zip(self._octets[:, first:last], self.tables)
+        terms = (table.index_select(0, octets) for octets, table in ranges)
+        sums = functools.reduce(Tensor.add_, terms).flatten()
         offset = (start - self._first) % 8
         return sums[offset : offset + stop - start]
 
