@@ -7,6 +7,7 @@ from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from zo_peft.errors import UserError
+from zo_peft.tasks import TASKS
 
 
 @dataclass
@@ -78,6 +79,33 @@ class ModelArguments:
 class DataArguments:
     """Labelled text: files or a data set of the Hub, and how it becomes examples."""
 
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": "A benchmark of the paper: sst2, rte, cb, boolq, wsc, wic, multirc, copa, "
+            "record, squad or drop."
+        },
+    )
+    task_data_dir: str | None = field(
+        default=None,
+        metadata={"help": "Its data, as released or as JSON lines. Default: from the Hub."},
+    )
+    num_train: int = field(default=1000, metadata={"help": "A task's examples to train on."})
+    num_dev: int | None = field(
+        default=None,
+        metadata={"help": "And to validate on. Default: 500; 100 for cb and copa."},
+    )
+    num_eval: int = field(default=1000, metadata={"help": "A task's test examples."})
+    shots: int = field(
+        default=0, metadata={"help": "evaluate: answered examples before each prompt (in-context)."}
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Functions of generated completions to maximise, as module:function; each "
+            "takes prompts, completions and the data's columns, and returns a number for each."
+        },
+    )
     train_file: str | None = field(
         default=None, metadata={"help": "JSON lines, CSV or TSV file to train on."}
     )
@@ -101,6 +129,8 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.task is not None and self.task not in TASKS:
+            raise UserError(f"task={self.task!r} is not known; use one of {', '.join(TASKS)}")
         if self.prompt_template is not None:
             self.prompt_template = self.prompt_template.replace("\\n", "\n")
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -81,6 +81,8 @@ class BaseTrainer(Trainer):
     """
 
     args: ZOConfig
+    #: Whether it trains, for which something must be tuned; else it evaluates.
+    trains: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -99,7 +101,12 @@ class BaseTrainer(Trainer):
     ) -> None:
         name = model if isinstance(model, str) else model.config.name_or_path
         args = args or ZOConfig(f"{Path(name).name}-zo")
-        _check(args, model, peft_config, objective, reward_funcs)
+        if self.trains:
+            _check_tuned(args, model, peft_config)
+        if (objective is not None) + bool(reward_funcs) + (args.objective is not None) > 1:
+            raise UserError("give one of: an objective, reward_funcs, ZOConfig.objective")
+        if args.world_size > 1:
+            raise UserError("several processes are not supported yet; start one")
         if args.device.type == "cpu":
             args.dataloader_pin_memory = False
         tokenizer = processing_class or load_tokenizer(name)
@@ -112,12 +119,12 @@ class BaseTrainer(Trainer):
             model = add_adapter(model, peft_config)
         prepare(model, tokenizer)
         generates = bool(reward_funcs) or args.objective in rewards.METRICS
-        tokenization = _tokenization(model, tokenizer, args, generates)
+        self.tokenization = tokenization = _tokenization(model, tokenizer, args, generates)
         if isinstance(objective, BlackBoxObjective) and train_dataset is None:
             train_dataset = Dataset.from_list([{"input_ids": [0], "labels": 0}])
             train, evaluation = train_dataset, None
         else:
-            train, evaluation = (_tokenize(d, tokenization) for d in (train_dataset, eval_dataset))
+            train, evaluation = map(self.features, (train_dataset, eval_dataset))
 
         def chosen(features: Any) -> Objective:
             return objective or _objective(tokenization, features, args, reward_funcs)
@@ -151,6 +158,12 @@ class BaseTrainer(Trainer):
     def metric_name(self) -> str:
         """The metric that the evaluation objective puts first."""
         return getattr(self.eval_objective, "metric_name", "accuracy")
+
+    def features(self, dataset: Any) -> Any:
+        """A data set of examples (or several by name, or None) as this trainer's models take it."""
+        if isinstance(dataset, dict):
+            return {name: self.features(part) for name, part in dataset.items()}
+        return None if dataset is None else tokenize_dataset(dataset, self.tokenization)
 
     def prepare_base(self, model: PreTrainedModel | PeftModel, args: ZOConfig) -> None:
         """For a subclass: what is done to the base before it gets an adapter."""
@@ -220,12 +233,8 @@ def _metrics(objective: Objective) -> Callable[[EvalPrediction], dict[str, float
     return getattr(objective, "metrics", accuracy)
 
 
-def _check(
-    args: ZOConfig,
-    model: str | PreTrainedModel | PeftModel,
-    peft_config: PeftConfig | None,
-    objective: Objective | None,
-    reward_funcs: Sequence[rewards.RewardFunction],
+def _check_tuned(
+    args: ZOConfig, model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None
 ) -> None:
     if args.tune != "adapter" and (peft_config or isinstance(model, PeftModel)):
         raise UserError(
@@ -233,10 +242,6 @@ def _check(
         )
     if args.tune == "adapter" and (peft_config is None) != isinstance(model, PeftModel):
         raise UserError("give a peft_config for a new adapter or a PeftModel: one of the two")
-    if (objective is not None) + bool(reward_funcs) + (args.objective is not None) > 1:
-        raise UserError("give one of: an objective, reward_funcs, ZOConfig.objective")
-    if args.world_size > 1:
-        raise UserError("several processes are not supported yet; start one")
 
 
 @contextlib.contextmanager
@@ -277,14 +282,6 @@ def _tokenization(
         generates,
         args.max_completion_length,
     )
-
-
-def _tokenize(dataset: Any, tokenization: Tokenization) -> Any:
-    if dataset is None:
-        return None
-    if isinstance(dataset, dict):
-        return {name: tokenize_dataset(part, tokenization) for name, part in dataset.items()}
-    return tokenize_dataset(dataset, tokenization)
 
 
 def _objective(

@@ -14,7 +14,9 @@ from zo_peft.noise import Distribution
 from zo_peft.strategies import Probe, Weighting
 from zo_peft.updates import RULES
 
-StrategyName = Literal["mezo", "n-spsa", "greedy", "gv"]
+StrategyName = Literal["mezo", "n-spsa", "greedy", "gv", "adam", "sgd"]
+#: The strategies that back-propagate, as baselines (`zo_peft.GradientTrainer`).
+GRADIENT: tuple[StrategyName, ...] = ("adam", "sgd")
 Preset = Literal["paper-gv", "paper-greedy", "mezo", "subzero", "lozo"]
 Tune = Literal["adapter", "scales", "weights"]
 ObjectiveName = Literal["accuracy", "f1", "exact_match"]
@@ -105,7 +107,12 @@ class ZOConfig(TrainingArguments):
             "not quantized (embeddings, norms, biases, head)."
         },
     )
-    strategy: StrategyName = field(default="gv", metadata={"help": "How a direction is found."})
+    strategy: StrategyName = field(
+        default="gv",
+        metadata={
+            "help": "How a direction is found; adam and sgd are baselines that back-propagate."
+        },
+    )
     num_candidates: int | None = field(
         default=None,
         metadata={
@@ -276,14 +283,20 @@ class ZOConfig(TrainingArguments):
 
     @property
     def forward_passes_per_step(self) -> int:
-        """Forward passes of one step: candidates and probes, times micro-batches."""
+        """Forward passes of one step: candidates and probes, times micro-batches.
+
+        Of a gradient: three, for a backward pass counts as two.
+        """
+        if self.strategy in GRADIENT:
+            return 3 * self.gradient_accumulation_steps
         candidates = self.num_candidates or 0
         extra = {"central": 2, "reuse": 1 if self.strategy == "greedy" else 0}[self.probe]
         points = {"mezo": 2, "n-spsa": 2 * candidates}.get(self.strategy, candidates + extra)
         return points * self.gradient_accumulation_steps
 
     def _limit_steps(self, budget: int) -> None:
-        per_step, chooses = self.forward_passes_per_step, self.zo_eps is None
+        per_step = self.forward_passes_per_step
+        chooses = self.zo_eps is None and self.strategy not in GRADIENT
         parts = self.per_device_train_batch_size if self.per_example_noise else 1
         steps = budget // per_step
         if chooses:

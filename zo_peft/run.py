@@ -9,17 +9,17 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import datasets
 import psutil
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from zo_peft.arguments import DataArguments, ModelArguments
-from zo_peft.config import ZOConfig
-from zo_peft.data import make_examples, read_rows
+from zo_peft.base_trainer import BaseTrainer
+from zo_peft.config import GRADIENT, ZOConfig
 from zo_peft.data.examples import Row
 from zo_peft.errors import UserError
+from zo_peft.gradient import GradientTrainer
 from zo_peft.loading import (
     check_quantization,
     load_adapter,
@@ -28,7 +28,10 @@ from zo_peft.loading import (
     public_name,
     quantization_config,
 )
+from zo_peft.rewards import METRICS, RewardObjective, load_function
 from zo_peft.scales import load_scales
+from zo_peft.sources import evaluation_examples, training_examples
+from zo_peft.tasks import ANSWER_TOKENS, TASKS
 from zo_peft.trainer import ZOTrainer
 
 METRICS_NAME = "zo_metrics.json"
@@ -43,7 +46,13 @@ RUN_FIELDS = {
     "warmup_steps",
     "weight_decay",
 }
-PATHS = {"model_name_or_path", "adapter_name_or_path", "train_file", "eval_file"}
+PATHS = {
+    "model_name_or_path",
+    "adapter_name_or_path",
+    "train_file",
+    "eval_file",
+    "task_data_dir",
+}
 
 
 def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
@@ -53,33 +62,38 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         The contents of `zo_metrics.json`. `wall_seconds` counts from the start of the process;
         `peak_memory_bytes` is the process's resident set on a CPU, the allocator's peak on CUDA;
         `train_loss` is the mean over the run's steps. Without evaluation data its values are None.
+        Of a benchmark task, they are those of its test examples; `metric_dev` of its validation
+        examples, between which and the test examples checkpoints and settings are chosen.
 
     Raises:
         UserError: something given cannot work; no adapter has been written then.
     """
-    rows, eval_rows = _rows(data, "train"), _rows(data, "eval")
-    if rows is None:
-        raise UserError("nothing to train on; give --train_file or --dataset_name")
-    examples = _examples(rows, model, data)
-    evaluation = None if eval_rows is None else _examples(eval_rows, model, data)
-    trainer = _trainer(model, args, examples, evaluation)
-    before = _evaluate(trainer)
+    classifies, rewarded = model.task_type == "SEQ_CLS", _generates(data, args)
+    examples, dev = training_examples(data, classifies, rewarded, args.seed)
+    test = evaluation_examples(data, classifies, rewarded)
+    kind = GradientTrainer if args.strategy in GRADIENT else ZOTrainer
+    trainer = _trainer(kind, model, data, args, examples, dev or test)
+    test_set = trainer.eval_dataset if dev is None else trainer.features(test)
+    before = _evaluate(trainer, test_set)
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    after = _evaluate(trainer)
+    after = _evaluate(trainer, test_set)
+    validated = _evaluate(trainer, trainer.eval_dataset) if dev else {}
+    metric = f"eval_{trainer.metric_name}"
     trainer.summary = {
         "strategy": args.strategy,
         "steps": trainer.state.global_step,
-        "forward_passes": trainer.evaluator.forward_passes,
-        "examples_forwarded": trainer.evaluator.examples_forwarded,
+        "forward_passes": trainer.forward_passes,
+        "examples_forwarded": trainer.examples_forwarded,
         "wall_seconds": round(time.time() - psutil.Process().create_time(), 2),
         "peak_memory_bytes": peak_memory_bytes(),
-        "metric_name": "accuracy",
-        "metric_before": before.get("eval_accuracy"),
-        "metric_after": after.get("eval_accuracy"),
+        "metric_name": trainer.metric_name,
+        "metric_before": before.get(metric),
+        "metric_after": after.get(metric),
+        "metric_dev": validated.get(metric),
         "train_loss": result.training_loss,
         "eval_loss_before": before.get("eval_loss"),
         "eval_loss_after": after.get("eval_loss"),
-        "tuned_parameters": trainer.space.numel,
+        "tuned_parameters": trainer.tuned_numel,
         "calibrations": [asdict(calibration) for calibration in trainer.calibrations],
         "settings": settings(model, data, args),
     }
@@ -89,23 +103,24 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
 
 
 def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
-    """The metric and the loss of an adapter on its base.
+    """The metric and the loss of an adapter on its base; for a task, also of a base alone.
 
     Raises:
         UserError: something given cannot work.
     """
-    if model.adapter_name_or_path is None and args.tune == "adapter":
-        raise UserError("nothing to evaluate; give --adapter_name_or_path")
-    rows = _rows(data, "eval")
-    if rows is None:
-        raise UserError("nothing to evaluate on; give --eval_file or --dataset_test_split")
-    examples = _examples(rows, model, data)
+    if model.adapter_name_or_path is None and data.task is None and args.tune == "adapter":
+        raise UserError("nothing to evaluate; give --adapter_name_or_path, or a --task")
+    classifies = model.task_type == "SEQ_CLS"
+    examples = evaluation_examples(data, classifies, _generates(data, args))
+    if examples is None:
+        raise UserError("nothing to evaluate on; give --eval_file, --dataset_test_split or --task")
     with tempfile.TemporaryDirectory() as scratch:
         args.output_dir = scratch
-        result = _evaluate(_trainer(model, args, None, examples))
+        trainer = _trainer(BaseTrainer, model, data, args, None, examples)
+        result = trainer.evaluate()
     return {
-        "metric_name": "accuracy",
-        "metric": result["eval_accuracy"],
+        "metric_name": trainer.metric_name,
+        "metric": result[f"eval_{trainer.metric_name}"],
         "eval_loss": result["eval_loss"],
         "examples": len(examples),
     }
@@ -138,38 +153,18 @@ def settings(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict
     }
 
 
-def _rows(data: DataArguments, part: str) -> tuple[str, list[Row]] | None:
-    """Name and rows of the part `train` or `eval`; None where none is given."""
-    path = {"train": data.train_file, "eval": data.eval_file}[part]
-    if path is not None:
-        return Path(path).name, read_rows(path)
-    split = {"train": data.dataset_train_split, "eval": data.dataset_test_split}[part]
-    if data.dataset_name is None or split is None:
-        return None
-    try:
-        rows = datasets.load_dataset(data.dataset_name, data.dataset_config, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(
-            f"data set {data.dataset_name!r}, split {split!r} cannot be loaded: {first}"
-        ) from error
-    return data.dataset_name, rows.to_list()
-
-
-def _examples(rows: tuple[str, list[Row]], model: ModelArguments, data: DataArguments) -> list[Row]:
-    return make_examples(
-        rows[1],
-        source=rows[0],
-        prompt_template=data.prompt_template,
-        label_column=data.label_column,
-        label_words=data.words(),
-        classifies=model.task_type == "SEQ_CLS",
-    )
+def _generates(data: DataArguments, args: ZOConfig) -> bool:
+    return bool(data.reward_funcs) or args.objective in METRICS
 
 
 def _trainer(
-    model: ModelArguments, args: ZOConfig, train: list[Row] | None, evaluation: list[Row] | None
-) -> ZOTrainer:
+    kind: type[BaseTrainer],
+    model: ModelArguments,
+    data: DataArguments,
+    args: ZOConfig,
+    train: list[Row] | None,
+    evaluation: list[Row] | None,
+) -> Any:
     tokenizer = load_tokenizer(
         model.model_name_or_path,
         revision=model.model_revision,
@@ -181,14 +176,19 @@ def _trainer(
             load_scales(base, model.adapter_name_or_path)
         else:
             base = load_adapter(base, model.adapter_name_or_path, is_trainable=True)
-    new = model.adapter_name_or_path is None and args.tune == "adapter"
-    return ZOTrainer(
+    new = kind.trains and model.adapter_name_or_path is None and args.tune == "adapter"
+    answers = None
+    if data.task is not None and (rewards := TASKS[data.task].rewards):
+        answers = RewardObjective(rewards, tokenizer, [1.0, 0.0], ANSWER_TOKENS)
+    return kind(
         model=base,
         args=args,
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
         peft_config=model.peft_config() if new else None,
+        reward_funcs=[load_function(name) for name in data.reward_funcs or ()],
+        eval_objective=answers,
     )
 
 
@@ -215,5 +215,5 @@ def _base(model: ModelArguments, tune: str, examples: list[Row]) -> PreTrainedMo
     )
 
 
-def _evaluate(trainer: ZOTrainer) -> dict[str, float]:
-    return {} if trainer.eval_dataset is None else trainer.evaluate()
+def _evaluate(trainer: BaseTrainer, dataset: Any) -> dict[str, float]:
+    return {} if dataset is None else trainer.evaluate(dataset)

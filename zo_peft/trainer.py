@@ -65,6 +65,8 @@ class ZOTrainer(BaseTrainer):
     See `BaseTrainer` for the arguments.
     """
 
+    trains = True
+
     def ready(self) -> None:
         """The space, the evaluator and the state of the steps."""
         model, args = self.model, self.args

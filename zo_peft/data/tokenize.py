@@ -86,7 +86,9 @@ class Tokenization:
             ]
             kept = len(starts) - excess
             shorter = passage[: starts[kept][0]].rstrip() if kept > 0 else ""
-            text, passage = text.replace(passage, shorter, 1), shorter
+            # The last one: demonstrations before may have the same passage.
+            before, _, after = text.rpartition(passage)
+            text, passage = before + shorter + after, shorter
         return {**example, column: text}
 
     def _generated(self, example: Row, where: str) -> Row:
