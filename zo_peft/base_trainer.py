@@ -148,7 +148,7 @@ class BaseTrainer(Trainer):
         self._signature_columns = FEATURES
         if data_collator is None:
             model.eval()
-            self.data_collator = collator_for(model, tokenizer.pad_token_id, objectives)
+            self.data_collator = collator_for(model, tokenizer.pad_token_id, *objectives)
         if peft_config is not None and peft_config.peft_type == PeftType.PREFIX_TUNING and train:
             self._start_prefix(train)
         self.summary: dict[str, Any] = {}

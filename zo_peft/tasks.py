@@ -58,7 +58,7 @@ class Task:
         example = self.example(row)
         if not self.completes:
             return example
-        prompt = {name: example[name] for name in ("prompt", "passage") if name in example}
+        prompt: Row = {k: example[k] for k in ("prompt", "passage") if k in example}
         if "answers" in example:
             first = example["answers"][0]
             right = first if isinstance(first, str) else ", ".join(first)
@@ -238,7 +238,7 @@ def _drop_spans(answer: Row) -> list[str]:
 
 
 def _first_line(name: str, score: Callable[[str, Any], float]) -> RewardFunction:
-    """A reward of what a completion says up to the end of its line, where MeZO's generation ends."""
+    """A reward of a completion's first line, where MeZO's generation ends."""
 
     @wraps(score)
     def reward(prompts: Any, completions: Any, answers: Any, **columns: Any) -> list[float]:

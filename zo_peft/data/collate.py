@@ -147,7 +147,7 @@ _SOME_IDS = [5, 6, 7, 8, 9, 10]
 
 @torch.no_grad()
 def collator_for(
-    model: PreTrainedModel | PeftModel, pad_token_id: int, objectives: Sequence[Objective]
+    model: PreTrainedModel | PeftModel, pad_token_id: int, *objectives: Objective
 ) -> Collator:
     """The collator that spares a model what it does not need, as tried on a few tokens.
 
