@@ -1,4 +1,4 @@
-"""The command line: `zo-peft train`, `zo-peft evaluate`, `zo-peft demo`."""
+"""The command line, `zo-peft COMMAND`."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ import datasets
 import yaml
 from transformers import HfArgumentParser
 
-from zo_peft import run
+from zo_peft import compare, reproduce, run
 from zo_peft.arguments import DataArguments, ModelArguments
 from zo_peft.config import StrategyName, ZOConfig
 from zo_peft.demo import FORWARD_PASSES, LOAD, demo
@@ -23,9 +23,11 @@ from zo_peft.errors import UserError
 USAGE = """\
 usage: zo-peft COMMAND [options]
 
-  train     tune an adapter with forward passes only
-  evaluate  measure an adapter
-  demo      tune a LoRA on the embedded model, offline
+  train      tune an adapter, or the base itself, with forward passes only
+  evaluate   measure an adapter, or a base on a benchmark task
+  compare    train with several strategies, gradients among them, side by side
+  reproduce  a row of the paper's tables, with its settings, grid and seeds
+  demo       tune a LoRA on the embedded model, offline
 
 zo-peft COMMAND --help lists a command's options; --config FILE.yaml gives them in a file."""
 
@@ -89,14 +91,30 @@ def _demo(args: DemoArguments) -> dict[str, Any]:
     return demo(**vars(args))
 
 
-Job = Callable[..., dict[str, Any]]
-Text = Callable[[dict[str, Any]], str]
+@dataclass(frozen=True)
+class Command:
+    """A command: what it does, with which arguments, and its result as text.
 
-#: By name: the job, its arguments, and its result as text.
-COMMANDS: dict[str, tuple[Job, tuple[type, ...], Text]] = {
-    "train": (run.train, (ModelArguments, DataArguments, ZOConfig), _train_text),
-    "evaluate": (run.evaluate, (ModelArguments, DataArguments, ZOConfig), _evaluate_text),
-    "demo": (_demo, (DemoArguments,), _demo_text),
+    Attributes:
+        trains: further arguments are options of `train`, which the job takes as a list.
+    """
+
+    job: Callable[..., dict[str, Any]]
+    arguments: tuple[type, ...]
+    text: Callable[[dict[str, Any]], str]
+    trains: bool = False
+
+
+RUN = (ModelArguments, DataArguments, ZOConfig)
+
+COMMANDS = {
+    "train": Command(run.train, RUN, _train_text),
+    "evaluate": Command(run.evaluate, RUN, _evaluate_text),
+    "compare": Command(compare.compare, (compare.CompareArguments,), compare.text, True),
+    "reproduce": Command(
+        reproduce.reproduce, (reproduce.ReproduceArguments,), reproduce.text, True
+    ),
+    "demo": Command(_demo, (DemoArguments,), _demo_text),
 }
 
 
@@ -107,18 +125,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = name in ("-h", "--help")
         print(USAGE, file=sys.stdout if known else sys.stderr)
         return 0 if known else 2
-    job, argument_types, text = COMMANDS[name]
+    command = COMMANDS[name]
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
-        output, arguments = _parse(name, argument_types, rest)
+        output, arguments = _parse(name, command, rest)
         # Trainer prints its logs on stdout; there only the result belongs.
         with contextlib.redirect_stdout(sys.stderr):
-            result = job(*arguments)
+            result = command.job(*arguments)
     except UserError as error:
         print(f"zo-peft: error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(result) if output.json else text(result))
+    print(json.dumps(result) if output.json else command.text(result))
     return 0
 
 
@@ -129,23 +147,36 @@ class _Parser(HfArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def _parse(
-    name: str, argument_types: tuple[type, ...], argv: Sequence[str]
-) -> tuple[OutputArguments, list[Any]]:
+def _parse(name: str, command: Command, argv: Sequence[str]) -> tuple[OutputArguments, list[Any]]:
     """The arguments of a command, from the command line over a `--config` file."""
-    file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    file_parser.add_argument("--config")
-    given, rest = file_parser.parse_known_args(argv)
-    parser = _Parser((OutputArguments, *argument_types), prog=f"zo-peft {name}")
-    parser.add_argument("--config", help="YAML file of options; the command line overrides it.")
-    if given.config is not None:
-        _set_defaults(parser, given.config)
-    output, *arguments, _, unknown = parser.parse_args_into_dataclasses(
+    parser = _Parser(
+        (OutputArguments, *command.arguments),
+        prog=f"zo-peft {name}",
+        epilog="Further options: those of zo-peft train." if command.trains else None,
+        allow_abbrev=False,
+    )
+    rest = argv if command.trains else _apply_file(parser, argv)
+    parsed = parser.parse_args_into_dataclasses(
         rest, return_remaining_strings=True, look_for_args_file=False
     )
+    *parsed, unknown = (part for part in parsed if not isinstance(part, argparse.Namespace))
+    output, *arguments = parsed
+    if command.trains:
+        return output, [*arguments, unknown]
     if unknown:
         raise UserError(f"unknown argument {unknown[0]}; see zo-peft {name} --help")
     return output, arguments
+
+
+def _apply_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Sequence[str]:
+    """Give the parser a `--config` option and the defaults of that file; what else was given."""
+    file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    file_parser.add_argument("--config")
+    given, rest = file_parser.parse_known_args(argv)
+    parser.add_argument("--config", help="YAML file of options; the command line overrides it.")
+    if given.config is not None:
+        _set_defaults(parser, given.config)
+    return rest
 
 
 def _set_defaults(parser: argparse.ArgumentParser, path: str) -> None:

@@ -98,6 +98,7 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         "settings": settings(model, data, args),
     }
     trainer.save_model()
+    trainer.save_state()
     write_json(Path(args.output_dir) / METRICS_NAME, trainer.summary)
     return trainer.summary
 
@@ -126,7 +127,7 @@ def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict
     }
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Write JSON in one piece: a reader sees the old file or the new one."""
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(json.dumps(content, indent=2) + "\n")

@@ -90,7 +90,7 @@ NAMES = {"entailment": 0, "not_entailment": 1, "contradiction": 1, "neutral": 2}
 
 
 def _label(label: object, words: tuple[str, ...]) -> int:
-    if isinstance(label, str) and label in NAMES:
+    if isinstance(label, str) and NAMES.get(label, len(words)) < len(words):
         return NAMES[label]
     if isinstance(label, bool):
         return words.index("Yes" if label else "No")
@@ -120,6 +120,8 @@ def _boolq(row: Row) -> Row:
     question = row["question"].removesuffix("?")
     prompt = f"{row['passage']} {question[:1].upper()}{question[1:]}?\n"
     answer = row["answer"] if "answer" in row else row["label"]
+    if answer not in (True, False):
+        raise UserError(f"answer {answer!r} is neither true nor false")
     return _options(prompt, YES_NO, bool(answer), row["passage"])
 
 
@@ -152,12 +154,12 @@ def _multirc_rows(row: Row) -> Iterator[Row]:
 
 def _copa(row: Row) -> Row:
     word = {"effect": "so", "cause": "because"}[row["question"]]
-    prompt = f"{row['premise'].rstrip('.')} {word}"
+    prompt = f"{row['premise'].strip().removesuffix('.')} {word}"
     return _options(prompt, _choices(row), row["label"])
 
 
 def _choices(row: Row) -> tuple[str, ...]:
-    choices = (row["choice1"], row["choice2"])
+    choices = (row["choice1"].strip(), row["choice2"].strip())
     return tuple(c if c.startswith("I ") else c[:1].lower() + c[1:] for c in choices)
 
 
@@ -242,7 +244,7 @@ def _first_line(name: str, score: Callable[[str, Any], float]) -> RewardFunction
 
     @wraps(score)
     def reward(prompts: Any, completions: Any, answers: Any, **columns: Any) -> list[float]:
-        lines = [metrics.text_of(c).strip().split("\n")[0] for c in completions]
+        lines = [metrics.text_of(c).split("\n")[0].strip() for c in completions]
         return metrics.best_of(score, lines, answers)
 
     reward.__name__ = name
@@ -311,7 +313,7 @@ def task_rows(name: str, folder: str | None, part: int) -> list[Row]:
         return rows
     try:
         return [flat for row in rows for flat in task.flatten[1](row)]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{found.name} is not laid out as {name}'s release: {error!r}") from None
 
 
@@ -320,9 +322,12 @@ def _whole_json(path: Path) -> list[Row]:
     if path.suffix != ".json":
         return read_rows(path)
     try:
-        return [json.loads(path.read_text(encoding="utf-8"))]
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path.name} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path.name} is not one JSON object, as the release's file is")
+    return [content]
 
 
 def hub_rows(name: str, config: str | None, split: str) -> list[Row]:
@@ -345,11 +350,11 @@ def train_parts(
 
     Validation then keeps its number if that is at most 0.4 of the rows, else gets a third.
     """
-    dev = TASKS[name].num_dev if num_dev is None else num_dev
-    if dev > 0.4 * len(rows):
+    wanted = dev = TASKS[name].num_dev if num_dev is None else num_dev
+    if num_train + dev > len(rows) and dev > 0.4 * len(rows):
         dev = len(rows) // 3
     train = min(num_train, len(rows) - dev)
-    if (train, dev) != (num_train, num_dev or TASKS[name].num_dev):
+    if (train, dev) != (num_train, wanted):
         message = f"{name} has {len(rows):,} training rows: {train:,} to train on, {dev:,} to"
         print(f"{message} validate on", file=sys.stderr)
     order = random.Random(seed).sample(rows, train + dev)
