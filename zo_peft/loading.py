@@ -9,7 +9,14 @@ from typing import Any
 
 import bitsandbytes
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download, is_offline_mode
+from huggingface_hub.errors import (
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import httpx
 from peft import PeftConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, SEQ_CLS_HEAD_NAMES
@@ -27,6 +34,9 @@ from transformers import (
 )
 
 from zo_peft.errors import UserError
+
+#: What loading from a folder or from the Hub may raise.
+LOAD_ERRORS = (OSError, ValueError, SafetensorError, httpx.HTTPError)
 
 # It says on every int8 matmul that float32 inputs are quantized by way of float16.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -72,11 +82,8 @@ def load_base(name: str, num_labels: int | None = None, **kwargs: Any) -> PreTra
     auto = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
     try:
         return auto.from_pretrained(name, **{"use_safetensors": True, **head, **kwargs})
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model {name!r} cannot be loaded: {_first_line(error)} Give a folder that holds "
-            "config.json and safetensors, or a model id of the Hub"
-        ) from error
+    except LOAD_ERRORS as error:
+        raise UserError(_no_model(f"model {name!r}", error)) from error
 
 
 def check_quantization(name: str, tune: str, quantization: Any, **kwargs: Any) -> None:
@@ -93,8 +100,8 @@ def check_quantization(name: str, tune: str, quantization: Any, **kwargs: Any) -
         return
     try:
         config = AutoConfig.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    except LOAD_ERRORS as error:
+        raise UserError(_no_model(f"model {name!r}", error)) from error
     found = quantization or getattr(config, "quantization_config", None)
     settings = found if isinstance(found, dict) else getattr(found, "__dict__", {})
     eight, four = (
@@ -120,10 +127,8 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the tokenizer of {name!r} cannot be loaded: {_first_line(error)}"
-        ) from error
+    except LOAD_ERRORS as error:
+        raise UserError(_no_model(f"the tokenizer of {name!r}", error)) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -142,10 +147,10 @@ def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) 
             # PEFT would fall back to a pickle.
             raise FileNotFoundError(f"it holds no {SAFETENSORS_WEIGHTS_NAME}.")
         return PeftModel.from_pretrained(model, path, is_trainable=is_trainable)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (*LOAD_ERRORS, RuntimeError) as error:
         raise UserError(
-            f"adapter {path!r} cannot be loaded: {_first_line(error)} Give an adapter's folder in "
-            "PEFT's layout (adapter_config.json, adapter_model.safetensors) for this base"
+            f"adapter {path!r} cannot be loaded: {reason(error)} Give an adapter for this base in "
+            "PEFT's layout (adapter_config.json, adapter_model.safetensors), a folder or a Hub id"
         ) from error
 
 
@@ -279,6 +284,25 @@ def public_name(name_or_path: str | None) -> str:
     return path.name if path.is_absolute() or path.is_dir() else path.as_posix()
 
 
+def reason(error: BaseException) -> str:
+    """Why a folder or the Hub did not give what was asked for, in one line that ends a sentence."""
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    for cause in causes:
+        if isinstance(cause, LocalEntryNotFoundError | ConnectionError | httpx.TransportError):
+            if is_offline_mode() or "OfflineModeIsEnabled" in str(error):
+                return "offline mode is on, and the cache does not hold it. Unset HF_HUB_OFFLINE."
+            return f"{constants.ENDPOINT} cannot be reached, and the cache does not hold it."
+        if isinstance(cause, RepositoryNotFoundError):
+            return "no such folder, and none such on the Hub; if it is private, `hf auth login`."
+        if isinstance(cause, RevisionNotFoundError):
+            return "the Hub has it, but has no such revision of it."
+        if isinstance(cause, RemoteEntryNotFoundError):
+            return f"it holds no {cause.response.url.path.rpartition('/')[2]}."
+    return _first_line(error)
+
+
 def _float32_copies(module: nn.Module) -> dict[str, nn.Module]:
     """The copies of base modules that PEFT trains as a whole and does not cast for."""
     if isinstance(module, ModulesToSaveWrapper):
@@ -301,6 +325,15 @@ def _linear_names(model: nn.Module) -> list[str]:
     return sorted(names) or ["none"]
 
 
-def _first_line(error: Exception) -> str:
+def _no_model(what: str, error: BaseException) -> str:
+    # Users of the command line set no `use_safetensors`.
+    why = reason(error).partition(" and thus cannot be loaded with `safetensors`")[0].rstrip(".")
+    return (
+        f"{what} cannot be loaded: {why}. Give a folder that holds config.json and safetensors, or "
+        "a model id of the Hub"
+    )
+
+
+def _first_line(error: BaseException) -> str:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
     return line if line.endswith(".") else line + "."

@@ -150,6 +150,8 @@ class SignSums:
 
     def __call__(self, start: int, stop: int) -> Tensor:
         """Numbers `start` to `stop` of the flattened parameter: float32 [stop - start]."""
+        if not self.seeds:
+            return torch.zeros(stop - start, device=self.device)
         if not self._first <= start <= stop <= self._stop:
             self._make(start, stop)
         first, last = (start - self._first) // 8, -(-(stop - self._first) // 8)

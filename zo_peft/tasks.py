@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from zo_peft import metrics
 from zo_peft.data import read_rows
 from zo_peft.data.examples import Row
 from zo_peft.errors import UserError
+from zo_peft.loading import LOAD_ERRORS, reason
 from zo_peft.rewards import RewardFunction
 
 YES_NO, NO_YES = ("Yes", "No"), ("No", "Yes")
@@ -338,9 +340,12 @@ def hub_rows(name: str, config: str | None, split: str) -> list[Row]:
     """
     try:
         return datasets.load_dataset(name, config, split=split).to_list()
-    except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"data set {name!r}, split {split!r} cannot be loaded: {first}") from error
+    except (*LOAD_ERRORS, RuntimeError, DatasetsError) as error:
+        generating = isinstance(error, DatasetGenerationError) and error.__cause__
+        raise UserError(
+            f"data set {name!r}, split {split!r} cannot be loaded: {reason(generating or error)} "
+            "Give an id of the Hub, or local data: --train_file, --eval_file, --task_data_dir"
+        ) from error
 
 
 def train_parts(

@@ -1,0 +1,136 @@
+"""The baseline with gradients: steps of back-propagation, on every base, counted as forwards."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from zo_peft import BlackBoxObjective, GradientTrainer, UserError, ZOConfig
+from zo_peft.data import make_examples, read_rows
+from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.loading import tuned_parameters
+from zo_peft.objectives import OptionObjective
+
+MODEL = str(EMBEDDED / "model")
+LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+PREFIX = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+BASES: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "int8": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+    "nf4": {
+        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    },
+}
+
+
+def examples(part: str = "train", count: int = 64) -> list[dict[str, Any]]:
+    rows = read_rows(EMBEDDED / f"{part}.jsonl")[:count]
+    return make_examples(rows, part, TEMPLATE, label_words=LABEL_WORDS.split(","))
+
+
+def trainer(
+    tmp_path: Path, peft_config: PeftConfig = LORA, base: str = "float32", **settings: Any
+) -> GradientTrainer:
+    args = {
+        "output_dir": str(tmp_path),
+        "strategy": "adam",
+        "per_device_train_batch_size": 8,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "model_init_kwargs": BASES[base],
+        **settings,
+    }
+    return GradientTrainer(
+        MODEL,
+        ZOConfig(**args),
+        train_dataset=examples(),
+        eval_dataset=examples("test", 100),
+        peft_config=peft_config,
+    )
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_of_sgd_follows_the_mean_gradient(accumulation: int, tmp_path: Path) -> None:
+    tuned = trainer(
+        tmp_path,
+        strategy="sgd",
+        learning_rate=0.5,
+        max_steps=1,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        max_grad_norm=0.0,
+        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=64 // accumulation,
+    )
+    parameters = tuned_parameters(tuned.model)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    everything = tuned.data_collator(list(tuned.train_dataset))
+    OptionObjective().losses(tuned.model, everything).mean().backward()
+    expected = {name: before[name] - 0.5 * p.grad for name, p in parameters.items()}
+    tuned.model.zero_grad()
+
+    tuned.train()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-4, atol=1e-6)
+    assert tuned.forward_passes == 3 * accumulation
+    assert tuned.examples_forwarded == 3 * 64
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("adapter", [LORA, PREFIX], ids=["lora", "prefix"])
+def test_learns_on_every_base_and_leaves_it_alone(
+    base: str, adapter: PeftConfig, tmp_path: Path
+) -> None:
+    tuned = trainer(tmp_path, adapter, base, max_forward_passes=120, learning_rate=1e-2)
+    frozen = {
+        n: p.detach().clone() for n, p in tuned.model.named_parameters() if not p.requires_grad
+    }
+    before = tuned.evaluate()
+    tuned.train()
+    after = tuned.evaluate()
+    assert after["eval_loss"] < before["eval_loss"] - 0.3
+    for name, parameter in tuned.model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+    assert tuned.forward_passes == 120
+    assert tuned.args.gradient_checkpointing == (adapter is LORA)
+
+
+def test_spends_are_logged_and_plain_peft_loads_the_adapter(tmp_path: Path) -> None:
+    tuned = trainer(tmp_path, max_steps=2)
+    tuned.train()
+    logged = [log for log in tuned.state.log_history if "loss" in log]
+    assert [log["forward_passes"] for log in logged] == [3, 6]
+    assert [log["examples_forwarded"] for log in logged] == [24, 48]
+    tuned.save_model()
+    base = AutoModelForCausalLM.from_pretrained(MODEL)
+    base.load_adapter(str(tmp_path))
+    batch = tuned.data_collator(list(tuned.eval_dataset)[:4])
+    batch = {"input_ids": batch["input_ids"]}
+    with torch.no_grad():
+        ours = tuned.model.eval()(**batch).logits
+        torch.testing.assert_close(base.eval()(**batch).logits, ours)
+
+
+@pytest.mark.parametrize("objective", ["accuracy", "black box", "reward"])
+def test_goals_without_a_gradient_are_refused(objective: str, tmp_path: Path) -> None:
+    settings = {"objective": "accuracy"} if objective == "accuracy" else {}
+    further: dict[str, Any] = {}
+    if objective == "black box":
+        further["objective"] = BlackBoxObjective(lambda state: 0.0)
+    if objective == "reward":
+        further["reward_funcs"] = [lambda completions, **_: [0.0] * len(completions)]
+    args = ZOConfig(str(tmp_path), strategy="adam", use_cpu=True, **settings)
+    with pytest.raises(UserError, match="needs a gradient"):
+        GradientTrainer(MODEL, args, train_dataset=examples(), peft_config=LORA, **further)
+
+
+def test_only_adapters_are_tuned_with_gradients(tmp_path: Path) -> None:
+    args = ZOConfig(str(tmp_path), strategy="sgd", tune="weights", use_cpu=True)
+    with pytest.raises(UserError, match="tunes adapters only"):
+        GradientTrainer(MODEL, args, train_dataset=examples())
