@@ -145,7 +145,7 @@ LONG = json.dumps({"text": "good " * 500, "label": 1})
         ({}, ['{"text": "a", "label": "fine"}'], "label 'fine' is not among the label words"),
         ({}, ['{"text": "a", "label": 2}'], "nor an index from 0 to 1"),
         ({}, [LONG], "context holds 256; shorten it, or set max_length"),
-        ({"strategy": "adam"}, None, "invalid choice: 'adam'"),
+        ({"strategy": "spsa"}, None, "invalid choice: 'spsa'"),
         ({"lora_target_modules": "nothing"}, None, "linear layers are: .*q_proj"),
         ({"model_name_or_path": "no/such-model"}, None, "no/such-model"),
         ({"peft_type": "LAURA"}, None, "PEFT has .*LORA"),
