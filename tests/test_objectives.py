@@ -226,6 +226,23 @@ def test_one_token_options_score_as_longer_ones_do(family: str, adapter: str) ->
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_any_of_the_right_options_is_right() -> None:
+    """As with the entities of ReCoRD; the loss is still that of the first."""
+    (family, adapter), *_ = MODELS
+    model, objective = make(family, adapter), OptionObjective()
+    plain = Collator(PAD)(RAGGED)
+    with torch.no_grad():
+        losses, chosen, labels = objective.predict(model, plain)
+        for right in (True, False):
+            others = [[int(option)] if right else [] for option in chosen]
+            rows = [{**row, "also_right": also} for row, also in zip(RAGGED, others)]
+            found = objective.predict(model, Collator(PAD)(rows))
+            assert torch.equal(found[0], losses)
+            assert torch.equal(found[2], labels)
+            assert torch.equal(found[1], labels if right else chosen)
+    assert not torch.equal(chosen, labels)
+
+
 @pytest.mark.parametrize(
     ("objective", "features"),
     [

@@ -162,6 +162,7 @@ HUB: list[tuple[str, Row, Row]] = [
                 " Lee said that she loves Oslo, and Lee smiled",
             ],
             "label": 1,
+            "also_right": [2],
         },
     ),
     (
@@ -271,6 +272,7 @@ def test_a_label_is_its_word(name: str, changes: Row, words: str) -> None:
     example = TASKS[name].example({**ROWS[name], **changes})
     assert example["options"][example["label"]] == words
     assert type(example["label"]) is int
+    assert example.get("also_right", []) == []
 
 
 @pytest.mark.parametrize(("label", "index"), [(1, 0), (0, 1), (True, 0), (False, 1)])
@@ -525,6 +527,7 @@ RELEASED: list[tuple[str, tuple[str, str], object, list[Row]]] = [
                 "passage": "Ann won in Oslo.\n- Oslo cheered",
                 "options": [" She lives in Ann", " She lives in Oslo"],
                 "label": 1,
+                "also_right": [],
             },
             {
                 "prompt": "Ann won in Oslo.\n- Oslo cheered\n-",
@@ -819,9 +822,14 @@ ANSWERED = {
 
 @pytest.mark.parametrize(("name", "row", "example"), HUB, ids=NAMES)
 def test_a_demonstration_is_the_prompt_with_its_answer(name: str, row: Row, example: Row) -> None:
-    found = with_demonstrations(TASKS[name], {**example, "prompt": "Now:"}, [row, row])
-    assert found.pop("prompt") == f"{ANSWERED[name]}\n\n{ANSWERED[name]}\n\nNow:"
+    found = with_demonstrations(TASKS[name], example, [row, row])
+    prompt, start = found.pop("prompt"), found.pop("passage_start", None)
+    shots = f"{ANSWERED[name]}\n\n" * 2
+    assert prompt == shots + example["prompt"]
     assert found == {key: value for key, value in example.items() if key != "prompt"}
+    if "passage" in example:
+        assert start >= len(shots)
+        assert prompt[start:].startswith(example["passage"])
 
 
 def sst2_folder(folder: Path) -> str:
@@ -1075,7 +1083,6 @@ def test_any_passage_is_cut_to_fit(case: tuple[str, str], passage: str, room: in
         assert left == passage
 
 
-@pytest.mark.xfail(strict=True, reason="_shortened cuts the passage's last occurrence in the text")
 @pytest.mark.parametrize(
     ("name", "changes", "before", "after", "limit"),
     [

@@ -51,7 +51,8 @@ from zo_peft.objectives import (
 )
 
 #: The columns that `tokenize_dataset` makes, all of which the collator needs.
-FEATURES = ["input_ids", "labels", "prompt_ids", "option_ids", "label", "columns", "length"]
+FEATURES = ["input_ids", "labels", "prompt_ids", "option_ids", "label", "also_right"]
+FEATURES += ["columns", "length"]
 
 
 class BaseTrainer(Trainer):

@@ -124,7 +124,8 @@ class OptionObjective:
     Batch: `labels` [B] and the inputs. Where every option is one token: `rows`, `positions` (of the
     last prompt token) [B] and `option_tokens` [B, K]. Else, where the N tokens of the options are
     predicted: `rows`, `positions`, `tokens` and `token_options` [N] (the option of each token,
-    counted through [B, K]), and `is_option` [B, K] (False: the example has fewer).
+    counted through [B, K]), and `is_option` [B, K] (False: the example has fewer). Where examples
+    have several right options, of which `labels` has the first: `is_right` [B, K].
     """
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -132,10 +133,14 @@ class OptionObjective:
         return F.cross_entropy(self.scores(model, batch), batch["labels"], reduction="none")
 
     def predict(self, model: nn.Module, batch: Batch) -> Prediction:
-        """Losses [B]; the index of the likeliest option and of the right one [B]."""
+        """Losses [B]; the index of the likeliest option (if right, `labels`), and `labels` [B]."""
         scores = self.scores(model, batch)
-        losses = F.cross_entropy(scores, batch["labels"], reduction="none")
-        return losses, scores.argmax(dim=-1), batch["labels"]
+        labels = batch["labels"]
+        predictions = scores.argmax(dim=-1)
+        if "is_right" in batch:
+            right = batch["is_right"].gather(1, predictions[:, None])[:, 0]
+            predictions = torch.where(right, labels, predictions)
+        return F.cross_entropy(scores, labels, reduction="none"), predictions, labels
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-likelihoods up to a constant of the example, float32 [B, K]; -inf: no option."""

@@ -155,7 +155,10 @@ def _multirc_rows(row: Row) -> Iterator[Row]:
 
 
 def _copa(row: Row) -> Row:
-    word = {"effect": "so", "cause": "because"}[row["question"]]
+    words = {"effect": "so", "cause": "because"}
+    if row["question"] not in words:
+        raise ValueError(f"its question is {row['question']!r}, neither effect nor cause")
+    word = words[row["question"]]
     prompt = f"{row['premise'].strip().removesuffix('.')} {word}"
     return _options(prompt, _choices(row), row["label"])
 
@@ -173,9 +176,10 @@ def _copa_text(row: Row) -> str:
 def _record(row: Row) -> Row:
     passage = row["passage"].replace("@highlight\n", "- ")
     entities = list(dict.fromkeys(row["entities"]))
-    right = entities.index(row["answers"][0])
+    right, *others = (entities.index(answer) for answer in dict.fromkeys(row["answers"]))
     options = [f" {row['query'].replace('@placeholder', entity)}" for entity in entities]
-    return {"prompt": f"{passage}\n-", "passage": passage, "options": options, "label": right}
+    example = {"prompt": f"{passage}\n-", "passage": passage, "options": options}
+    return {**example, "label": right, "also_right": others}
 
 
 def _record_rows(row: Row) -> Iterator[Row]:
@@ -399,4 +403,8 @@ def with_demonstrations(task: Task, example: Row, shown: Sequence[Row]) -> Row:
         prompt = complete["prompt"]
         space = "" if prompt[-1].isspace() or answer[:1].isspace() else " "
         answered.append(f"{prompt}{space}{answer}")
-    return {**example, "prompt": "\n\n".join([*answered, example["prompt"]])}
+    before = "".join(f"{shot}\n\n" for shot in answered)
+    start = {}
+    if "passage" in example:
+        start = {"passage_start": len(before) + example["prompt"].index(example["passage"])}
+    return {**example, "prompt": before + example["prompt"], **start}

@@ -12,7 +12,8 @@ An example has one of these forms (the columns of the data set that `ZOTrainer` 
 * `text`, `label`: classification by the head of a sequence-classification model;
 * `input_ids`, `labels`: already tokenized, with -100 (or one class index) as transformers has it.
 
-A `passage` beside them names the part of `prompt` or `text` whose end is cut where the whole is too
+Beside `options`, `also_right` lists the indices of options that are right, too, in evaluation. A
+`passage` beside them names the part of `prompt` or `text` whose end is cut where the whole is too
 long. Pairs of a preferred and a rejected answer are no form here: their losses (as DPO's) need a
 reference model beside the one that is tuned.
 """

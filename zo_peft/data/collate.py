@@ -49,9 +49,10 @@ class Collator:
         if "option_ids" in features[0]:
             right = torch.tensor([feature["label"] for feature in features])
             counts = {len(feature["option_ids"]) for feature in features}
+            known = {"labels": right, **_rights(features, max(counts))}
             if len(counts) == 1 and all(len(o) == 1 for f in features for o in f["option_ids"]):
-                return {"labels": right, **self._one_token_options(features)}
-            return {"labels": right, **self._options(features, max(counts))}
+                return {**known, **self._one_token_options(features)}
+            return {**known, **self._options(features, max(counts))}
         inputs = self._inputs([feature["input_ids"] for feature in features])
         labels = [torch.as_tensor(feature["labels"]) for feature in features]
         if labels[0].dim() == 0:
@@ -121,6 +122,14 @@ class Collator:
             rows = [torch.tensor(getattr(sequence, name)) for sequence in sequences]
             inputs[name] = pad_sequence(rows, True)
         return inputs
+
+
+def _rights(features: Features, width: int) -> Batch:
+    """Where examples may have several right options: which are [B, width]."""
+    if "also_right" not in features[0]:
+        return {}
+    rights = [{feature["label"], *feature["also_right"]} for feature in features]
+    return {"is_right": torch.tensor([[i in right for i in range(width)] for right in rights])}
 
 
 class _Sequence:

@@ -63,32 +63,36 @@ class Tokenization:
     def _shortened(self, example: Row, where: str) -> Row:
         """The example with its passage cut at the end until all fits `max_length`, or the context.
 
-        What stands around the passage stays: the question that is asked about it.
+        What stands around the passage stays: the question that is asked about it. The passage is
+        where `passage_start` says, in characters, or where its words stand first.
         """
-        limit, passage = self.max_length or self.context, example.get("passage")
-        if passage is None or limit is None:
-            return example
+        passage = example.get("passage")
         column = "text" if self.num_labels is not None else "prompt"
+        generated = column == "prompt" and (self.generates or "answers" in example)
+        room = (
+            None if self.context is None else self.context - generated * self.max_completion_length
+        )
+        limits = [limit for limit in (self.max_length, room) if limit is not None]
+        if passage is None or not limits:
+            return example
         text = str(example[column])
-        if passage not in text:
+        start = example.get("passage_start", text.find(passage))
+        before, after = text[:start], text[start + len(passage) :]
+        if before + passage + after != text:
             raise UserError(f"{where}: its passage is not part of its {column}")
         endings = ["", *example.get("options", ()), str(example.get("completion") or "")]
-        generated = column == "prompt" and (self.generates or "answers" in example)
-        limit -= self.max_completion_length if generated and self.max_length is None else 0
         while passage:
             whole = [text + _spaced(text, ending) for ending in endings]
             # One more for the token that ends a completion.
-            excess = 1 + max(len(ids) for ids in self.tokenizer(whole)["input_ids"]) - limit
+            excess = 1 + max(len(ids) for ids in self.tokenizer(whole)["input_ids"]) - min(limits)
             if excess <= 0:
                 break
             starts = self.tokenizer(passage, add_special_tokens=False, return_offsets_mapping=True)[
                 "offset_mapping"
             ]
             kept = len(starts) - excess
-            shorter = passage[: starts[kept][0]].rstrip() if kept > 0 else ""
-            # The last one: demonstrations before may have the same passage.
-            before, _, after = text.rpartition(passage)
-            text, passage = before + shorter + after, shorter
+            passage = passage[: starts[kept][0]].rstrip() if kept > 0 else ""
+            text = before + passage + after
         return {**example, column: text}
 
     def _generated(self, example: Row, where: str) -> Row:
@@ -153,7 +157,8 @@ class Tokenization:
         label = _index(example["label"], len(options), "options", where)
         prompt_ids, option_ids = self._split(prompt, [_spaced(prompt, o) for o in options], where)
         prompt_ids = self._cut(prompt_ids, max(map(len, option_ids)), where)
-        return {"prompt_ids": prompt_ids, "option_ids": option_ids, "label": label}
+        others = {"also_right": example["also_right"]} if "also_right" in example else {}
+        return {"prompt_ids": prompt_ids, "option_ids": option_ids, "label": label, **others}
 
     def _completion(self, prompt: str, completion: str, where: str) -> Row:
         end = self.tokenizer.eos_token or ""
