@@ -534,6 +534,7 @@ RELEASED: list[tuple[str, tuple[str, str], object, list[Row]]] = [
                 "passage": "Ann won in Oslo.\n- Oslo cheered",
                 "options": [" Ann won", " Oslo won"],
                 "label": 0,
+                "also_right": [],
             },
         ],
     ),
