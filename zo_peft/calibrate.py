@@ -15,6 +15,11 @@ NEIGHBOURS = (10.0**-0.5, 1.0, 10.0**0.5)
 #: which grows as eps falls; and, where rounding alone is above it, how many times the least.
 TOLERANCE, ABOVE_LEAST = 0.1, 1.5
 
+#: The same of the likelihood of drawn completions, in whose place rewards jump. There the error is
+#: the bound sqrt(KL / 2) on the total variation (Pinsker): at most the share of completions that a
+#: candidate turns into others, so that shared random numbers keep the rest alike.
+COMPLETIONS_TOLERANCE = 0.3
+
 #: Directions that the parts of a batch try together; at least one each.
 DIRECTIONS = 8
 
@@ -68,12 +73,14 @@ def errors(
     return [math.sqrt(e / o) if o else math.inf for e, o in zip(even, odd)]
 
 
-def choose(ladder: Sequence[float], found: Sequence[float]) -> tuple[float, float]:
+def choose(
+    ladder: Sequence[float], found: Sequence[float], tolerance: float = TOLERANCE
+) -> tuple[float, float]:
     """The largest eps whose error is tolerable, and its error.
 
-    Tolerable: `TOLERANCE`, or `ABOVE_LEAST` times the least where none is that good. From 1 on no
-    slope is left to see (so with accuracies and rewards, which jump): there it is the least alone.
+    Tolerable: `tolerance`, or `ABOVE_LEAST` times the least where none is that good. From 1 on no
+    slope is left to see (so with accuracies, which jump): there it is the least alone.
     """
     least = min(found)
-    limit = max(TOLERANCE, least, min(ABOVE_LEAST * least, 1.0))
+    limit = max(tolerance, least, min(ABOVE_LEAST * least, 1.0))
     return [(eps, error) for eps, error in zip(ladder, found) if error <= limit][-1]

@@ -115,6 +115,14 @@ class CompletionObjective:
         return _mean_by(batch["rows"], nll, len(batch["labels"]))
 
 
+class SequenceObjective(CompletionObjective):
+    """As `CompletionObjective`, but the negative log-likelihood of the completion as a whole."""
+
+    def _means(self, logits: Tensor, batch: Batch) -> Tensor:
+        counts = torch.bincount(batch["rows"], minlength=len(batch["labels"]))
+        return super()._means(logits, batch) * counts
+
+
 class OptionObjective:
     """Classification by the likelihood of label words (or longer options) after the prompt.
 

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from zo_peft import metrics
+from zo_peft.data import Collator
 from zo_peft.errors import UserError
 from zo_peft.noise import derive_seed
 from zo_peft.objectives import Batch, Prediction
@@ -109,8 +110,7 @@ class RewardObjective:
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Minus the weighted rewards, float32, shape [B]."""
-        noise = CommonNoise(self.seed, batch.get("copies", 1), self.temperature, self.top_p)
-        return self._losses(self.rewards(model, batch, [noise] if self.temperature else []))
+        return self._losses(self.rewards(model, batch, self._noise(batch)))
 
     def predict(self, model: nn.Module, batch: Batch) -> Prediction:
         """Losses [B]; each function's rewards [B, K]; zeros [B], for there is no reference."""
@@ -134,6 +134,19 @@ class RewardObjective:
         }
         return {**copies, "columns": batch["columns"] * times, "copies": times}
 
+    def drawn(self, model: nn.Module, batch: Batch) -> Batch:
+        """The prompts with completions as `losses` draws them: a batch of `SequenceObjective`."""
+        ends = _ends(model, self.tokenizer)
+        features = []
+        completions = self._generate(model, batch, self._noise(batch))
+        for row, mask, ids in zip(batch["input_ids"], batch["attention_mask"], completions):
+            prompt = row[mask.bool()].tolist()
+            if ends and len(ids) < self.max_completion_length:
+                ids = [*ids, ends[0]]
+            features.append({"input_ids": prompt + ids, "labels": [-100] * len(prompt) + ids})
+        made = Collator(self.tokenizer.pad_token_id or 0)(features)
+        return {name: value.to(batch["input_ids"].device) for name, value in made.items()}
+
     def rewards(self, model: nn.Module, batch: Batch, processors: list[LogitsProcessor]) -> Tensor:
         """The rewards of generated completions, float32 [B, K].
 
@@ -153,6 +166,12 @@ class RewardObjective:
         values = [self._called(function, given) for function in self.reward_funcs]
         return torch.tensor(values, device=batch["input_ids"].device).T
 
+    def _noise(self, batch: Batch) -> list[LogitsProcessor]:
+        if not self.temperature:
+            return []
+        copies = batch.get("copies", 1)
+        return [CommonNoise(self.seed, copies, self.temperature, self.top_p)]
+
     def _losses(self, rewards: Tensor) -> Tensor:
         return -(rewards @ self.weights.to(rewards.device))
 
@@ -160,12 +179,11 @@ class RewardObjective:
         self, model: nn.Module, batch: Batch, processors: list[LogitsProcessor]
     ) -> list[list[int]]:
         """The token ids of each completion, up to the first that ends it."""
-        own: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
-        ends = own if own is not None else self.tokenizer.eos_token_id
+        ends = _ends(model, self.tokenizer)
         config = GenerationConfig(
             max_new_tokens=self.max_completion_length,
             do_sample=False,
-            eos_token_id=ends,
+            eos_token_id=ends or None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
         generated = model.generate(  # type: ignore[operator]
@@ -174,8 +192,7 @@ class RewardObjective:
             generation_config=config,
             logits_processor=LogitsProcessorList(processors),
         )[:, batch["input_ids"].shape[1] :]
-        stops = {ends} if isinstance(ends, int) else set(ends or ())
-        return [_until(row, stops) for row in generated.tolist()]
+        return [_until(row, ends) for row in generated.tolist()]
 
     def _called(self, function: RewardFunction, given: dict[str, Any]) -> list[float]:
         name, count = _name(function), len(given["completions"])
@@ -216,6 +233,13 @@ def _name(function: RewardFunction) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _until(ids: list[int], stops: set[int]) -> list[int]:
+def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion."""
+    own: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ends = own if own is not None else tokenizer.eos_token_id
+    return [ends] if isinstance(ends, int) else list(ends or ())
+
+
+def _until(ids: list[int], stops: Sequence[int]) -> list[int]:
     end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
     return ids[:end]

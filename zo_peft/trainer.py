@@ -24,7 +24,7 @@ from zo_peft.evaluators import Evaluation, Evaluator
 from zo_peft.loading import peft_config_of, tuned_parameters
 from zo_peft.low_rank import LowRank
 from zo_peft.noise import derive_seed
-from zo_peft.objectives import Batch
+from zo_peft.objectives import Batch, SequenceObjective
 from zo_peft.rewards import RewardObjective
 from zo_peft.scales import base_hash, save_scales
 from zo_peft.spaces import AdapterSpace, BaseSpace, Space, choose, find_scales, find_weights
@@ -167,11 +167,24 @@ class ZOTrainer(BaseTrainer):
         directions = calibrate.directions(parts)
         start = derive_seed(self.args.seed, self.state.global_step, -1)
         seeds = [[derive_seed(start, p, d) for d in range(directions)] for p in range(parts)]
+        evaluator, tolerance = self.evaluator, calibrate.TOLERANCE
+        if isinstance(self.objective, RewardObjective):
+            # Rewards jump, and where all are alike they say nothing; likelihoods have a slope.
+            evaluator = Evaluator(self.model, self.space, SequenceObjective())
+            batches = [self.objective.drawn(self.model, batch) for batch in batches]
+            tolerance = calibrate.COMPLETIONS_TOLERANCE
         found = calibrate.errors(
-            lambda points: self.evaluator.evaluate(points, batches).losses, seeds, ladder
+            lambda points: evaluator.evaluate(points, batches).losses, seeds, ladder
         )
+        if evaluator is not self.evaluator:
+            self.evaluator.forward_passes += evaluator.forward_passes
+            self.evaluator.examples_forwarded += evaluator.examples_forwarded
         before = self._eps
-        self._eps, error = calibrate.choose(ladder, found)
+        self._eps, error = calibrate.choose(ladder, found, tolerance)
+        if evaluator is not self.evaluator and 0 < error < tolerance:
+            # The error grows with eps. So does what a jump says of the slope, over its own noise.
+            grown = min(tolerance / error, calibrate.NEIGHBOURS[-1])
+            self._eps, error = self._eps * grown, error * grown
         if self._eps != before:
             # Losses are those of the candidates: further away they are others.
             self._backoff = Backoff()

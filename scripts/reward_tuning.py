@@ -1,0 +1,283 @@
+"""Reward tuning of tiny adapters: teach the embedded model to praise, by a rule that checks it.
+
+The prompts are first sentences of bad reviews, and ` This was a`. The reward of a completion is 1
+where it has a word of praise and no word of blame, else 0. Each adapter is tuned with the defaults;
+its greedy completions of held-out prompts are rewarded as training goes on. The last column: how
+many times larger the variance of the difference of two candidates' rewards would be, at the run's
+first eps, without common random numbers.
+
+    python scripts/reward_tuning.py
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from datasets import disable_progress_bars
+from peft import IA3Config, LoraConfig, PeftConfig, TinyLoraConfig, VeraConfig
+from torch import Tensor
+from transformers import BitsAndBytesConfig, TrainerCallback
+
+from zo_peft import Direction, ZOConfig, ZOTrainer
+from zo_peft.data import read_rows
+from zo_peft.demo import EMBEDDED
+from zo_peft.loading import load_tokenizer
+from zo_peft.noise import derive_seed
+from zo_peft.rewards import RewardObjective
+
+MODEL = str(EMBEDDED / "model")
+COMPLETION_TOKENS = 6
+HELD_OUT = 128
+QUERY_VALUE = ["q_proj", "v_proj"]
+ALL_LINEAR = [*QUERY_VALUE, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+BASES: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "int8": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+}
+
+#: By name: the base, and what makes the adapter's configuration.
+ADAPTERS: dict[str, tuple[str, Callable[[], PeftConfig]]] = {
+    "LoRA": (
+        "float32",
+        lambda: LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=QUERY_VALUE),
+    ),
+    "TinyLoRA": (
+        "float32",
+        lambda: TinyLoraConfig(
+            task_type="CAUSAL_LM", r=2, u=13, weight_tying=1.0, target_modules=ALL_LINEAR
+        ),
+    ),
+    "IA3": (
+        "int8",
+        lambda: IA3Config(
+            task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj"], feedforward_modules=[]
+        ),
+    ),
+    "VeRA": (
+        "int8",
+        lambda: VeraConfig(task_type="CAUSAL_LM", r=8, target_modules=QUERY_VALUE),
+    ),
+}
+
+
+PRAISE = re.compile(
+    r"\b(wonderful|lovely|delightful|excellent|superb|charming|pleasant|brilliant|splendid|fantastic"
+    r"|perfect|impressive|beautiful|enjoyable|marvellous|outstanding|fine|nice|good|memorable"
+    r"|remarkable|amazing|delicious|tasty|fresh|crisp|creamy|gripping|touching|clever|funny|witty"
+    r"|clean|cosy|quiet|spacious|comfortable|moving|elegant|thoughtful|vivid|exciting|lively"
+    r"|thrilling|harmonious|energetic|magical)\b"
+)
+BLAME = re.compile(
+    r"\b(awful|dreadful|horrible|poor|bad|disappointing|unpleasant|dull|miserable|weak|shabby"
+    r"|annoying|disgusting|mediocre|lousy|nasty|hopeless|forgettable|unbearable|ugly|appalling"
+    r"|wretched|stale|greasy|bland|burnt|soggy|predictable|tedious|silly|clumsy|pointless|dirty"
+    r"|noisy|cramped|mouldy|smelly|confusing|shallow|long-winded|clichéd|lifeless|shrill|chaotic"
+    r"|lame|monotonous|deafening)\b"
+)
+
+
+def praises(completions: Sequence[str], **columns: Any) -> list[float]:
+    """1 for a completion with a word of praise and none of blame, else 0."""
+    return [float(bool(PRAISE.search(c)) and not BLAME.search(c)) for c in completions]
+
+
+def prompts(part: str) -> list[dict[str, str]]:
+    """Of the embedded texts: `train`, or `test` without those of `train`."""
+    rows = {name: read_rows(EMBEDDED / f"{name}.jsonl") for name in {"train", part}}
+    bad = {
+        name: [row["text"].split(". ")[0].rstrip(".") for row in own if row["label"] == 0]
+        for name, own in rows.items()
+    }
+    known = set(bad["train"]) if part != "train" else set()
+    chosen = [text for text in dict.fromkeys(bad[part]) if text not in known]
+    return [{"prompt": f"{text}. This was a"} for text in chosen]
+
+
+class Counted:
+    """A reward that counts the tokens of the completions that it is given."""
+
+    __name__ = "praises"
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def __call__(self, completion_ids: Sequence[Sequence[int]], **given: Any) -> list[float]:
+        """As `praises`."""
+        self.tokens += sum(map(len, completion_ids))
+        return praises(**given)
+
+
+def make(adapter: str, output_dir: Path, reward: Any = praises, **settings: Any) -> ZOTrainer:
+    """A trainer of one of the `ADAPTERS`; held-out rewards are those of greedy completions."""
+    base, config = ADAPTERS[adapter]
+    tokenizer = load_tokenizer(MODEL)
+    return ZOTrainer(
+        MODEL,
+        ZOConfig(
+            str(output_dir),
+            model_init_kwargs=BASES[base],
+            max_completion_length=COMPLETION_TOKENS,
+            **{
+                "per_device_train_batch_size": 16,
+                "per_device_eval_batch_size": HELD_OUT,
+                "save_strategy": "no",
+                "disable_tqdm": True,
+                "use_cpu": True,
+                "report_to": "none",
+                **settings,
+            },
+        ),
+        train_dataset=prompts("train"),
+        eval_dataset=prompts("test")[:HELD_OUT],
+        processing_class=tokenizer,
+        peft_config=config(),
+        reward_funcs=[reward],
+        eval_objective=RewardObjective(
+            [praises], tokenizer, max_completion_length=COMPLETION_TOKENS
+        ),
+    )
+
+
+@torch.no_grad()
+def variance_ratio(trainer: ZOTrainer, eps: float, pairs: int = 8, examples: int = 128) -> float:
+    """Variance of two candidates' difference with noise of their own, over that with shared noise.
+
+    Of an example's reward, mean over pairs of candidates.
+    """
+    features = [trainer.train_dataset[index] for index in range(examples)]
+    batch = trainer.data_collator(features)
+    objective = trainer.objective
+    assert isinstance(objective, RewardObjective)
+
+    def losses(candidate: int, seed: int) -> Tensor:
+        objective.seed = seed
+        with trainer.space.displaced(eps * Direction.of(derive_seed(candidate, -9))):
+            return objective.losses(trainer.model, batch)
+
+    shared, own = 0.0, 0.0
+    for pair in range(pairs):
+        first = losses(2 * pair, pair)
+        shared += float((first - losses(2 * pair + 1, pair)).var())
+        own += float((first - losses(2 * pair + 1, pairs + pair)).var())
+    return own / shared
+
+
+class Curve(TrainerCallback):
+    """The held-out reward, after every so many steps."""
+
+    def __init__(self, every: int, reward: Counted) -> None:
+        self.every, self.reward = every, reward
+        self.trainer: ZOTrainer | None = None
+        self.points: list[dict[str, float]] = []
+
+    def add(self) -> None:
+        """A point more."""
+        assert self.trainer is not None
+        self.points.append(
+            {
+                "forward_passes": self.trainer.forward_passes,
+                "generated_tokens": self.reward.tokens,
+                "reward": self.trainer.evaluate()["eval_praises"],
+            }
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure where it is time."""
+        if state.global_step % self.every == 0:
+            self.add()
+
+
+def row(adapter: str, folder: Path, points: int, **settings: Any) -> dict[str, Any]:
+    """Train, and measure as it goes."""
+    reward = Counted()
+    trainer = make(adapter, folder, reward, **settings)
+    curve = Curve(max(1, trainer.args.max_steps // points), reward)
+    curve.trainer = trainer
+    trainer.add_callback(curve)
+    curve.add()
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    curve.add()
+    eps = [calibration.zo_eps for calibration in trainer.calibrations]
+    # Rewards differ most where they are neither all 0 nor all 1: before training.
+    fresh = make(adapter, folder, seed=trainer.args.seed, max_steps=1)
+    ratio = variance_ratio(fresh, eps[0])
+    return {
+        "adapter": adapter,
+        "base": ADAPTERS[adapter][0],
+        "numbers": trainer.tuned_numel,
+        "seed": trainer.args.seed,
+        "learning_rate": trainer.args.learning_rate,
+        "zo_eps": eps,
+        "seconds": round(seconds, 1),
+        "variance_ratio": round(ratio, 2),
+        "curve": curve.points,
+    }
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Rewards over forward passes and over generated tokens."""
+    figure, both = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axes, over in zip(both, ("forward_passes", "generated_tokens")):
+        for found in rows:
+            label = f"{found['adapter']}, {found['base']}, {found['numbers']:,} numbers"
+            curve = found["curve"]
+            axes.plot([p[over] for p in curve], [p["reward"] for p in curve], "o-", label=label)
+        axes.set(xlabel=over.replace("_", " "))
+    both[0].set(ylabel="reward of held-out prompts, greedy")
+    both[1].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Print the table; write rows and plot."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--adapters", nargs="*", default=[*ADAPTERS], choices=[*ADAPTERS])
+    parser.add_argument("--max_forward_passes", type=int, default=1200)
+    parser.add_argument("--learning_rate", type=float, help="default: automatic")
+    parser.add_argument("--points", type=int, default=6, help="of each curve")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("out/reward_tuning"))
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    disable_progress_bars()
+    torch.set_num_threads(1)  # more only wait for each other on models this small
+    print("| adapter | numbers | forward passes: reward | tokens | seconds | variance ratio |")
+    print("|" + " --- |" * 6)
+    rows = []
+    for adapter in given.adapters:
+        with contextlib.redirect_stdout(sys.stderr):
+            found = row(
+                adapter,
+                given.out,
+                given.points,
+                max_forward_passes=given.max_forward_passes,
+                learning_rate=given.learning_rate,
+                seed=given.seed,
+            )
+        rows.append(found)
+        curve = ", ".join(f"{p['forward_passes']:,}: {p['reward']:.2f}" for p in found["curve"])
+        print(
+            f"| {adapter}, {found['base']} | {found['numbers']:,} | {curve} "
+            f"| {found['curve'][-1]['generated_tokens']:,} | {found['seconds']:.0f} "
+            f"| {found['variance_ratio']:.1f} |"
+        )
+        sys.stdout.flush()
+        (given.out / "rewards.json").write_text(json.dumps(rows, indent=2) + "\n")
+    plot(rows, given.out / "rewards.png")
+    print(f"\nThe curves are in {given.out / 'rewards.png'}.")
+
+
+if __name__ == "__main__":
+    main()
