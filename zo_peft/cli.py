@@ -14,7 +14,7 @@ import datasets
 import yaml
 from transformers import HfArgumentParser
 
-from zo_peft import compare, reproduce, run
+from zo_peft import compare, replay, reproduce, run
 from zo_peft.arguments import DataArguments, ModelArguments
 from zo_peft.config import StrategyName, ZOConfig
 from zo_peft.demo import FORWARD_PASSES, LOAD, demo
@@ -27,6 +27,8 @@ usage: zo-peft COMMAND [options]
   evaluate   measure an adapter, or a base on a benchmark task
   compare    train with several strategies, gradients among them, side by side
   reproduce  a row of the paper's tables, with its settings, grid and seeds
+  replay     rebuild what a run tuned from its journal, without data
+  journal    show a journal: `zo-peft journal show out/zo_journal`
   demo       tune a LoRA on the embedded model, offline
 
 zo-peft COMMAND --help lists a command's options; --config FILE.yaml gives them in a file."""
@@ -97,12 +99,16 @@ class Command:
 
     Attributes:
         trains: further arguments are options of `train`, which the job takes as a list.
+        positional: names of arguments that may come first without their names.
+        json: the result as JSON.
     """
 
     job: Callable[..., dict[str, Any]]
     arguments: tuple[type, ...]
     text: Callable[[dict[str, Any]], str]
     trains: bool = False
+    positional: tuple[str, ...] = ()
+    json: Callable[[dict[str, Any]], str] = json.dumps
 
 
 RUN = (ModelArguments, DataArguments, ZOConfig)
@@ -113,6 +119,19 @@ COMMANDS = {
     "compare": Command(compare.compare, (compare.CompareArguments,), compare.text, True),
     "reproduce": Command(
         reproduce.reproduce, (reproduce.ReproduceArguments,), reproduce.text, True
+    ),
+    "replay": Command(
+        replay.replay,
+        (ModelArguments, replay.ReplayArguments),
+        replay.replay_text,
+        positional=("journal",),
+    ),
+    "journal": Command(
+        replay.show,
+        (replay.ShowArguments,),
+        replay.show_text,
+        positional=("action", "journal"),
+        json=replay.show_json,
     ),
     "demo": Command(_demo, (DemoArguments,), _demo_text),
 }
@@ -136,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"zo-peft: error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(result) if output.json else command.text(result))
+    print(command.json(result) if output.json else command.text(result))
     return 0
 
 
@@ -149,6 +168,9 @@ class _Parser(HfArgumentParser):
 
 def _parse(name: str, command: Command, argv: Sequence[str]) -> tuple[OutputArguments, list[Any]]:
     """The arguments of a command, from the command line over a `--config` file."""
+    for index, argument in enumerate(command.positional):
+        if len(argv) > 2 * index and not argv[2 * index].startswith("-"):
+            argv = [*argv[: 2 * index], f"--{argument}", *argv[2 * index :]]
     parser = _Parser(
         (OutputArguments, *command.arguments),
         prog=f"zo-peft {name}",
