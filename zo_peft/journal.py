@@ -223,7 +223,7 @@ class Records:
             UserError: the record is damaged; the message has its number.
         """
         what = f"record {self._number + 1} of {self._name}"
-        content = _content(self._file, what)
+        content = None if self._file.closed else _content(self._file, what)
         if content is None:
             self._file.close()
             raise StopIteration

@@ -72,7 +72,8 @@ def _replayed(
     set_seed(header["seed"])
     model: PreTrainedModel | PeftModel = load(arguments, tune, header["num_labels"])
     if header["adapter"] is not None:
-        model = add_adapter(model, get_peft_config(header["adapter"]))
+        config = {**header["adapter"], "base_model_name_or_path": None}
+        model = add_adapter(model, get_peft_config(config))
     prepare(model, load_tokenizer(name, revision=arguments.model_revision))
     if identity(model) != header["base"]:
         raise UserError(
