@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import signal
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
-from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
+from zo_peft import Direction, NonFiniteLossError, UserError, ZOConfig, ZOTrainer
 from zo_peft.cli import main
 from zo_peft.data import make_examples, read_rows
 from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.jobs import flags
 from zo_peft.journal import INITIAL_NAME, JOURNAL_NAME, MAGIC, Journal, Record, read
 
 MODEL = str(EMBEDDED / "model")
@@ -126,11 +130,17 @@ def test_records_in_another_order_are_damage(tmp_path: Path) -> None:
         list(read(path)[1])
 
 
-def test_what_is_not_finite_is_refused() -> None:
-    packed = bytearray(record(0).pack())
-    packed[8:16] = struct.pack("<d", float("nan"))
-    with pytest.raises(ValueError, match="not finite"):
-        Record.unpack(bytes(packed))
+@pytest.mark.parametrize("field", range(7))
+def test_what_is_not_finite_is_refused(field: int) -> None:
+    """But for a loss, which is infinite where no candidate's was finite."""
+    for value in (float("nan"), float("inf")):
+        packed = bytearray(record(0).pack())
+        packed[8 + 8 * field : 16 + 8 * field] = struct.pack("<d", value)
+        if field == 5 and value == float("inf"):
+            assert Record.unpack(bytes(packed)).loss == value
+            continue
+        with pytest.raises(ValueError, match="not finite"):
+            Record.unpack(bytes(packed))
 
 
 @settings(max_examples=300)
@@ -313,7 +323,7 @@ def test_replay_rebuilds_the_adapter_bit_for_bit(adapter: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("changes", "flags"),
+    ("changes", "base"),
     [
         ({"tune": "weights"}, []),
         (
@@ -325,7 +335,7 @@ def test_replay_rebuilds_the_adapter_bit_for_bit(adapter: str, tmp_path: Path) -
     ],
     ids=["float32", "bfloat16", "int8 codes", "int8 scales"],
 )
-def test_replay_rebuilds_a_base(changes: dict[str, Any], flags: list[str], tmp_path: Path) -> None:
+def test_replay_rebuilds_a_base(changes: dict[str, Any], base: list[str], tmp_path: Path) -> None:
     argv = {
         "model_name_or_path": MODEL,
         "train_file": EMBEDDED / "test.jsonl",
@@ -338,9 +348,8 @@ def test_replay_rebuilds_a_base(changes: dict[str, Any], flags: list[str], tmp_p
         "output_dir": tmp_path / "run",
         **changes,
     }
-    given = [part for name, value in argv.items() for part in (f"--{name}", str(value))]
-    assert main(["train", *given, *flags]) == 0
-    out = replayed(tmp_path, *flags)
+    assert main(["train", *flags(argv), *base]) == 0
+    out = replayed(tmp_path, *base)
     first, second = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", out))
     assert_same(first, second)
     start = load_file(EMBEDDED / "model/model.safetensors")
@@ -395,6 +404,173 @@ def test_a_journal_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert header["space"]["tune"] == "adapter"
     assert [step["step"] for step in steps] == list(range(6))
     assert steps[-1]["forward_passes"] == trainer.forward_passes
+
+
+def poisoned(trainer: ZOTrainer, when: Any, value: float) -> None:
+    """Give the losses [candidates, rows] that `when(step)` names (a mask, or True) that value."""
+    losses = trainer.objective.losses
+
+    def changed(model: Any, batch: Any) -> torch.Tensor:
+        found = losses(model, batch)
+        mask = when(trainer.state.global_step)
+        if mask is not None:
+            found.view(trainer.args.num_candidates, -1)[mask] = value
+        return found
+
+    trainer.objective.losses = changed  # type: ignore[method-assign]
+
+
+WAVE = {"candidates_per_forward": 4, "num_candidates": 4}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_candidate_that_is_not_finite_is_dropped_and_counted(
+    value: float, tmp_path: Path
+) -> None:
+    trainer = make(tmp_path / "run", per_example_noise=False, **WAVE)
+    poisoned(trainer, lambda step: [2] if step == 3 else None, value)
+    trainer.train()
+    trainer.save_model()
+    found = list(read(tmp_path / "run" / JOURNAL_NAME)[1])
+    assert [len(made.direction.terms) for made in found] == [4, 4, 4, 3, 4, 4]
+    assert [made.chosen for made in found] == [{}] * 3 + [{"non_finite": 1}] + [{}] * 2
+    assert (trainer.non_finite, trainer.skipped) == (1, 0)
+    assert all(torch.isfinite(tensor).all() for tensor in theta(trainer).values())
+    # The kept ones alone make the contrast: their weights sum to zero.
+    assert sum(weight for _, weight in found[3].direction.terms) == pytest.approx(0, abs=1e-12)
+    replayed(tmp_path)
+
+
+def test_all_losses_bad_skip_the_update(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make(tmp_path / "run", save_strategy="steps", save_steps=1, **WAVE)
+    poisoned(trainer, lambda step: slice(None) if step == 3 else None, float("nan"))
+    trainer.train()
+    assert "step 3: skipped: 32 of 32 losses are not finite" in capsys.readouterr().err
+    before, after = (
+        load_file(tmp_path / f"run/checkpoint-{step}/zo_state.safetensors") for step in (3, 4)
+    )
+    assert_same(before, after)
+    made = list(read(tmp_path / "run" / JOURNAL_NAME)[1])[3]
+    assert (made.loss, made.direction) == (float("inf"), Direction())
+    assert trainer.skipped == 1
+    # The run goes on from its journal, skipped step and all.
+    resumed = make(tmp_path / "run", save_strategy="no", **WAVE)
+    (tmp_path / "run/checkpoint-6/trainer_state.json").unlink()
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(theta(trainer), theta(resumed))
+    assert (resumed.non_finite, resumed.skipped) == (32, 1)
+
+
+def test_an_exploding_slope_skips_the_update(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make(tmp_path / "run", max_steps=24, per_example_noise=False, **WAVE)
+    poisoned(trainer, lambda step: [1] if step == 22 else None, 1e6)
+    trainer.train()
+    message = capsys.readouterr().err
+    assert "step 22: skipped: the slope" in message
+    assert "is more than max_slope=100 times the median" in message
+    assert trainer.skipped == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "everywhere", "advice"),
+    [
+        ("float32", False, r"undisturbed the loss is [0-9.]+: lower zo_eps"),
+        ("float32", True, "the loss has diverged: lower learning_rate"),
+        ("float16", True, "float16 overflows: load the model in bfloat16 or float32"),
+    ],
+)
+def test_ten_skipped_updates_end_the_run_with_the_last_good_state(
+    dtype: str, everywhere: bool, advice: str, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"max_steps": 20, "model_init_kwargs": {"dtype": dtype}, **WAVE}
+    trainer = make(tmp_path / "run", **changes)
+    losses = trainer.objective.losses
+
+    def bad(model: Any, batch: Any) -> torch.Tensor:
+        found = losses(model, batch)
+        alone = len(batch["labels"]) == 8
+        return (
+            found
+            if trainer.state.global_step < 3 or (alone and not everywhere)
+            else found * torch.nan
+        )
+
+    trainer.objective.losses = bad  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteLossError, match=advice) as raised:
+        trainer.train()
+    assert "10 updates in a row were skipped, the last one at step 12" in str(raised.value)
+    assert "The last good state is in checkpoint-12" in str(raised.value)
+    good = make(tmp_path / "good", **changes)
+    good.add_callback(_StopAfter(3))
+    good.train()
+    kept = load_file(tmp_path / "run/checkpoint-12/zo_state.safetensors")
+    for name, tensor in theta(good).items():
+        assert torch.equal(kept[name], tensor)
+
+
+class _StopAfter(TrainerCallback):
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.steps
+
+
+def command(folder: Path) -> list[str]:
+    options = {
+        "model_name_or_path": MODEL,
+        "train_file": EMBEDDED / "test.jsonl",
+        "prompt_template": TEMPLATE,
+        "label_words": LABEL_WORDS,
+        "lora_target_modules": "q_proj",
+        "max_steps": 6,
+        "zo_eps": 1e-2,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "output_dir": folder,
+    }
+    return [
+        "train",
+        *(part for name, value in options.items() for part in (f"--{name}", str(value))),
+    ]
+
+
+def test_sigterm_ends_as_ctrl_c_does_and_the_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = Journal.append
+
+    def terminated(journal: Journal, made: Record) -> None:
+        append(journal, made)
+        if made.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Journal, "append", terminated)
+    assert main(command(tmp_path / "run")) == 130
+    message = "stopped; to go on, give the same command with --resume_from_checkpoint True"
+    assert f"zo-peft: {message}" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main([*command(tmp_path / "run"), "--resume_from_checkpoint", "True"]) == 0
+    assert main(command(tmp_path / "whole")) == 0
+    first, second = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("run", "whole")
+    )
+    assert_same(first, second)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_folder_that_cannot_be_written_is_a_line(
+    code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(code, os.strerror(code), "somewhere/trainer_state.json")
+
+    monkeypatch.setattr("transformers.TrainerState.save_to_json", full)
+    assert main(command(tmp_path / "run")) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"trainer_state.json cannot be written: {os.strerror(code)}; to go on" in last
 
 
 def test_records_are_compared_whole() -> None:

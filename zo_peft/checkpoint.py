@@ -24,12 +24,22 @@ RNG_NAME = "zo_rng_state.json"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors by name, in one piece: a reader sees the old file or the new one."""
+    """Write tensors by name, in one piece: a reader sees the old file or the new one.
+
+    Raises:
+        UserError: the disk is full or may not be written.
+    """
     # The tensors may be views into one buffer, which safetensors refuses.
     copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     unfinished = path.with_name(path.name + ".tmp")
-    save_file(copies, unfinished)
-    unfinished.replace(path)
+    try:
+        save_file(copies, unfinished)
+        unfinished.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path.parent.name}/{path.name} cannot be written: {error}. Earlier checkpoints and "
+            "the journal are safe; make room and go on with --resume_from_checkpoint True"
+        ) from error
 
 
 def save_state(folder: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

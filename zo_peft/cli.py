@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import errno
 import json
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -137,14 +139,26 @@ COMMANDS = {
 }
 
 
+#: How a command goes on that was stopped.
+GOES_ON = {
+    "train": "; to go on, give the same command with --resume_from_checkpoint True",
+    "compare": "; to go on, give the same command again",
+    "reproduce": "; to go on, give the same command again",
+}
+
+#: Errors of a disk that is full or may not be written.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 for a mistake of the user's."""
+    """Run a command; returns the exit code: 0, 2 for a mistake of the user's, 130 if stopped."""
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if name not in COMMANDS:
         known = name in ("-h", "--help")
         print(USAGE, file=sys.stdout if known else sys.stderr)
         return 0 if known else 2
     command = COMMANDS[name]
+    before = signal.signal(signal.SIGTERM, _interrupt)
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
@@ -155,8 +169,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"zo-peft: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        where = Path(error.filename).name if error.filename else "the output folder"
+        message = f"{where} cannot be written: {error.strerror}"
+        print(f"zo-peft: error: {message}{GOES_ON.get(name, '')}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"zo-peft: stopped{GOES_ON.get(name, '')}", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(command.json(result) if output.json else command.text(result))
     return 0
+
+
+def _interrupt(signum: int, frame: Any) -> NoReturn:
+    """SIGTERM, by which machines are taken away, ends a command as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 class _Parser(HfArgumentParser):

@@ -13,6 +13,7 @@ import shutil
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 from zlib import crc32
@@ -52,12 +53,13 @@ class Record:
         step: of the run, from 0.
         learning_rate, backoff: of the update rule at this step.
         slope, spread, sensitivity, direction: of the step's `Estimate`.
-        loss: the mean of its losses.
+        loss: the mean of its finite losses; infinite where there was none.
         eps: what it was measured with.
         forward_passes, examples_forwarded: of the run so far.
         elite: seed of the candidate with the lowest loss, if one was selected.
         basis_seed: of low-rank noise.
-        chosen: what was chosen automatically since the last record.
+        chosen: what was chosen automatically since the last record; how many losses were not
+            finite (`non_finite`); why the update was skipped (`skipped`).
     """
 
     step: int
@@ -98,13 +100,15 @@ class Record:
         if len(content) != _NUMBERS.size + 16 * count + length:
             raise ValueError("its length is not what it says")
         terms = struct.unpack_from(f"<{count}Q{count}d", content, _NUMBERS.size)
-        if not all(map(math.isfinite, (*numbers, *terms[count:]))):
+        fields = dict(zip(_FIELDS, numbers))
+        wanted = (value for name, value in fields.items() if name != "loss")
+        if math.isnan(fields["loss"]) or not all(map(math.isfinite, (*wanted, *terms[count:]))):
             raise ValueError("a number in it is not finite")
         chosen = json.loads(content[len(content) - length :]) if length else {}
         if not isinstance(chosen, dict):
             raise ValueError("what was chosen is no JSON object")
         return cls(
-            **dict(zip(_FIELDS, numbers)),
+            **fields,
             direction=Direction(tuple(zip(terms[:count], terms[count:]))),
             elite=None if elite == _NO_SEED else elite,
             basis_seed=basis_seed,
@@ -124,7 +128,7 @@ class Journal:
         self.path, self.header = path, header
         if path.exists():
             path.replace(path.with_name(path.name + ".old"))
-        self._file = path.open("xb", buffering=0)
+        self._file: FileIO = path.open("xb", buffering=0)
         self._past: Iterator[Record] = iter(())
         self._end = 0
         self._write(MAGIC + _framed(json.dumps(header).encode()))

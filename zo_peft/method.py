@@ -62,7 +62,7 @@ def apply(rule: UpdateRule, record: Record) -> None:
     if isinstance(noise, LowRank):
         noise.basis_seed = record.basis_seed
     rule.param_groups[0]["lr"], rule.backoff = record.learning_rate, record.backoff
-    rule.estimate = estimate_of(record)
+    rule.estimate = None if "skipped" in record.chosen else estimate_of(record)
     rule.step()
 
 

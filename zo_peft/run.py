@@ -94,6 +94,8 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         "eval_loss_before": before.get("eval_loss"),
         "eval_loss_after": after.get("eval_loss"),
         "tuned_parameters": trainer.tuned_numel,
+        "non_finite": trainer.non_finite,
+        "skipped": trainer.skipped,
         "calibrations": [asdict(calibration) for calibration in trainer.calibrations],
         "settings": settings(model, data, args),
     }

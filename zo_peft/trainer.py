@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from peft import PeftType
+from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.trainer_utils import HubStrategy, TrainOutput
@@ -56,6 +57,9 @@ SGD_LEARNING_RATES: dict[str, float] = {
 #: learning rate (docs/efficiency.md).
 WALK = 0.87
 
+#: Updates skipped in a row that end a run; slopes that `max_slope` looks back on, and the fewest.
+SKIPPED, SLOPES, FEWEST_SLOPES = 10, 101, 20
+
 #: Before the names of the update rule's tensors in a checkpoint.
 RULE_PREFIX = "update_rule."
 
@@ -73,6 +77,10 @@ class ZOTrainer(BaseTrainer):
     """Tunes a PEFT adapter or the base with forward passes only; else a `transformers.Trainer`.
 
     See `BaseTrainer` for the arguments.
+
+    Attributes:
+        non_finite: losses so far that were NaN or infinite, and dropped.
+        skipped: updates so far that were skipped.
     """
 
     trains = True
@@ -90,6 +98,8 @@ class ZOTrainer(BaseTrainer):
         self._eps = args.zo_eps or 0.0
         self._elite: int | None = None
         self._slope = 0.0
+        self._slopes: list[float] = []
+        self.non_finite = self.skipped = self._skipped_in_a_row = 0
         self._backoff = Backoff()
         self.calibrations: list[Calibration] = []
         self._journal: Journal
@@ -187,7 +197,7 @@ class ZOTrainer(BaseTrainer):
         """Estimate the step's direction and slope, on its last micro-batch; returns the loss.
 
         Raises:
-            NonFiniteLossError: a candidate's loss is NaN or infinite.
+            NonFiniteLossError: ten updates in a row were skipped.
         """
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
@@ -198,9 +208,15 @@ class ZOTrainer(BaseTrainer):
             self.space.noise.basis_seed = derive_seed(self.args.seed, drawn, -2)
         known = self._journal.past(step)
         estimate, chosen = self._measured() if known is None else self._known(known)
+        skipped = "skipped" in chosen
         self._elite, self._slope = estimate.elite, estimate.slope
-        self.update_rule.estimate = estimate
-        self._watch(estimate.loss)
+        self.non_finite += chosen.get("non_finite", 0)
+        self.skipped += skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        self.update_rule.estimate = None if skipped else estimate
+        if not skipped:
+            self._slopes = [*self._slopes, abs(estimate.slope)][-SLOPES:]
+            self._shorten(estimate.loss)
         record = self._record(estimate, chosen)
         if known is None:
             self._journal.append(record)
@@ -209,6 +225,11 @@ class ZOTrainer(BaseTrainer):
                 f"step {step} of the journal was made with other settings; resume with those of "
                 "the run, or from a checkpoint by its name"
             )
+        if skipped:
+            self._say(f"skipped: {chosen['skipped']}")
+        if self._skipped_in_a_row == SKIPPED:
+            raise self._broken(chosen["skipped"])
+        self._end_in_time()
         return torch.tensor(estimate.loss, device=self.args.device)
 
     def _measured(self) -> tuple[Estimate, dict[str, Any]]:
@@ -227,15 +248,34 @@ class ZOTrainer(BaseTrainer):
         evaluations: list[Evaluation] = []
 
         def evaluate(points: Sequence[Sequence[Direction]]) -> Sequence[Sequence[float]]:
-            evaluations.append(self._evaluated(points, batches))
+            evaluations.append(self.evaluator.evaluate(points, batches))
             return evaluations[-1].losses
 
-        estimate = replace(
-            strategies.combine(strategies.run_steps(steps, evaluate)),
-            spread=evaluations[0].spread / self._eps,
-            sensitivity=evaluations[0].example_spread / self._eps,
+        estimate = strategies.combine(strategies.run_steps(steps, evaluate))
+        losses = [loss for found in evaluations for part in found.losses for loss in part]
+        bad = sum(not math.isfinite(loss) for loss in losses)
+        if bad:
+            chosen["non_finite"] = bad
+        if reason := self._doubt(estimate, bad, len(losses)):
+            chosen["skipped"] = reason
+            return Estimate(Direction(), 0.0, estimate.losses), chosen
+        spreads = (evaluations[0].spread, evaluations[0].example_spread)
+        spread, sensitivity = (value / self._eps for value in spreads)
+        return replace(estimate, spread=spread, sensitivity=sensitivity), chosen
+
+    def _doubt(self, estimate: Estimate, bad: int, count: int) -> str | None:
+        """Why an estimate is not to be followed."""
+        if not math.isfinite(estimate.slope):
+            return f"{bad} of {count} losses are not finite"
+        if len(self._slopes) < FEWEST_SLOPES:
+            return None
+        usual = median(self._slopes)
+        if abs(estimate.slope) <= self.args.max_slope * usual:
+            return None
+        return (
+            f"the slope {estimate.slope:.3g} is more than max_slope={self.args.max_slope:g} times "
+            f"the median {usual:.3g} of the last {len(self._slopes)}"
         )
-        return estimate, chosen
 
     def _known(self, record: Record) -> tuple[Estimate, dict[str, Any]]:
         """The same from the journal, without a forward."""
@@ -273,11 +313,14 @@ class ZOTrainer(BaseTrainer):
             chosen,
         )
 
-    def _watch(self, loss: float) -> None:
-        """Shorter steps where the loss rises, and an end where the budget would be passed."""
+    def _shorten(self, loss: float) -> None:
+        """Shorter steps where the loss rises."""
         if self.update_rule.automatic and self._backoff(loss) < 1:
             self.update_rule.backoff *= 0.5
             self._say(f"the loss rises: steps are {self.update_rule.backoff:g} times as long now")
+
+    def _end_in_time(self) -> None:
+        """Stop where another step would go beyond the budget."""
         budget = self.args.max_forward_passes
         if budget is not None:
             left = budget - self.evaluator.forward_passes
@@ -318,26 +361,22 @@ class ZOTrainer(BaseTrainer):
             return strategies.greedy(seeds, eps, args.probe)
         return strategies.gv(seeds, eps, args.elite_fraction, args.weighting, args.probe)
 
-    def _evaluated(
-        self, points: Sequence[Sequence[Direction]], batches: Sequence[Batch]
-    ) -> Evaluation:
-        evaluation = self.evaluator.evaluate(points, batches)
-        for losses in evaluation.losses:
-            for number, loss in enumerate(losses, start=1):
-                if not math.isfinite(loss):
-                    what = f"candidate {number} of {len(losses)} has the loss {loss}"
-                    raise self._non_finite(what)
-        return evaluation
-
-    def _non_finite(self, what: str) -> NonFiniteLossError:
-        """The error to raise; the adapter before this step is saved as a checkpoint first."""
-        step, kept = self.state.global_step, "the adapter is as it was at the start"
-        if step > 0:
-            self._save_checkpoint(self.model, trial=None)
-            kept = f"the last good adapter is in checkpoint-{step}"
+    def _broken(self, why: str) -> NonFiniteLossError:
+        """The error that ends a run of skipped updates; the last good state is saved first."""
+        step = self.state.global_step
+        batches = [self._prepare_inputs(batch) for batch in self._micro_batches]
+        here = self.evaluator([Direction()], batches)[0]
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if math.isfinite(here):
+            advice = f"undisturbed the loss is {here:.4g}: lower zo_eps"
+        elif base.dtype == torch.float16:
+            advice = "float16 overflows: load the model in bfloat16 or float32"
+        else:
+            advice = "the loss has diverged: lower learning_rate"
+        self._save_checkpoint(self.model, trial=None)
         return NonFiniteLossError(
-            f"{what} at step {step} with zo_eps={self._eps:g}; {kept}. Lower learning_rate or "
-            "zo_eps; load a float16 model as bfloat16 or float32"
+            f"{SKIPPED} updates in a row were skipped, the last one at step {step} with "
+            f"zo_eps={self._eps:g}: {why}; {advice}. The last good state is in checkpoint-{step}"
         )
 
     def floating_point_ops(self, inputs: Batch) -> int:
@@ -404,6 +443,7 @@ class ZOTrainer(BaseTrainer):
         if "learning_rate" in logs:
             logs["slope"] = self._slope
             logs["zo_eps"] = self._eps
+            logs["non_finite"], logs["skipped"] = self.non_finite, self.skipped
             logs["step_size"] = self.update_rule.step_size
             if isinstance(self.space, BaseSpace):
                 logs |= self.space.shares()
@@ -440,6 +480,9 @@ class ZOTrainer(BaseTrainer):
             "calibrations": [asdict(calibration) for calibration in self.calibrations],
             "update_rule": self.update_rule.scalars(),
             "backoff": vars(self._backoff),
+            "slopes": self._slopes,
+            "non_finite": self.non_finite,
+            "skipped": self.skipped,
             "candidates_per_forward": self.evaluator.candidates_per_forward,
             "forward_passes": self.evaluator.forward_passes,
             "examples_forwarded": self.evaluator.examples_forwarded,
@@ -465,6 +508,8 @@ class ZOTrainer(BaseTrainer):
         self._elite, self._eps = state["elite"], state["zo_eps"]
         self.calibrations = [Calibration(**fields) for fields in state["calibrations"]]
         vars(self._backoff).update(state["backoff"])
+        self._slopes = state["slopes"]
+        self.non_finite, self.skipped = state["non_finite"], state["skipped"]
         tensors = checkpoint.load_tensors(Path(checkpoint_folder) / checkpoint.TENSORS_NAME)
         remembered = {n.removeprefix(RULE_PREFIX): t for n, t in tensors.items()}
         self.update_rule.load(state["update_rule"], remembered)
