@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -577,3 +579,12 @@ def test_records_are_compared_whole() -> None:
     """What `other settings` rests on."""
     assert record(1) == record(1)
     assert record(1) != replace(record(1), backoff=0.5)
+
+
+@pytest.mark.parametrize(
+    ("script", "options"), [("kill_test.py", ["--runs", "3"]), ("fuzz.py", ["--inputs", "300"])]
+)
+def test_short_runs_of_the_scripts(script: str, options: list[str]) -> None:
+    path = Path(__file__).parents[1] / "scripts" / script
+    done = subprocess.run([sys.executable, path, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
-        output, arguments = _parse(name, command, rest)
+        output, arguments = parse(name, command, rest)
         # Trainer prints its logs on stdout; there only the result belongs.
         with contextlib.redirect_stdout(sys.stderr):
             result = command.job(*arguments)
@@ -197,7 +197,7 @@ class _Parser(HfArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def _parse(name: str, command: Command, argv: Sequence[str]) -> tuple[OutputArguments, list[Any]]:
+def parse(name: str, command: Command, argv: Sequence[str]) -> tuple[OutputArguments, list[Any]]:
     """The arguments of a command, from the command line over a `--config` file."""
     for index, argument in enumerate(command.positional):
         if len(argv) > 2 * index and not argv[2 * index].startswith("-"):

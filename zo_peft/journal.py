@@ -131,7 +131,7 @@ class Journal:
         self._file: FileIO = path.open("xb", buffering=0)
         self._past: Iterator[Record] = iter(())
         self._end = 0
-        self._write(MAGIC + _framed(json.dumps(header).encode()))
+        self._write(MAGIC + framed(json.dumps(header).encode()))
 
     @classmethod
     def resumed(cls, source: Path, path: Path, keep: int | None = None) -> "Journal":
@@ -177,7 +177,7 @@ class Journal:
         Raises:
             UserError: the disk is full or fails; the journal is as it was.
         """
-        self._write(_framed(record.pack()))
+        self._write(framed(record.pack()))
 
     def sync(self) -> None:
         """Wait until all is on the disk itself."""
@@ -201,7 +201,8 @@ class Journal:
         self._end += len(content)
 
 
-def _framed(content: bytes) -> bytes:
+def framed(content: bytes) -> bytes:
+    """A frame around the content of a header or a record."""
     start = struct.pack("<II", len(content), crc32(content))
     return start + struct.pack("<I", crc32(start)) + content
 
