@@ -377,3 +377,67 @@ def test_parts_of_a_batch_combine_to_the_mean_of_their_gradients(strategy: str, 
     expected = np.mean([e.slope * vector(e.direction) for e in alone], axis=0)
     np.testing.assert_allclose(found.slope * vector(found.direction), expected, rtol=1e-9)
     np.testing.assert_allclose(found.losses, np.mean([e.losses for e in alone], axis=0))
+
+
+@given(
+    losses=st.lists(st.floats(-100, 100), min_size=4, max_size=8),
+    bad=st.sets(st.integers(0, 7), max_size=6),
+    value=st.sampled_from([np.nan, np.inf, -np.inf]),
+    weighting=st.sampled_from(["split", "loss"]),
+)
+def test_gv_without_bad_candidates_is_gv_of_the_others(
+    losses: list[float], bad: set[int], value: float, weighting: Weighting
+) -> None:
+    seeds = list(range(len(losses)))
+    kept = [seed for seed in seeds if seed not in bad]
+    given_losses = [value if seed in bad else losses[seed] for seed in seeds]
+    found = run_step(gv(seeds, EPS, 0.5, weighting, "reuse"), lambda _: given_losses)
+    if len(kept) < 2:
+        assert not np.isfinite(found.slope)
+        return
+    alone = run_step(
+        gv(kept, EPS, 0.5, weighting, "reuse"), lambda _: [losses[seed] for seed in kept]
+    )
+    assert (found.direction, found.slope, found.elite) == (
+        alone.direction,
+        alone.slope,
+        alone.elite,
+    )
+    assert found.loss == alone.loss
+
+
+def test_n_spsa_and_greedy_drop_what_is_not_finite() -> None:
+    losses = [1.0, 0.5, np.nan, 0.25, 2.0, 1.0]
+    found = run_step(n_spsa([1, 2, 3], EPS), lambda _: losses)
+    alone = run_step(n_spsa([1, 3], EPS), lambda _: [1.0, 0.5, 2.0, 1.0])
+    assert (found.direction, found.slope) == (alone.direction, alone.slope)
+    answers = iter([[np.nan, 0.5, -np.inf], [1.5]])
+    greedily = run_step(greedy([1, 2, 3], EPS, "reuse"), lambda _: next(answers))
+    assert (greedily.elite, greedily.slope) == (2, (0.5 - 1.5) / (2 * EPS))
+    assert greedily.loss == 1.0
+
+
+@pytest.mark.parametrize("probe", ["central", "reuse"])
+@pytest.mark.parametrize("strategy", ["mezo", "n-spsa", "greedy", "gv"])
+def test_nothing_finite_is_no_slope(strategy: str, probe: Any) -> None:
+    step = {
+        "mezo": lambda: mezo(1, EPS),
+        "n-spsa": lambda: n_spsa([1, 2], EPS),
+        "greedy": lambda: greedy([1, 2, 3], EPS, probe),
+        "gv": lambda: gv([1, 2, 3], EPS, 0.5, "loss", probe),
+    }[strategy]()
+    found = run_step(step, lambda points: [np.nan] * len(points))
+    assert not np.isfinite(found.slope)
+    assert found.loss == np.inf
+
+
+def test_parts_without_a_slope_do_not_count() -> None:
+    good, other = Estimate(Direction.of(1), 2.0, (1.0,)), Estimate(Direction.of(2), 4.0, (3.0,))
+    bad = Estimate(Direction.of(3), np.nan, (np.nan,))
+    found, alone = combine([good, bad, other]), combine([good, other])
+    assert (found.direction, found.slope, found.loss) == (
+        alone.direction,
+        alone.slope,
+        alone.loss,
+    )
+    assert not np.isfinite(combine([bad, bad]).slope)

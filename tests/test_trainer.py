@@ -25,11 +25,10 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BitsAndBytesConfig,
-    TrainerCallback,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from zo_peft import NonFiniteLossError, UserError, ZOConfig, ZOTrainer
+from zo_peft import UserError, ZOConfig, ZOTrainer
 from zo_peft.data import make_examples, read_rows
 from zo_peft.data.sampler import EpochSampler
 from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
@@ -242,7 +241,8 @@ def test_writes_safetensors_and_json_and_no_pickle(tmp_path: Path) -> None:
     trainer.save_model()
     files = {path.name for path in Path(trainer.args.output_dir).rglob("*") if path.is_file()}
     assert {"adapter_model.safetensors", "zo_state.safetensors", "trainer_state.json"} <= files
-    assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".md", ".jinja"}
+    suffixes = {Path(name).suffix for name in files - {"zo_journal"}}
+    assert suffixes <= {".safetensors", ".json", ".md", ".jinja"}
     texts = [
         path.read_text()
         for path in Path(trainer.args.output_dir).rglob("*")
@@ -265,7 +265,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path: Path) -> None:
     trainer = make(tmp_path, save_strategy="steps", save_steps=2)
     trainer.train()
     other = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match="of another base, adapter or noise"):
         make(tmp_path, other).train(
             resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-2"
         )
@@ -423,45 +423,6 @@ def test_a_prefix_starts_from_the_activations_of_real_tokens(
         prefixed = trainer.model(input_ids=rest, use_cache=False).logits
         behind_tokens = base(input_ids=torch.cat([chosen[0][None], rest], dim=1)).logits
     torch.testing.assert_close(prefixed, behind_tokens[:, len(chosen[0]) :], rtol=1e-4, atol=1e-4)
-
-
-class PoisonAt(TrainerCallback):
-    """Makes the objective return NaN from a step on."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-        self.trainer: ZOTrainer | None = None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.trainer is not None
-        if state.global_step == self.step:
-            losses = self.trainer.objective.losses
-            self.trainer.objective.losses = lambda model, batch: losses(model, batch) * torch.nan
-
-
-def test_a_nan_loss_stops_and_keeps_the_last_good_adapter(tmp_path: Path) -> None:
-    poison = PoisonAt(2)
-    trainer = make(tmp_path, callbacks=[poison])
-    poison.trainer = trainer
-    good = make(tmp_path / "good", max_steps=4)
-    good.add_callback(_StopAfter(2))
-    good.train()
-    with pytest.raises(
-        NonFiniteLossError, match=r"candidate 1 of 4.*step 2.*zo_eps=0\.01.*checkpoint-2"
-    ):
-        trainer.train()
-    assert same(adapter(good), adapter(trainer))
-    resumed = make(tmp_path)
-    resumed._load_from_checkpoint(f"{trainer.args.output_dir}/checkpoint-2")
-    assert same(adapter(good), adapter(resumed))
-
-
-class _StopAfter(TrainerCallback):
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step >= self.steps
 
 
 def test_loads_the_best_model_at_the_end(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def errors(
     """How far the loss is from a line along random noise, for each eps of the ladder.
 
     `|l(+) + l(-) - 2 l(0)| / |l(+) - l(-)|`, both root mean square over parts and directions. It is
-    0 for a line; infinite where no displacement makes a difference.
+    0 for a line; infinite where no displacement makes a difference, or a loss is not finite.
     `1 + 2 * len(ladder) * directions` forward passes.
 
     Args:
@@ -70,7 +70,8 @@ def errors(
             rung = index % len(ladder)
             even[rung] += (plus + minus - 2 * start) ** 2
             odd[rung] += (plus - minus) ** 2
-    return [math.sqrt(e / o) if o else math.inf for e, o in zip(even, odd)]
+    ratios = (math.sqrt(e / o) if o else math.inf for e, o in zip(even, odd))
+    return [ratio if math.isfinite(ratio) else math.inf for ratio in ratios]
 
 
 def choose(

@@ -1,5 +1,6 @@
 """The state of a run beside its adapter, as safetensors and JSON; nothing is pickled."""
 
+import contextlib
 import json
 import random
 from collections.abc import Mapping
@@ -11,6 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from zo_peft.errors import UserError
 
@@ -19,25 +23,63 @@ STATE_NAME = "zo_state.json"
 RNG_NAME = "zo_rng_state.json"
 
 
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name, in one piece: a reader sees the old file or the new one.
+
+    Raises:
+        UserError: the disk is full or may not be written.
+    """
+    # The tensors may be views into one buffer, which safetensors refuses.
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        save_file(copies, unfinished)
+        unfinished.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path.parent.name}/{path.name} cannot be written: {error}. Earlier checkpoints and "
+            "the journal are safe; make room and go on with --resume_from_checkpoint True"
+        ) from error
+
+
 def save_state(folder: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write tensors by name and a JSON state into `folder`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    # The tensors may be views into one buffer, which safetensors refuses.
-    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    save_file(copies, Path(folder) / TENSORS_NAME)
+    save_tensors(Path(folder) / TENSORS_NAME, tensors)
     (Path(folder) / STATE_NAME).write_text(json.dumps(state, indent=2))
 
 
-def load_tensors(folder: str) -> dict[str, Tensor]:
-    """The tensors of `save_state`, on the CPU.
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of `save_tensors`, on the CPU.
 
     Raises:
         UserError: they are missing or damaged.
     """
     try:
-        return load_file(Path(folder) / TENSORS_NAME)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise _no_checkpoint(folder, TENSORS_NAME, error) from error
+        raise _unreadable(path, error) from error
+
+
+def step_of(folder: str) -> int:
+    """The step at which a checkpoint was saved.
+
+    Raises:
+        UserError: it is not whole; what is read here is written last.
+    """
+    try:
+        return TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME)).global_step
+    except (OSError, ValueError, TypeError) as error:
+        raise _unreadable(Path(folder) / TRAINER_STATE_NAME, error) from error
+
+
+def last_whole(folder: Path) -> str | None:
+    """The last checkpoint in a folder that was written to its end; None without one."""
+    found: dict[int, str] = {}
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        with contextlib.suppress(UserError):
+            found[step_of(str(path))] = str(path)
+    return found[max(found)] if found else None
 
 
 def load_state(folder: str) -> dict[str, Any]:
@@ -53,13 +95,13 @@ def _read_json(folder: str, name: str) -> dict[str, Any]:
     try:
         return json.loads((Path(folder) / name).read_text())
     except (OSError, ValueError) as error:
-        raise _no_checkpoint(folder, name, error) from error
+        raise _unreadable(Path(folder) / name, error) from error
 
 
-def _no_checkpoint(folder: str, name: str, error: Exception) -> UserError:
+def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"{Path(folder).name}/{name} cannot be read ({type(error).__name__}); resume from a "
-        "checkpoint-N folder that ZOTrainer wrote whole"
+        f"{path.parent.name}/{path.name} cannot be read ({type(error).__name__}); resume from a "
+        "checkpoint-N folder that ZOTrainer wrote whole, or with resume_from_checkpoint=True"
     )
 
 

@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import errno
 import json
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,7 +16,7 @@ import datasets
 import yaml
 from transformers import HfArgumentParser
 
-from zo_peft import compare, reproduce, run
+from zo_peft import compare, replay, reproduce, run
 from zo_peft.arguments import DataArguments, ModelArguments
 from zo_peft.config import StrategyName, ZOConfig
 from zo_peft.demo import FORWARD_PASSES, LOAD, demo
@@ -27,6 +29,8 @@ usage: zo-peft COMMAND [options]
   evaluate   measure an adapter, or a base on a benchmark task
   compare    train with several strategies, gradients among them, side by side
   reproduce  a row of the paper's tables, with its settings, grid and seeds
+  replay     rebuild what a run tuned from its journal, without data
+  journal    show a journal: `zo-peft journal show out/zo_journal`
   demo       tune a LoRA on the embedded model, offline
 
 zo-peft COMMAND --help lists a command's options; --config FILE.yaml gives them in a file."""
@@ -97,12 +101,16 @@ class Command:
 
     Attributes:
         trains: further arguments are options of `train`, which the job takes as a list.
+        positional: names of arguments that may come first without their names.
+        json: the result as JSON.
     """
 
     job: Callable[..., dict[str, Any]]
     arguments: tuple[type, ...]
     text: Callable[[dict[str, Any]], str]
     trains: bool = False
+    positional: tuple[str, ...] = ()
+    json: Callable[[dict[str, Any]], str] = json.dumps
 
 
 RUN = (ModelArguments, DataArguments, ZOConfig)
@@ -114,30 +122,72 @@ COMMANDS = {
     "reproduce": Command(
         reproduce.reproduce, (reproduce.ReproduceArguments,), reproduce.text, True
     ),
+    "replay": Command(
+        replay.replay,
+        (ModelArguments, replay.ReplayArguments),
+        replay.replay_text,
+        positional=("journal",),
+    ),
+    "journal": Command(
+        replay.show,
+        (replay.ShowArguments,),
+        replay.show_text,
+        positional=("action", "journal"),
+        json=replay.show_json,
+    ),
     "demo": Command(_demo, (DemoArguments,), _demo_text),
 }
 
 
+#: How a command goes on that was stopped.
+GOES_ON = {
+    "train": "; to go on, give the same command with --resume_from_checkpoint True",
+    "compare": "; to go on, give the same command again",
+    "reproduce": "; to go on, give the same command again",
+}
+
+#: Errors of a disk that is full or may not be written.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 for a mistake of the user's."""
+    """Run a command; returns the exit code: 0, 2 for a mistake of the user's, 130 if stopped."""
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if name not in COMMANDS:
         known = name in ("-h", "--help")
         print(USAGE, file=sys.stdout if known else sys.stderr)
         return 0 if known else 2
     command = COMMANDS[name]
+    before = signal.signal(signal.SIGTERM, _interrupt)
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
-        output, arguments = _parse(name, command, rest)
+        output, arguments = parse(name, command, rest)
         # Trainer prints its logs on stdout; there only the result belongs.
         with contextlib.redirect_stdout(sys.stderr):
             result = command.job(*arguments)
     except UserError as error:
         print(f"zo-peft: error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(result) if output.json else command.text(result))
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        where = Path(error.filename).name if error.filename else "the output folder"
+        message = f"{where} cannot be written: {error.strerror}"
+        print(f"zo-peft: error: {message}{GOES_ON.get(name, '')}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"zo-peft: stopped{GOES_ON.get(name, '')}", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(command.json(result) if output.json else command.text(result))
     return 0
+
+
+def _interrupt(signum: int, frame: Any) -> NoReturn:
+    """SIGTERM, by which machines are taken away, ends a command as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 class _Parser(HfArgumentParser):
@@ -147,8 +197,11 @@ class _Parser(HfArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def _parse(name: str, command: Command, argv: Sequence[str]) -> tuple[OutputArguments, list[Any]]:
+def parse(name: str, command: Command, argv: Sequence[str]) -> tuple[OutputArguments, list[Any]]:
     """The arguments of a command, from the command line over a `--config` file."""
+    for index, argument in enumerate(command.positional):
+        if len(argv) > 2 * index and not argv[2 * index].startswith("-"):
+            argv = [*argv[: 2 * index], f"--{argument}", *argv[2 * index :]]
     parser = _Parser(
         (OutputArguments, *command.arguments),
         prog=f"zo-peft {name}",

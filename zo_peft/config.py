@@ -198,6 +198,13 @@ class ZOConfig(TrainingArguments):
             "are near a line and above rounding, measured at the start and as training goes on."
         },
     )
+    max_slope: float = field(
+        default=100.0,
+        metadata={
+            "help": "Skip an update whose slope is more than so many times the median of the last "
+            "ones. Ten skipped updates in a row end the run."
+        },
+    )
     noise: Distribution = field(
         default="rademacher",
         metadata={
@@ -381,6 +388,8 @@ def _check(config: ZOConfig) -> None:
             raise UserError(f"{name}={value}; it must be positive and finite")
     if not 0 <= config.momentum < 1:
         raise UserError(f"momentum={config.momentum}; it must be at least 0 and below 1")
+    if not config.max_slope > 0:
+        raise UserError(f"max_slope={config.max_slope}; it must be positive")
     if not 0 <= config.temperature < math.inf:
         raise UserError(f"temperature={config.temperature}; it must be 0 or more")
     if not 0 < config.top_p <= 1:

@@ -6,4 +6,4 @@ class UserError(ValueError):
 
 
 class NonFiniteLossError(UserError):
-    """A candidate's loss is NaN or infinite; the adapter holds its last good values."""
+    """Too many losses in a row were of no use; the adapter holds its last good values."""

@@ -26,7 +26,7 @@ class Evaluation:
     Attributes:
         losses: mean over a part's examples, [G][M].
         spread: standard deviation of a part's losses over the displacements, root mean square over
-            the parts; 0 for one displacement.
+            the parts (whose losses are finite); 0 for one displacement.
         example_spread: the same of one example's losses.
     """
 
@@ -125,9 +125,11 @@ class Evaluator:
             return Evaluation(means.T.tolist(), 0.0, 0.0)
         spreads = [values.var(dim=0).mean().sqrt() for values in (means, losses)]
         numbers = torch.cat([means.T.flatten(), torch.stack(spreads)]).tolist()
-        spread, example_spread = numbers[-2:]
+        *flat, spread, example_spread = numbers
+        if not math.isfinite(spread + example_spread):
+            spread, example_spread = (_finite_spread(values) for values in (means, losses))
         return Evaluation(
-            [numbers[start : start + count] for start in range(0, count * parts, count)],
+            [flat[start : start + count] for start in range(0, count * parts, count)],
             spread,
             example_spread,
         )
@@ -207,3 +209,9 @@ class Evaluator:
             UserWarning,
             stacklevel=2,
         )
+
+
+def _finite_spread(values: Tensor) -> float:
+    """The standard deviation down the columns of [M, N], of those that are finite throughout."""
+    finite = values[:, values.isfinite().all(dim=0)]
+    return finite.var(dim=0).mean().sqrt().item() if finite.numel() else 0.0

@@ -15,6 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+#: Names what makes the numbers of a seed; another generator would have another name.
+GENERATOR = "philox4x32-10"
+
 Distribution = Literal["gaussian", "rademacher"]
 
 #: Numbers that one 128-bit counter yields: four of 32 bits, or one for each bit.

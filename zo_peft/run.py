@@ -94,6 +94,8 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         "eval_loss_before": before.get("eval_loss"),
         "eval_loss_after": after.get("eval_loss"),
         "tuned_parameters": trainer.tuned_numel,
+        "non_finite": trainer.non_finite,
+        "skipped": trainer.skipped,
         "calibrations": [asdict(calibration) for calibration in trainer.calibrations],
         "settings": settings(model, data, args),
     }
@@ -171,7 +173,10 @@ def _trainer(
         revision=model.model_revision,
         trust_remote_code=model.trust_remote_code,
     )
-    base: PreTrainedModel | PeftModel = _base(model, args.tune, train or evaluation or [])
+    num_labels = None
+    if model.task_type == "SEQ_CLS":
+        num_labels = 1 + max(example["label"] for example in train or evaluation or [])
+    base: PreTrainedModel | PeftModel = load(model, args.tune, num_labels)
     if model.adapter_name_or_path is not None:
         if args.tune == "scales":
             load_scales(base, model.adapter_name_or_path)
@@ -193,10 +198,12 @@ def _trainer(
     )
 
 
-def _base(model: ModelArguments, tune: str, examples: list[Row]) -> PreTrainedModel:
-    num_labels = None
-    if model.task_type == "SEQ_CLS":
-        num_labels = 1 + max(example["label"] for example in examples)
+def load(model: ModelArguments, tune: str, num_labels: int | None) -> PreTrainedModel:
+    """The base, quantized as asked, after a check that it can be tuned so.
+
+    Raises:
+        UserError: it cannot.
+    """
     compute_dtype = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
     quantization = quantization_config(
         model.load_in_8bit, model.load_in_4bit, compute_dtype, num_labels is not None

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -16,9 +17,16 @@ SCALES_NAME = "zo_scales.safetensors"
 
 
 def base_hash(model: nn.Module) -> str:
-    """A hash of all tensors of the model's state dict, names and bits, wherever they lie."""
+    """A hash of the tensors of the model's state dict, names and bits, wherever they lie.
+
+    Those of an adapter that are trained are left out.
+    """
     digest = hashlib.blake2b(digest_size=16)
+    named = model.named_parameters() if isinstance(model, PeftModel) else ()
+    trained = {name for name, parameter in named if parameter.requires_grad}
     for name, tensor in sorted(model.state_dict().items()):
+        if name in trained:
+            continue
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(memoryview(bits.numpy()))

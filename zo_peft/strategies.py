@@ -25,7 +25,7 @@ class Estimate:
 
     Attributes:
         direction: `v`; the step of plain SGD is `-learning_rate * slope * v`.
-        slope: the projected gradient along `v`.
+        slope: the projected gradient along `v`; not finite where too few losses were to tell.
         losses: every loss of the step, in the order it was asked for.
         elite: seed of the candidate with the lowest loss; None where nothing is selected.
         spread: standard deviation of the candidates' batch losses, over eps.
@@ -42,8 +42,19 @@ class Estimate:
 
     @property
     def loss(self) -> float:
-        """Mean of the step's losses: the batch loss at `theta`, blurred over eps."""
-        return sum(self.losses) / len(self.losses)
+        """Mean of the step's finite losses: the batch loss at `theta`, blurred over eps."""
+        return mean_of_finite(self.losses)
+
+
+def mean_of_finite(losses: Sequence[float]) -> float:
+    """The mean of those that are finite; infinite where none is."""
+    finite = [losses[index] for index in _finite(losses)]
+    return sum(finite) / len(finite) if finite else math.inf
+
+
+def _finite(values: Sequence[float]) -> list[int]:
+    """The indices of values that are finite."""
+    return [index for index, value in enumerate(values) if math.isfinite(value)]
 
 
 Step = Generator[list[Direction], Sequence[float], Estimate]
@@ -78,21 +89,23 @@ def combine(estimates: Sequence[Estimate]) -> Estimate:
     """The mean of the gradients `slope * direction` of equal parts of a batch.
 
     The slope is the length of the vector of the parts' shares; as with `n_spsa`, only its product
-    with the direction is an estimate of the gradient. Losses are means over the parts.
+    with the direction is an estimate of the gradient. Losses are means over the parts. Parts whose
+    slope is not finite do not count.
     """
     if len(estimates) == 1:
         return estimates[0]
-    shares = [estimate.slope / len(estimates) for estimate in estimates]
-    slope = math.hypot(*shares)
+    kept = [estimates[index] for index in _finite([estimate.slope for estimate in estimates])]
+    shares = [estimate.slope / len(kept) for estimate in kept]
+    slope = math.hypot(*shares) if kept else math.nan
     terms = (
         (share / slope if slope else 0.0) * estimate.direction
-        for share, estimate in zip(shares, estimates)
+        for share, estimate in zip(shares, kept)
     )
     losses = zip(*(estimate.losses for estimate in estimates))
     return Estimate(
         Direction(tuple(term for direction in terms for term in direction.terms)),
         slope,
-        tuple(sum(parts) / len(parts) for parts in losses),
+        tuple(mean_of_finite(parts) for parts in losses),
     )
 
 
@@ -107,15 +120,17 @@ def n_spsa(seeds: Sequence[int], eps: float) -> Step:
     """The mean of q central differences (arXiv:2601.04710, eq. 1). 2q passes.
 
     `slope * direction` equals `mean_i(g_i z_i)`; the slope itself is the root mean square of the
-    g_i, so that it can be read beside MeZO's.
+    g_i, so that it can be read beside MeZO's. A g_i that is not finite is dropped.
     """
     points = [sign * eps * Direction.of(seed) for seed in seeds for sign in (1.0, -1.0)]
     losses = yield points
-    slopes = [(plus - minus) / (2 * eps) for plus, minus in zip(losses[::2], losses[1::2])]
-    q = len(slopes)
-    slope = math.sqrt(sum(g * g for g in slopes) / q)
+    all_slopes = [(plus - minus) / (2 * eps) for plus, minus in zip(losses[::2], losses[1::2])]
+    kept = _finite(all_slopes)
+    slopes, q = [all_slopes[index] for index in kept], len(kept)
+    slope = math.sqrt(sum(g * g for g in slopes) / q) if q else math.nan
     weights = [g / (q * slope) if slope else 0.0 for g in slopes]
-    return Estimate(Direction.combine(seeds, weights), slope, tuple(losses))
+    v = Direction.combine([seeds[index] for index in kept], weights)
+    return Estimate(v, slope, tuple(losses))
 
 
 def greedy(seeds: Sequence[int], eps: float, probe: Probe) -> Step:
@@ -125,7 +140,7 @@ def greedy(seeds: Sequence[int], eps: float, probe: Probe) -> Step:
     the selection, where it is already known: M + 1 passes, the same numbers.
     """
     losses = yield [eps * Direction.of(seed) for seed in seeds]
-    best = min(range(len(seeds)), key=losses.__getitem__)
+    best = min(_finite(losses) or range(len(seeds)), key=losses.__getitem__)
     z = Direction.of(seeds[best])
     if probe == "reuse":
         probes = yield [-eps * z]
@@ -138,7 +153,8 @@ def greedy(seeds: Sequence[int], eps: float, probe: Probe) -> Step:
 def split_weights(losses: Sequence[float], elite_fraction: float) -> list[float]:
     """Mean of the `floor(alpha M)` lowest minus mean of the rest (arXiv:2601.04710, eq. 5)."""
     order = sorted(range(len(losses)), key=losses.__getitem__)
-    top = math.floor(elite_fraction * len(losses))
+    # Where candidates were dropped, the lowest is still above the others.
+    top = max(1, math.floor(elite_fraction * len(losses)))
     weights = [0.0] * len(losses)
     for rank, index in enumerate(order):
         weights[index] = 1 / top if rank < top else -1 / (len(losses) - top)
@@ -148,7 +164,7 @@ def split_weights(losses: Sequence[float], elite_fraction: float) -> list[float]
 def loss_weights(losses: Sequence[float]) -> list[float]:
     """Weights in proportion to `mean - l_i`, of unit length, so that `v` is as long as one `z`."""
     gains = [losses[0] - loss for loss in losses]  # exactly zero where all are equal
-    mean = sum(gains) / len(gains)
+    mean = sum(gains) / max(1, len(gains))
     length = math.sqrt(sum((gain - mean) ** 2 for gain in gains))
     return [(gain - mean) / length if length else 0.0 for gain in gains]
 
@@ -161,18 +177,19 @@ def gv(
     As published: `weighting="split"`, `probe="central"` (eq. 5, 6), M + 2 passes.
     `weighting="loss"` weights each candidate by how far its loss is from the mean.
     `probe="reuse"` reads the slope off the candidates' own losses: with `v = sum w_i z_i` and
-    `sum w_i = 0`, `v . grad = sum w_i l_i / eps` to first order in eps. M passes.
+    `sum w_i = 0`, `v . grad = sum w_i l_i / eps` to first order in eps. M passes. Candidates whose
+    loss is not finite are dropped; of fewer than two nothing can be told.
     """
     losses = yield [eps * Direction.of(seed) for seed in seeds]
-    if weighting == "split":
-        weights = split_weights(losses, elite_fraction)
+    kept = _finite(losses)
+    own = [losses[index] for index in kept]
+    weights = split_weights(own, elite_fraction) if weighting == "split" else loss_weights(own)
+    v = Direction.combine([seeds[index] for index in kept], weights)
+    elite = seeds[min(kept or range(len(seeds)), key=losses.__getitem__)]
+    if probe == "central":
+        probes = yield [eps * v, -eps * v]
+        slope = (probes[0] - probes[1]) / (2 * eps)
     else:
-        weights = loss_weights(losses)
-    v = Direction.combine(seeds, weights)
-    elite = seeds[min(range(len(seeds)), key=losses.__getitem__)]
-    if probe == "reuse":
-        mean = sum(losses) / len(losses)
-        slope = sum(w * (loss - mean) for w, loss in zip(weights, losses)) / eps
-        return Estimate(v, slope, tuple(losses), elite)
-    plus, minus = yield [eps * v, -eps * v]
-    return Estimate(v, (plus - minus) / (2 * eps), (*losses, plus, minus), elite)
+        probes, mean = (), mean_of_finite(own)
+        slope = sum(w * (loss - mean) for w, loss in zip(weights, own)) / eps
+    return Estimate(v, slope if len(kept) > 1 else math.nan, (*losses, *probes), elite)

@@ -1,35 +1,46 @@
 """`ZOTrainer`: transformers' Trainer with a forward-only step."""
 
 import math
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from zo_peft import calibrate, checkpoint, strategies
 from zo_peft.base_trainer import BaseTrainer
-from zo_peft.config import ZOConfig
 from zo_peft.direction import Direction
 from zo_peft.errors import NonFiniteLossError, UserError
 from zo_peft.evaluators import Evaluation, Evaluator
-from zo_peft.loading import peft_config_of, tuned_parameters
+from zo_peft.journal import INITIAL_NAME, JOURNAL_NAME, Journal, Record
+from zo_peft.loading import classifies, peft_config_of
 from zo_peft.low_rank import LowRank
-from zo_peft.noise import derive_seed
+from zo_peft.method import (
+    adapter_settings,
+    estimate_of,
+    identity,
+    load_trained,
+    rule_of,
+    space_of,
+    trained,
+)
+from zo_peft.noise import GENERATOR, derive_seed
 from zo_peft.objectives import Batch, SequenceObjective
 from zo_peft.rewards import RewardObjective
 from zo_peft.scales import base_hash, save_scales
-from zo_peft.spaces import AdapterSpace, BaseSpace, Space, choose, find_scales, find_weights
+from zo_peft.spaces import AdapterSpace, BaseSpace
+from zo_peft.strategies import Estimate
 from zo_peft.trunk import compile_frozen_parts
-from zo_peft.updates import AUTOMATIC, RULES, Backoff
+from zo_peft.updates import AUTOMATIC, Backoff
 
 #: Learning rates of plain SGD by adapter type (docs/efficiency.md), LORA's for any other; and of
 #: scales and weights.
@@ -45,6 +56,9 @@ SGD_LEARNING_RATES: dict[str, float] = {
 #: How far a random walk of all steps would move the loss of an example, in nats, with the automatic
 #: learning rate (docs/efficiency.md).
 WALK = 0.87
+
+#: Updates skipped in a row that end a run; slopes that `max_slope` looks back on, and the fewest.
+SKIPPED, SLOPES, FEWEST_SLOPES = 10, 101, 20
 
 #: Before the names of the update rule's tensors in a checkpoint.
 RULE_PREFIX = "update_rule."
@@ -63,6 +77,10 @@ class ZOTrainer(BaseTrainer):
     """Tunes a PEFT adapter or the base with forward passes only; else a `transformers.Trainer`.
 
     See `BaseTrainer` for the arguments.
+
+    Attributes:
+        non_finite: losses so far that were NaN or infinite, and dropped.
+        skipped: updates so far that were skipped.
     """
 
     trains = True
@@ -71,7 +89,7 @@ class ZOTrainer(BaseTrainer):
         """The space, the evaluator and the state of the steps."""
         model, args = self.model, self.args
         self.base_hash = None if args.tune == "adapter" else base_hash(model)
-        self.space = _space(model, args)
+        self.space = space_of(model, **self._space_settings())
         self.evaluator = Evaluator(model, self.space, self.objective, args.candidates_per_forward)
         if args.torch_compile:
             options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
@@ -80,8 +98,11 @@ class ZOTrainer(BaseTrainer):
         self._eps = args.zo_eps or 0.0
         self._elite: int | None = None
         self._slope = 0.0
+        self._slopes: list[float] = []
+        self.non_finite = self.skipped = self._skipped_in_a_row = 0
         self._backoff = Backoff()
         self.calibrations: list[Calibration] = []
+        self._journal: Journal
 
     @property
     def forward_passes(self) -> int:
@@ -98,6 +119,69 @@ class ZOTrainer(BaseTrainer):
         """How many numbers are tuned."""
         return self.space.numel
 
+    # ---- The journal ----------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As in Trainer; every update is in the journal before it is made.
+
+        Args:
+            resume_from_checkpoint: True: go on from the end of the journal in `output_dir`, if
+                there is one; steps behind the last checkpoint are made again from the journal,
+                without forward passes. The folder of a checkpoint: go on from there; what the
+                journal has behind it is dropped (`zo_journal.old` keeps it).
+
+        Raises:
+            UserError: the journal or the checkpoint is damaged, or of another run.
+        """
+        resumed = self._open_journal(resume_from_checkpoint)
+        try:
+            return super().train(resumed, trial, ignore_keys_for_eval)
+        finally:
+            self._journal.close()
+
+    def _open_journal(self, resume: str | bool | None) -> str | None:
+        """Start or take up the journal; returns the checkpoint to go on from."""
+        folder = Path(self.args.output_dir)
+        header = {
+            "base": identity(self.model),
+            "num_labels": self.model.config.num_labels if classifies(self.model) else None,
+            "adapter": adapter_settings(self.model),
+            "seed": self.args.seed,
+            "generator": GENERATOR,
+            "space": self._space_settings(),
+            "rule": self._rule_settings(),
+        }
+        last = str(resume).lower() == "true"
+        path = (folder if last or not resume else Path(str(resume)).parent) / JOURNAL_NAME
+        if not resume or (last and not path.exists()):
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.save_tensors(folder / INITIAL_NAME, self._starting_values())
+            self._journal = Journal(folder / JOURNAL_NAME, header)
+            return None
+        start = checkpoint.last_whole(folder) if last else str(resume)
+        step = 0 if start is None else checkpoint.step_of(start)
+        self._journal = Journal.resumed(path, folder / JOURNAL_NAME, None if last else step)
+        if self._journal.header != header:
+            raise UserError(
+                f"{path.parent.name}/{JOURNAL_NAME} is of another base, adapter or noise; resume "
+                "with the model and the settings of that run, or give another output_dir"
+            )
+        initial = path.with_name(INITIAL_NAME)
+        if start is None:
+            self._load_trained(checkpoint.load_tensors(initial))
+        elif path.parent != folder:
+            shutil.copyfile(initial, folder / INITIAL_NAME)
+        return start
+
+    def _starting_values(self) -> dict[str, Tensor]:
+        """All that is trained; of weights nothing, for these the base itself holds."""
+        return {} if self.args.tune == "weights" else self._trained()
+
     # ---- The step -------------------------------------------------------------------------------
 
     def get_batch_samples(
@@ -113,44 +197,130 @@ class ZOTrainer(BaseTrainer):
         """Estimate the step's direction and slope, on its last micro-batch; returns the loss.
 
         Raises:
-            NonFiniteLossError: a candidate's loss is NaN or infinite.
+            NonFiniteLossError: ten updates in a row were skipped.
         """
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         model.eval()
+        step = self.state.global_step
         if isinstance(self.space.noise, LowRank):
-            drawn = self.state.global_step // (self.args.basis_steps or 1)
+            drawn = step // (self.args.basis_steps or 1)
             self.space.noise.basis_seed = derive_seed(self.args.seed, drawn, -2)
+        known = self._journal.past(step)
+        estimate, chosen = self._measured() if known is None else self._known(known)
+        skipped = "skipped" in chosen
+        self._elite, self._slope = estimate.elite, estimate.slope
+        self.non_finite += chosen.get("non_finite", 0)
+        self.skipped += skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        self.update_rule.estimate = None if skipped else estimate
+        if not skipped:
+            self._slopes = [*self._slopes, abs(estimate.slope)][-SLOPES:]
+            self._shorten(estimate.loss)
+        record = self._record(estimate, chosen)
+        if known is None:
+            self._journal.append(record)
+        elif record != known:
+            raise UserError(
+                f"step {step} of the journal was made with other settings; resume with those of "
+                "the run, or from a checkpoint by its name"
+            )
+        if skipped:
+            self._say(f"skipped: {chosen['skipped']}")
+        if self._skipped_in_a_row == SKIPPED:
+            raise self._broken(chosen["skipped"])
+        self._end_in_time()
+        return torch.tensor(estimate.loss, device=self.args.device)
+
+    def _measured(self) -> tuple[Estimate, dict[str, Any]]:
+        """What the candidates' losses say, and what was chosen before."""
         if isinstance(self.objective, RewardObjective):
             self.objective.seed = derive_seed(self.args.seed, self.state.global_step, -3)
         batches = [self._prepare_inputs(batch) for batch in self._micro_batches]
         parts = self.evaluator.parts(batches) if self.args.per_example_noise else 1
+        chosen: dict[str, Any] = {}
         if self.args.zo_eps is None and self.state.global_step in calibrate.steps(
             self.state.max_steps
         ):
-            self._calibrate(batches, parts)
+            chosen["calibration"] = asdict(self._calibrated(batches, parts))
+            self._adopt(chosen)
         steps = [self._strategy_step(*((part,) if parts > 1 else ())) for part in range(parts)]
         evaluations: list[Evaluation] = []
 
         def evaluate(points: Sequence[Sequence[Direction]]) -> Sequence[Sequence[float]]:
-            evaluations.append(self._evaluated(points, batches))
+            evaluations.append(self.evaluator.evaluate(points, batches))
             return evaluations[-1].losses
 
         estimate = strategies.combine(strategies.run_steps(steps, evaluate))
-        self._elite, self._slope = estimate.elite, estimate.slope
-        self.update_rule.estimate = replace(
-            estimate,
-            spread=evaluations[0].spread / self._eps,
-            sensitivity=evaluations[0].example_spread / self._eps,
-        )
-        self._watch(estimate.loss)
-        return torch.tensor(estimate.loss, device=self.args.device)
+        losses = [loss for found in evaluations for part in found.losses for loss in part]
+        bad = sum(not math.isfinite(loss) for loss in losses)
+        if bad:
+            chosen["non_finite"] = bad
+        if reason := self._doubt(estimate, bad, len(losses)):
+            chosen["skipped"] = reason
+            return Estimate(Direction(), 0.0, estimate.losses), chosen
+        spreads = (evaluations[0].spread, evaluations[0].example_spread)
+        spread, sensitivity = (value / self._eps for value in spreads)
+        return replace(estimate, spread=spread, sensitivity=sensitivity), chosen
 
-    def _watch(self, loss: float) -> None:
-        """Shorter steps where the loss rises, and an end where the budget would be passed."""
+    def _doubt(self, estimate: Estimate, bad: int, count: int) -> str | None:
+        """Why an estimate is not to be followed."""
+        if not math.isfinite(estimate.slope):
+            return f"{bad} of {count} losses are not finite"
+        if len(self._slopes) < FEWEST_SLOPES:
+            return None
+        usual = median(self._slopes)
+        if abs(estimate.slope) <= self.args.max_slope * usual:
+            return None
+        return (
+            f"the slope {estimate.slope:.3g} is more than max_slope={self.args.max_slope:g} times "
+            f"the median {usual:.3g} of the last {len(self._slopes)}"
+        )
+
+    def _known(self, record: Record) -> tuple[Estimate, dict[str, Any]]:
+        """The same from the journal, without a forward."""
+        self.evaluator.forward_passes = record.forward_passes
+        self.evaluator.examples_forwarded = record.examples_forwarded
+        self._adopt(record.chosen)
+        return estimate_of(record), record.chosen
+
+    def _adopt(self, chosen: dict[str, Any]) -> None:
+        if "calibration" not in chosen:
+            return
+        calibration = Calibration(**chosen["calibration"])
+        self.calibrations.append(calibration)
+        if self._eps != calibration.zo_eps:
+            # Losses are those of the candidates: further away they are others.
+            self._backoff = Backoff()
+        self._eps = calibration.zo_eps
+
+    def _record(self, estimate: Estimate, chosen: dict[str, Any]) -> Record:
+        noise = self.space.noise
+        return Record(
+            self.state.global_step,
+            self.update_rule.param_groups[0]["lr"],
+            self.update_rule.backoff,
+            estimate.slope,
+            estimate.spread,
+            estimate.sensitivity,
+            estimate.loss,
+            self._eps,
+            self.evaluator.forward_passes,
+            self.evaluator.examples_forwarded,
+            estimate.direction,
+            estimate.elite,
+            noise.basis_seed if isinstance(noise, LowRank) else 0,
+            chosen,
+        )
+
+    def _shorten(self, loss: float) -> None:
+        """Shorter steps where the loss rises."""
         if self.update_rule.automatic and self._backoff(loss) < 1:
             self.update_rule.backoff *= 0.5
             self._say(f"the loss rises: steps are {self.update_rule.backoff:g} times as long now")
+
+    def _end_in_time(self) -> None:
+        """Stop where another step would go beyond the budget."""
         budget = self.args.max_forward_passes
         if budget is not None:
             left = budget - self.evaluator.forward_passes
@@ -159,7 +329,7 @@ class ZOTrainer(BaseTrainer):
     def _say(self, message: str) -> None:
         tqdm.write(f"step {self.state.global_step}: {message}", file=sys.stderr)
 
-    def _calibrate(self, batches: Sequence[Batch], parts: int) -> None:
+    def _calibrated(self, batches: Sequence[Batch], parts: int) -> Calibration:
         """Choose eps by `zo_peft.calibrate`, from the whole ladder or around what it is."""
         ladder = [self._eps * factor for factor in calibrate.NEIGHBOURS]
         if not self._eps:
@@ -179,22 +349,16 @@ class ZOTrainer(BaseTrainer):
         if evaluator is not self.evaluator:
             self.evaluator.forward_passes += evaluator.forward_passes
             self.evaluator.examples_forwarded += evaluator.examples_forwarded
-        before = self._eps
-        self._eps, error = calibrate.choose(ladder, found, tolerance)
+        eps, error = calibrate.choose(ladder, found, tolerance)
         if evaluator is not self.evaluator and 0 < error < tolerance:
             # The error grows with eps. So does what a jump says of the slope, over its own noise.
             grown = min(tolerance / error, calibrate.NEIGHBOURS[-1])
-            self._eps, error = self._eps * grown, error * grown
-        if self._eps != before:
-            # Losses are those of the candidates: further away they are others.
-            self._backoff = Backoff()
-        spent = self.evaluator.forward_passes
-        self.calibrations.append(Calibration(spent, self._eps, error))
+            eps, error = eps * grown, error * grown
         tried = f"of {len(ladder)} from {ladder[0]:.0e} to {ladder[-1]:.0e}"
         self._say(
-            f"zo_eps={self._eps:.1e}, the largest {tried} where losses are within "
-            f"{error:.0%} of a line"
+            f"zo_eps={eps:.1e}, the largest {tried} where losses are within {error:.0%} of a line"
         )
+        return Calibration(self.evaluator.forward_passes, eps, error)
 
     def _strategy_step(self, *part: int) -> strategies.Step:
         args, eps, step = self.args, self._eps, self.state.global_step
@@ -210,26 +374,22 @@ class ZOTrainer(BaseTrainer):
             return strategies.greedy(seeds, eps, args.probe)
         return strategies.gv(seeds, eps, args.elite_fraction, args.weighting, args.probe)
 
-    def _evaluated(
-        self, points: Sequence[Sequence[Direction]], batches: Sequence[Batch]
-    ) -> Evaluation:
-        evaluation = self.evaluator.evaluate(points, batches)
-        for losses in evaluation.losses:
-            for number, loss in enumerate(losses, start=1):
-                if not math.isfinite(loss):
-                    what = f"candidate {number} of {len(losses)} has the loss {loss}"
-                    raise self._non_finite(what)
-        return evaluation
-
-    def _non_finite(self, what: str) -> NonFiniteLossError:
-        """The error to raise; the adapter before this step is saved as a checkpoint first."""
-        step, kept = self.state.global_step, "the adapter is as it was at the start"
-        if step > 0:
-            self._save_checkpoint(self.model, trial=None)
-            kept = f"the last good adapter is in checkpoint-{step}"
+    def _broken(self, why: str) -> NonFiniteLossError:
+        """The error that ends a run of skipped updates; the last good state is saved first."""
+        step = self.state.global_step
+        batches = [self._prepare_inputs(batch) for batch in self._micro_batches]
+        here = self.evaluator([Direction()], batches)[0]
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if math.isfinite(here):
+            advice = f"undisturbed the loss is {here:.4g}: lower zo_eps"
+        elif base.dtype == torch.float16:
+            advice = "float16 overflows: load the model in bfloat16 or float32"
+        else:
+            advice = "the loss has diverged: lower learning_rate"
+        self._save_checkpoint(self.model, trial=None)
         return NonFiniteLossError(
-            f"{what} at step {step} with zo_eps={self._eps:g}; {kept}. Lower learning_rate or "
-            "zo_eps; load a float16 model as bfloat16 or float32"
+            f"{SKIPPED} updates in a row were skipped, the last one at step {step} with "
+            f"zo_eps={self._eps:g}: {why}; {advice}. The last good state is in checkpoint-{step}"
         )
 
     def floating_point_ops(self, inputs: Batch) -> int:
@@ -237,21 +397,26 @@ class ZOTrainer(BaseTrainer):
         passes = self.args.forward_passes_per_step / self.args.gradient_accumulation_steps
         return int(super().floating_point_ops(inputs) / 3 * passes)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The update rule, as the optimizer that the Trainer steps and schedules."""
+    def _space_settings(self) -> dict[str, Any]:
+        names = ("tune", "tune_unquantized", "tunable", "noise", "noise_rank", "low_rank_noise")
+        return {name: getattr(self.args, name) for name in names}
+
+    def _rule_settings(self) -> dict[str, Any]:
         args = self.args
         decayed = set(self.get_decay_parameter_names(self.model)) & self.space.tensors().keys()
-        assert args.update_rule is not None
-        automatic = args.learning_rate is None and args.update_rule in AUTOMATIC
-        self.update_rule = RULES[args.update_rule](
-            self.space,
-            args.learning_rate or self._default_learning_rate(),
-            args.weight_decay,
-            tuple(sorted(decayed)),
-            automatic,
-            args.momentum,
-            args.adam_beta2,
-        )
+        return {
+            "update_rule": args.update_rule,
+            "weight_decay": args.weight_decay,
+            "decayed": sorted(decayed),
+            "automatic": args.learning_rate is None and args.update_rule in AUTOMATIC,
+            "momentum": args.momentum,
+            "beta2": args.adam_beta2,
+        }
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The update rule, as the optimizer that the Trainer steps and schedules."""
+        rate = self.args.learning_rate or self._default_learning_rate()
+        self.update_rule = rule_of(self.space, **self._rule_settings(), learning_rate=rate)
         self.optimizer = self.update_rule
         return self.optimizer
 
@@ -291,6 +456,7 @@ class ZOTrainer(BaseTrainer):
         if "learning_rate" in logs:
             logs["slope"] = self._slope
             logs["zo_eps"] = self._eps
+            logs["non_finite"], logs["skipped"] = self.non_finite, self.skipped
             logs["step_size"] = self.update_rule.step_size
             if isinstance(self.space, BaseSpace):
                 logs |= self.space.shares()
@@ -327,6 +493,9 @@ class ZOTrainer(BaseTrainer):
             "calibrations": [asdict(calibration) for calibration in self.calibrations],
             "update_rule": self.update_rule.scalars(),
             "backoff": vars(self._backoff),
+            "slopes": self._slopes,
+            "non_finite": self.non_finite,
+            "skipped": self.skipped,
             "candidates_per_forward": self.evaluator.candidates_per_forward,
             "forward_passes": self.evaluator.forward_passes,
             "examples_forwarded": self.evaluator.examples_forwarded,
@@ -334,12 +503,13 @@ class ZOTrainer(BaseTrainer):
             "moves": getattr(self.space, "moves", 0),
         }
         remembered = {RULE_PREFIX + name: t for name, t in self.update_rule.tensors().items()}
+        # A checkpoint is a position in the journal, so the journal is on the disk before it.
+        self._journal.sync()
         checkpoint.save_state(output_dir, self._trained() | remembered, state)
 
     def _trained(self) -> dict[str, Tensor]:
-        """All that training may have changed: what is tuned, and what PEFT made trainable."""
-        trainable = tuned_parameters(self.model) if isinstance(self.model, PeftModel) else {}
-        return trainable | self.space.tensors()
+        """All that training may have changed."""
+        return trained(self.model, self.space)
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is None:
@@ -351,7 +521,9 @@ class ZOTrainer(BaseTrainer):
         self._elite, self._eps = state["elite"], state["zo_eps"]
         self.calibrations = [Calibration(**fields) for fields in state["calibrations"]]
         vars(self._backoff).update(state["backoff"])
-        tensors = checkpoint.load_tensors(checkpoint_folder)
+        self._slopes = state["slopes"]
+        self.non_finite, self.skipped = state["non_finite"], state["skipped"]
+        tensors = checkpoint.load_tensors(Path(checkpoint_folder) / checkpoint.TENSORS_NAME)
         remembered = {n.removeprefix(RULE_PREFIX): t for n, t in tensors.items()}
         self.update_rule.load(state["update_rule"], remembered)
         if self.args.candidates_per_forward is None:
@@ -369,13 +541,12 @@ class ZOTrainer(BaseTrainer):
                 f"{Path(resume_from_checkpoint).name} is of another base or another tune; load the "
                 "model that the run started with, quantized in the same way"
             )
-        saved = checkpoint.load_tensors(resume_from_checkpoint)
-        tensors = {name: t for name, t in saved.items() if not name.startswith(RULE_PREFIX)}
-        tuned = self.space.tensors().keys()
-        for name, parameter in self._trained().items():
-            if name not in tuned and name in tensors:
-                parameter.data.copy_(tensors.pop(name))
-        self.space.load(tensors)
+        saved = checkpoint.load_tensors(Path(resume_from_checkpoint) / checkpoint.TENSORS_NAME)
+        self._load_trained({n: t for n, t in saved.items() if not n.startswith(RULE_PREFIX)})
+
+    def _load_trained(self, tensors: dict[str, Tensor]) -> None:
+        if tensors or self.args.tune != "weights":
+            load_trained(self.model, self.space, tensors)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -386,15 +557,3 @@ class ZOTrainer(BaseTrainer):
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:
             checkpoint.load_rng_state(checkpoint_folder)
-
-
-def _space(model: PreTrainedModel | PeftModel, args: ZOConfig) -> Space:
-    noise: Any = args.noise
-    if args.noise_rank:
-        assert args.low_rank_noise is not None
-        noise = LowRank(args.noise_rank, args.low_rank_noise, args.noise)
-    if args.tune == "adapter":
-        return AdapterSpace(tuned_parameters(model, args.tunable), noise)
-    model.requires_grad_(False)
-    find = find_scales if args.tune == "scales" else find_weights
-    return BaseSpace(choose(find(model, args.tune_unquantized), args.tunable), noise)

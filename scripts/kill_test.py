@@ -1,0 +1,108 @@
+"""Runs that are killed at random moments and resumed end as one that was left alone.
+
+Each is a training of the embedded model in a process of its own, forked from this one (which has
+imported all, so that a run takes seconds), killed with SIGKILL at a random moment, every third of
+them twice, and then resumed to its end. The adapters are compared byte by byte.
+
+    python scripts/kill_test.py --runs 50
+"""
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from datasets import disable_progress_bars
+from peft import LoraConfig
+from transformers.utils import logging
+
+from zo_peft import ZOConfig, ZOTrainer
+from zo_peft.data import make_examples, read_rows
+from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def train(folder: Path, steps: int) -> None:
+    """A run that goes on where it was, with checkpoints."""
+    rows = read_rows(EMBEDDED / "train.jsonl")[:200]
+    examples = make_examples(rows, "train", TEMPLATE, label_words=LABEL_WORDS.split(","))
+    args = ZOConfig(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        save_strategy="steps",
+        save_steps=7,
+        save_total_limit=2,
+        logging_steps=5,
+        disable_tqdm=True,
+        use_cpu=True,
+        report_to="none",
+    )
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+    trainer = ZOTrainer(str(EMBEDDED / "model"), args, train_dataset=examples, peft_config=lora)
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model()
+
+
+def forked(folder: Path, steps: int, kill_after: float | None = None) -> tuple[int, float]:
+    """Train in a forked process; its exit code (negative: the signal that killed it), seconds."""
+    start = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+        try:
+            train(folder, steps)
+        except BaseException as error:
+            (folder.parent / "error.txt").write_text(repr(error))
+            os._exit(1)
+        os._exit(0)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code, time.monotonic() - start
+
+
+def main() -> int:
+    """Print a line for each run; returns 1 if any ends with another adapter."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    moments, same, longest = random.Random(given.seed), 0, 0.0
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = Path(scratch) / "whole"
+        code, seconds = forked(whole, given.steps)
+        if code:
+            raise SystemExit((Path(scratch) / "error.txt").read_text())
+        expected = (whole / ADAPTER).read_bytes()
+        for number in range(given.runs):
+            folder = Path(scratch) / f"run-{number}"
+            kills = [moments.uniform(0, seconds) for _ in range(1 + (number % 3 == 2))]
+            codes = [forked(folder, given.steps, after)[0] for after in kills]
+            code, last = forked(folder, given.steps)
+            longest = max(longest, last, *kills)
+            equal = code == 0 and (folder / ADAPTER).read_bytes() == expected
+            same += equal
+            times = ", ".join(f"{after:.2f} s" for after in kills)
+            killed = codes.count(-signal.SIGKILL)
+            print(f"run {number}: {killed} kills at {times}: {'same' if equal else 'DIFFERENT'}")
+            sys.stdout.flush()
+    print(f"{same} of {given.runs} the same; a run took {seconds:.1f} s, at most {longest:.1f} s")
+    return int(same < given.runs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
