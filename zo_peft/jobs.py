@@ -10,6 +10,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from zo_peft.errors import UserError
+from zo_peft.journal import JOURNAL_NAME
 from zo_peft.run import METRICS_NAME, write_json
 
 #: The options that a folder's run was started with.
@@ -20,14 +21,14 @@ def train(folder: Path, options: Sequence[str]) -> dict[str, Any]:
     """The contents of `zo_metrics.json` of `zo-peft train` with these options, in `folder`.
 
     A process of its own, so that time and peak memory are the run's alone. A run of the same
-    options that has ended is not made again; one that was stopped goes on from its last checkpoint.
+    options that has ended is not made again; one that was stopped goes on.
 
     Raises:
         UserError: the run fails, or the folder holds one with other options.
     """
     folder.mkdir(parents=True, exist_ok=True)
     metrics, noted = folder / METRICS_NAME, folder / OPTIONS_NAME
-    resumed = get_last_checkpoint(str(folder))
+    resumed = get_last_checkpoint(str(folder)) or (folder / JOURNAL_NAME).is_file()
     if (metrics.is_file() or resumed) and _read(noted) != list(options):
         raise UserError(
             f"{folder} holds a run with other options; remove it or give another --output_dir"
@@ -35,7 +36,7 @@ def train(folder: Path, options: Sequence[str]) -> dict[str, Any]:
     if not metrics.is_file():
         write_json(noted, list(options))
         further = ["--output_dir", str(folder)]
-        further += ["--resume_from_checkpoint", resumed] if resumed else []
+        further += ["--resume_from_checkpoint", "True"] if resumed else []
         command = [sys.executable, "-m", "zo_peft", "train", *options, *further]
         print(f"{folder.name}:", file=sys.stderr)
         # Its progress and its messages go where this process's go.

@@ -75,7 +75,8 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     trainer = _trainer(kind, model, data, args, examples, dev or test)
     test_set = trainer.eval_dataset if dev is None else trainer.features(test)
     before = _evaluate(trainer, test_set)
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    resume: str | bool | None = args.resume_from_checkpoint
+    result = trainer.train(resume_from_checkpoint=resume == "True" or resume)
     after = _evaluate(trainer, test_set)
     validated = _evaluate(trainer, trainer.eval_dataset) if dev else {}
     metric = f"eval_{trainer.metric_name}"

@@ -156,7 +156,7 @@ class ZOTrainer(BaseTrainer):
             "space": self._space_settings(),
             "rule": self._rule_settings(),
         }
-        last = str(resume).lower() == "true"
+        last = resume is True
         path = (folder if last or not resume else Path(str(resume)).parent) / JOURNAL_NAME
         if not resume or (last and not path.exists()):
             folder.mkdir(parents=True, exist_ok=True)
