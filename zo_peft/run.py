@@ -76,7 +76,7 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     test_set = trainer.eval_dataset if dev is None else trainer.features(test)
     before = _evaluate(trainer, test_set)
     resume: str | bool | None = args.resume_from_checkpoint
-    result = trainer.train(resume_from_checkpoint=resume == "True" or resume)
+    result = trainer.train(resume_from_checkpoint=str(resume).lower() == "true" or resume)
     after = _evaluate(trainer, test_set)
     validated = _evaluate(trainer, trainer.eval_dataset) if dev else {}
     metric = f"eval_{trainer.metric_name}"
