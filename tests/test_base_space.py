@@ -49,6 +49,14 @@ IDS = torch.tensor([[5, 9, 12, 3, 40, 5], [7, 7, 31, 22, 5, 60]])
 
 #: Base, what is tuned, noise, whether float tensors are tuned beside the quantized ones.
 Case = tuple[str, str, Any, bool]
+
+
+def case_name(case: Case) -> str:
+    base, tune, noise, unquantized = case
+    kind = noise if isinstance(noise, str) else f"{noise.structure} {noise.rank}"
+    return f"{base} {tune} {kind}{' and unquantized' if unquantized else ''}"
+
+
 CASES: list[Case] = [
     ("int8", "scales", "rademacher", False),
     ("int8", "scales", LowRank(2), True),
@@ -115,7 +123,7 @@ def bits(model: nn.Module) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_a_thousand_evaluations_and_an_exception_leave_every_bit(tiny: Path, case: Case) -> None:
     model, space = make(tiny, case)
     before, start = bits(model), logits(model)
@@ -351,7 +359,7 @@ def test_a_basis_is_kept_until_it_is_drawn_anew() -> None:
 BATCHED = [case for case in CASES if isinstance(case[2], LowRank) or case[:2] == ("int8", "scales")]
 
 
-@pytest.mark.parametrize("case", BATCHED, ids=str)
+@pytest.mark.parametrize("case", BATCHED, ids=case_name)
 def test_candidates_in_one_forward_are_those_one_by_one(tiny: Path, case: Case) -> None:
     base = "int8 exact" if case[0] == "int8" else case[0]
     model, space = make(tiny, (base, *case[1:]))

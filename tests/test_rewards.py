@@ -395,6 +395,30 @@ def test_a_reward_without_a_gradient_is_learned(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_praises"] >= 0.9
 
 
+def test_steps_without_a_slope_make_no_other_slope_an_outlier(tmp_path: Path) -> None:
+    """For 40 steps all rewards are alike, as with a reward that is seldom given."""
+    calls = 0
+
+    def late(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        return [float(sum(ids) % 7) * (calls > 40) for ids in completion_ids]
+
+    trainer = reward_tuning.make(
+        "LoRA",
+        tmp_path,
+        late,
+        zo_eps=0.05,
+        learning_rate=1e-3,
+        max_steps=44,
+        per_device_train_batch_size=4,
+        candidates_per_forward=4,
+    )
+    trainer.train()
+    assert calls == 44
+    assert trainer.skipped == 0
+
+
 # ---- The command line ---------------------------------------------------------------------------
 
 

@@ -215,7 +215,9 @@ class ZOTrainer(BaseTrainer):
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         self.update_rule.estimate = None if skipped else estimate
         if not skipped:
-            self._slopes = [*self._slopes, abs(estimate.slope)][-SLOPES:]
+            # Rewards and accuracies are often alike for all candidates: no slope, not a small one.
+            if estimate.slope:
+                self._slopes = [*self._slopes, abs(estimate.slope)][-SLOPES:]
             self._shorten(estimate.loss)
         record = self._record(estimate, chosen)
         if known is None:
