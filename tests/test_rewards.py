@@ -386,10 +386,17 @@ def test_accuracy_alone_is_learned(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_accuracy"] >= 0.85
 
 
-def test_a_reward_without_a_gradient_is_learned(tmp_path: Path) -> None:
+def test_thirteen_numbers_learn_a_reward_without_a_gradient(tmp_path: Path) -> None:
     trainer = reward_tuning.make(
-        "LoRA", tmp_path, max_forward_passes=1500, learning_rate=3e-3, seed=0
+        "TinyLoRA",
+        tmp_path,
+        max_forward_passes=1200,
+        learning_rate=3e-3,
+        per_device_train_batch_size=32,
+        candidates_per_forward=4,
+        seed=0,
     )
+    assert trainer.tuned_numel == 13
     assert trainer.evaluate()["eval_praises"] <= 0.3
     trainer.train()
     assert trainer.evaluate()["eval_praises"] >= 0.9

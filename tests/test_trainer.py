@@ -18,6 +18,7 @@ from peft import (
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
+    UniLoraConfig,
 )
 from transformers import (
     AutoModelForCausalLM,
@@ -394,13 +395,20 @@ def test_a_given_learning_rate_and_eps_are_used_as_they_are(tmp_path: Path) -> N
         assert moved == pytest.approx(3e-3, rel=1e-4)
 
 
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_an_adapter_that_would_do_nothing_is_refused(base: str, tmp_path: Path) -> None:
+    unilora = UniLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    with pytest.raises(UserError, match="UNILORA does nothing on a quantized base"):
+        make(tmp_path, unilora, model_init_kwargs=BASES[base])
+
+
 def test_a_rising_loss_shortens_the_steps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = make(tmp_path, max_steps=1)
     trainer.train()
     for step in range(320):
-        trainer._watch(1.0 + 0.01 * step)
+        trainer._shorten(1.0 + 0.01 * step)
     assert trainer.update_rule.backoff < 1
     assert "the loss rises" in capsys.readouterr().err
 

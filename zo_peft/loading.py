@@ -158,17 +158,22 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """A new adapter on the base, as `peft.get_peft_model` makes it.
 
     Raises:
-        UserError: PEFT finds nothing to attach it to.
+        UserError: PEFT finds nothing to attach it to, or it would do nothing.
     """
     try:
         # PEFT fills default target modules into the configuration that it is given.
-        return get_peft_model(model, deepcopy(peft_config))
+        adapted = get_peft_model(model, deepcopy(peft_config))
     except (ValueError, AttributeError, KeyError) as error:
         raise UserError(
             f"{peft_config.peft_type.value} cannot be attached to {type(model).__name__}: "
             f"{_first_line(error)} Its linear layers are: {', '.join(_linear_names(model))}; name "
             "some of them as target_modules"
         ) from error
+    # PEFT casts these to the dtype of the weights, in which codes leave nothing of them.
+    scales = (t for m in adapted.modules() for t in getattr(m, "unilora_scales_A", {}).values())
+    if not all(tensor.is_floating_point() for tensor in scales):
+        raise UserError("UNILORA does nothing on a quantized base; use VERA, IA3 or LORA")
+    return adapted
 
 
 def prepare(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
