@@ -364,9 +364,9 @@ def test_replay_refuses_what_does_not_belong_together(
     make(tmp_path / "run").train()
     path = tmp_path / "run" / JOURNAL_NAME
 
-    def message(model: str = MODEL) -> str:
+    def message(model: str = MODEL, *further: str) -> str:
         out = str(tmp_path / "again")
-        argv = ["replay", str(path), "--model_name_or_path", model, "--output_dir", out]
+        argv = ["replay", str(path), "--model_name_or_path", model, "--output_dir", out, *further]
         assert main(argv) == 2
         assert not (tmp_path / "again").exists()
         return capsys.readouterr().err
@@ -376,6 +376,8 @@ def test_replay_refuses_what_does_not_belong_together(
     trainer.train()
     trainer.save_model(str(other))
     assert "is of another base than" in message(str(other))
+    # The same files, loaded in another way.
+    assert "is of another base than" in message(MODEL, "--load_in_8bit")
 
     initial = path.with_name(INITIAL_NAME)
     kept = initial.read_bytes()

@@ -100,16 +100,26 @@ def load_trained(
 
 
 def identity(model: PreTrainedModel | PeftModel) -> dict[str, str]:
-    """What a base is known by: a hash of its files, its commit on the Hub, or a hash of tensors."""
-    config = model.config
-    files = sorted(Path(config.name_or_path).glob("*.safetensors"))
+    """What a base is known by: a hash of its files, its commit on the Hub, or a hash of tensors.
+
+    And how it was loaded: int8, 4-bit, or its dtype.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    quantization = getattr(base.config, "quantization_config", None)
+    bits = {"int8": "load_in_8bit", "4-bit": "load_in_4bit"}
+    loaded = [name for name, key in bits.items() if getattr(quantization, key, False)]
+    return {**_source(model), "loaded": (loaded or [str(base.dtype)])[0]}
+
+
+def _source(model: PreTrainedModel | PeftModel) -> dict[str, str]:
+    name, commit = model.config.name_or_path, getattr(model.config, "_commit_hash", None)
+    files = sorted(Path(name).glob("*.safetensors")) if name else []
     if files:
         digest = hashlib.blake2b(digest_size=16)
         for path in files:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "blake2b").digest())
         return {"files": digest.hexdigest()}
-    commit = getattr(config, "_commit_hash", None)
     return {"tensors": base_hash(model)} if commit is None else {"commit": commit}
 
 
