@@ -291,6 +291,27 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
     assert_same(theta(whole), theta(resumed))
 
 
+def test_a_run_goes_on_in_another_folder_from_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make(tmp_path / "run", save_strategy="steps", save_steps=2)
+    whole.train()
+    before = (tmp_path / "run" / JOURNAL_NAME).read_bytes()
+    other = make(tmp_path / "other")
+    other.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-4"))
+    assert_same(theta(whole), theta(other))
+    assert (tmp_path / "other" / JOURNAL_NAME).read_bytes() == before
+    assert (tmp_path / "run" / JOURNAL_NAME).read_bytes() == before
+    assert (tmp_path / "other" / INITIAL_NAME).is_file()
+    # The same folder by another path.
+    monkeypatch.chdir(tmp_path)
+    again = make(tmp_path / "other")
+    again.train(resume_from_checkpoint="run/checkpoint-2")
+    same = make(Path("run"), save_strategy="no")
+    same.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    assert_same(theta(whole), theta(same))
+
+
 def test_nothing_to_resume_is_a_new_run(tmp_path: Path) -> None:
     trainer = make(tmp_path / "run", max_steps=1)
     trainer.train(resume_from_checkpoint=True)

@@ -21,7 +21,7 @@ from zo_peft.base_trainer import BaseTrainer
 from zo_peft.direction import Direction
 from zo_peft.errors import NonFiniteLossError, UserError
 from zo_peft.evaluators import Evaluation, Evaluator
-from zo_peft.journal import INITIAL_NAME, JOURNAL_NAME, Journal, Record
+from zo_peft.journal import INITIAL_NAME, JOURNAL_NAME, Journal, Record, read
 from zo_peft.loading import classifies, peft_config_of
 from zo_peft.low_rank import LowRank
 from zo_peft.method import (
@@ -146,7 +146,7 @@ class ZOTrainer(BaseTrainer):
 
     def _open_journal(self, resume: str | bool | None) -> str | None:
         """Start or take up the journal; returns the checkpoint to go on from."""
-        folder = Path(self.args.output_dir)
+        folder = Path(self.args.output_dir).resolve()
         header = {
             "base": identity(self.model),
             "num_labels": self.model.config.num_labels if classifies(self.model) else None,
@@ -157,24 +157,25 @@ class ZOTrainer(BaseTrainer):
             "rule": self._rule_settings(),
         }
         last = resume is True
-        path = (folder if last or not resume else Path(str(resume)).parent) / JOURNAL_NAME
+        whose = folder if last or not resume else Path(str(resume)).resolve().parent
+        path = whose / JOURNAL_NAME
         if not resume or (last and not path.exists()):
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.save_tensors(folder / INITIAL_NAME, self._starting_values())
             self._journal = Journal(folder / JOURNAL_NAME, header)
             return None
-        start = checkpoint.last_whole(folder) if last else str(resume)
-        step = 0 if start is None else checkpoint.step_of(start)
-        self._journal = Journal.resumed(path, folder / JOURNAL_NAME, None if last else step)
-        if self._journal.header != header:
+        if read(path)[0] != header:
             raise UserError(
                 f"{path.parent.name}/{JOURNAL_NAME} is of another base, adapter or noise; resume "
                 "with the model and the settings of that run, or give another output_dir"
             )
+        start = checkpoint.last_whole(folder) if last else str(resume)
+        step = 0 if start is None else checkpoint.step_of(start)
+        self._journal = Journal.resumed(path, folder / JOURNAL_NAME, None if last else step)
         initial = path.with_name(INITIAL_NAME)
         if start is None:
             self._load_trained(checkpoint.load_tensors(initial))
-        elif path.parent != folder:
+        elif whose != folder:
             shutil.copyfile(initial, folder / INITIAL_NAME)
         return start
 
