@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from zo_peft import Direction, UserError
-from zo_peft.checkpoint import load_state, load_tensors, save_state
+from zo_peft.checkpoint import TENSORS_NAME, load_state, load_tensors, save_state
 from zo_peft.evaluators import Evaluator
 from zo_peft.loading import tuned_parameters
 from zo_peft.noise import Distribution, Layout, noise_block
@@ -324,10 +324,10 @@ def test_the_state_dict_is_theta_and_can_be_saved(tmp_path: Path) -> None:
     save_file(model.state_dict(), tmp_path / "views.safetensors")
     assert equal(arrays(load_file(tmp_path / "views.safetensors")), expected)
     save_state(str(tmp_path), space.tensors(), {"step": 3})
-    assert equal(arrays(load_tensors(str(tmp_path))), expected)
+    assert equal(arrays(load_tensors(tmp_path / TENSORS_NAME)), expected)
     assert load_state(str(tmp_path)) == {"step": 3}
     other, fresh = make()
-    fresh.load(load_tensors(str(tmp_path)))
+    fresh.load(load_tensors(tmp_path / TENSORS_NAME))
     assert is_at(other, fresh, expected)
 
 

@@ -537,6 +537,7 @@ def test_learns_the_gradient_direction(tmp_path: Path) -> None:
     gradient = torch.cat([parameters[n].grad.flatten() for n in trainer.space.tensors()])
     trainer.model.zero_grad()
     trainer._micro_batches = [batch]
+    trainer._open_journal(None)
     cosines = []
     for step in range(20):
         trainer.state.global_step = step
