@@ -199,10 +199,11 @@ class ZOConfig(TrainingArguments):
         },
     )
     max_slope: float = field(
-        default=100.0,
+        default=1e6,
         metadata={
             "help": "Skip an update whose slope is more than so many times the median of the last "
-            "ones. Ten skipped updates in a row end the run."
+            "ones, which late in training are a thousand times apart. Ten skipped updates in a row "
+            "end the run."
         },
     )
     noise: Distribution = field(
