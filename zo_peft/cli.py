@@ -205,7 +205,7 @@ def parse(name: str, command: Command, argv: Sequence[str]) -> tuple[OutputArgum
     parser = _Parser(
         (OutputArguments, *command.arguments),
         prog=f"zo-peft {name}",
-        epilog="Further options: those of zo-peft train." if command.trains else None,
+        epilog=_epilog(command),
         allow_abbrev=False,
     )
     rest = argv if command.trains else _apply_file(parser, argv)
@@ -219,6 +219,13 @@ def parse(name: str, command: Command, argv: Sequence[str]) -> tuple[OutputArgum
     if unknown:
         raise UserError(f"unknown argument {unknown[0]}; see zo-peft {name} --help")
     return output, arguments
+
+
+def _epilog(command: Command) -> str | None:
+    if command.trains:
+        return "Further options: those of zo-peft train."
+    names = " ".join(command.positional)
+    return f"May come first, without names: {names}." if names else None
 
 
 def _apply_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Sequence[str]:
