@@ -17,6 +17,8 @@ from zo_peft.updates import RULES
 StrategyName = Literal["mezo", "n-spsa", "greedy", "gv", "adam", "sgd"]
 #: The strategies that back-propagate, as baselines (`zo_peft.GradientTrainer`).
 GRADIENT: tuple[StrategyName, ...] = ("adam", "sgd")
+#: Forward passes that they count for a micro-batch: a backward pass takes about as long as two.
+GRADIENT_PASSES = 3
 Preset = Literal["paper-gv", "paper-greedy", "mezo", "subzero", "lozo"]
 Tune = Literal["adapter", "scales", "weights"]
 ObjectiveName = Literal["accuracy", "f1", "exact_match"]
@@ -296,7 +298,7 @@ class ZOConfig(TrainingArguments):
         Of a gradient: three, for a backward pass counts as two.
         """
         if self.strategy in GRADIENT:
-            return 3 * self.gradient_accumulation_steps
+            return GRADIENT_PASSES * self.gradient_accumulation_steps
         candidates = self.num_candidates or 0
         extra = {"central": 2, "reuse": 1 if self.strategy == "greedy" else 0}[self.probe]
         points = {"mezo": 2, "n-spsa": 2 * candidates}.get(self.strategy, candidates + extra)

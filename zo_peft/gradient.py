@@ -8,14 +8,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zo_peft.base_trainer import BaseTrainer
-from zo_peft.config import ZOConfig
+from zo_peft.config import GRADIENT_PASSES, ZOConfig
 from zo_peft.errors import UserError
 from zo_peft.loading import peft_config_of
 from zo_peft.objectives import AccuracyObjective, Batch, BlackBoxObjective
 from zo_peft.rewards import RewardObjective
-
-#: A backward pass takes about as long as two forward passes.
-PASSES = 3
 
 #: Learning rates by strategy: of LoRA and its like, and of virtual tokens.
 LEARNING_RATES = {"adam": (1e-3, 1e-2), "sgd": (1e-1, 1.0)}
@@ -85,8 +82,8 @@ class GradientTrainer(BaseTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The mean of the objective's losses over the micro-batch."""
-        self.forward_passes += PASSES
-        self.examples_forwarded += PASSES * len(inputs["labels"])
+        self.forward_passes += GRADIENT_PASSES
+        self.examples_forwarded += GRADIENT_PASSES * len(inputs["labels"])
         return self.objective.losses(model, inputs).mean()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -80,7 +80,7 @@ def _replayed(
             f"{path.name} is of another base than {name}; give the one that the run started from, "
             "loaded in the same way"
         )
-    before = None if header["adapter"] else base_hash(model)
+    base = base_hash(model) if tune == "scales" else ""
     space = space_of(model, **space_settings)
     initial = load_tensors(path.with_name(INITIAL_NAME))
     if initial:
@@ -93,8 +93,8 @@ def _replayed(
         last = record
     save = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
     model.save_pretrained(given.output_dir, **save)
-    if isinstance(space, BaseSpace) and before is not None and tune == "scales":
-        save_scales(given.output_dir, space, before)
+    if isinstance(space, BaseSpace) and base:
+        save_scales(given.output_dir, space, base)
     return {
         "steps": 0 if last is None else last.step + 1,
         "forward_passes": 0 if last is None else last.forward_passes,
