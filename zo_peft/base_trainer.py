@@ -108,8 +108,6 @@ class BaseTrainer(Trainer):
             _check_tuned(args, model, peft_config)
         if (objective is not None) + bool(reward_funcs) + (args.objective is not None) > 1:
             raise UserError("give one of: an objective, reward_funcs, ZOConfig.objective")
-        if args.world_size > 1:
-            raise UserError("several processes are not supported yet; start one")
         if args.device.type == "cpu":
             args.dataloader_pin_memory = False
         tokenizer = processing_class or load_tokenizer(name)
@@ -186,6 +184,8 @@ class BaseTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
+            steps = self.args.gradient_accumulation_steps
+            sampler.batch_size = self._train_batch_size * steps
             return EpochSampler(sampler, self.args.data_seed or self.args.seed)
         return sampler
 

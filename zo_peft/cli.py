@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import json
+import os
 import signal
 import sys
 import warnings
@@ -181,7 +182,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
-    print(command.json(result) if output.json else command.text(result))
+    # Of several processes, one speaks.
+    if os.environ.get("RANK", "0") == "0":
+        print(command.json(result) if output.json else command.text(result))
     return 0
 
 

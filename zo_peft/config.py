@@ -1,16 +1,19 @@
 """`ZOConfig`: transformers' TrainingArguments plus the fields of forward-only tuning."""
 
 import math
+import os
 import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from transformers import TrainingArguments
 
 from zo_peft import calibrate
 from zo_peft.errors import UserError
 from zo_peft.low_rank import STRUCTURES, Structure
 from zo_peft.noise import Distribution
+from zo_peft.ranks import Parallel
 from zo_peft.strategies import Probe, Weighting
 from zo_peft.updates import RULES
 
@@ -193,6 +196,18 @@ class ZOConfig(TrainingArguments):
             "within 1.05 of plain inference on the same batch, from shapes."
         },
     )
+    parallel: Parallel = field(
+        default="data",
+        metadata={
+            "help": "With several processes, what each evaluates: data (all candidates on its own "
+            "part of the batch, per_device_train_batch_size examples) or candidates (its own "
+            "candidates on the same batch)."
+        },
+    )
+    rank_check_steps: int = field(
+        default=100,
+        metadata={"help": "Compare what is tuned among the processes every so many steps."},
+    )
     zo_eps: float | None = field(
         default=None,
         metadata={
@@ -284,11 +299,14 @@ class ZOConfig(TrainingArguments):
         if self.update_rule is None:
             self.update_rule = "fzoo" if self.tune == "weights" else "normalized"
         if self.num_candidates is None:
-            own = self.per_example_noise and self.per_device_train_batch_size >= 4
+            own = self.per_example_noise and self._examples >= 4
             self.num_candidates = 4 if own else 8
         _check(self)
         if self.max_forward_passes is not None:
             self._limit_steps(self.max_forward_passes)
+        if _processes() > 1 and not torch.accelerator.is_available():
+            # Else accelerate takes them for unrelated ones, and all would write the same files.
+            self.use_cpu = True
         super().__post_init__()
 
     @property
@@ -304,10 +322,15 @@ class ZOConfig(TrainingArguments):
         points = {"mezo": 2, "n-spsa": 2 * candidates}.get(self.strategy, candidates + extra)
         return points * self.gradient_accumulation_steps
 
+    @property
+    def _examples(self) -> int:
+        """Of a micro-batch, all processes together."""
+        return self.per_device_train_batch_size * (_processes() if self.parallel == "data" else 1)
+
     def _limit_steps(self, budget: int) -> None:
         per_step = self.forward_passes_per_step
         chooses = self.zo_eps is None and self.strategy not in GRADIENT
-        parts = self.per_device_train_batch_size if self.per_example_noise else 1
+        parts = self._examples if self.per_example_noise else 1
         steps = budget // per_step
         if chooses:
             passes = calibrate.forward_passes(parts, steps) * self.gradient_accumulation_steps
@@ -321,6 +344,31 @@ class ZOConfig(TrainingArguments):
         self.max_steps: int = min(steps, self.max_steps) if self.max_steps > 0 else steps
 
 
+#: Arguments of transformers that belong to a run's settings, beside those of zo_peft.
+RUN_FIELDS = {
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "seed",
+    "weight_decay",
+}
+#: What may hold anything, paths and secrets too, and so is told to nobody.
+UNTOLD = {"model_init_kwargs"}
+
+
+def run_settings(config: ZOConfig) -> dict[str, Any]:
+    """What of a configuration decides about a run's result, by name, as given or chosen."""
+    told = (RUN_FIELDS | ZOConfig.__annotations__.keys()) - UNTOLD
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name in told}
+
+
+def _processes() -> int:
+    """How many torchrun or accelerate have started; the process group is not there yet."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "preset": (None, *get_args(Preset)),
     "strategy": get_args(StrategyName),
@@ -331,6 +379,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "tune": get_args(Tune),
     "low_rank_noise": (None, *STRUCTURES),
     "objective": (None, *get_args(ObjectiveName)),
+    "parallel": get_args(Parallel),
 }
 
 
@@ -385,6 +434,7 @@ def _check(config: ZOConfig) -> None:
         "candidates_per_forward",
         "basis_steps",
         "max_completion_length",
+        "rank_check_steps",
     ):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from zo_peft.direction import Direction
 from zo_peft.memory import Fit
-from zo_peft.objectives import Batch, Objective
+from zo_peft.objectives import SHARE, Batch, Objective
+from zo_peft.ranks import Ranks
 from zo_peft.spaces import NotInLanes, Space
 from zo_peft.trunk import Trunk, find_trunk
 
@@ -45,6 +46,7 @@ class Evaluator:
     Args:
         candidates_per_forward: the most displacements in one forward; None: as many as keep the
             memory near that of plain inference on the same batch (`zo_peft.memory`).
+        ranks: the processes among which the work is divided; None: this one does all.
 
     Attributes:
         forward_passes: so far; one is one displacement through one micro-batch.
@@ -57,9 +59,10 @@ class Evaluator:
         space: Space,
         objective: Objective,
         candidates_per_forward: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.space, self.objective = model, space, objective
-        self.candidates_per_forward = candidates_per_forward
+        self.candidates_per_forward, self.ranks = candidates_per_forward, ranks
         self.forward_passes = 0
         self.examples_forwarded = 0
         self._fit: Fit | None = None
@@ -81,12 +84,17 @@ class Evaluator:
     def parts(self, batches: Sequence[Batch]) -> int:
         """Into how many equal parts the batches can be cut for displacements of their own.
 
-        As many as examples, where rows are examples and the tuned modules work lane by lane; else
-        1. Micro-batches of different sizes have the greatest common number.
+        As many as examples, where rows are examples, the tuned modules work lane by lane and
+        micro-batches are of one size; else 1.
         """
-        if not self._in_lanes or not all(map(self._rows_are_examples, batches)):
-            return 1
-        return math.gcd(*(len(batch["input_ids"]) for batch in batches))
+        sizes = {self._examples(batch) for batch in batches}
+        fit = self._in_lanes and len(sizes) == 1 and all(map(self._rows_are_examples, batches))
+        parts = max(sizes) if fit else 1
+        return parts if self.ranks is None else self.ranks.least(parts)
+
+    def _examples(self, batch: Batch) -> int:
+        """Of the whole batch, of which this rank may have a share."""
+        return batch[SHARE][2] if SHARE in batch else len(batch["labels"])
 
     def _rows_are_examples(self, batch: Batch) -> bool:
         rows = len(batch["input_ids"])
@@ -109,14 +117,14 @@ class Evaluator:
         the last forward is queued and are read once.
 
         Args:
-            points: [G][M]; G is 1 or divides what `parts` says.
+            points: [G][M]; G is 1 or what `parts` says.
 
         Raises:
             torch.OutOfMemoryError: one displacement alone does not fit.
         """
         by_candidate = list(zip(*points))
         parts, count = len(points), len(by_candidate)
-        micro = [self._batch_losses(by_candidate, batch) for batch in batches]
+        micro = [self._all_losses(by_candidate, batch) for batch in batches]
         losses = torch.cat([m.view(count, parts, -1) for m in micro], dim=2).double()
         self.forward_passes += count * len(batches)
         self.examples_forwarded += losses.numel()
@@ -133,6 +141,11 @@ class Evaluator:
             spread,
             example_spread,
         )
+
+    def _all_losses(self, points: Sequence[Sequence[Direction]], batch: Batch) -> Tensor:
+        if self.ranks is None:
+            return self._batch_losses(points, batch)
+        return self.ranks.losses(points, batch, self._batch_losses)
 
     def _batch_losses(self, points: Sequence[Sequence[Direction]], batch: Batch) -> Tensor:
         """Of points [M][G]: [M, examples]."""

@@ -41,6 +41,8 @@ class GradientTrainer(BaseTrainer):
         """PEFT's preparation of a quantized base that has no adapter yet."""
         if args.tune != "adapter":
             raise UserError(f"strategy={args.strategy!r} tunes adapters only; drop tune")
+        if args.world_size > 1:
+            raise UserError(f"strategy={args.strategy!r} works in one process; start one")
         if getattr(model, "is_quantized", False) and not isinstance(model, PeftModel):
             prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import FileIO
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 from zlib import crc32
@@ -199,6 +200,36 @@ class Journal:
                 "safe; make room and go on with --resume_from_checkpoint True"
             ) from error
         self._end += len(content)
+
+
+class Follower:
+    """The journal as a process has it that writes none: what is behind it, to go on from.
+
+    Args:
+        path: of the journal; None: the run is new.
+        keep: how many records to go on from; None: all.
+
+    Raises:
+        UserError: it cannot be read, or is damaged before its end.
+    """
+
+    def __init__(self, path: Path | None = None, keep: int | None = None) -> None:
+        # Another process goes on writing what is read here.
+        records = iter(()) if path is None else islice(read(path)[1], keep)
+        self._past = {record.step: record for record in records}
+
+    def past(self, step: int) -> Record | None:
+        """As of a `Journal`."""
+        return self._past.get(step)
+
+    def append(self, record: Record) -> None:
+        """Nothing: another process writes the record."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def framed(content: bytes) -> bytes:

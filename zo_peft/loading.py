@@ -2,7 +2,8 @@
 
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import httpx
-from peft import PeftConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    TaskType,
+    get_peft_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, SEQ_CLS_HEAD_NAMES
 from peft.utils.other import ModulesToSaveWrapper
@@ -146,7 +155,14 @@ def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) 
         elif not (Path(path) / SAFETENSORS_WEIGHTS_NAME).is_file():
             # PEFT would fall back to a pickle.
             raise FileNotFoundError(f"it holds no {SAFETENSORS_WEIGHTS_NAME}.")
-        return PeftModel.from_pretrained(model, path, is_trainable=is_trainable)
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            return PeftModel.from_pretrained(model, path, is_trainable=is_trainable)
+        # PEFT would offload the adapter as well.
+        config = PeftConfig.from_pretrained(path)
+        config.inference_mode = not is_trainable
+        adapted = add_adapter(model, config)
+        set_peft_model_state_dict(adapted, load_peft_weights(path))
+        return adapted
     except (*LOAD_ERRORS, RuntimeError) as error:
         raise UserError(
             f"adapter {path!r} cannot be loaded: {reason(error)} Give an adapter for this base in "
@@ -162,18 +178,56 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """
     try:
         # PEFT fills default target modules into the configuration that it is given.
-        adapted = get_peft_model(model, deepcopy(peft_config))
+        with _stand_ins(model):
+            adapted = get_peft_model(model, deepcopy(peft_config))
     except (ValueError, AttributeError, KeyError) as error:
         raise UserError(
             f"{peft_config.peft_type.value} cannot be attached to {type(model).__name__}: "
             f"{_first_line(error)} Its linear layers are: {', '.join(_linear_names(model))}; name "
             "some of them as target_modules"
         ) from error
+    for name, module in adapted.named_modules():
+        copies = isinstance(module, ModulesToSaveWrapper | LNTuningLayer)
+        if copies and any(parameter.is_meta for parameter in module.parameters()):
+            raise UserError(
+                f"{name} cannot be tuned as a whole while it is offloaded; keep it on a device "
+                "(device_map), or tune a LORA"
+            )
     # PEFT casts these to the dtype of the weights, in which codes leave nothing of them.
     scales = (t for m in adapted.modules() for t in getattr(m, "unilora_scales_A", {}).values())
     if not all(tensor.is_floating_point() for tensor in scales):
         raise UserError("UNILORA does nothing on a quantized base; use VERA, IA3 or LORA")
     return adapted
+
+
+@contextmanager
+def _stand_ins(model: nn.Module) -> Iterator[None]:
+    """Within the context, offloaded weights are zeros without memory, where their layers run.
+
+    PEFT puts an adapter where the weight is, which for an offloaded one is nowhere.
+    """
+    offloaded = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_meta and hasattr(module, "_hf_hook")
+    ]
+    for module, name, parameter in offloaded:
+        hook: Any = module._hf_hook
+        zero = torch.zeros(1, dtype=parameter.dtype, device=hook.execution_device)
+        stand_in = nn.Parameter(zero.expand(parameter.shape), requires_grad=False)
+        module.register_parameter(name, stand_in)
+    try:
+        yield
+    finally:
+        for module, name, parameter in offloaded:
+            parameter.requires_grad_(getattr(module, name).requires_grad)
+            module.register_parameter(name, parameter)
+
+
+def input_device(model: PreTrainedModel | PeftModel) -> torch.device:
+    """Where token ids go; of an offloaded model the CPU, from which accelerate moves them."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
 def prepare(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -250,7 +304,7 @@ def start_prefix_from_tokens(model: PeftModel, token_ids: Tensor) -> None:
     config = model.active_peft_config
     assert isinstance(config, PrefixTuningConfig)
     base = model.get_base_model()
-    cache = base(input_ids=token_ids[None].to(base.device), use_cache=True).past_key_values
+    cache = base(input_ids=token_ids[None].to(input_device(base)), use_cache=True).past_key_values
     heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
     weight = model.prompt_encoder[model.active_adapter].embedding.weight
     prefix = weight.view(len(token_ids), config.num_layers, 2, heads, width)

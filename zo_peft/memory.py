@@ -51,7 +51,9 @@ class Fit:
         dtypes = {parameter.dtype for parameter in model.parameters()}
         on_cpu = model.device.type == "cpu"
         is_float = all(dtype.is_floating_point for dtype in dtypes)
-        self.max_tokens = CPU_TOKENS if is_float and on_cpu else None
+        offloaded = any(parameter.is_meta for parameter in model.parameters())
+        # Streaming weights costs more than leaving the cache.
+        self.max_tokens = CPU_TOKENS if is_float and on_cpu and not offloaded else None
         self.copies = CPU_INT8_COPIES if torch.int8 in dtypes and on_cpu else 1
 
     def __call__(self, batch: Batch, parts: int = 1) -> int:

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from zo_peft.errors import UserError
 from zo_peft.journal import Record
 from zo_peft.loading import peft_config_of, tuned_parameters
 from zo_peft.low_rank import LowRank, Structure
@@ -35,6 +36,11 @@ def space_of(
         kind = LowRank(noise_rank, low_rank_noise, noise)
     if tune == "adapter":
         return AdapterSpace(tuned_parameters(model, tunable), kind)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(
+            f"tune={tune!r} changes the base in place, but part of it is offloaded to the CPU or "
+            "the disk; tune an adapter, or load a base that fits (load_in_4bit)"
+        )
     model.requires_grad_(False)
     find = find_scales if tune == "scales" else find_weights
     return BaseSpace(choose(find(model, tune_unquantized), tunable), kind)

@@ -23,6 +23,9 @@ Prediction = tuple[Tensor, Tensor, Tensor]
 #: References with this value are not compared, as everywhere in transformers.
 IGNORE_INDEX = -100
 
+#: Where a batch says which examples of a larger one it has: (first, behind the last, of how many).
+SHARE = "share"
+
 
 class Objective(Protocol):
     """What a trainer minimises; see the module's docstring."""
@@ -238,8 +241,10 @@ def _mean_by(groups: Tensor, values: Tensor, count: int) -> Tensor:
 
 def _repeated(batch: Batch, times: int, counts: dict[str, int]) -> Batch:
     """Every tensor `times` times over; indices (named in `counts`) into each copy's own part."""
-    copies = {}
+    copies: Batch = {}
     for name, tensor in batch.items():
+        if not isinstance(tensor, Tensor):
+            continue
         copies[name] = tensor.repeat(times, *[1] * (tensor.dim() - 1))
         if name in counts:
             start = counts[name] * torch.arange(times, device=tensor.device)

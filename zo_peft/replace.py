@@ -1,16 +1,14 @@
-"""Methods of modules, replaced for a while."""
+"""Attributes of objects, mostly methods of modules, replaced for a while."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
-
 
 @contextmanager
-def replaced(methods: Iterable[tuple[nn.Module, str, Callable[..., Any]]]) -> Iterator[None]:
+def replaced(methods: Iterable[tuple[Any, str, Callable[..., Any]]]) -> Iterator[None]:
     """Within the context each (module, method, replacement) holds; after it, what was before."""
-    before: list[tuple[nn.Module, str, Any]] = []
+    before: list[tuple[Any, str, Any]] = []
     try:
         for module, method, replacement in methods:
             before.append((module, method, module.__dict__.get(method)))

@@ -22,7 +22,7 @@ from zo_peft import metrics
 from zo_peft.data import Collator
 from zo_peft.errors import UserError
 from zo_peft.noise import derive_seed
-from zo_peft.objectives import Batch, Prediction
+from zo_peft.objectives import SHARE, Batch, Prediction
 
 #: `reward(prompts, completions, **columns) -> list[float]`, as TRL's trainers take it: keyword
 #: arguments, each a list with a value per completion. With `columns` come all columns of the
@@ -43,10 +43,19 @@ class CommonNoise(LogitsProcessor):
     Args:
         seed: of the noise, together with the position of the token.
         copies: how often each example is in the batch, one whole batch behind the other.
+        share: of which examples of how many this is (`zo_peft.objectives.SHARE`); None: of all.
     """
 
-    def __init__(self, seed: int, copies: int, temperature: float, top_p: float) -> None:
+    def __init__(
+        self,
+        seed: int,
+        copies: int,
+        temperature: float,
+        top_p: float,
+        share: tuple[int, int, int] | None = None,
+    ) -> None:
         self.seed, self.copies, self.temperature = seed, copies, temperature
+        self.share = share
         self.position = 0
         self.top_p = TopPLogitsWarper(top_p) if top_p < 1 else None
 
@@ -58,9 +67,11 @@ class CommonNoise(LogitsProcessor):
         generator = torch.Generator(scores.device)
         generator.manual_seed(derive_seed(self.seed, self.position))
         self.position += 1
-        shape = (len(scores) // self.copies, scores.shape[1])
+        rows = len(scores) // self.copies
+        first, _, examples = self.share or (0, rows, rows)
+        shape = (examples, scores.shape[1])
         exponential = torch.empty(shape, device=scores.device).exponential_(generator=generator)
-        return scores - exponential.log_().repeat(self.copies, 1)
+        return scores - exponential[first : first + rows].log_().repeat(self.copies, 1)
 
 
 class RewardObjective:
@@ -132,7 +143,7 @@ class RewardObjective:
             for name, value in batch.items()
             if isinstance(value, Tensor)
         }
-        return {**copies, "columns": batch["columns"] * times, "copies": times}
+        return {**batch, **copies, "columns": batch["columns"] * times, "copies": times}
 
     def drawn(self, model: nn.Module, batch: Batch) -> Batch:
         """The prompts with completions as `losses` draws them: a batch of `SequenceObjective`."""
@@ -145,7 +156,8 @@ class RewardObjective:
                 ids = [*ids, ends[0]]
             features.append({"input_ids": prompt + ids, "labels": [-100] * len(prompt) + ids})
         made = Collator(self.tokenizer.pad_token_id or 0)(features)
-        return {name: value.to(batch["input_ids"].device) for name, value in made.items()}
+        shared = {SHARE: batch[SHARE]} if SHARE in batch else {}
+        return shared | {n: value.to(batch["input_ids"].device) for n, value in made.items()}
 
     def rewards(self, model: nn.Module, batch: Batch, processors: list[LogitsProcessor]) -> Tensor:
         """The rewards of generated completions, float32 [B, K].
@@ -170,7 +182,8 @@ class RewardObjective:
         if not self.temperature:
             return []
         copies = batch.get("copies", 1)
-        return [CommonNoise(self.seed, copies, self.temperature, self.top_p)]
+        share = batch.get(SHARE)
+        return [CommonNoise(self.seed, copies, self.temperature, self.top_p, share)]
 
     def _losses(self, rewards: Tensor) -> Tensor:
         return -(rewards @ self.weights.to(rewards.device))

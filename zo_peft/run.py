@@ -97,12 +97,14 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         "tuned_parameters": trainer.tuned_numel,
         "non_finite": trainer.non_finite,
         "skipped": trainer.skipped,
+        "processes": args.world_size,
         "calibrations": [asdict(calibration) for calibration in trainer.calibrations],
         "settings": settings(model, data, args),
     }
     trainer.save_model()
     trainer.save_state()
-    write_json(Path(args.output_dir) / METRICS_NAME, trainer.summary)
+    if args.should_save:
+        write_json(Path(args.output_dir) / METRICS_NAME, trainer.summary)
     return trainer.summary
 
 

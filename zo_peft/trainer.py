@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.trainer_utils import HubStrategy, TrainOutput, has_length
 
 from zo_peft import calibrate, checkpoint, strategies
 from zo_peft.base_trainer import BaseTrainer
+from zo_peft.config import ZOConfig
 from zo_peft.direction import Direction
 from zo_peft.errors import NonFiniteLossError, UserError
 from zo_peft.evaluators import Evaluation, Evaluator
-from zo_peft.journal import INITIAL_NAME, JOURNAL_NAME, Journal, Record, read
+from zo_peft.journal import INITIAL_NAME, JOURNAL_NAME, Follower, Journal, Record, read
 from zo_peft.loading import classifies, peft_config_of
 from zo_peft.low_rank import LowRank
 from zo_peft.method import (
@@ -35,6 +37,8 @@ from zo_peft.method import (
 )
 from zo_peft.noise import GENERATOR, derive_seed
 from zo_peft.objectives import Batch, SequenceObjective
+from zo_peft.ranks import Ranks
+from zo_peft.replace import replaced
 from zo_peft.rewards import RewardObjective
 from zo_peft.scales import base_hash, save_scales
 from zo_peft.spaces import AdapterSpace, BaseSpace
@@ -88,21 +92,26 @@ class ZOTrainer(BaseTrainer):
     def ready(self) -> None:
         """The space, the evaluator and the state of the steps."""
         model, args = self.model, self.args
-        self.base_hash = None if args.tune == "adapter" else base_hash(model)
         self.space = space_of(model, **self._space_settings())
-        self.evaluator = Evaluator(model, self.space, self.objective, args.candidates_per_forward)
+        self.base_hash = None if args.tune == "adapter" else base_hash(model)
+        self.ranks = Ranks(args.parallel, args.device) if args.world_size > 1 else None
+        if self.ranks and args.parallel == "data":
+            self._train_batch_size *= self.ranks.count
+        limit = args.candidates_per_forward
+        self.evaluator = Evaluator(model, self.space, self.objective, limit, self.ranks)
         if args.torch_compile:
             options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
             compile_frozen_parts(model, self.space.parameters.values(), **options)
         self._micro_batches: list[Batch] = []
         self._eps = args.zo_eps or 0.0
         self._elite: int | None = None
-        self._slope = 0.0
+        self._slope = self._spread = 0.0
+        self._checked = False
         self._slopes: list[float] = []
         self.non_finite = self.skipped = self._skipped_in_a_row = 0
         self._backoff = Backoff()
         self.calibrations: list[Calibration] = []
-        self._journal: Journal
+        self._journal: Journal | Follower
 
     @property
     def forward_passes(self) -> int:
@@ -159,10 +168,12 @@ class ZOTrainer(BaseTrainer):
         last = resume is True
         whose = folder if last or not resume else Path(str(resume)).resolve().parent
         path = whose / JOURNAL_NAME
-        if not resume or (last and not path.exists()):
-            folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.save_tensors(folder / INITIAL_NAME, self._starting_values())
-            self._journal = Journal(folder / JOURNAL_NAME, header)
+        new = not resume or (last and not path.exists())
+        if self.ranks is not None:
+            self.ranks.check("the base, the adapter or the settings", header)
+            new = bool(self.ranks.least(new))
+        if new:
+            self._start_journal(folder, header)
             return None
         if read(path)[0] != header:
             raise UserError(
@@ -171,13 +182,24 @@ class ZOTrainer(BaseTrainer):
             )
         start = checkpoint.last_whole(folder) if last else str(resume)
         step = 0 if start is None else checkpoint.step_of(start)
-        self._journal = Journal.resumed(path, folder / JOURNAL_NAME, None if last else step)
-        initial = path.with_name(INITIAL_NAME)
+        keep, initial = None if last else step, path.with_name(INITIAL_NAME)
+        if self.is_world_process_zero():
+            self._journal = Journal.resumed(path, folder / JOURNAL_NAME, keep)
+            if whose != folder:
+                shutil.copyfile(initial, folder / INITIAL_NAME)
+        else:
+            self._journal = Follower(path, keep)
         if start is None:
             self._load_trained(checkpoint.load_tensors(initial))
-        elif whose != folder:
-            shutil.copyfile(initial, folder / INITIAL_NAME)
         return start
+
+    def _start_journal(self, folder: Path, header: dict[str, Any]) -> None:
+        if not self.is_world_process_zero():
+            self._journal = Follower()
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.save_tensors(folder / INITIAL_NAME, self._starting_values())
+        self._journal = Journal(folder / JOURNAL_NAME, header)
 
     def _starting_values(self) -> dict[str, Tensor]:
         """All that is trained; of weights nothing, for these the base itself holds."""
@@ -204,13 +226,15 @@ class ZOTrainer(BaseTrainer):
             return torch.zeros((), device=self.args.device)
         model.eval()
         step = self.state.global_step
+        self._check_ranks()
         if isinstance(self.space.noise, LowRank):
             drawn = step // (self.args.basis_steps or 1)
             self.space.noise.basis_seed = derive_seed(self.args.seed, drawn, -2)
         known = self._journal.past(step)
         estimate, chosen = self._measured() if known is None else self._known(known)
         skipped = "skipped" in chosen
-        self._elite, self._slope = estimate.elite, estimate.slope
+        self._elite = estimate.elite
+        self._slope, self._spread = estimate.slope, estimate.spread
         self.non_finite += chosen.get("non_finite", 0)
         self.skipped += skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
@@ -280,6 +304,16 @@ class ZOTrainer(BaseTrainer):
             f"the median {usual:.3g} of the last {len(self._slopes)}"
         )
 
+    def _check_ranks(self) -> None:
+        """All ranks hold the same: at the first step of this process, and from time to time."""
+        if self.ranks is None:
+            return
+        step = self.state.global_step
+        if step % self.args.rank_check_steps == 0 or not self._checked:
+            tensors = self.space.tensors()
+            self.ranks.check(f"at step {step}, what is tuned", *tensors.values())
+            self._checked = True
+
     def _known(self, record: Record) -> tuple[Estimate, dict[str, Any]]:
         """The same from the journal, without a forward."""
         self.evaluator.forward_passes = record.forward_passes
@@ -330,7 +364,8 @@ class ZOTrainer(BaseTrainer):
             self.control.should_training_stop |= left < self.args.forward_passes_per_step
 
     def _say(self, message: str) -> None:
-        tqdm.write(f"step {self.state.global_step}: {message}", file=sys.stderr)
+        if self.is_world_process_zero():
+            tqdm.write(f"step {self.state.global_step}: {message}", file=sys.stderr)
 
     def _calibrated(self, batches: Sequence[Batch], parts: int) -> Calibration:
         """Choose eps by `zo_peft.calibrate`, from the whole ladder or around what it is."""
@@ -343,7 +378,7 @@ class ZOTrainer(BaseTrainer):
         evaluator, tolerance = self.evaluator, calibrate.TOLERANCE
         if isinstance(self.objective, RewardObjective):
             # Rewards jump, and where all are alike they say nothing; likelihoods have a slope.
-            evaluator = Evaluator(self.model, self.space, SequenceObjective())
+            evaluator = Evaluator(self.model, self.space, SequenceObjective(), ranks=self.ranks)
             batches = [self.objective.drawn(self.model, batch) for batch in batches]
             tolerance = calibrate.COMPLETIONS_TOLERANCE
         found = calibrate.errors(
@@ -445,6 +480,24 @@ class ZOTrainer(BaseTrainer):
         super().create_accelerator_and_postprocess()
         self.accelerator.prepare_model = lambda model, **_: model
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Whole batches in the same order on every rank, each of which takes its share of them."""
+        if self.ranks is None:
+            return super().get_train_dataloader()
+        if not has_length(self.train_dataset):
+            raise UserError("a streamed data set is read by one process; load it, or start one")
+        shared = self.ranks.collator(self.data_collator)
+        with replaced([(self, "data_collator", shared)]):
+            loader = super().get_train_dataloader()
+        # What accelerate would have each rank skip, all need.
+        for name, value in {"num_processes": 1, "process_index": 0, "even_batches": False}.items():
+            setattr(loader.batch_sampler, name, value)
+        return loader
+
+    def get_total_train_batch_size(self, args: ZOConfig) -> int:
+        """Examples of a step, all ranks together."""
+        return self._train_batch_size * args.gradient_accumulation_steps
+
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> Any:
         return model
 
@@ -457,7 +510,7 @@ class ZOTrainer(BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in Trainer; training logs also say the slope and what has been spent."""
         if "learning_rate" in logs:
-            logs["slope"] = self._slope
+            logs["slope"], logs["spread"] = self._slope, self._spread
             logs["zo_eps"] = self._eps
             logs["non_finite"], logs["skipped"] = self.non_finite, self.skipped
             logs["step_size"] = self.update_rule.step_size
@@ -465,6 +518,8 @@ class ZOTrainer(BaseTrainer):
                 logs |= self.space.shares()
             logs["forward_passes"] = self.evaluator.forward_passes
             logs["examples_forwarded"] = self.evaluator.examples_forwarded
+            if self.ranks is not None:
+                logs["wire_bytes"] = self.ranks.wire_bytes
         super().log(logs, start_time)
 
     # ---- Saving and resuming: safetensors and JSON ----------------------------------------------
@@ -489,6 +544,8 @@ class ZOTrainer(BaseTrainer):
             self.push_to_hub(commit_message=message, blocking=False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.args.should_save:
+            return
         state = {
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "elite": self._elite,
@@ -555,7 +612,8 @@ class ZOTrainer(BaseTrainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        checkpoint.save_rng_state(output_dir)
+        if self.args.should_save:
+            checkpoint.save_rng_state(output_dir)
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:

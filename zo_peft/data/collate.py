@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from zo_peft.loading import peft_config_of
+from zo_peft.loading import input_device, peft_config_of
 from zo_peft.objectives import (
     IGNORE_INDEX,
     Batch,
@@ -178,7 +178,7 @@ def collator_for(
 
 def _is_causal(model: PreTrainedModel | PeftModel) -> bool:
     def logits(ending: list[int]) -> Tensor:
-        ids = torch.tensor([_SOME_IDS + ending], device=model.device)
+        ids = torch.tensor([_SOME_IDS + ending], device=input_device(model))
         return model(input_ids=ids, use_cache=False).logits[:, : -len(ending)]
 
     return torch.equal(logits(_SOME_IDS), logits(_SOME_IDS[::-1]))
@@ -196,7 +196,7 @@ def _scores_alike(
     batches = [collator(features) for collator in collators]
     try:
         first, second = (
-            objective.scores(model, {name: t.to(model.device) for name, t in batch.items()})
+            objective.scores(model, {name: t.to(input_device(model)) for name, t in batch.items()})
             for batch in batches
         )
     except (TypeError, ValueError, RuntimeError):

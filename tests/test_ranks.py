@@ -1,0 +1,303 @@
+"""Several processes: the same run, and next to nothing on the wire."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import distributed
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
+from zo_peft.data import Collator, make_examples, read_rows
+from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.evaluators import Evaluator
+from zo_peft.journal import JOURNAL_NAME, read
+from zo_peft.loading import tuned_parameters
+from zo_peft.objectives import CompletionObjective
+from zo_peft.ranks import Ranks
+from zo_peft.rewards import RewardObjective
+from zo_peft.spaces import AdapterSpace
+
+MODEL = str(EMBEDDED / "model")
+CPU = torch.device("cpu")
+
+
+def on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What a function returns, or raises, on each of so many processes."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    pipes = []
+    for rank in range(count):
+        receiving, sending = context.Pipe(duplex=False)
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+        }
+        process = context.Process(target=child, args=(environment, sending, function, args))
+        process.start()
+        sending.close()
+        pipes.append((process, receiving))
+    results = []
+    for process, receiving in pipes:
+        try:
+            results.append(receiving.recv() if receiving.poll(120) else None)
+        except EOFError:  # It was killed.
+            results.append(None)
+        process.join(20)
+        process.kill()
+    return results
+
+
+def child(environment: dict[str, str], pipe: Any, function: Callable[..., Any], args: Any) -> None:
+    os.environ.update(environment)
+    try:
+        pipe.send(function(*args))
+    except UserError as error:
+        pipe.send(error)
+    except BaseException:
+        traceback.print_exc(file=sys.stderr)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def examples(count: int) -> list[dict[str, Any]]:
+    rows = read_rows(EMBEDDED / "train.jsonl")[:count]
+    return make_examples(rows, "train", TEMPLATE, label_words=LABEL_WORDS.split(","))
+
+
+def trainer(folder: Path, rows: int = 200, **settings: Any) -> ZOTrainer:
+    args = ZOConfig(
+        str(folder),
+        **{
+            "max_steps": 50,
+            "per_device_train_batch_size": 16,
+            "zo_eps": 1e-2,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "report_to": "none",
+            "rank_check_steps": 1,
+            **settings,
+        },
+    )
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+    return ZOTrainer(MODEL, args, train_dataset=examples(rows), peft_config=lora)
+
+
+def trained(folder: Path, resume: Any = None, **settings: Any) -> dict[str, Any]:
+    """A run; on several processes all check at every step that they hold the same."""
+    run = trainer(folder, **settings)
+    run.train(resume_from_checkpoint=resume)
+    run.save_model()
+    return {
+        "adapter": {name: tensor.numpy().copy() for name, tensor in run.space.tensors().items()},
+        "wire_bytes": run.ranks.wire_bytes if run.ranks else 0,
+        "spent": (run.forward_passes, run.examples_forwarded, run.state.global_step),
+    }
+
+
+def losses(folder: Path) -> list[float]:
+    return [record.loss for record in read(folder / JOURNAL_NAME)[1]]
+
+
+def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
+    return all(np.array_equal(first[name], second[name]) for name in first.keys() | second.keys())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, trained(folder)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("parallel", ["data", "candidates"])
+def test_the_number_of_processes_does_not_change_the_run(
+    parallel: str, count: int, alone: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    batch = 16 // count if parallel == "data" else 16
+    settings = {"parallel": parallel, "per_device_train_batch_size": batch}
+    found = on_ranks(count, trained_with, tmp_path, settings)
+    folder, expected = alone
+    np.testing.assert_allclose(losses(tmp_path), losses(folder), atol=1e-5, rtol=0)
+    assert len(losses(tmp_path)) == 50
+    for result in found:
+        assert result["spent"] == expected["spent"]
+        assert same(result["adapter"], found[0]["adapter"])
+        assert 0 < result["wire_bytes"] <= 100 * 4 * 50
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    names = {name: name.replace(".weight", ".default.weight") for name in saved}
+    assert same({names[n]: t.numpy() for n, t in saved.items()}, found[0]["adapter"])
+
+
+def trained_with(folder: Path, settings: dict[str, Any], resume: Any = None) -> dict[str, Any]:
+    return trained(folder, resume, **settings)
+
+
+@pytest.mark.parametrize("parallel", ["data", "candidates"])
+def test_goes_on_after_all_processes_were_killed(parallel: str, tmp_path: Path) -> None:
+    settings = {
+        "parallel": parallel,
+        "max_steps": 12,
+        "save_strategy": "steps",
+        "save_steps": 5,
+        "per_device_train_batch_size": 6,
+        "rows": 40,
+        "zo_eps": None,
+    }
+    whole = on_ranks(2, trained_with, tmp_path / "whole", settings)
+    assert on_ranks(2, killed_at, tmp_path / "killed", settings, 8) == [None, None]
+    resumed = on_ranks(2, trained_with, tmp_path / "killed", settings, True)
+    assert same(whole[0]["adapter"], resumed[0]["adapter"])
+    assert same(resumed[0]["adapter"], resumed[1]["adapter"])
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def killed_at(folder: Path, settings: dict[str, Any], step: int) -> None:
+    run = trainer(folder, **settings)
+    measured = run._measured
+
+    def measure() -> Any:
+        if run.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return measured()
+
+    run._measured = measure  # type: ignore[method-assign]
+    run.train()
+
+
+def test_a_process_that_differs_is_named(tmp_path: Path) -> None:
+    for error in on_ranks(3, disturbed, tmp_path):
+        assert isinstance(error, UserError)
+        assert "at step 3, what is tuned of rank 1 differs" in str(error)
+    assert len(losses(tmp_path)) == 3
+
+
+def disturbed(folder: Path) -> None:
+    run = trainer(folder, max_steps=5, per_device_train_batch_size=2)
+    measured = run._measured
+
+    def measure() -> Any:
+        result = measured()
+        if run.state.global_step == 2 and run.args.process_index == 1:
+            next(iter(run.space.tensors().values())).view(-1)[3] += 1e-7
+        return result
+
+    run._measured = measure  # type: ignore[method-assign]
+    run.train()
+
+
+def test_processes_with_other_settings_do_not_start(tmp_path: Path) -> None:
+    for error in on_ranks(2, started_with_rank_as_seed, tmp_path):
+        assert "the base, the adapter or the settings of rank 0 and 1 differ" in str(error)
+    assert not (tmp_path / JOURNAL_NAME).exists()
+
+
+def started_with_rank_as_seed(folder: Path) -> None:
+    trainer(folder, seed=int(os.environ["RANK"])).train()
+
+
+def test_gradients_stay_in_one_process(tmp_path: Path) -> None:
+    for error in on_ranks(2, gradient, tmp_path):
+        assert "works in one process" in str(error)
+
+
+def gradient(folder: Path) -> None:
+    from zo_peft.gradient import GradientTrainer
+
+    args = ZOConfig(str(folder), strategy="adam", use_cpu=True, report_to="none")
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    GradientTrainer(MODEL, args, train_dataset=examples(4), peft_config=lora)
+
+
+# ---- The evaluator: any numbers of points, examples and processes --------------------------------
+
+
+@pytest.mark.parametrize("parallel", ["data", "candidates"])
+def test_every_process_gets_all_losses(parallel: str) -> None:
+    cases = [(1, 1, 1), (1, 5, 1), (2, 1, 1), (5, 7, 1), (5, 7, 7), (4, 2, 2), (3, 3, 1)]
+    expected = [evaluated(case, None) for case in cases]
+    for found in on_ranks(3, all_evaluated, cases, parallel):
+        for (one, spread, parts), (other, own_spread, other_parts) in zip(expected, found):
+            np.testing.assert_allclose(other, one, rtol=1e-5)
+            np.testing.assert_allclose(own_spread, spread, rtol=1e-2, atol=1e-6)
+            assert parts == other_parts
+
+
+def all_evaluated(cases: list[tuple[int, int, int]], parallel: Any) -> list[Any]:
+    distributed.init_process_group("gloo")
+    return [evaluated(case, Ranks(parallel, CPU)) for case in cases]
+
+
+def evaluated(case: tuple[int, int, int], ranks: Ranks | None) -> Any:
+    """Losses, spreads and `parts` of so many points, examples and parts."""
+    count, rows, parts = case
+    torch.manual_seed(0)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(MODEL),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]),
+    ).eval()
+    space = AdapterSpace(tuned_parameters(model))
+    generator = torch.Generator().manual_seed(0)
+    lengths = [6 + index % 3 for index in range(rows)]
+    sequences = [torch.randint(5, 90, (n,), generator=generator).tolist() for n in lengths]
+    features = [{"input_ids": ids, "labels": [-100] * 4 + ids[4:]} for ids in sequences]
+    collate = Collator(0) if ranks is None else ranks.collator(Collator(0))
+    batch = collate(features)
+    evaluator = Evaluator(model, space, CompletionObjective(), ranks=ranks)
+    points = [
+        [0.3 * Direction.of(100 * part + index) for index in range(count)] for part in range(parts)
+    ]
+    found = evaluator.evaluate(points, [batch])
+    assert evaluator.forward_passes == count
+    assert evaluator.examples_forwarded == count * rows
+    return found.losses, (found.spread, found.example_spread), evaluator.parts([batch])
+
+
+def test_completions_are_drawn_with_the_noise_of_the_whole_batch() -> None:
+    expected = drawn(None)
+    assert len(set(map(tuple, expected))) > 1
+    for parallel in ("data", "candidates"):
+        for found in on_ranks(3, drawn, parallel):
+            assert found == expected
+
+
+def drawn(parallel: Any) -> list[list[float]]:
+    """Rewards of sampled completions: the sums of their token ids."""
+    ranks = None
+    if parallel is not None:
+        distributed.init_process_group("gloo")
+        ranks = Ranks(parallel, CPU)
+    torch.manual_seed(0)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(MODEL),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]),
+    ).eval()
+
+    def summed(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [float(sum(ids)) for ids in completion_ids]
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    objective = RewardObjective([summed], tokenizer, max_completion_length=4)
+    features = [{"prompt_ids": [5, 6, 7], "columns": {"prompt": "a"}} for _ in range(5)]
+    collate = Collator(0) if ranks is None else ranks.collator(Collator(0))
+    evaluator = Evaluator(model, AdapterSpace(tuned_parameters(model)), objective, ranks=ranks)
+    points = [[0.1 * Direction.of(part)] * 2 for part in range(5)]
+    return evaluator.evaluate(points, [collate(features)]).losses

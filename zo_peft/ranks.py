@@ -1,0 +1,129 @@
+"""Several processes: each evaluates its share of a step, and all get every loss."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, distributed
+
+from zo_peft.direction import Direction
+from zo_peft.errors import UserError
+from zo_peft.objectives import SHARE, Batch
+
+Parallel = Literal["data", "candidates"]
+
+
+class Ranks:
+    """This process among those that `torchrun` or `accelerate launch` started.
+
+    Every rank draws the same directions from the same seeds and gets the same losses, so each makes
+    the same step by itself; losses of examples are all that is exchanged, in float32 as they were
+    computed. What a rank evaluates: `data`: every displacement on its own part of the batch;
+    `candidates`: its own displacements on the whole batch.
+
+    Attributes:
+        wire_bytes: so far; what this rank has handed to collective operations.
+    """
+
+    def __init__(self, parallel: Parallel, device: torch.device) -> None:
+        self.parallel, self.device = parallel, device
+        self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
+        self.wire_bytes = 0
+
+    def range(self, length: int, rank: int | None = None) -> tuple[int, int]:
+        """Where the share of a rank (default: this one) of so many things starts and ends."""
+        rank = self.rank if rank is None else rank
+        return rank * length // self.count, (rank + 1) * length // self.count
+
+    def collator(self, collate: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
+        """A collator of whole batches that makes this rank's share of them."""
+        if self.parallel == "candidates":
+            return collate
+
+        def shared(features: Sequence[Any]) -> Batch:
+            start, end = self.range(len(features))
+            # A rank without an example has a batch all the same, of which nothing counts.
+            own = features[start:end] or features[:1]
+            return {**collate(own), SHARE: (start, end, len(features))}
+
+        return shared
+
+    def losses(
+        self,
+        points: Sequence[Sequence[Direction]],
+        batch: Batch,
+        evaluate: Callable[[Sequence[Sequence[Direction]], Batch], Tensor],
+    ) -> Tensor:
+        """The losses [M, examples] of the whole batch, on every rank.
+
+        Args:
+            points: [M][G] for the whole batch; G is 1 or the number of its examples.
+            batch: this rank's share of it, where it has one.
+            evaluate: losses [m, n] of m points on the n examples of a batch.
+        """
+        if self.parallel == "candidates":
+            examples = len(batch["labels"])
+            start, end = self.range(len(points))
+            own = evaluate(points[start:end], batch) if start < end else torch.empty(0)
+            sizes = [self._size(len(points), rank) * examples for rank in range(self.count)]
+            return torch.cat([part.view(-1, examples) for part in self._gather(own, sizes)])
+        start, end, examples = batch[SHARE]
+        if len(points[0]) > 1:
+            points = [candidate[start:end] for candidate in points]
+        own = evaluate(points, batch) if start < end else torch.empty(0)
+        sizes = [len(points) * self._size(examples, rank) for rank in range(self.count)]
+        parts = self._gather(own, sizes)
+        return torch.cat([part.view(len(points), -1) for part in parts], dim=1)
+
+    def least(self, number: int) -> int:
+        """The smallest of the ranks' numbers (64 bits); each waits for all others."""
+        return min(self._numbers(number))
+
+    def check(self, what: str, *content: Tensor | Any) -> None:
+        """Stop all ranks where one has other tensors, or other JSON, than most.
+
+        Raises:
+            UserError: it names the ranks that differ.
+        """
+        digest = hashlib.blake2b(digest_size=8)
+        for part in content:
+            digest.update(_bytes(part))
+        found = self._numbers(int.from_bytes(digest.digest(), "little", signed=True))
+        usual = max(found, key=found.count)
+        if different := [rank for rank, number in enumerate(found) if number != usual]:
+            # Of two, nobody can tell which is wrong.
+            names = [0, 1] if self.count == 2 else different
+            raise UserError(
+                f"{what} of rank {' and '.join(map(str, names))} differs from that of the others; "
+                "all ranks need the same files, library versions and kind of device. Checkpoints "
+                "and the journal up to the last check are good"
+            )
+
+    def _size(self, length: int, rank: int) -> int:
+        start, end = self.range(length, rank)
+        return end - start
+
+    def _numbers(self, number: int) -> list[int]:
+        mine = torch.tensor([number], dtype=torch.int64, device=self.device)
+        return self._exchange(mine).tolist()
+
+    def _gather(self, values: Tensor, sizes: Sequence[int]) -> Iterable[Tensor]:
+        """Every rank's values, of which each has as many as `sizes` says."""
+        padded = torch.zeros(max(sizes), dtype=torch.float32, device=self.device)
+        padded[: values.numel()] = values.flatten()
+        rows = self._exchange(padded).view(self.count, -1)
+        return (row[:size] for row, size in zip(rows, sizes))
+
+    def _exchange(self, values: Tensor) -> Tensor:
+        self.wire_bytes += values.numel() * values.element_size()
+        gathered = values.new_empty(self.count * len(values))
+        distributed.all_gather_single(gathered, values)
+        return gathered
+
+
+def _bytes(part: Tensor | Any) -> Any:
+    if isinstance(part, Tensor):
+        return part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return json.dumps(part, sort_keys=True).encode()
