@@ -28,6 +28,7 @@ from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 def run(parallel: Any, steps: int, batch_size: int, candidates: int, shared: bool) -> None:
     """Train, in this process as one of those that the environment says; rank 0 prints the time."""
     torch.set_num_threads(1)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
     rows = read_rows(EMBEDDED / "train.jsonl")[:400]
     examples = make_examples(rows, "train", TEMPLATE, label_words=LABEL_WORDS.split(","))
     with tempfile.TemporaryDirectory() as folder:
@@ -35,7 +36,7 @@ def run(parallel: Any, steps: int, batch_size: int, candidates: int, shared: boo
             folder,
             parallel=parallel,
             max_steps=steps,
-            per_device_train_batch_size=batch_size,
+            per_device_train_batch_size=batch_size // (ranks if parallel == "data" else 1),
             num_candidates=candidates,
             per_example_noise=not shared,
             zo_eps=1e-2,

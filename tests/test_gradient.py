@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PrefixTuningConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from zo_peft import BlackBoxObjective, GradientTrainer, UserError, ZOConfig
 from zo_peft.data import make_examples, read_rows
@@ -98,7 +99,8 @@ def test_learns_on_every_base_and_leaves_it_alone(
         if name in frozen:
             assert torch.equal(parameter, frozen[name]), name
     assert tuned.forward_passes == 120
-    assert tuned.args.gradient_checkpointing == (adapter is LORA)
+    layers = [m for m in tuned.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    assert {layer.gradient_checkpointing for layer in layers} == {adapter is LORA}
 
 
 def test_spends_are_logged_and_plain_peft_loads_the_adapter(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from datasets import Dataset
+from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, PeftType, TaskType
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
@@ -20,15 +22,18 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import HubStrategy, has_length
+from transformers.utils import PushInProgress
 
 from zo_peft import rewards
 from zo_peft.card import write_model_card
-from zo_peft.config import ZOConfig
+from zo_peft.config import ZOConfig, run_settings
 from zo_peft.data import Collator, Tokenization, collator_for, tokenize_dataset
 from zo_peft.data.sampler import EpochSampler
 from zo_peft.errors import UserError
+from zo_peft.export import METRICS_NAME, create_repository, upload, write_json
 from zo_peft.loading import (
     add_adapter,
     check_quantization,
@@ -39,6 +44,7 @@ from zo_peft.loading import (
     prepare,
     start_prefix_from_tokens,
 )
+from zo_peft.memory import peak_memory_bytes
 from zo_peft.objectives import (
     IGNORE_INDEX,
     AccuracyObjective,
@@ -49,6 +55,7 @@ from zo_peft.objectives import (
     Objective,
     OptionObjective,
 )
+from zo_peft.progress import Clock, Progress
 
 #: The columns that `tokenize_dataset` makes, all of which the collator needs.
 FEATURES = ["input_ids", "labels", "prompt_ids", "option_ids", "label", "also_right"]
@@ -146,6 +153,10 @@ class BaseTrainer(Trainer):
                 compute_metrics=compute_metrics or _metrics(self.eval_objective),
                 callbacks=callbacks,
             )
+        self.clock = Clock()
+        self.add_callback(self.clock)
+        if self.trains and self.pop_callback(ProgressCallback):
+            self.add_callback(Progress(lambda: self.forward_passes, self.metric_name))
         self._signature_columns = FEATURES
         if data_collator is None:
             model.eval()
@@ -180,6 +191,12 @@ class BaseTrainer(Trainer):
         pool = torch.tensor(first.get("prompt_ids") or first["input_ids"])
         choice = torch.randint(len(pool), (config.num_virtual_tokens,))
         start_prefix_from_tokens(self.model, pool[choice])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in Trainer; logs of a training run also say its seconds so far."""
+        if self.clock.began is not None:
+            logs["seconds"] = round(time.monotonic() - self.clock.began, 3)
+        super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
@@ -218,11 +235,89 @@ class BaseTrainer(Trainer):
         else:
             self.model.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
-        write_model_card(folder, self.model, self.args.tune, self.summary)
+        write_model_card(folder, self.model, self.args.tune, self.summary or self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """What the trainer itself knows of what `zo_metrics.json` says."""
+        logs = {name: value for log in self.state.log_history for name, value in log.items()}
+        return {
+            "strategy": self.args.strategy,
+            "steps": self.state.global_step,
+            "forward_passes": self.forward_passes,
+            "examples_forwarded": self.examples_forwarded,
+            "wall_seconds": logs.get("train_runtime"),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "metric_name": self.metric_name,
+            "metric_before": None,
+            "metric_after": logs.get(f"eval_{self.metric_name}"),
+            "eval_loss_before": None,
+            "eval_loss_after": logs.get("eval_loss"),
+            "tuned_parameters": self.tuned_numel,
+            "settings": {
+                name: value
+                for name, value in run_settings(self.args).items()
+                if value is not None and value is not False
+            },
+        }
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository `hub_model_id`, unless there is one.
+
+        Raises:
+            UserError: the Hub refuses.
+        """
+        if not self.is_world_process_zero():
+            return
+        args = self.args
+        name = args.hub_model_id or Path(args.output_dir).resolve().name
+        private = args.hub_private_repo if private is None else private
+        self.hub_model_id = create_repository(name, private, token or args.hub_token)
+        self.push_in_progress: PushInProgress | None = None
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> Any:
+        """As in Trainer, but of the output folder only what `zo_peft.export` lets go up.
+
+        Returns:
+            The commit; without `blocking`, its future; None on other ranks than the first.
+
+        Raises:
+            UserError: the Hub refuses, or a file holds a secret or a path.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        if not self.is_world_process_zero():
+            return None
+        # What is on its way is read from the folder.
+        self._finish_current_push()
+        self._save()
+        folder = Path(self.args.output_dir)
+        write_json(folder / METRICS_NAME, self.summary or self.facts())
+        revision, token = revision or self.args.hub_revision, token or self.args.hub_token
+        given = (folder, self.hub_model_id, commit_message, revision, token)
+        return upload(*given) if blocking else HfApi().run_as_future(upload, *given)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        under_way = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if self.args.hub_strategy == HubStrategy.END:
+            return
+        if under_way and not self.args.hub_always_push:
+            return
+        message = f"Training in progress, step {self.state.global_step}"
+        push = self.push_to_hub(message, blocking=False)
+        self.push_in_progress = None if push is None else PushInProgress([push])
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card of `zo_peft.card`, written with every save as well."""
-        write_model_card(self.args.output_dir, self.model, self.args.tune, self.summary)
+        facts = self.summary or self.facts()
+        write_model_card(self.args.output_dir, self.model, self.args.tune, facts)
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

@@ -17,7 +17,7 @@ import datasets
 import yaml
 from transformers import HfArgumentParser
 
-from zo_peft import compare, replay, reproduce, run
+from zo_peft import compare, doctor, export, merge, planner, replay, report, reproduce, run
 from zo_peft.arguments import DataArguments, ModelArguments
 from zo_peft.config import StrategyName, ZOConfig
 from zo_peft.demo import FORWARD_PASSES, LOAD, demo
@@ -27,11 +27,16 @@ USAGE = """\
 usage: zo-peft COMMAND [options]
 
   train      tune an adapter, or the base itself, with forward passes only
+  plan       whether a run will fit: its memory, from the base's configuration alone
   evaluate   measure an adapter, or a base on a benchmark task
   compare    train with several strategies, gradients among them, side by side
   reproduce  a row of the paper's tables, with its settings, grid and seeds
   replay     rebuild what a run tuned from its journal, without data
   journal    show a journal: `zo-peft journal show out/zo_journal`
+  push       publish an adapter, or a tuned model, on the Hub
+  merge      put an adapter into the weights of its base
+  report     a page of charts of runs: `zo-peft report out`
+  doctor     what works on this machine
   demo       tune a LoRA on the embedded model, offline
 
 zo-peft COMMAND --help lists a command's options; --config FILE.yaml gives them in a file."""
@@ -118,6 +123,7 @@ RUN = (ModelArguments, DataArguments, ZOConfig)
 
 COMMANDS = {
     "train": Command(run.train, RUN, _train_text),
+    "plan": Command(planner.plan, (planner.PlanArguments, *RUN), planner.text),
     "evaluate": Command(run.evaluate, RUN, _evaluate_text),
     "compare": Command(compare.compare, (compare.CompareArguments,), compare.text, True),
     "reproduce": Command(
@@ -136,6 +142,14 @@ COMMANDS = {
         positional=("action", "journal"),
         json=replay.show_json,
     ),
+    "push": Command(
+        export.push, (export.PushArguments,), export.push_text, positional=("folder", "repo_id")
+    ),
+    "merge": Command(merge.merge, (ModelArguments, merge.MergeArguments), merge.merge_text),
+    "report": Command(
+        report.report, (report.ReportArguments,), report.report_text, positional=("runs",)
+    ),
+    "doctor": Command(doctor.doctor, (), doctor.doctor_text),
     "demo": Command(_demo, (DemoArguments,), _demo_text),
 }
 

@@ -311,7 +311,7 @@ class ZOConfig(TrainingArguments):
 
     @property
     def forward_passes_per_step(self) -> int:
-        """Forward passes of one step: candidates and probes, times micro-batches.
+        """Forward passes of one step (candidates and probes, times micro-batches).
 
         Of a gradient: three, for a backward pass counts as two.
         """

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from zo_peft.direction import Direction
-from zo_peft.memory import Fit
+from zo_peft.memory import Fit, wave_size
 from zo_peft.objectives import SHARE, Batch, Objective
 from zo_peft.ranks import Ranks
 from zo_peft.spaces import NotInLanes, Space
@@ -204,7 +204,7 @@ class Evaluator:
             lane = self.space.lane_numel
             self._fit = self._fit or Fit(self.model, lane, self._new_tokens)
             limit = self._fit(batch, len(points[0]))
-        return math.ceil(len(points) / math.ceil(len(points) / limit))
+        return wave_size(len(points), limit)
 
     def _one_by_one(self, reason: NotInLanes) -> None:
         self.candidates_per_forward, self._in_lanes = 1, False

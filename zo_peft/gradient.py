@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from peft import PeftModel, PeftType, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -64,8 +65,19 @@ class GradientTrainer(BaseTrainer):
         if self.args.learning_rate is None:
             self.args.learning_rate = LEARNING_RATES[self.args.strategy][virtual]
         if config.peft_type not in NOT_CHECKPOINTED:
-            self.args.gradient_checkpointing = True
-            self.args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+            # Trainer reads the new names alone; the old ones are only taken over on construction.
+            self.args.activation_checkpointing = True
+            self.args.activation_checkpointing_kwargs = {"use_reentrant": self._has_int8()}
+
+    def _has_int8(self) -> bool:
+        """Whether int8 layers are there, for which the inputs are then made to require gradients.
+
+        Their matmul keeps its input where checkpoints without reentrance cannot drop it.
+        """
+        found = any(isinstance(module, Linear8bitLt) for module in self.model.modules())
+        if found:
+            self.model.get_base_model().enable_input_require_grads()
+        return found
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW or SGD over the adapter's parameters."""

@@ -38,6 +38,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -95,6 +96,18 @@ def load_base(name: str, num_labels: int | None = None, **kwargs: Any) -> PreTra
         raise UserError(_no_model(f"model {name!r}", error)) from error
 
 
+def load_config(name: str, **kwargs: Any) -> PreTrainedConfig:
+    """The configuration of the model `name` (Hub id or folder); no weights are opened.
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, **kwargs)
+    except LOAD_ERRORS as error:
+        raise UserError(_no_model(f"model {name!r}", error)) from error
+
+
 def check_quantization(name: str, tune: str, quantization: Any, **kwargs: Any) -> None:
     """Refuse, from the model's configuration alone, a base that cannot be tuned in this way.
 
@@ -107,10 +120,7 @@ def check_quantization(name: str, tune: str, quantization: Any, **kwargs: Any) -
     """
     if tune == "adapter":
         return
-    try:
-        config = AutoConfig.from_pretrained(name, **kwargs)
-    except LOAD_ERRORS as error:
-        raise UserError(_no_model(f"model {name!r}", error)) from error
+    config = load_config(name, **kwargs)
     found = quantization or getattr(config, "quantization_config", None)
     settings = found if isinstance(found, dict) else getattr(found, "__dict__", {})
     eight, four = (

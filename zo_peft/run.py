@@ -1,8 +1,6 @@
 """The main jobs, end to end: train an adapter, evaluate one."""
 
-import json
-import resource
-import sys
+import shlex
 import tempfile
 import time
 from dataclasses import asdict, fields
@@ -16,9 +14,10 @@ from transformers import PreTrainedModel
 
 from zo_peft.arguments import DataArguments, ModelArguments
 from zo_peft.base_trainer import BaseTrainer
-from zo_peft.config import GRADIENT, ZOConfig
+from zo_peft.config import GRADIENT, ZOConfig, run_settings
 from zo_peft.data.examples import Row
 from zo_peft.errors import UserError
+from zo_peft.export import METRICS_NAME, write_json
 from zo_peft.gradient import GradientTrainer
 from zo_peft.loading import (
     check_quantization,
@@ -28,31 +27,16 @@ from zo_peft.loading import (
     public_name,
     quantization_config,
 )
+from zo_peft.memory import peak_memory_bytes
 from zo_peft.rewards import METRICS, RewardObjective, load_function
 from zo_peft.scales import load_scales
 from zo_peft.sources import evaluation_examples, training_examples
 from zo_peft.tasks import ANSWER_TOKENS, TASKS
 from zo_peft.trainer import ZOTrainer
 
-METRICS_NAME = "zo_metrics.json"
-
-#: Arguments of transformers that belong to a run's settings, beside those of zo_peft.
-RUN_FIELDS = {
-    "gradient_accumulation_steps",
-    "lr_scheduler_type",
-    "max_steps",
-    "per_device_train_batch_size",
-    "seed",
-    "warmup_steps",
-    "weight_decay",
-}
-PATHS = {
-    "model_name_or_path",
-    "adapter_name_or_path",
-    "train_file",
-    "eval_file",
-    "task_data_dir",
-}
+#: Names of the Hub, or folders; and what is always a file or a folder.
+NAMES = {"model_name_or_path", "adapter_name_or_path", "dataset_name"}
+FILES = {"train_file", "eval_file", "task_data_dir"}
 
 
 def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
@@ -99,12 +83,13 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         "skipped": trainer.skipped,
         "processes": args.world_size,
         "calibrations": [asdict(calibration) for calibration in trainer.calibrations],
+        "command": command(model, data, args),
         "settings": settings(model, data, args),
     }
-    trainer.save_model()
-    trainer.save_state()
     if args.should_save:
         write_json(Path(args.output_dir) / METRICS_NAME, trainer.summary)
+    trainer.save_model()
+    trainer.save_state()
     return trainer.summary
 
 
@@ -132,31 +117,36 @@ def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict
     }
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one piece: a reader sees the old file or the new one."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    unfinished.replace(path)
-
-
-def peak_memory_bytes() -> int:
-    """Peak so far: of the allocator on CUDA (all devices), else of the process's resident set."""
-    if torch.cuda.is_available():
-        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def settings(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
     """What the run was given or chose, without what is unset; paths by their last part."""
-    ours = RUN_FIELDS | ZOConfig.__annotations__.keys()
-    chosen = {f.name: getattr(args, f.name) for f in fields(args) if f.name in ours}
-    given = asdict(model) | asdict(data) | chosen
+    given = asdict(model) | asdict(data) | run_settings(args)
     return {
-        name: public_name(value) if name in PATHS else value
+        name: _told(name, value)
         for name, value in given.items()
-        if value not in (None, False)
+        if value is not None and value is not False
     }
+
+
+def command(model: ModelArguments, data: DataArguments, args: ZOConfig) -> str:
+    """The command line of such a run: what differs from the defaults, paths by their last part."""
+    defaults = {f.name: f.default for part in (model, data, args) for f in fields(part)}
+    given = asdict(model) | asdict(data) | run_settings(args)
+    words = ["zo-peft", "train"]
+    for name, value in (given | {"output_dir": Path(args.output_dir).name}).items():
+        if value == defaults[name]:
+            continue
+        told = _told(name, value)
+        values = told if isinstance(told, list) else [] if told is True else [told]
+        if name == "prompt_template":
+            values = [told.replace("\n", "\\n")]
+        words += [f"--{name}", *(getattr(v, "value", str(v)) for v in values)]
+    return shlex.join(words)
+
+
+def _told(name: str, value: Any) -> Any:
+    if name in NAMES and value is not None:
+        return public_name(value)
+    return Path(value).name if name in FILES and value is not None else value
 
 
 def _generates(data: DataArguments, args: ZOConfig) -> bool:

@@ -15,7 +15,7 @@ from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers.trainer_utils import HubStrategy, TrainOutput, has_length
+from transformers.trainer_utils import TrainOutput, has_length
 
 from zo_peft import calibrate, checkpoint, strategies
 from zo_peft.base_trainer import BaseTrainer
@@ -537,11 +537,6 @@ class ZOTrainer(BaseTrainer):
         if isinstance(self.space, BaseSpace) and self.args.tune == "scales":
             assert self.base_hash is not None
             save_scales(output_dir or self.args.output_dir, self.space, self.base_hash)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.args.hub_strategy != HubStrategy.END:
-            message = f"Training in progress, step {self.state.global_step}"
-            self.push_to_hub(commit_message=message, blocking=False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.args.should_save:

@@ -1,0 +1,504 @@
+"""`zo-peft plan`: a run's memory from the base's configuration alone, before anything is loaded.
+
+The base and its adapter are built on the meta device, as `zo-peft train` would build them, so that
+every tensor has its shape and dtype and no bytes. Formulas: `zo_peft.memory`, and below.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.quantizers import AutoHfQuantizer
+
+from zo_peft import calibrate, jobs
+from zo_peft.arguments import DataArguments, ModelArguments
+from zo_peft.config import ZOConfig
+from zo_peft.errors import UserError
+from zo_peft.loading import (
+    LOAD_ERRORS,
+    add_adapter,
+    load_config,
+    public_name,
+    quantization_config,
+    reason,
+    tuned_parameters,
+)
+from zo_peft.low_rank import LowRank
+from zo_peft.memory import Fit, layer_bytes, wave_size, weight_bytes
+from zo_peft.noise import CHUNK, Distribution
+from zo_peft.rewards import METRICS
+from zo_peft.spaces import (
+    AdapterSpace,
+    BaseSpace,
+    NotInLanes,
+    Space,
+    choose,
+    find_scales,
+    find_weights,
+)
+from zo_peft.updates import RULES
+
+#: Of a GPU: what CUDA's context takes, and what the allocator cannot use of what it holds.
+RESERVED = 1 << 30
+
+#: Scratch bytes of each number of noise that is made at a time.
+NOISE_BYTES = 60
+
+#: A backward pass through a layer holds so many times what its forward holds at its peak.
+BACKWARD = 2
+
+#: No batch, length or number of candidates is looked for beyond this.
+MOST = 1 << 20
+
+
+@dataclass
+class PlanArguments:
+    """What a plan needs to know beside the options of a run."""
+
+    gpu_memory: str | None = field(
+        default=None,
+        metadata={
+            "help": "A GPU's memory, e.g. 24GB or 24GiB: plan for it, and say what fits. Default: "
+            "plan for this machine."
+        },
+    )
+    completion_length: int = field(
+        default=1,
+        metadata={"help": "Tokens of an example that are scored; 1: label words of one token."},
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a run.
+
+    Attributes:
+        weights: of the base, as stored.
+        adapter: what is tuned, and what the update rule or the optimizer keeps beside it.
+        candidates: the adapters of all candidates of one forward.
+        activations: of one layer, with the copies that quantized layers make.
+        checkpoints: the inputs of all layers, kept for a backward pass.
+        logits: of the scored positions, with those of the loss.
+        load, step, update: all that is held at the peak of each phase.
+    """
+
+    weights: int
+    adapter: int
+    candidates: int
+    activations: int
+    checkpoints: int
+    logits: int
+    load: int
+    step: int
+    update: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at any time."""
+        return max(self.load, self.step, self.update)
+
+
+class Planner:
+    """The memory of runs that differ in batch, length and candidates, of one base and adapter.
+
+    Args:
+        completion_length: scored tokens of each example.
+        generates: completions are generated, of `args.max_completion_length` tokens.
+        device: cpu or cuda.
+
+    Attributes:
+        positions: the longest sequence that the base takes.
+        tuned: how many numbers are tuned.
+
+    Raises:
+        UserError: the base is not found, or cannot be tuned so.
+    """
+
+    def __init__(
+        self,
+        model: ModelArguments,
+        args: ZOConfig,
+        completion_length: int = 1,
+        generates: bool = False,
+        device: str = "cpu",
+    ) -> None:
+        self.args, self.device, self.completion_length = args, device, completion_length
+        self.classifies = model.task_type == "SEQ_CLS"
+        with torch.device("meta"):
+            base = _base(model)
+            quantize(base, model)
+            self.weights = weight_bytes(base)
+            tuned = add_adapter(base, _peft_config(model)) if args.tune == "adapter" else base
+        self.space = _space(tuned, args)
+        new_tokens = args.max_completion_length if generates else 0
+        self.fit = Fit(tuned, self.space.lane_numel, new_tokens, device)
+        self.tuned = self.space.numel
+        self.positions = getattr(self.fit.config, "max_position_embeddings", MOST)
+        try:
+            self.space.replacements(tuned)
+            self.in_lanes = True
+        except NotInLanes:
+            self.in_lanes = False
+        self._measure_layers(base)
+
+    def _measure_layers(self, base: PreTrainedModel) -> None:
+        """What quantized layers need beside their codes."""
+        layers = [m for m in base.modules() if isinstance(m, Linear8bitLt | Linear4bit)]
+        self.quantized = bool(layers)
+        self.largest = max((m.in_features * m.out_features for m in layers), default=0)
+        # PEFT's preparation for gradients makes float32 of what is not quantized.
+        floats = [p for p in base.parameters() if p.is_floating_point()]
+        self.upcast = sum(4 * p.numel() - p.nbytes for p in floats) if layers else 0
+        self.scratch = 0
+        if any(isinstance(m, Linear4bit) for m in layers):
+            dtype = next(m.compute_dtype for m in layers if isinstance(m, Linear4bit))
+            self.scratch = self.largest * (dtype or base.dtype).itemsize
+        elif self.device == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+            # Without AVX-512 an int8 matmul is one of float32.
+            self.scratch = 4 * self.largest
+
+    def candidates(self, batch: int, length: int, limit: int | None = None) -> list[int]:
+        """How many candidates share a forward: in a step, and while zo_eps is chosen.
+
+        Args:
+            limit: `candidates_per_forward`; None: as `zo_peft.memory.Fit` chooses.
+        """
+        if limit is None:
+            limit = self.fit(self._batch(batch, length), self._parts(batch))
+        limit = limit if self.in_lanes else 1
+        return [wave_size(count, limit) for count in self.evaluated(batch)]
+
+    def evaluated(self, batch: int) -> list[int]:
+        """How many candidates are evaluated at once: in a step, and while zo_eps is chosen."""
+        args, candidates = self.args, self.args.num_candidates or 0
+        counts = [{"mezo": 2, "n-spsa": 2 * candidates}.get(args.strategy, candidates)]
+        if args.zo_eps is None:
+            directions = calibrate.directions(self._parts(batch))
+            counts.append(1 + 2 * len(calibrate.LADDER) * directions)
+        return counts
+
+    def forward_only(self, batch: int, length: int, limit: int | None = None) -> Memory:
+        """Of a run with forward passes; arguments as in `candidates`."""
+        fit, own, is_adapter = self.fit, 4 * self.tuned, self.args.tune == "adapter"
+        count, parts = max(self.candidates(batch, length, limit)), self._parts(batch)
+        # An adapter is there twice: as it is, and as the model reads it.
+        adapter = own * (2 * is_adapter + len(RULES[self.args.update_rule or ""].BUFFERS))
+        alone = is_adapter and count * parts == 1
+        candidates = 0 if alone else count * parts * fit.adapter
+        activations = self.scratch + fit.layer(count * batch, length, fit.held)
+        logits = count * fit.logits(self._scored(batch, length))
+        noise = NOISE_BYTES * min(CHUNK, self.tuned)
+        held = self.weights + adapter
+        return Memory(
+            self.weights,
+            adapter,
+            candidates,
+            activations,
+            0,
+            logits,
+            self._loading(),
+            held + candidates + max(activations, logits, noise),
+            held + fit.adapter + noise,
+        )
+
+    def with_gradients(self, batch: int, length: int) -> Memory:
+        """Of the same adapter with back-propagation: Adam, checkpointed layers, a quantized base
+        prepared by PEFT (QLoRA).
+        """
+        fit = self.fit
+        size = 4 if self.quantized else fit.size
+        weights = self.weights + self.upcast
+        adapter = 4 * 4 * self.tuned  # itself, its gradient, and Adam's two moments
+        tokens = batch * length
+        checkpoints = fit.config.num_hidden_layers * tokens * fit.config.hidden_size * size
+        layer = batch * layer_bytes(fit.config, length, size)
+        activations = int(BACKWARD * fit.held * layer) + 2 * self.largest * size
+        # In float32: the logits' gradient, beside the loss and its gradient.
+        logits = fit.logits(self._scored(batch, length)) * 3 // 2
+        return Memory(
+            weights,
+            adapter,
+            0,
+            activations,
+            checkpoints,
+            logits,
+            self._loading(),
+            weights + adapter + checkpoints + max(activations, logits),
+            weights + adapter + 4 * self.tuned,
+        )
+
+    def _loading(self) -> int:
+        """With the layer that is quantized, as it was saved."""
+        return self.weights + self.largest * self.fit.size
+
+    def _parts(self, batch: int) -> int:
+        return batch if self.args.per_example_noise and self.in_lanes else 1
+
+    def _scored(self, batch: int, length: int) -> int:
+        return 0 if self.classifies else batch * min(self.completion_length, length)
+
+    def _batch(self, batch: int, length: int) -> dict[str, Any]:
+        shapes: dict[str, Any] = {"input_ids": torch.empty(batch, length, device="meta")}
+        return shapes if self.classifies else shapes | {"rows": range(self._scored(batch, length))}
+
+
+def _base(model: ModelArguments) -> PreTrainedModel:
+    """The base in floating point, as it was saved."""
+    config = load_config(
+        model.model_name_or_path,
+        revision=model.model_revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+    dtype = (config.dtype or "float32") if model.dtype == "auto" else model.dtype
+    classes = AutoModelForSequenceClassification
+    auto = classes if model.task_type == "SEQ_CLS" else AutoModelForCausalLM
+    try:
+        base = auto.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+    except LOAD_ERRORS as error:
+        name = public_name(model.model_name_or_path)
+        raise UserError(f"{name} cannot be planned: {reason(error)}") from error
+    return base.requires_grad_(False)
+
+
+def quantize(base: PreTrainedModel, model: ModelArguments) -> None:
+    """Quantize a base on the meta device as `from_pretrained` does, in place."""
+    compute_dtype = torch.float32 if model.dtype == "auto" else base.dtype
+    given = quantization_config(
+        model.load_in_8bit, model.load_in_4bit, compute_dtype, model.task_type == "SEQ_CLS"
+    )
+    saved = getattr(base.config, "quantization_config", None)
+    if given is None and saved is None:
+        return
+    # As if it had been saved so: codes in place of numbers that are still to be quantized.
+    quantizer = AutoHfQuantizer.from_config(given or saved, pre_quantized=True)
+    quantizer.preprocess_model(base, dtype=base.dtype, device_map=None)
+    quantizer.postprocess_model(base)
+    base.tie_weights()
+    for module in base.modules():
+        if isinstance(module, Linear8bitLt | Linear4bit):
+            _fill(module, base.dtype)
+
+
+def _fill(layer: Linear8bitLt | Linear4bit, dtype: torch.dtype) -> None:
+    """Shapes and dtypes that a quantized layer gets when its weights are loaded."""
+    if layer.bias is not None:
+        layer.bias.data = layer.bias.data.to(dtype)
+    if isinstance(layer, Linear8bitLt):
+        layer.state.SCB = torch.empty(layer.out_features)
+        return
+    numbers = layer.in_features * layer.out_features
+    layer.weight.data = torch.empty(numbers // 2, 1, dtype=torch.uint8)
+    nested = layer.weight.compress_statistics
+    inner = QuantState(torch.empty(numbers // 64 // 256)) if nested else None
+    absmax = torch.empty(numbers // 64, dtype=torch.uint8 if nested else torch.float32)
+    layer.weight.quant_state = QuantState(absmax, state2=inner)
+
+
+def _space(model: PreTrainedModel | PeftModel, args: ZOConfig) -> Space:
+    """What is tuned; `zo_peft.method.space_of` refuses a base without numbers."""
+    noise: Distribution | LowRank = args.noise
+    if args.low_rank_noise is not None:
+        noise = LowRank(args.noise_rank or 1, args.low_rank_noise, args.noise)
+    if isinstance(model, PeftModel):
+        return AdapterSpace(tuned_parameters(model, args.tunable), noise)
+    find = find_scales if args.tune == "scales" else find_weights
+    return BaseSpace(choose(find(model, args.tune_unquantized), args.tunable), noise)
+
+
+def _peft_config(model: ModelArguments) -> PeftConfig:
+    if model.adapter_name_or_path is None:
+        return model.peft_config()
+    try:
+        return PeftConfig.from_pretrained(model.adapter_name_or_path)
+    except LOAD_ERRORS as error:
+        name = public_name(model.adapter_name_or_path)
+        raise UserError(f"adapter {name!r} cannot be read: {reason(error)}") from error
+
+
+def plan(
+    given: PlanArguments, model: ModelArguments, data: DataArguments, args: ZOConfig
+) -> dict[str, Any]:
+    """The memory of a run, by parts and phases; with `gpu_memory` also what fits, and what would.
+
+    Returns:
+        Bytes, in `forward_only` and `gradients` (None where the base itself is tuned), as in
+        `Memory` with its `peak`. `fits`, `largest` and `proposal` are of forward passes;
+        `proposal` has the options with which they fit: empty if they do as asked, None if none was
+        found.
+
+    Raises:
+        UserError: the base is not found, or an option makes no sense.
+    """
+    if given.completion_length < 1:
+        raise UserError(f"completion_length={given.completion_length}; it must be 1 or more")
+    generates = bool(data.reward_funcs) or args.objective in METRICS
+    limit = None if given.gpu_memory is None else _bytes(given.gpu_memory)
+    device = args.device.type if limit is None else "cuda"
+
+    def planner(model: ModelArguments) -> Planner:
+        return Planner(model, args, given.completion_length, generates, device)
+
+    asked = planner(model)
+    batch, length = args.per_device_train_batch_size, args.max_length or asked.positions
+    per_forward = args.candidates_per_forward
+    memory = asked.forward_only(batch, length, per_forward)
+    gradients = asked.with_gradients(batch, length) if args.tune == "adapter" else None
+    result: dict[str, Any] = {
+        "model": public_name(model.model_name_or_path),
+        "device": device,
+        "per_device_train_batch_size": batch,
+        "max_length": length,
+        "candidates_per_forward": asked.candidates(batch, length, per_forward)[0],
+        "tuned_parameters": asked.tuned,
+        "forward_only": _told(memory),
+        "gradients": gradients and _told(gradients),
+    }
+    if limit is None:
+        return result
+    room = limit - RESERVED
+    return result | {
+        "gpu_memory": limit,
+        "reserved": RESERVED,
+        "fits": memory.peak <= room,
+        "gradients_fit": gradients and gradients.peak <= room,
+        "largest": _largest(asked, batch, length, room),
+        "proposal": _proposal(asked, planner, model, args, batch, length, room),
+    }
+
+
+def _told(memory: Memory) -> dict[str, int]:
+    return {**asdict(memory), "peak": memory.peak}
+
+
+def _bytes(size: str) -> int:
+    try:
+        found = convert_file_size_to_int(size.replace(" ", ""))
+    except ValueError:
+        found = 0
+    if found <= RESERVED:
+        raise UserError(f"gpu_memory={size!r} is not a size above 1GiB; write it as 24GB or 24GiB")
+    return found
+
+
+def _largest(planner: Planner, batch: int, length: int, room: int) -> dict[str, int]:
+    """The largest of each, the others as asked for; batch and length with one candidate at once."""
+
+    def fits(batch: int, length: int, limit: int) -> bool:
+        return planner.forward_only(batch, length, limit).peak <= room
+
+    return {
+        "per_device_train_batch_size": largest(lambda n: fits(n, length, 1), MOST),
+        "max_length": largest(lambda n: fits(batch, n, 1), planner.positions),
+        "candidates_per_forward": largest(
+            lambda n: fits(batch, length, n), max(planner.evaluated(batch))
+        ),
+    }
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits, where all below fit too; 0 where 1 does not."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _proposal(
+    asked: Planner,
+    planner: Callable[[ModelArguments], Planner],
+    model: ModelArguments,
+    args: ZOConfig,
+    batch: int,
+    length: int,
+    room: int,
+) -> dict[str, Any] | None:
+    """The first options that fit, of those that change a run's result least."""
+    for bits in _fewer_bits(model, args, asked.quantized):
+        smaller = planner(replace(model, **bits)) if bits else asked
+        for parts in (parts for parts in range(1, batch + 1) if batch % parts == 0):
+            for limit in (args.candidates_per_forward, 1):
+                if smaller.forward_only(batch // parts, length, limit).peak <= room:
+                    micro = _micro_batches(args, batch, parts)
+                    return bits | micro | ({"candidates_per_forward": 1} if limit == 1 else {})
+    return None
+
+
+def _fewer_bits(model: ModelArguments, args: ZOConfig, quantized: bool) -> Iterator[dict[str, Any]]:
+    """Options of the base: as asked for, then in 8 and in 4 bits if these are fewer."""
+    yield {}
+    if not quantized:
+        yield {"load_in_8bit": True}
+    if args.tune != "weights":
+        if model.load_in_8bit:
+            yield {"load_in_8bit": False, "load_in_4bit": True}
+        elif not quantized:
+            yield {"load_in_4bit": True}
+
+
+def _micro_batches(args: ZOConfig, batch: int, parts: int) -> dict[str, int]:
+    """A batch in parts that are accumulated."""
+    if parts == 1:
+        return {}
+    return {
+        "per_device_train_batch_size": batch // parts,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps * parts,
+    }
+
+
+#: What a plan's table calls the parts of a `Memory`.
+PARTS = {
+    "weights": "weights",
+    "adapter": "adapter and optimizer",
+    "candidates": "candidates of a forward",
+    "activations": "activations of a layer",
+    "checkpoints": "inputs of all layers",
+    "logits": "logits and loss",
+    "load": "peak while loading",
+    "step": "peak of a step's passes",
+    "update": "peak of the update",
+    "peak": "peak",
+}
+
+
+def text(result: dict[str, Any]) -> str:
+    """A plan as a table, and what fits."""
+    columns = {"forward only": result["forward_only"], "with gradients": result["gradients"]}
+    columns = {name: column for name, column in columns.items() if column}
+    rows = [[title, *(_mib(c[part]) for c in columns.values())] for part, title in PARTS.items()]
+    lines = [
+        f"{result['model']}, {result['device']}, batch {result['per_device_train_batch_size']} x "
+        f"{result['max_length']}, {result['candidates_per_forward']} candidates a forward, "
+        f"{result['tuned_parameters']:,} numbers tuned",
+        "",
+        jobs.table(["MiB", *columns], rows),
+    ]
+    return "\n".join([*lines, *(_fit_lines(result) if "gpu_memory" in result else [])])
+
+
+def _fit_lines(result: dict[str, Any]) -> list[str]:
+    memory = f"{_mib(result['gpu_memory'])} MiB less {_mib(result['reserved'])} for CUDA"
+    largest = ", ".join(f"{name} {value:,}" for name, value in result["largest"].items())
+    lines = ["", f"Largest that fits into {memory}, the rest as given: {largest}."]
+    if result["gradients"]:
+        lines += [f"Gradients {'fit' if result['gradients_fit'] else 'do not fit'}."]
+    if result["fits"]:
+        return [*lines, "Forward passes fit."]
+    if result["proposal"] is None:
+        return [*lines, "Forward passes do not fit, nor one example in 4 bits; lower max_length."]
+    options = " ".join(f"--{name} {value}" for name, value in result["proposal"].items())
+    return [*lines, f"Forward passes do not fit. They do with {options}"]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f}"

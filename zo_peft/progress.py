@@ -1,0 +1,86 @@
+"""What is seen of a run while it runs: the progress bar, and the clock of its logs."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+
+class Clock(TrainerCallback):
+    """Seconds of training over all sittings of a run, evaluations in between included.
+
+    Attributes:
+        began: when training would have begun (`time.monotonic`), had there been one sitting; None
+            before it has. What a killed sitting spent after its last checkpoint does not count.
+    """
+
+    began: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start, from where the logs of the last sitting end."""
+        spent = max((log.get("seconds", 0.0) for log in state.log_history), default=0.0)
+        self.began = time.monotonic() - spent
+
+
+class Progress(ProgressCallback):
+    """transformers' bars, with loss, metric and forward passes; all of it on stderr.
+
+    With `max_forward_passes` the bar counts towards it, and so does its time left; else it counts
+    steps.
+
+    Args:
+        forward_passes: how many have been made.
+        metric: name of the metric that the bar shows, as in the logs without `eval_`.
+    """
+
+    def __init__(self, forward_passes: Callable[[], int], metric: str) -> None:
+        super().__init__()
+        self.forward_passes, self.metric = forward_passes, metric
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar; a resumed run starts where it was."""
+        budget = args.max_forward_passes
+        counted = {"total": state.max_steps, "initial": state.global_step, "unit": " steps"}
+        if budget is not None:
+            counted = {"total": budget, "initial": self.forward_passes(), "unit": " passes"}
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(**counted, dynamic_ncols=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self.training_bar is None:
+            return
+        done, passes = state.global_step, self.forward_passes()
+        if args.max_forward_passes is None:
+            self.shown["passes"] = f"{passes:,}"
+            self.training_bar.set_postfix(self.shown, refresh=False)
+        else:
+            done = passes
+        self.training_bar.update(done - self.training_bar.n)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Show loss and metric in the bar; the line of all numbers goes above it."""
+        logs = logs or {}
+        if "loss" in logs:
+            self.shown["loss"] = f"{logs['loss']:.4f}"
+        for name, value in logs.items():
+            if name.startswith("eval_") and name.endswith(f"_{self.metric}"):
+                self.shown[self.metric] = f"{value:.4f}"
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.shown, refresh=False)
+        # The parent writes on stdout, where only results belong.
+        with contextlib.redirect_stdout(sys.stderr):
+            super().on_log(args, state, control, logs, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
