@@ -72,7 +72,7 @@ class LowRank:
     def dense(
         self, directions: Sequence[Direction], name: str, shape: torch.Size, device: torch.device
     ) -> Tensor:
-        """The directions themselves, float32 [K, *shape]."""
+        """The directions themselves, float32 `[K, *shape]`."""
         if len(shape) != 2:
             return self._sum(directions, name, shape.numel(), device).view(-1, *shape)
         left, right = self.factors(directions, name, shape, device)

@@ -42,7 +42,7 @@ class Estimate:
 
     @property
     def loss(self) -> float:
-        """Mean of the step's finite losses: the batch loss at `theta`, blurred over eps."""
+        """Mean of the step's finite losses (the batch loss at `theta`, blurred over eps)."""
         return mean_of_finite(self.losses)
 
 
