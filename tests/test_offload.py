@@ -140,10 +140,12 @@ def test_the_base_itself_cannot_be_tuned_while_offloaded(tmp_path: Path) -> None
     [
         LNTuningConfig(task_type="CAUSAL_LM"),
         LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["down_proj"]),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], use_dora=True),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights="pissa"),
     ],
 )
-def test_modules_of_the_base_cannot_be_tuned_while_offloaded(
+def test_what_starts_from_offloaded_weights_is_refused(
     peft_config: PeftConfig, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="cannot be tuned as a whole while it is offloaded"):
+    with pytest.raises(UserError, match=r"starts from weights that are offloaded|non-finite"):
         add_adapter(load(LAYERS_ON_DISK, tmp_path), peft_config)

@@ -190,18 +190,17 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         # PEFT fills default target modules into the configuration that it is given.
         with _stand_ins(model):
             adapted = get_peft_model(model, deepcopy(peft_config))
-    except (ValueError, AttributeError, KeyError) as error:
+    except (ValueError, AttributeError, KeyError, torch.linalg.LinAlgError) as error:
         raise UserError(
             f"{peft_config.peft_type.value} cannot be attached to {type(model).__name__}: "
             f"{_first_line(error)} Its linear layers are: {', '.join(_linear_names(model))}; name "
             "some of them as target_modules"
         ) from error
-    for name, module in adapted.named_modules():
-        copies = isinstance(module, ModulesToSaveWrapper | LNTuningLayer)
-        if copies and any(parameter.is_meta for parameter in module.parameters()):
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and (parameter.is_meta or parameter.isnan().any()):
             raise UserError(
-                f"{name} cannot be tuned as a whole while it is offloaded; keep it on a device "
-                "(device_map), or tune a LORA"
+                f"{name} starts from weights that are offloaded; keep them on a device "
+                "(device_map), or choose an adapter that starts without them, such as a plain LORA"
             )
     # PEFT casts these to the dtype of the weights, in which codes leave nothing of them.
     scales = (t for m in adapted.modules() for t in getattr(m, "unilora_scales_A", {}).values())
@@ -212,9 +211,10 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
 
 @contextmanager
 def _stand_ins(model: nn.Module) -> Iterator[None]:
-    """Within the context, offloaded weights are zeros without memory, where their layers run.
+    """Within the context, offloaded weights are NaN, without memory, where their layers run.
 
-    PEFT puts an adapter where the weight is, which for an offloaded one is nowhere.
+    PEFT puts an adapter where the weight is, which for an offloaded one is nowhere. What it
+    computes from such a weight is NaN, too.
     """
     offloaded = [
         (module, name, parameter)
@@ -224,8 +224,8 @@ def _stand_ins(model: nn.Module) -> Iterator[None]:
     ]
     for module, name, parameter in offloaded:
         hook: Any = module._hf_hook
-        zero = torch.zeros(1, dtype=parameter.dtype, device=hook.execution_device)
-        stand_in = nn.Parameter(zero.expand(parameter.shape), requires_grad=False)
+        nan = torch.full((1,), torch.nan, dtype=parameter.dtype, device=hook.execution_device)
+        stand_in = nn.Parameter(nan.expand(parameter.shape), requires_grad=False)
         module.register_parameter(name, stand_in)
     try:
         yield
