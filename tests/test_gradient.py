@@ -103,6 +103,19 @@ def test_learns_on_every_base_and_leaves_it_alone(
     assert {layer.gradient_checkpointing for layer in layers} == {adapter is LORA}
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_checkpointing_changes_no_gradient(base: str, tmp_path: Path) -> None:
+    adapters = []
+    for checkpointed in (True, False):
+        tuned = trainer(tmp_path / str(checkpointed), LORA, base, max_steps=3)
+        tuned.args.activation_checkpointing = checkpointed
+        tuned.train()
+        adapters.append(tuned_parameters(tuned.model))
+    first, second = adapters
+    for name, parameter in first.items():
+        assert torch.allclose(parameter, second[name], atol=1e-6), name
+
+
 def test_spends_are_logged_and_plain_peft_loads_the_adapter(tmp_path: Path) -> None:
     tuned = trainer(tmp_path, max_steps=2)
     tuned.train()

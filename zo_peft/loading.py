@@ -188,7 +188,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """
     try:
         # PEFT fills default target modules into the configuration that it is given.
-        with _stand_ins(model):
+        with _stand_ins(model) as offloaded:
             adapted = get_peft_model(model, deepcopy(peft_config))
     except (ValueError, AttributeError, KeyError, torch.linalg.LinAlgError) as error:
         raise UserError(
@@ -196,7 +196,8 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
             f"{_first_line(error)} Its linear layers are: {', '.join(_linear_names(model))}; name "
             "some of them as target_modules"
         ) from error
-    for name, parameter in adapted.named_parameters():
+    # A base that is planned is on the meta device as a whole, and not offloaded.
+    for name, parameter in adapted.named_parameters() if offloaded else ():
         if parameter.requires_grad and (parameter.is_meta or parameter.isnan().any()):
             raise UserError(
                 f"{name} starts from weights that are offloaded; keep them on a device "
@@ -210,11 +211,11 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
 
 
 @contextmanager
-def _stand_ins(model: nn.Module) -> Iterator[None]:
+def _stand_ins(model: nn.Module) -> Iterator[bool]:
     """Within the context, offloaded weights are NaN, without memory, where their layers run.
 
-    PEFT puts an adapter where the weight is, which for an offloaded one is nowhere. What it
-    computes from such a weight is NaN, too.
+    Yields whether there are any. PEFT puts an adapter where the weight is, which for an offloaded
+    one is nowhere. What it computes from such a weight is NaN, too.
     """
     offloaded = [
         (module, name, parameter)
@@ -228,7 +229,7 @@ def _stand_ins(model: nn.Module) -> Iterator[None]:
         stand_in = nn.Parameter(nan.expand(parameter.shape), requires_grad=False)
         module.register_parameter(name, stand_in)
     try:
-        yield
+        yield bool(offloaded)
     finally:
         for module, name, parameter in offloaded:
             parameter.requires_grad_(getattr(module, name).requires_grad)
