@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig
+from peft import DeloraConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -138,7 +138,6 @@ def test_the_base_itself_cannot_be_tuned_while_offloaded(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "peft_config",
     [
-        LNTuningConfig(task_type="CAUSAL_LM"),
         LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["down_proj"]),
         LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], use_dora=True),
         LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights="pissa"),
@@ -148,4 +147,16 @@ def test_what_starts_from_offloaded_weights_is_refused(
     peft_config: PeftConfig, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"starts from weights that are offloaded|non-finite"):
+        add_adapter(load(LAYERS_ON_DISK, tmp_path), peft_config)
+
+
+@pytest.mark.parametrize(
+    "peft_config",
+    [
+        LNTuningConfig(task_type="CAUSAL_LM"),
+        DeloraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]),
+    ],
+)
+def test_what_reads_offloaded_weights_is_refused(peft_config: PeftConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="may read weights outside of their layers"):
         add_adapter(load(LAYERS_ON_DISK, tmp_path), peft_config)

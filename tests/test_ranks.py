@@ -214,6 +214,42 @@ def started_with_rank_as_seed(folder: Path) -> None:
     trainer(folder, seed=int(os.environ["RANK"])).train()
 
 
+def test_one_process_writes(tmp_path: Path) -> None:
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "rows": 16}
+    on_ranks(2, trained_in_a_folder_of_its_own, tmp_path, settings)
+    assert (tmp_path / "0" / "checkpoint-4" / "zo_state.safetensors").exists()
+    assert (tmp_path / "0" / "adapter_model.safetensors").exists()
+    assert not [path for path in (tmp_path / "1").rglob("*") if path.is_file()]
+
+
+def trained_in_a_folder_of_its_own(folder: Path, settings: dict[str, Any]) -> None:
+    trained(folder / os.environ["RANK"], **settings)
+
+
+def test_what_is_trained_beside_what_is_tuned_is_compared_too(tmp_path: Path) -> None:
+    for error in on_ranks(2, started_with_other_values, tmp_path):
+        assert "the base, the adapter or the settings of rank 0 and 1 differ" in str(error)
+
+
+def started_with_other_values(folder: Path) -> None:
+    run = trainer(folder, tunable="lora_B")
+    first = next(p for n, p in run.model.named_parameters() if "lora_A" in n)
+    first.data += float(os.environ["RANK"])
+    run.train()
+
+
+def test_an_objective_of_too_few_losses_is_named(tmp_path: Path) -> None:
+    for error in on_ranks(2, evaluated_with_a_mean, tmp_path):
+        assert "several processes need one for each" in str(error)
+
+
+def evaluated_with_a_mean(folder: Path) -> None:
+    run = trainer(folder)
+    losses = run.objective.losses
+    run.objective.losses = lambda *given: losses(*given).mean()[None]  # type: ignore[method-assign]
+    run.train()
+
+
 def test_gradients_stay_in_one_process(tmp_path: Path) -> None:
     for error in on_ranks(2, gradient, tmp_path):
         assert "works in one process" in str(error)

@@ -227,6 +227,8 @@ class BaseTrainer(Trainer):
         return losses.mean(), predictions, references
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
         folder = output_dir or self.args.output_dir
         os.makedirs(folder, exist_ok=True)
         if isinstance(self.model, PeftModel):
@@ -305,9 +307,9 @@ class BaseTrainer(Trainer):
         return upload(*given) if blocking else HfApi().run_as_future(upload, *given)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        under_way = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if self.args.hub_strategy == HubStrategy.END:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
+        under_way = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if under_way and not self.args.hub_always_push:
             return
         message = f"Training in progress, step {self.state.global_step}"
@@ -316,6 +318,8 @@ class BaseTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card of `zo_peft.card`, written with every save as well."""
+        if not self.args.should_save:
+            return
         facts = self.summary or self.facts()
         write_model_card(self.args.output_dir, self.model, self.args.tune, facts)
 

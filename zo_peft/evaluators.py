@@ -94,7 +94,9 @@ class Evaluator:
 
     def _examples(self, batch: Batch) -> int:
         """Of the whole batch, of which this rank may have a share."""
-        return batch[SHARE][2] if SHARE in batch else len(batch["labels"])
+        if SHARE in batch:
+            return batch[SHARE][2]
+        return len(batch["labels" if "labels" in batch else "input_ids"])
 
     def _rows_are_examples(self, batch: Batch) -> bool:
         rows = len(batch["input_ids"])
@@ -145,7 +147,7 @@ class Evaluator:
     def _all_losses(self, points: Sequence[Sequence[Direction]], batch: Batch) -> Tensor:
         if self.ranks is None:
             return self._batch_losses(points, batch)
-        return self.ranks.losses(points, batch, self._batch_losses)
+        return self.ranks.losses(points, batch, self._examples(batch), self._batch_losses)
 
     def _batch_losses(self, points: Sequence[Sequence[Direction]], batch: Batch) -> Tensor:
         """Of points [M][G]: [M, examples]."""

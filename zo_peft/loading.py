@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -21,6 +21,7 @@ from huggingface_hub.utils import httpx
 from peft import (
     PeftConfig,
     PeftModel,
+    PeftType,
     PrefixTuningConfig,
     TaskType,
     get_peft_model,
@@ -44,6 +45,23 @@ from transformers import (
 )
 
 from zo_peft.errors import UserError
+
+#: Adapters that leave reading the base's weights to the base's layers.
+ON_OFFLOADED = (
+    PeftType.LORA,
+    PeftType.ADALORA,
+    PeftType.IA3,
+    PeftType.VERA,
+    PeftType.LOHA,
+    PeftType.LOKR,
+    PeftType.OFT,
+    PeftType.BOFT,
+    PeftType.FOURIERFT,
+    PeftType.RANDLORA,
+    PeftType.PREFIX_TUNING,
+    PeftType.PROMPT_TUNING,
+    PeftType.P_TUNING,
+)
 
 #: What loading from a folder or from the Hub may raise.
 LOAD_ERRORS = (OSError, ValueError, SafetensorError, httpx.HTTPError)
@@ -186,17 +204,22 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     Raises:
         UserError: PEFT finds nothing to attach it to, or it would do nothing.
     """
+    offloaded = _offloaded(model)
+    if offloaded and peft_config.peft_type not in ON_OFFLOADED:
+        raise UserError(
+            f"{peft_config.peft_type.value} may read weights outside of their layers, and part of "
+            f"the base is offloaded; use one of {', '.join(kind.value for kind in ON_OFFLOADED)}"
+        )
     try:
         # PEFT fills default target modules into the configuration that it is given.
-        with _stand_ins(model) as offloaded:
+        with _stand_ins(offloaded):
             adapted = get_peft_model(model, deepcopy(peft_config))
-    except (ValueError, AttributeError, KeyError, torch.linalg.LinAlgError) as error:
+    except (ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise UserError(
             f"{peft_config.peft_type.value} cannot be attached to {type(model).__name__}: "
             f"{_first_line(error)} Its linear layers are: {', '.join(_linear_names(model))}; name "
             "some of them as target_modules"
         ) from error
-    # A base that is planned is on the meta device as a whole, and not offloaded.
     for name, parameter in adapted.named_parameters() if offloaded else ():
         if parameter.requires_grad and (parameter.is_meta or parameter.isnan().any()):
             raise UserError(
@@ -210,26 +233,31 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     return adapted
 
 
-@contextmanager
-def _stand_ins(model: nn.Module) -> Iterator[bool]:
-    """Within the context, offloaded weights are NaN, without memory, where their layers run.
-
-    Yields whether there are any. PEFT puts an adapter where the weight is, which for an offloaded
-    one is nowhere. What it computes from such a weight is NaN, too.
-    """
-    offloaded = [
+def _offloaded(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Parameters that accelerate keeps elsewhere, with their modules and names there."""
+    return [
         (module, name, parameter)
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.is_meta and hasattr(module, "_hf_hook")
     ]
-    for module, name, parameter in offloaded:
-        hook: Any = module._hf_hook
-        nan = torch.full((1,), torch.nan, dtype=parameter.dtype, device=hook.execution_device)
-        stand_in = nn.Parameter(nan.expand(parameter.shape), requires_grad=False)
-        module.register_parameter(name, stand_in)
+
+
+@contextmanager
+def _stand_ins(offloaded: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> Iterator[None]:
+    """Within the context, offloaded weights are NaN, without memory, where their layers run.
+
+    PEFT puts an adapter where the weight is, which for an offloaded one is nowhere. What it
+    computes from such a weight is NaN, too.
+    """
     try:
-        yield bool(offloaded)
+        for module, name, parameter in offloaded:
+            hook: Any = module._hf_hook
+            value = torch.nan if parameter.is_floating_point() else 0
+            one = torch.full((1,), value, dtype=parameter.dtype, device=hook.execution_device)
+            stand_in = nn.Parameter(one.expand(parameter.shape), requires_grad=False)
+            module.register_parameter(name, stand_in)
+        yield
     finally:
         for module, name, parameter in offloaded:
             parameter.requires_grad_(getattr(module, name).requires_grad)

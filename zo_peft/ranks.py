@@ -54,6 +54,7 @@ class Ranks:
         self,
         points: Sequence[Sequence[Direction]],
         batch: Batch,
+        examples: int,
         evaluate: Callable[[Sequence[Sequence[Direction]], Batch], Tensor],
     ) -> Tensor:
         """The losses [M, examples] of the whole batch, on every rank.
@@ -61,15 +62,18 @@ class Ranks:
         Args:
             points: [M][G] for the whole batch; G is 1 or the number of its examples.
             batch: this rank's share of it, where it has one.
+            examples: of the whole batch.
             evaluate: losses [m, n] of m points on the n examples of a batch.
+
+        Raises:
+            UserError: there are more or fewer losses.
         """
         if self.parallel == "candidates":
-            examples = len(batch["labels"])
             start, end = self.range(len(points))
             own = evaluate(points[start:end], batch) if start < end else torch.empty(0)
             sizes = [self._size(len(points), rank) * examples for rank in range(self.count)]
             return torch.cat([part.view(-1, examples) for part in self._gather(own, sizes)])
-        start, end, examples = batch[SHARE]
+        start, end, _ = batch[SHARE]
         if len(points[0]) > 1:
             points = [candidate[start:end] for candidate in points]
         own = evaluate(points, batch) if start < end else torch.empty(0)
@@ -111,6 +115,11 @@ class Ranks:
 
     def _gather(self, values: Tensor, sizes: Sequence[int]) -> Iterable[Tensor]:
         """Every rank's values, of which each has as many as `sizes` says."""
+        if values.numel() != sizes[self.rank]:
+            raise UserError(
+                f"the objective gave {values.numel()} losses for {sizes[self.rank]} candidates and "
+                "examples; several processes need one for each"
+            )
         padded = torch.zeros(max(sizes), dtype=torch.float32, device=self.device)
         padded[: values.numel()] = values.flatten()
         rows = self._exchange(padded).view(self.count, -1)

@@ -97,6 +97,8 @@ class ZOTrainer(BaseTrainer):
         self.ranks = Ranks(args.parallel, args.device) if args.world_size > 1 else None
         if self.ranks and args.parallel == "data":
             self._train_batch_size *= self.ranks.count
+        if self.ranks and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+            raise UserError("a base on several devices is tuned by one process; drop device_map")
         limit = args.candidates_per_forward
         self.evaluator = Evaluator(model, self.space, self.objective, limit, self.ranks)
         if args.torch_compile:
@@ -149,7 +151,9 @@ class ZOTrainer(BaseTrainer):
         """
         resumed = self._open_journal(resume_from_checkpoint)
         try:
-            return super().train(resumed, trial, ignore_keys_for_eval)
+            result = super().train(resumed, trial, ignore_keys_for_eval)
+            self._compare_ranks()
+            return result
         finally:
             self._journal.close()
 
@@ -170,7 +174,8 @@ class ZOTrainer(BaseTrainer):
         path = whose / JOURNAL_NAME
         new = not resume or (last and not path.exists())
         if self.ranks is not None:
-            self.ranks.check("the base, the adapter or the settings", header)
+            values = self._trained().values()
+            self.ranks.check("the base, the adapter or the settings", header, *values)
             new = bool(self.ranks.least(new))
         if new:
             self._start_journal(folder, header)
@@ -306,13 +311,14 @@ class ZOTrainer(BaseTrainer):
 
     def _check_ranks(self) -> None:
         """All ranks hold the same: at the first step of this process, and from time to time."""
-        if self.ranks is None:
-            return
-        step = self.state.global_step
-        if step % self.args.rank_check_steps == 0 or not self._checked:
-            tensors = self.space.tensors()
-            self.ranks.check(f"at step {step}, what is tuned", *tensors.values())
+        if self.state.global_step % self.args.rank_check_steps == 0 or not self._checked:
+            self._compare_ranks()
             self._checked = True
+
+    def _compare_ranks(self) -> None:
+        if self.ranks is not None:
+            what = f"at step {self.state.global_step}, what is tuned"
+            self.ranks.check(what, *self._trained().values())
 
     def _known(self, record: Record) -> tuple[Estimate, dict[str, Any]]:
         """The same from the journal, without a forward."""
@@ -433,6 +439,8 @@ class ZOTrainer(BaseTrainer):
     def floating_point_ops(self, inputs: Batch) -> int:
         """Operations of all candidates on a micro-batch; transformers counts a backward as two."""
         passes = self.args.forward_passes_per_step / self.args.gradient_accumulation_steps
+        if self.ranks is not None and self.args.parallel == "candidates":
+            passes /= self.ranks.count
         return int(super().floating_point_ops(inputs) / 3 * passes)
 
     def _space_settings(self) -> dict[str, Any]:
@@ -484,7 +492,7 @@ class ZOTrainer(BaseTrainer):
         """Whole batches in the same order on every rank, each of which takes its share of them."""
         if self.ranks is None:
             return super().get_train_dataloader()
-        if not has_length(self.train_dataset):
+        if not has_length(self.train_dataset) or self.accelerator.dispatch_batches:
             raise UserError("a streamed data set is read by one process; load it, or start one")
         shared = self.ranks.collator(self.data_collator)
         with replaced([(self, "data_collator", shared)]):
@@ -531,14 +539,19 @@ class ZOTrainer(BaseTrainer):
         """
         if isinstance(self.space, AdapterSpace) or not _internal_call:
             super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            # transformers asks whether the best checkpoint is there.
+            Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        if isinstance(self.space, BaseSpace) and self.args.tune == "scales":
+        if self.args.should_save and self.args.tune == "scales":
+            assert isinstance(self.space, BaseSpace)
             assert self.base_hash is not None
             save_scales(output_dir or self.args.output_dir, self.space, self.base_hash)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self._compare_ranks()
         if not self.args.should_save:
             return
         state = {
