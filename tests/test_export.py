@@ -4,6 +4,7 @@ import json
 import platform
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 import yaml
 from hub_server import Hub, metadata_errors
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -25,11 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from zo_peft import ZOConfig
 from zo_peft.arguments import DataArguments, ModelArguments
-from zo_peft.card import for_repository
+from zo_peft.card import for_repository, write_model_card
 from zo_peft.cli import main
 from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 from zo_peft.errors import UserError
-from zo_peft.export import public_files
+from zo_peft.export import PushArguments, public_files, push
 from zo_peft.loading import quantization_config
 from zo_peft.run import settings
 
@@ -283,7 +284,7 @@ USER, HOST, KEY = "zaphodb", "heart-of-gold", "k3y-of-another-service"
 RUNS: dict[str, dict[str, Any]] = {
     "lora": {"prompt_template": "{text}\\nIt was ``` | \\n", "seed": 0},
     "lora int8": {"load_in_8bit": True, "per_example_noise": False},
-    "lora nf4": {"load_in_4bit": True, "tunable": "lora_B"},
+    "lora nf4": {"load_in_4bit": True, "tunable": "lora_B", "dtype": "bfloat16"},
     "prefix": {"peft_type": "PREFIX_TUNING", "lora_target_modules": None},
     "prompt": {"peft_type": "PROMPT_TUNING", "lora_target_modules": None},
     "ia3": {"peft_type": "IA3", "lora_target_modules": None},
@@ -358,11 +359,15 @@ def test_a_card_says_what_a_reader_needs(name: str, runs: dict[str, Path]) -> No
         f"| time (s) | {metrics['wall_seconds']:,} |",
         f"| peak memory (MiB) | {round(metrics['peak_memory_bytes'] / 2**20):,} |",
         f"\n{metrics['command']}\n",
-        "2601.04710",
         "from_pretrained(",
         "The base was a folder, `tiny`" if metrics["settings"]["tune"] != "weights" else "`tiny`",
     ):
         assert said in card.text
+    zeroth_order = metrics["strategy"] != "adam"
+    for said in ("with forward passes only (zeroth-order optimization)", "2601.04710"):
+        assert (said in card.text) == zeroth_order
+    assert ("with gradients (backpropagation)" in card.text) != zeroth_order
+    assert ("zeroth-order" in card.data.tags) == zeroth_order
     adapts = metrics["settings"]["tune"] == "adapter"
     assert card.data.library_name == ("peft" if adapts else "transformers")
     if metrics["metric_after"] is None:
@@ -402,11 +407,65 @@ def test_the_lines_of_a_card_load_from_the_repository(runs: dict[str, Path]) -> 
     for name in ("lora int8", "weights", "scales nf4"):
         text = (runs[name] / "README.md").read_text()
         title = runs[name].name
-        lines = for_repository(text, title, "alice/it").splitlines()
+        lines = for_repository(text, "alice/it").splitlines()
         changed = [new for new, old in zip(lines, text.splitlines()) if new != old]
         assert len(changed) == (2 if name == "scales nf4" else 1)
         assert all(line.endswith('"alice/it")') for line in changed)
         assert not any(f'"{title}"' in line for line in lines)
+        plain, trusting = ('t("{}")', 't("{}", trust_remote_code=True)')
+        given = text.replace(plain.format(title), trusting.format(title))
+        expected = "\n".join(lines).replace(plain.format("alice/it"), trusting.format("alice/it"))
+        assert for_repository(given, "alice/it") == expected + "\n"
+
+
+def test_a_renamed_folder_loads_from_its_repository(runs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(runs["lora"], tmp_path / "renamed")
+    card = bytes(public_files(tmp_path / "renamed", "alice/it")["README.md"]).decode()
+    assert 'model = PeftModel.from_pretrained(base, "alice/it")' in card
+    # What is on the Hub stays.
+    assert for_repository(card, "alice/other") == card
+
+
+def test_the_lines_of_a_card_load_what_was_tuned(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = runs["lora nf4"]
+    monkeypatch.chdir(folder.parents[1])
+    lines = re.search("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert lines is not None
+    loaded: dict[str, Any] = {}
+    exec(lines[1].replace('"lora-nf4"', f'"{folder}"'), loaded)
+    assert loaded["base"].dtype == torch.bfloat16
+    quantization = loaded["base"].config.quantization_config
+    assert quantization.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_a_card_knows_names_of_the_hub_without_an_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots = {"models--tiny": "config.json", "datasets--reviews": "README.md"}
+    for repository, name in snapshots.items():
+        (tmp_path / repository / "refs").mkdir(parents=True)
+        (tmp_path / repository / "refs" / "main").write_text("c0ffee")
+        (tmp_path / repository / "snapshots" / "c0ffee").mkdir(parents=True)
+        (tmp_path / repository / "snapshots" / "c0ffee" / name).touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED / "model")
+
+    def card(base: str, dataset: str) -> ModelCard:
+        model.config.name_or_path = base
+        chosen = {"model_revision": "main", "dataset_name": dataset, "trust_remote_code": True}
+        write_model_card(str(tmp_path / "out"), model, "scales", {"settings": chosen})
+        return ModelCard.load(tmp_path / "out" / "README.md")
+
+    (tmp_path / "out").mkdir()
+    known = card("tiny", "reviews")
+    assert (known.data.base_model, known.data.datasets) == ("tiny", ["reviews"])
+    assert 'from_pretrained("tiny", revision="c0ffee", trust_remote_code=True)' in known.text
+    assert 'from_pretrained("out", trust_remote_code=True)' in known.text
+    for other in (card("/bases/tiny", "nowhere"), card("nowhere", "no--where")):
+        assert (other.data.base_model, other.data.datasets) == (None, None)
+        assert "The base was a folder" in other.text
 
 
 @pytest.mark.parametrize(
@@ -419,27 +478,89 @@ def test_the_lines_of_a_card_load_from_the_repository(runs: dict[str, Path]) -> 
         ),
         ("README.md", "See ~/runs", r"README\.md holds '~/r', a path of this machine; take it out"),
         ("README.md", r"In C:\Users\marvin", "a path of this machine"),
-        ("README.md", f"Use {TOKEN}.", r"README\.md holds a token or another secret"),
-        ("zo_metrics.json", '{"a": "k3y-of-another-service"}', "holds a token or another secret"),
+        ("README.md", "In C:/Users/marvin", "a path of this machine"),
+        ("README.md", r"In D:\data\reviews", "a path of this machine"),
+        ("README.md", "See file:///home/marvin", "holds '/home/marvin', a path"),
+        ("README.md", "scp box:/home/marvin", "holds '/home/marvin', a path"),
+        ("README.md", r"'Look:\n/home/marvin'", "holds '/home/marvin', a path"),
+        ("zo_metrics.json", r'{"a": ["Look:\n/home/marvin"]}', "holds '/home/marvin', a path"),
+        ("README.md", "Köln".encode("latin-1"), r"README\.md is not UTF-8: .*; save it as UTF-8"),
+        ("README.md", f"Use {TOKEN}.", r"README\.md holds a token of the Hub"),
+        ("README.md", "Use t0ken-of-the-call.", r"README\.md holds a token of the Hub"),
+        (
+            "zo_metrics.json",
+            json.dumps({"a": {KEY: 1}}),
+            r"zo_metrics\.json holds the value of the environment variable SERVICE_API_KEY; take",
+        ),
         ("zo_metrics.json", "{", r"zo_metrics\.json is not JSON: .*; save the run again"),
         ("tokenizer.json", f'{{"a": "{TOKEN}"}}', r"tokenizer\.json holds a token"),
+        (
+            "tokenizer_config.json",
+            f'{{"chat_template": "{TOKEN}"}}',
+            r"tokenizer_config\.json holds a token",
+        ),
         ("adapter_model.safetensors", "no tensors", r"adapter_model\.safetensors is damaged: "),
     ],
 )
 def test_what_is_private_is_not_pushed(
-    name: str, content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, content: str | bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SERVICE_API_KEY", KEY)
     bare_adapter(tmp_path)
     assert public_files(tmp_path, "alice/it").keys() == ADAPTER
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
+        public_files(tmp_path, "alice/it", "t0ken-of-the-call")
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "message", "refusal"),
+    [
+        ("alice/it", "From /home/marvin", r"commit_message holds '/home/marvin', a path of this"),
+        ("alice/it", f"By {TOKEN}", r"commit_message holds a token of the Hub"),
+        ("a/b/c", "Better", r"a/b/c cannot be pushed: .*'namespace/repo_name'"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_push_would(
+    repo_id: str, message: str, refusal: str, tmp_path: Path
+) -> None:
+    bare_adapter(tmp_path)
+    with pytest.raises(UserError, match=refusal):
+        push(PushArguments(str(tmp_path), repo_id, commit_message=message, dry_run=True))
+
+
+def test_settings_and_vocabulary_are_no_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"TOKENIZER": "facebook/opt-1.3b", "MAX_TOKENS": "10000000", "DB_PASSWORD": "password"}
+    for variable, value in values.items():
+        monkeypatch.setenv(variable, value)
+    bare_adapter(tmp_path, base_model_name_or_path="facebook/opt-1.3b", tokens="10000000")
+    (tmp_path / "tokenizer.json").write_text('{"password": 7, "/home/marvin": 8}')
+    template = "Files are in '/mnt/data'; the password is /home/marvin."
+    (tmp_path / "chat_template.jinja").write_text(template)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    assert public_files(tmp_path, "alice/it").keys() == ADAPTER | {
+        "tokenizer.json",
+        "chat_template.jinja",
+        "tokenizer_config.json",
+    }
+
+
+@pytest.mark.parametrize("value", ['dou"ble quoted', "schlüssel-wort"])
+def test_a_secret_that_json_escapes_is_found(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DB_PASSWORD", value)
+    bare_adapter(tmp_path, note=f"It is {value}.")
+    with pytest.raises(UserError, match="holds the value of the environment variable DB_PASSWORD"):
         public_files(tmp_path, "alice/it")
 
 
 def test_texts_with_slashes_and_addresses_are_no_paths(tmp_path: Path) -> None:
     bare_adapter(tmp_path)
     text = "See https://arxiv.org/abs/2601.04710; yes/no/maybe, and/or, /x/y, ~3 h.\nQ:\\nA:\\n\n"
+    text += "Errors go to /dev/null, from http://127.0.0.1:8080/home/page.\n"
     (tmp_path / "README.md").write_text(text)
     assert public_files(tmp_path, "alice/it")["README.md"] == text.encode()
 
@@ -535,7 +656,23 @@ def test_a_merged_weight_is_the_sum_rounded_once(dtype: torch.dtype, tmp_path: P
     with torch.no_grad():
         difference = (plain(ids).logits - adapted(ids).logits).abs().max()
     assert difference < (1e-4 if dtype == torch.float32 else 0.3)
-    assert public_files(out, "alice/it").keys() >= {*shards, "config.json", "tokenizer.json"}
+    files = public_files(out, "alice/it")
+    assert files.keys() >= {*shards, "config.json", "tokenizer.json", "README.md"}
+    card = bytes(files["README.md"]).decode()
+    assert "`base` with the adapter `lora` merged into its weights" in card
+    assert 'model = AutoModelForCausalLM.from_pretrained("alice/it")' in card
+    assert metadata_errors(card) == []
+
+
+def test_nothing_is_written_when_the_base_has_no_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "merged"
+    AutoModelForCausalLM.from_pretrained(EMBEDDED / "model").save_pretrained(base)
+    lora(tmp_path / "lora", base)
+    assert merge(base, tmp_path / "lora", out) == 2
+    assert "the tokenizer of" in capsys.readouterr().err.splitlines()[-1]
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -5,24 +5,34 @@ import math
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
+from zo_peft.arguments import ModelArguments
+from zo_peft.config import GRADIENT
 from zo_peft.loading import classifies, peft_config_of, public_name
 from zo_peft.tasks import TASKS
 
 CARD_NAME = "README.md"
 
 ADAPTER = """\
-A PEFT adapter ({kind}) for {base}, tuned with forward passes only (zeroth-order optimization) by
+A PEFT adapter ({kind}) for {base}, tuned {how} by
 zo_peft, which loading it does not need."""
 
 BASE = """\
-{base}, its {kind} tuned with forward passes only (zeroth-order optimization) by zo_peft."""
+{base}, its {kind} tuned {how} by zo_peft."""
+
+MERGED = """\
+{base} with the adapter `{adapter}` merged into its weights by zo_peft, which loading it does not
+need."""
+
+FORWARD_ONLY = "with forward passes only (zeroth-order optimization)"
+BACKPROPAGATION = "with gradients (backpropagation)"
 
 NOT_ON_THE_HUB = "The base was a folder, `{name}`: give the folder of your copy in its place."
 
@@ -36,7 +46,7 @@ model = PeftModel.from_pretrained(base, "{title}")"""
 LOAD_BASE = """\
 from transformers import {auto}
 
-model = {auto}.from_pretrained("{title}")"""
+model = {auto}.from_pretrained("{title}"{trusted})"""
 
 LOAD_SCALES = """\
 from transformers import {classes}
@@ -45,8 +55,10 @@ from zo_peft.scales import load_scales
 base = {auto}.from_pretrained("{name}"{arguments})
 load_scales(base, "{title}")"""
 
-#: The lines above that name what the card is of, which on the Hub has another name.
-NAMED = r'^((?:model = |load_scales\().*)"{title}"\)$'
+#: The lines above that name what the card is of: a folder, which on the Hub has another name.
+NAMED = re.compile(
+    r'^(model = \w+\.from_pretrained\((?:base, )?|load_scales\(base, )"[^"/\n]+"', re.MULTILINE
+)
 
 CITATION = """\
 @misc{jin2026steering,
@@ -73,6 +85,14 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 UNSAID = {"base_model_name_or_path", "auto_mapping", "inference_mode", "peft_type", "peft_version"}
 
 
+class _Base(NamedTuple):
+    """The base: how readers know it, whether the Hub has it under this name, and its commit."""
+
+    name: str
+    on_hub: bool
+    revision: str | None
+
+
 def write_model_card(
     folder: str, model: PreTrainedModel | PeftModel, tune: str, summary: dict[str, Any]
 ) -> None:
@@ -84,41 +104,69 @@ def write_model_card(
     """
     title = Path(folder).resolve().name
     config = peft_config_of(model)
-    base = public_name(
-        model.config.name_or_path if config is None else config.base_model_name_or_path
-    )
     settings = summary.get("settings", {})
+    base = _base(model, settings)
     kind = tune if config is None else config.peft_type.value
+    gradients = summary.get("strategy") in GRADIENT
     sections = [
         f"# {title}",
-        *_opening(title, base, kind, model, tune, _commit(base, settings)),
+        *_opening(title, base, kind, model, tune, summary),
         *_section("Results", _results(summary)),
         *_section("Data", _data(settings)),
         *_section("Training", _costs(summary), _command(summary), _settings(settings)),
         *_section("Adapter", _adapter(config)),
-        *_section("Citation", _block("bibtex", CITATION)),
+        *_section("Citation", "" if gradients else _block("bibtex", CITATION)),
     ]
+    _write(folder, sections, _metadata(title, base, kind, model, summary))
+
+
+def write_merged_card(folder: str, merged: PreTrainedModel, given: ModelArguments) -> None:
+    """Write `README.md` into `folder`: which base and adapter it is made of, and how it loads.
+
+    Args:
+        given: base and adapter, of which `merged` is made.
+    """
+    title = Path(folder).resolve().name
+    base = _base(merged, vars(given))
+    named = {
+        "base": _shown(base),
+        "adapter": public_name(given.adapter_name_or_path),
+        "auto": _auto_class(merged),
+        "title": title,
+        "trusted": _arguments({"trust_remote_code": given.trust_remote_code or None}),
+    }
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=_task(merged),
+        base_model=base.name if base.on_hub else None,
+        tags=["zo_peft"],
+        model_name=title,
+    )
+    sections = [MERGED.format(**named), _block("python", LOAD_BASE.format(**named))]
+    _write(folder, [f"# {title}", *sections], data)
+
+
+def for_repository(text: str, repo_id: str) -> str:
+    """A card whose lines of code load from a repository of the Hub what was in a folder."""
+    return NAMED.sub(lambda found: f'{found[1]}"{repo_id}"', text)
+
+
+def _write(folder: str, sections: list[str], data: ModelCardData) -> None:
     text = "\n\n".join(sections)
-    data = _metadata(title, base, kind, model, summary)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(Path(folder) / CARD_NAME)
-
-
-def for_repository(text: str, title: str, repo_id: str) -> str:
-    """A card whose lines of code load from a repository of the Hub what was in a folder `title`."""
-    pattern = re.compile(NAMED.format(title=re.escape(title)), re.MULTILINE)
-    return pattern.sub(lambda found: f'{found[1]}"{repo_id}")', text)
 
 
 def _metadata(
     title: str,
-    base: str,
+    base: _Base,
     kind: str,
     model: PreTrainedModel | PeftModel,
     summary: dict[str, Any],
 ) -> ModelCardData:
     """What the Hub searches and shows."""
     settings, value = summary.get("settings", {}), summary.get("metric_after")
-    task = "text-classification" if classifies(model) else "text-generation"
+    task = _task(model)
+    method = [] if summary.get("strategy") in GRADIENT else ["zeroth-order"]
     dataset = _hub_dataset(settings)
     results = None
     if value is not None and math.isfinite(value):
@@ -137,10 +185,10 @@ def _metadata(
     return ModelCardData(
         library_name="peft" if isinstance(model, PeftModel) else "transformers",
         pipeline_tag=task,
-        base_model=base if HUB_ID.fullmatch(base) else None,
+        base_model=base.name if base.on_hub else None,
         datasets=None if dataset is None else [dataset],
         metrics=None if results is None else [summary["metric_name"]],
-        tags=["zo_peft", "zeroth-order", kind.lower()],
+        tags=["zo_peft", *method, kind.lower()],
         model_name=title,
         eval_results=results,
     )
@@ -151,42 +199,75 @@ def _hub_dataset(settings: dict[str, Any]) -> str | None:
     if "task" in settings:
         return None if "task_data_dir" in settings else TASKS[settings["task"]].hub[0]
     name = settings.get("dataset_name", "")
-    return name if HUB_ID.fullmatch(name) else None
+    return name if _on_hub(name, CARD_NAME, repo_type="dataset") else None
 
 
-def _commit(base: str, settings: dict[str, Any]) -> str | None:
-    """The commit of the base that was loaded from the Hub, as the cache knows it."""
-    if not HUB_ID.fullmatch(base) or "model_revision" not in settings:
-        return None
-    cached = try_to_load_from_cache(base, "config.json", revision=settings["model_revision"])
-    return Path(cached).parent.name if isinstance(cached, str) else settings["model_revision"]
+def _on_hub(name: str, filename: str, **where: Any) -> bool:
+    """Whether a name is one of the Hub: it has an owner, or a file of it was asked for there."""
+    try:
+        found = try_to_load_from_cache(name, filename, **where)
+    except HFValidationError:
+        return False
+    return HUB_ID.fullmatch(name) is not None or found is not None
+
+
+def _base(model: PreTrainedModel | PeftModel, settings: dict[str, Any]) -> _Base:
+    """The base, with the commit that was loaded from the Hub, as the cache knows it."""
+    config = peft_config_of(model)
+    loaded = model.config.name_or_path
+    name = public_name(loaded if config is None else config.base_model_name_or_path)
+    place, revision = Path(loaded), settings.get("model_revision")
+    is_folder = place.name == name and (place.is_absolute() or place.is_dir())
+    if is_folder or not _on_hub(name, "config.json", revision=revision):
+        return _Base(name, False, None)
+    if revision is not None:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        revision = Path(cached).parent.name if isinstance(cached, str) else revision
+    return _Base(name, True, revision)
+
+
+def _shown(base: _Base) -> str:
+    return f"`{base.name}`" + (f" (revision `{base.revision}`)" if base.revision else "")
+
+
+def _auto_class(model: PreTrainedModel | PeftModel) -> str:
+    return "AutoModelForSequenceClassification" if classifies(model) else "AutoModelForCausalLM"
+
+
+def _task(model: PreTrainedModel | PeftModel) -> str:
+    return "text-classification" if classifies(model) else "text-generation"
 
 
 def _opening(
     title: str,
-    base: str,
+    base: _Base,
     kind: str,
     model: PreTrainedModel | PeftModel,
     tune: str,
-    revision: str | None,
+    summary: dict[str, Any],
 ) -> list[str]:
     """What it is, and the lines that load it."""
-    has_classes, quantization = classifies(model), model.config.to_dict().get("quantization_config")
-    auto = "AutoModelForSequenceClassification" if has_classes else "AutoModelForCausalLM"
+    auto, settings = _auto_class(model), summary.get("settings", {})
+    quantization = _quantization(model.config.to_dict().get("quantization_config"))
+    dtype = settings.get("dtype", "auto")
+    trusted = {"trust_remote_code": settings.get("trust_remote_code")}
     arguments = {
-        "revision": None if revision is None else f'"{revision}"',
-        "num_labels": model.config.num_labels if has_classes else None,
-        "quantization_config": _quantization(quantization),
+        "revision": None if base.revision is None else f'"{base.revision}"',
+        "num_labels": model.config.num_labels if classifies(model) else None,
+        "dtype": None if dtype == "auto" else f'"{dtype}"',
+        "quantization_config": quantization,
+        **trusted,
     }
-    given = "".join(f", {name}={value}" for name, value in arguments.items() if value is not None)
     named = {
         "title": title,
         "kind": kind,
-        "name": base,
-        "base": f"`{base}`" + (f" (revision `{revision}`)" if revision is not None else ""),
+        "how": BACKPROPAGATION if summary.get("strategy") in GRADIENT else FORWARD_ONLY,
+        "name": base.name,
+        "base": _shown(base),
         "auto": auto,
-        "classes": auto + (", BitsAndBytesConfig" if arguments["quantization_config"] else ""),
-        "arguments": given,
+        "classes": auto + (", BitsAndBytesConfig" if quantization else ""),
+        "arguments": _arguments(arguments),
+        "trusted": _arguments(trusted),
     }
     adapts = isinstance(model, PeftModel)
     lines = [
@@ -196,9 +277,14 @@ def _opening(
     if tune == "scales":
         lines.append("`zo_scales.safetensors` holds the scales alone, for the same base:")
         lines.append(_block("python", LOAD_SCALES.format(**named)))
-    if (adapts or tune == "scales") and not HUB_ID.fullmatch(base):
-        lines.append(NOT_ON_THE_HUB.format(name=base))
+    if (adapts or tune == "scales") and not base.on_hub:
+        lines.append(NOT_ON_THE_HUB.format(name=base.name))
     return lines
+
+
+def _arguments(given: dict[str, Any]) -> str:
+    """Further arguments of a call, as code; None leaves one out."""
+    return "".join(f", {name}={value}" for name, value in given.items() if value is not None)
 
 
 def _quantization(config: dict[str, Any] | None) -> str | None:
@@ -207,8 +293,9 @@ def _quantization(config: dict[str, Any] | None) -> str | None:
         return None
     if config.get("load_in_8bit"):
         return "BitsAndBytesConfig(load_in_8bit=True)"
-    kind = config.get("bnb_4bit_quant_type", "nf4")
-    return f'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{kind}")'
+    kind, dtype = config.get("bnb_4bit_quant_type", "nf4"), config.get("bnb_4bit_compute_dtype")
+    computes = "" if dtype in (None, "float32") else f', bnb_4bit_compute_dtype="{dtype}"'
+    return f'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{kind}"{computes})'
 
 
 def _results(summary: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import httpx, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from zo_peft.card import CARD_NAME, for_repository
@@ -26,16 +26,27 @@ MODEL = r"(config|generation_config|model\.safetensors\.index)\.json"
 MODEL_WEIGHTS = r"(model|model-\d+-of-\d+|zo_scales)\.safetensors"
 #: JSON and text that this package or transformers writes for this run.
 SETTINGS = r"(tokenizer_config|special_tokens_map|added_tokens|zo_metrics)\.json"
-TEXTS = r"README\.md|chat_template\.jinja"
+TEXTS = r"README\.md"
 #: What belongs to the base's tokenizer, as it was.
 VOCABULARY = (
-    r"(tokenizer|vocab)\.json|(vocab|merges)\.txt|(tokenizer|spiece|sentencepiece.*)\.model"
+    r"(tokenizer|vocab)\.json|(vocab|merges)\.txt|(tokenizer|spiece|sentencepiece.*)\.model|"
+    r"chat_template\.jinja"
 )
 
 #: Values of these keys may be a folder or a file: its name is what readers are told.
 PLACES = ("name_or_path", "_file", "_dir", "_path")
-ABSOLUTE = re.compile(r"(?<![\w/.:~-])(?:/[\w.@+-]+){2,}|(?<![\w/])~/\w|\b[A-Za-z]:\\+Users\\")
-SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+#: The prompt in a command has `\n`, which may stand before a path, and is no folder of a drive.
+ABSOLUTE = re.compile(
+    r"(?:(?<![\w/.~-])|(?<=file://)|(?<=\\n))(?:/[\w.@+-]+){2,}|(?<![\w/])~/\w|"
+    r"\b[A-Za-z]:\\+(?!n)[\w.@+ -]+\\+\w"
+)
+#: Folders at the top that are alike on all machines, and those of people and their disks.
+SYSTEM = {"bin", "dev", "etc", "lib", "proc", "sbin", "sys", "usr"}
+HOMES = {"home", "Users", "root", "mnt"}
+SECRET_NAMES = re.compile(
+    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API_?|ACCESS_|PRIVATE_)?KEY(_ID)?)$",
+    re.IGNORECASE,
+)
 HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
@@ -69,7 +80,10 @@ def push(given: PushArguments) -> dict[str, Any]:
             been committed then.
     """
     folder = Path(given.folder)
+    with hub_errors(given.repo_id):
+        validate_repo_id(given.repo_id)
     files = public_files(folder, given.repo_id)
+    _check("commit_message", given.commit_message)
     sizes = {name: _size(content) for name, content in files.items()}
     result = {
         "repo_id": given.repo_id,
@@ -127,7 +141,8 @@ def upload(
     Raises:
         UserError: as `push`.
     """
-    files = public_files(folder, repo_id)
+    files = public_files(folder, repo_id, token)
+    _check("commit_message", commit_message, token)
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     with hub_errors(repo_id):
         if revision is not None and not revision.startswith("refs/"):
@@ -141,10 +156,13 @@ def upload(
         )
 
 
-def public_files(folder: Path, repo_id: str) -> dict[str, bytes | Path]:
+def public_files(folder: Path, repo_id: str, token: str | None = None) -> dict[str, bytes | Path]:
     """What of a folder goes up, by name: as it lies there, or its content where that is changed.
 
     Folders in JSON are known by their names, and the card loads from `repo_id`.
+
+    Args:
+        token: of the Hub, which no file may hold; nor that of the environment.
 
     Raises:
         UserError: there is no adapter and no model, or a file holds a secret or a path.
@@ -164,30 +182,51 @@ def public_files(folder: Path, repo_id: str) -> dict[str, bytes | Path]:
     for name in sorted(filter(allowed.fullmatch, present)):
         path = folder / name
         if name.endswith(".safetensors"):
-            _check(name, _metadata(path))
+            _check(name, "\n".join(_strings(_metadata(path))), token)
             files[name] = path
         elif re.fullmatch(VOCABULARY, name):
-            _check_secrets(name, path.read_bytes().decode(errors="replace"))
+            _check_tokens(name, path.read_bytes().decode(errors="replace"), token)
             files[name] = path
+        elif name == CARD_NAME:
+            card = for_repository(_text(path), repo_id)
+            _check(name, card, token)
+            files[name] = card.encode()
         else:
-            text = path.read_text(encoding="utf-8")
-            if name.endswith(".json"):
-                text = _public_json(name, text)
-            elif name == CARD_NAME:
-                text = for_repository(text, folder.resolve().name, repo_id)
-            _check(name, text)
-            files[name] = text.encode()
+            files[name] = _public_json(name, _text(path), token).encode()
     return files
 
 
-def _public_json(name: str, text: str) -> str:
-    """The same JSON; if it names folders, with their last parts alone."""
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path.name} is not UTF-8: {error}; save it as UTF-8") from error
+
+
+def _public_json(name: str, text: str, token: str | None) -> str:
+    """The same JSON, checked; if it names folders, with their last parts alone."""
     try:
         content = json.loads(text)
     except ValueError as error:
         raise UserError(f"{name} is not JSON: {error}; save the run again") from error
     public = _public(content)
+    _check(name, "\n".join(_strings(public)), token)
+    _check_tokens(name, text, token)
     return text if public == content else json.dumps(public, indent=2) + "\n"
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """The strings of JSON, as they are and not escaped; a chat template is the base's."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for part in value:
+            yield from _strings(part)
+    elif isinstance(value, dict):
+        yield from value
+        for key, part in value.items():
+            if key != "chat_template":
+                yield from _strings(part)
 
 
 def _public(value: Any, key: str = "") -> Any:
@@ -200,18 +239,24 @@ def _public(value: Any, key: str = "") -> Any:
     return public_name(value) if Path(value).is_absolute() or Path(value).is_dir() else value
 
 
-def _metadata(path: Path) -> str:
+def _metadata(path: Path) -> dict[str, str]:
     """What a file of tensors says beside them."""
     try:
         with safe_open(path, "pt") as file:
-            return json.dumps(file.metadata() or {})
+            return file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path.name} is damaged: {error}; save the run again") from error
 
 
-def _check(name: str, text: str) -> None:
-    """Refuse a file that says where on this machine something lies, or a secret."""
-    _check_secrets(name, text)
+def _check(name: str, text: str, token: str | None = None) -> None:
+    """Refuse a text that says where on this machine something lies, or a secret."""
+    _check_tokens(name, text, token)
+    for variable, value in os.environ.items():
+        if SECRET_NAMES.search(variable) and len(value) >= 8 and value in text:
+            raise UserError(
+                f"{name} holds the value of the environment variable {variable}; take it out, or "
+                "unset the variable if it is no secret, and push again"
+            )
     for found in ABSOLUTE.finditer(text):
         place = found[0]
         if place.startswith("/") and not _is_place(place):
@@ -224,17 +269,13 @@ def _check(name: str, text: str) -> None:
 def _is_place(path: str) -> bool:
     """Whether it is a path here, or in somebody's home, and not just a text with slashes."""
     top = Path(path).parts[1]
-    return top in ("home", "Users", "root", "mnt") or Path("/", top).is_dir()
+    return top in HOMES or (top not in SYSTEM and Path("/", top).is_dir())
 
 
-def _check_secrets(name: str, text: str) -> None:
-    named = [value for key, value in os.environ.items() if SECRET_NAMES.search(key)]
-    known = [value for value in (get_token(), *named) if value and len(value) >= 8]
+def _check_tokens(name: str, text: str, token: str | None) -> None:
+    known = [value for value in (get_token(), token) if value and len(value) >= 8]
     if HUB_TOKEN.search(text) or any(value in text for value in known):
-        raise UserError(
-            f"{name} holds a token or another secret of this environment; take it out, and push "
-            "again"
-        )
+        raise UserError(f"{name} holds a token of the Hub; take it out, and push again")
 
 
 def _size(content: bytes | Path) -> int:

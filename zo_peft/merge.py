@@ -14,6 +14,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from zo_peft.arguments import ModelArguments
+from zo_peft.card import write_merged_card
 from zo_peft.errors import UserError
 from zo_peft.loading import LOAD_ERRORS, load_adapter, load_tokenizer, public_name, reason
 from zo_peft.run import load
@@ -40,8 +41,9 @@ class MergeArguments:
 def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
     """Write `W + change` for every weight that the adapter changes, and the rest as it was.
 
-    The sum is made in float32 and rounded once to the base's dtype. Of the model's arguments only
-    those of the base count, and `adapter_name_or_path`.
+    The sum is made in float32 and rounded once to the base's dtype. With the model go the base's
+    tokenizer and a short card. Of the model's arguments only those of the base count, and
+    `adapter_name_or_path`.
 
     Returns:
         `output_dir`, and there the `files` of weights and their `dtype`.
@@ -60,6 +62,8 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
             f"{config.peft_type.value} cannot be merged: it adds tokens, or keys and values, and "
             "changes no weight; load it with PEFT"
         )
+    source = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
+    tokenizer = load_tokenizer(model.model_name_or_path, **source)
     base = load(model, "adapter", classes)
     dtype = base.dtype
     if quantized := getattr(base, "is_quantized", False):
@@ -68,9 +72,8 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
     if quantized:
         merged.to(dtype)
     merged.save_pretrained(given.output_dir, max_shard_size=given.max_shard_size)
-    load_tokenizer(model.model_name_or_path, revision=model.model_revision).save_pretrained(
-        given.output_dir
-    )
+    tokenizer.save_pretrained(given.output_dir)
+    write_merged_card(given.output_dir, merged, model)
     return {
         "output_dir": given.output_dir,
         "files": sorted(path.name for path in Path(given.output_dir).glob("*.safetensors")),
