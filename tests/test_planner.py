@@ -11,7 +11,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
-from transformers import LlamaConfig, OPTConfig
+from transformers import BloomConfig, LlamaConfig, OPTConfig
 
 from zo_peft import ZOConfig, ZOTrainer
 from zo_peft.arguments import DataArguments, ModelArguments
@@ -144,6 +144,44 @@ def test_the_parts_add_up(planner: Planner) -> None:
     assert gradients.peak > memory.peak
 
 
+@pytest.mark.parametrize("scored", [1, 512])
+def test_an_evaluation_is_a_forward_of_its_own_batch(opt_13b: str, scored: int) -> None:
+    """By hand: 32 examples of 512 tokens, of which an evaluation has no second candidate."""
+    hidden, vocabulary = 5120, 50272
+    args = ZOConfig("out", num_candidates=8, zo_eps=1e-3, per_device_eval_batch_size=32)
+    planner = Planner(ModelArguments(opt_13b), args, scored, device="cuda")
+    forward = max(32 * 512 * 14 * hidden * 2, 2 * 4 * 32 * scored * vocabulary)
+    memory = planner.forward_only(1, 512, 1)
+    assert memory.evaluate == memory.weights + memory.adapter + forward
+    assert memory.peak == memory.evaluate > memory.step
+    fewer = planner.forward_only(1, 512, 1, eval_batch=1)
+    assert replace(memory, evaluate=fewer.evaluate) == fewer
+    assert fewer.evaluate < memory.evaluate
+    gradients = planner.with_gradients(1, 512)
+    assert gradients.evaluate == gradients.weights + gradients.adapter + forward
+    assert gradients.peak == max(gradients.evaluate, gradients.step)
+
+
+def test_an_evaluation_alone_may_be_what_does_not_fit(opt_13b: str) -> None:
+    """Then it is the evaluation alone that the proposal makes smaller."""
+    args = ZOConfig("out", zo_eps=1e-3, per_device_train_batch_size=4, max_length=512)
+    args.per_device_eval_batch_size = 256
+    result = plan(
+        PlanArguments("24GB"), ModelArguments(opt_13b, load_in_8bit=True), DataArguments(), args
+    )
+    assert not result["fits"]
+    assert result["proposal"] == {"per_device_eval_batch_size": 1}
+    found = result["largest"]
+    assert 1 < found["per_device_eval_batch_size"] < 256
+    assert found["per_device_train_batch_size"] == found["candidates_per_forward"] == 0
+    args.per_device_eval_batch_size = found["per_device_eval_batch_size"]
+    planner = Planner(ModelArguments(opt_13b, load_in_8bit=True), args, device="cuda")
+    room = 24 * 10**9 - result["reserved"]
+    assert planner.forward_only(4, 512, 1).peak <= room
+    args.per_device_eval_batch_size += 1
+    assert planner.forward_only(4, 512, 1).peak > room
+
+
 @given(
     batch=st.integers(1, 64), length=st.integers(1, 1024), limit=st.integers(1, 8), more=st.data()
 )
@@ -234,9 +272,84 @@ def test_the_proposal_fits(gpu_memory: str, expected: dict[str, Any], wide: str)
 
 def test_nothing_fits_into_too_little(wide: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model_name_or_path", wide, "--max_length", "512", "--gpu_memory", "2GB"]
-    assert planned(capsys, *options)["proposal"] is None
+    result = planned(capsys, *options)
+    assert result["proposal"] is None
+    assert result["least"]["options"] == {"load_in_4bit": True}
+    assert result["least"]["max_length"] == 0
+    assert result["least"]["peak_of_a_token"] > 2 * 10**9 - result["reserved"]
     assert main(["plan", *options]) == 0
-    assert "lower max_length" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "at any max_length: one token with --load_in_4bit True takes" in told
+    assert "lower" not in told
+
+
+@pytest.mark.parametrize(("tune", "options"), [("adapter", "load_in_4bit"), ("weights", "8bit")])
+def test_where_only_the_length_is_too_much_it_says_which_fits(
+    tune: Any, options: str, wide: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights are tuned in 8 bits at the least."""
+    given = ["--model_name_or_path", wide, "--completion_length", "2048", "--tune", tune]
+    given += ["--gpu_memory", "2.9GB" if tune == "adapter" else "3.3GB"]
+    least = planned(capsys, *given)["least"]
+    assert options in next(iter(least["options"]))
+    assert 0 < least["max_length"] < 2048
+    shorter = [*given, "--max_length", str(least["max_length"])]
+    assert planned(capsys, *shorter)["proposal"].items() >= least["options"].items()
+    longer = [*given, "--max_length", str(least["max_length"] + 1)]
+    assert planned(capsys, *longer)["proposal"] is None
+    assert main(["plan", *given]) == 0
+    told = capsys.readouterr().out
+    assert f"{least['max_length']:,} tokens fits; lower max_length" in told
+    assert options in told
+
+
+def test_a_base_of_another_quantization_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    OPTConfig(num_hidden_layers=1, quantization_config=saved).save_pretrained(tmp_path)
+    for asked in ([], ["--load_in_8bit", "True"]):
+        assert main(["plan", "--model_name_or_path", str(tmp_path), *asked]) == 2
+        assert f"{tmp_path.name} was saved quantized by gptq" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_base_that_bitsandbytes_quantized_is_planned(bits: str, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 96, "word_embed_proj_dim": 96, "ffn_dim": 384}
+    sizes |= {"num_hidden_layers": 2, "dtype": "float32"}
+    asked = ModelArguments(str(tmp_path), **{f"load_in_{bits}": True})
+    config = OPTConfig(**sizes)
+    config.save_pretrained(tmp_path)
+    mine = Planner(asked, ZOConfig("out")).weights
+    given = quantization_config(asked.load_in_8bit, asked.load_in_4bit)
+    OPTConfig(**sizes, quantization_config=given.to_dict()).save_pretrained(tmp_path)
+    assert Planner(ModelArguments(str(tmp_path)), ZOConfig("out")).weights == mine
+
+
+def test_a_length_that_the_base_does_not_take_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["plan", "--model_name_or_path", str(EMBEDDED), "--max_length"]
+    assert main([*options, "256"]) == 0
+    assert main([*options, "257"]) == 2
+    assert "takes at most 256 tokens" in capsys.readouterr().err
+
+
+def test_a_base_that_says_no_length_needs_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    BloomConfig(hidden_size=64, n_head=4, n_layer=2, vocab_size=1000).save_pretrained(tmp_path)
+    options = ["--model_name_or_path", str(tmp_path)]
+    assert main(["plan", *options]) == 2
+    assert "give --max_length" in capsys.readouterr().err
+    assert planned(capsys, *options, "--max_length", "4096")["max_length"] == 4096
+
+
+@pytest.mark.parametrize(("count", "told"), [(1, "1 candidate a"), (2, "2 candidates a")])
+def test_candidates_are_counted(count: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model_name_or_path", str(EMBEDDED), "--candidates_per_forward", str(count)]
+    assert main(["plan", *options]) == 0
+    assert told in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("peft_type", ["LORA", "PREFIX_TUNING", "PROMPT_TUNING", "IA3", "VERA"])

@@ -244,7 +244,7 @@ def test_an_objective_of_too_few_losses_is_named(tmp_path: Path) -> None:
 
 
 def evaluated_with_a_mean(folder: Path) -> None:
-    run = trainer(folder)
+    run = trainer(folder, per_example_noise=False, candidates_per_forward=1)
     losses = run.objective.losses
     run.objective.losses = lambda *given: losses(*given).mean()[None]  # type: ignore[method-assign]
     run.train()

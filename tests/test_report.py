@@ -25,7 +25,7 @@ from zo_peft.errors import UserError
 from zo_peft.history import load, names
 from zo_peft.jobs import flags
 from zo_peft.journal import JOURNAL_NAME, Journal, Record, read
-from zo_peft.report import page
+from zo_peft.report import ReportArguments, page, report
 
 CHROMIUM = shutil.which("chromium")
 
@@ -284,7 +284,9 @@ def test_a_damaged_journal_is_refused_and_a_torn_one_read(tmp_path: Path) -> Non
         load(tmp_path, "x")
 
 
-values = st.none() | st.booleans() | st.text(max_size=3) | st.floats() | st.integers()
+#: Strings that JSON may hold, halves of surrogate pairs among them.
+texts = st.text(st.characters(exclude_categories=()) | st.just("\ud800"), max_size=3)
+values = st.none() | st.booleans() | texts | st.floats() | st.integers()
 values |= st.just(10**400) | st.lists(st.integers(), max_size=2)
 entry_keys = st.sampled_from(["step", "loss", "forward_passes", "seconds", "eval_loss", "eval_f1"])
 entries = st.lists(st.dictionaries(entry_keys, values, max_size=6) | values, max_size=8)
@@ -304,7 +306,42 @@ def test_any_json_is_read_or_refused(
     except UserError:
         return
     draw([run])
-    page([run], {})
+    page([run], {}).encode(errors="replace")
+
+
+def test_half_a_surrogate_pair_is_shown_as_a_question_mark(tmp_path: Path) -> None:
+    log = [{"step": 1, "loss": 1.0, "forward_passes": 2}, {"step": 1, "eval_loss": 1, "eval_f": 1}]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    metrics = {"metric_name": "f", "strategy": "g\ud800v", "settings": {"\udfff": "\ud83d"}}
+    (tmp_path / "zo_metrics.json").write_text(json.dumps(metrics))
+    result = report(ReportArguments([str(tmp_path)], str(tmp_path / "report")))
+    text = Path(result["page"]).read_text(encoding="utf-8")
+    assert "<td>g?v</td>" in text
+    assert "<th>?</th><td>?</td>" in text
+    assert plain("a\ud800") == "a?"
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_file_in_the_place_of_the_reports_folder_is_kept(
+    below: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, notes = journalled(tmp_path / "run"), tmp_path / "notes"
+    notes.write_text("mine")
+    out = notes / "report" if below else notes
+    assert main(["report", str(run), "--output_dir", str(out)]) == 2
+    assert "give a folder" in capsys.readouterr().err
+    assert notes.read_text() == "mine"
+
+
+def test_what_was_written_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "trainer_state.json").write_text(
+        json.dumps({"log_history": [{"step": 1, "loss": 1.0, "forward_passes": 2}]})
+    )
+    argv = [str(tmp_path), "--output_dir", str(tmp_path / "report")]
+    assert main(["report", *argv]) == 0
+    assert capsys.readouterr().out.startswith("1 run, 1 chart: ")
+    assert main(["report", str(journalled(tmp_path / "other")), *argv]) == 0
+    assert capsys.readouterr().out.startswith("2 runs, 2 charts: ")
 
 
 def browsed(page: Path, picture: Path) -> str:

@@ -6,6 +6,7 @@ every tensor has its shape and dtype and no bytes. Formulas: `zo_peft.memory`, a
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -89,7 +90,8 @@ class Memory:
         activations: of one layer, with the copies that quantized layers make.
         checkpoints: the inputs of all layers, kept for a backward pass.
         logits: of the scored positions, with those of the loss.
-        load, step, update: all that is held at the peak of each phase.
+        load, step, update, evaluate: all that is held at the peak of each phase. A run evaluates
+            before its first step, too.
     """
 
     weights: int
@@ -101,11 +103,12 @@ class Memory:
     load: int
     step: int
     update: int
+    evaluate: int
 
     @property
     def peak(self) -> int:
         """The most that is held at any time."""
-        return max(self.load, self.step, self.update)
+        return max(self.load, self.step, self.update, self.evaluate)
 
 
 class Planner:
@@ -117,7 +120,8 @@ class Planner:
         device: cpu or cuda.
 
     Attributes:
-        positions: the longest sequence that the base takes.
+        positions: the longest sequence that the base takes; None where its configuration does not
+            say.
         tuned: how many numbers are tuned.
 
     Raises:
@@ -143,7 +147,7 @@ class Planner:
         new_tokens = args.max_completion_length if generates else 0
         self.fit = Fit(tuned, self.space.lane_numel, new_tokens, device)
         self.tuned = self.space.numel
-        self.positions = getattr(self.fit.config, "max_position_embeddings", MOST)
+        self.positions: int | None = getattr(self.fit.config, "max_position_embeddings", None)
         try:
             self.space.replacements(tuned)
             self.in_lanes = True
@@ -187,8 +191,14 @@ class Planner:
             counts.append(1 + 2 * len(calibrate.LADDER) * directions)
         return counts
 
-    def forward_only(self, batch: int, length: int, limit: int | None = None) -> Memory:
-        """Of a run with forward passes; arguments as in `candidates`."""
+    def forward_only(
+        self, batch: int, length: int, limit: int | None = None, eval_batch: int | None = None
+    ) -> Memory:
+        """Of a run with forward passes; arguments as in `candidates`.
+
+        Args:
+            eval_batch: examples of an evaluation's forward; None: as the run's options say.
+        """
         fit, own, is_adapter = self.fit, 4 * self.tuned, self.args.tune == "adapter"
         count, parts = max(self.candidates(batch, length, limit)), self._parts(batch)
         # An adapter is there twice: as it is, and as the model reads it.
@@ -209,6 +219,7 @@ class Planner:
             self._loading(),
             held + candidates + max(activations, logits, noise),
             held + fit.adapter + noise,
+            held + self._evaluation(eval_batch, length, fit.size),
         )
 
     def with_gradients(self, batch: int, length: int) -> Memory:
@@ -235,7 +246,14 @@ class Planner:
             self._loading(),
             weights + adapter + checkpoints + max(activations, logits),
             weights + adapter + 4 * self.tuned,
+            weights + adapter + self._evaluation(None, length, size),
         )
+
+    def _evaluation(self, batch: int | None, length: int, size: int) -> int:
+        """Of an evaluation's forward, beside weights and adapter; `size`: bytes of a number."""
+        rows, fit = batch or self.args.per_device_eval_batch_size, self.fit
+        layer = self.scratch + fit.layer(rows, length, fit.held * size / fit.size)
+        return max(layer, fit.logits(self._scored(rows, length)))
 
     def _loading(self) -> int:
         """With the layer that is quantized, as it was saved."""
@@ -271,7 +289,11 @@ def _base(model: ModelArguments) -> PreTrainedModel:
 
 
 def quantize(base: PreTrainedModel, model: ModelArguments) -> None:
-    """Quantize a base on the meta device as `from_pretrained` does, in place."""
+    """Quantize a base on the meta device as `from_pretrained` does, in place.
+
+    Raises:
+        UserError: it was saved in a form that is not bitsandbytes'.
+    """
     compute_dtype = torch.float32 if model.dtype == "auto" else base.dtype
     given = quantization_config(
         model.load_in_8bit, model.load_in_4bit, compute_dtype, model.task_type == "SEQ_CLS"
@@ -279,6 +301,13 @@ def quantize(base: PreTrainedModel, model: ModelArguments) -> None:
     saved = getattr(base.config, "quantization_config", None)
     if given is None and saved is None:
         return
+    method = (saved or {}).get("quant_method", "bitsandbytes")
+    if not method.startswith("bitsandbytes"):
+        raise UserError(
+            f"{public_name(model.model_name_or_path)} was saved quantized by {method}, which is "
+            "not planned; give its base in floating point, with load_in_8bit or load_in_4bit, or "
+            "one that bitsandbytes quantized"
+        )
     # As if it had been saved so: codes in place of numbers that are still to be quantized.
     quantizer = AutoHfQuantizer.from_config(given or saved, pre_quantized=True)
     quantizer.preprocess_model(base, dtype=base.dtype, device_map=None)
@@ -332,12 +361,14 @@ def plan(
 
     Returns:
         Bytes, in `forward_only` and `gradients` (None where the base itself is tuned), as in
-        `Memory` with its `peak`. `fits`, `largest` and `proposal` are of forward passes;
+        `Memory` with its `peak`. `fits`, `largest`, `proposal` and `least` are of forward passes;
         `proposal` has the options with which they fit: empty if they do as asked, None if none was
-        found.
+        found. Then `least`, else None, tells of one example by itself in the fewest bits: their
+        `options`, its `peak`, that of one of its tokens (`peak_of_a_token`), and the `max_length`
+        that fits, 0 where none does.
 
     Raises:
-        UserError: the base is not found, or an option makes no sense.
+        UserError: the base is not found or not planned, or an option makes no sense.
     """
     if given.completion_length < 1:
         raise UserError(f"completion_length={given.completion_length}; it must be 1 or more")
@@ -349,7 +380,7 @@ def plan(
         return Planner(model, args, given.completion_length, generates, device)
 
     asked = planner(model)
-    batch, length = args.per_device_train_batch_size, args.max_length or asked.positions
+    batch, length = args.per_device_train_batch_size, _length(asked, model, args)
     per_forward = args.candidates_per_forward
     memory = asked.forward_only(batch, length, per_forward)
     gradients = asked.with_gradients(batch, length) if args.tune == "adapter" else None
@@ -366,14 +397,27 @@ def plan(
     if limit is None:
         return result
     room = limit - RESERVED
+    proposal = _proposal(asked, planner, model, args, batch, length, room)
     return result | {
         "gpu_memory": limit,
         "reserved": RESERVED,
         "fits": memory.peak <= room,
         "gradients_fit": gradients and gradients.peak <= room,
         "largest": _largest(asked, batch, length, room),
-        "proposal": _proposal(asked, planner, model, args, batch, length, room),
+        "proposal": proposal,
+        "least": _least(asked, planner, model, args, length, room) if proposal is None else None,
     }
+
+
+def _length(planner: Planner, model: ModelArguments, args: ZOConfig) -> int:
+    """Tokens of an example: as asked for, or all that the base takes."""
+    name, positions = public_name(model.model_name_or_path), planner.positions
+    length = args.max_length or positions
+    if length is None:
+        raise UserError(f"{name} does not say how many tokens it takes; give --max_length")
+    if positions is not None and length > positions:
+        raise UserError(f"max_length={length}, but {name} takes at most {positions} tokens")
+    return length
 
 
 def _told(memory: Memory) -> dict[str, int]:
@@ -391,14 +435,15 @@ def _bytes(size: str) -> int:
 
 
 def _largest(planner: Planner, batch: int, length: int, room: int) -> dict[str, int]:
-    """The largest of each, the others as asked for; batch and length with one candidate at once."""
+    """The largest of each, the others as asked for; all but the last with one candidate at once."""
 
-    def fits(batch: int, length: int, limit: int) -> bool:
-        return planner.forward_only(batch, length, limit).peak <= room
+    def fits(batch: int, length: int, limit: int, eval_batch: int | None = None) -> bool:
+        return planner.forward_only(batch, length, limit, eval_batch).peak <= room
 
     return {
         "per_device_train_batch_size": largest(lambda n: fits(n, length, 1), MOST),
-        "max_length": largest(lambda n: fits(batch, n, 1), planner.positions),
+        "per_device_eval_batch_size": largest(lambda n: fits(batch, length, 1, n), MOST),
+        "max_length": largest(lambda n: fits(batch, n, 1), planner.positions or MOST),
         "candidates_per_forward": largest(
             lambda n: fits(batch, length, n), max(planner.evaluated(batch))
         ),
@@ -427,11 +472,35 @@ def _proposal(
     for bits in _fewer_bits(model, args, asked.quantized):
         smaller = planner(replace(model, **bits)) if bits else asked
         for parts in (parts for parts in range(1, batch + 1) if batch % parts == 0):
-            for limit in (args.candidates_per_forward, 1):
-                if smaller.forward_only(batch // parts, length, limit).peak <= room:
-                    micro = _micro_batches(args, batch, parts)
-                    return bits | micro | ({"candidates_per_forward": 1} if limit == 1 else {})
+            micro = _micro_batches(args, batch, parts)
+            for limit, rows in product((args.candidates_per_forward, 1), (None, 1)):
+                if smaller.forward_only(batch // parts, length, limit, rows).peak <= room:
+                    one = {"candidates_per_forward": limit, "per_device_eval_batch_size": rows}
+                    return bits | micro | {name: 1 for name, value in one.items() if value == 1}
     return None
+
+
+def _least(
+    asked: Planner,
+    planner: Callable[[ModelArguments], Planner],
+    model: ModelArguments,
+    args: ZOConfig,
+    length: int,
+    room: int,
+) -> dict[str, Any]:
+    """One example by itself in the fewest bits, and how much shorter it would have to be."""
+    *_, bits = _fewer_bits(model, args, asked.quantized)
+    smallest = planner(replace(model, **bits)) if bits else asked
+
+    def peak(length: int) -> int:
+        return smallest.forward_only(1, length, 1, 1).peak
+
+    return {
+        "options": bits,
+        "peak": peak(length),
+        "peak_of_a_token": peak(1),
+        "max_length": largest(lambda n: peak(n) <= room, length),
+    }
 
 
 def _fewer_bits(model: ModelArguments, args: ZOConfig, quantized: bool) -> Iterator[dict[str, Any]]:
@@ -467,6 +536,7 @@ PARTS = {
     "load": "peak while loading",
     "step": "peak of a step's passes",
     "update": "peak of the update",
+    "evaluate": "peak of an evaluation",
     "peak": "peak",
 }
 
@@ -478,7 +548,7 @@ def text(result: dict[str, Any]) -> str:
     rows = [[title, *(_mib(c[part]) for c in columns.values())] for part, title in PARTS.items()]
     lines = [
         f"{result['model']}, {result['device']}, batch {result['per_device_train_batch_size']} x "
-        f"{result['max_length']}, {result['candidates_per_forward']} candidates a forward, "
+        f"{result['max_length']}, {_candidates(result['candidates_per_forward'])} a forward, "
         f"{result['tuned_parameters']:,} numbers tuned",
         "",
         jobs.table(["MiB", *columns], rows),
@@ -495,9 +565,30 @@ def _fit_lines(result: dict[str, Any]) -> list[str]:
     if result["fits"]:
         return [*lines, "Forward passes fit."]
     if result["proposal"] is None:
-        return [*lines, "Forward passes do not fit, nor one example in 4 bits; lower max_length."]
-    options = " ".join(f"--{name} {value}" for name, value in result["proposal"].items())
-    return [*lines, f"Forward passes do not fit. They do with {options}"]
+        return [*lines, _least_line(result["least"])]
+    return [*lines, f"Forward passes do not fit. They do with {_options(result['proposal'])}"]
+
+
+def _least_line(least: dict[str, Any]) -> str:
+    """Why nothing fits, and what would help."""
+    alone = f" with {_options(least['options'])}" if least["options"] else ""
+    if least["max_length"]:
+        return (
+            f"Forward passes do not fit: one example by itself{alone} takes {_mib(least['peak'])} "
+            f"MiB. One of {least['max_length']:,} tokens fits; lower max_length."
+        )
+    return (
+        f"Forward passes do not fit at any max_length: one token{alone} takes "
+        f"{_mib(least['peak_of_a_token'])} MiB. Take a smaller base, or more memory."
+    )
+
+
+def _candidates(count: int) -> str:
+    return f"{count} candidate{'s' if count > 1 else ''}"
+
+
+def _options(options: dict[str, Any]) -> str:
+    return " ".join(f"--{name} {value}" for name, value in options.items())
 
 
 def _mib(size: int) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from zo_peft.charts import draw
+from zo_peft.errors import UserError
 from zo_peft.history import Run, load, names, number
 
 PAGE_NAME = "report.html"
@@ -82,17 +83,22 @@ def report(given: ReportArguments) -> dict[str, Any]:
         `page` and `charts`, the files, and `runs`, the page's table.
 
     Raises:
-        UserError: a folder holds no run, or a damaged one; nothing has been written then.
+        UserError: a folder holds no run, or a damaged one, or `output_dir` cannot be a folder;
+            nothing has been written then.
     """
     folders = list(dict.fromkeys(Path(name).resolve() for name in given.runs))
     runs = [load(folder, name) for folder, name in zip(folders, names(folders))]
     charts = {name: _png(figure) for name, figure in draw(runs).items()}
     folder = Path(given.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--output_dir {folder} is, or is below, a file; give a folder") from None
     for name, content in charts.items():
         (folder / f"{name}.png").write_bytes(content)
     unfinished = folder / f"{PAGE_NAME}.tmp"
-    unfinished.write_text(page(runs, charts), encoding="utf-8")
+    # JSON may hold half a surrogate pair, which UTF-8 cannot.
+    unfinished.write_text(page(runs, charts), encoding="utf-8", errors="replace")
     unfinished.replace(folder / PAGE_NAME)
     return {
         "page": str(folder / PAGE_NAME),
@@ -103,10 +109,9 @@ def report(given: ReportArguments) -> dict[str, Any]:
 
 def report_text(result: dict[str, Any]) -> str:
     """The result of `report` in a line."""
-    count = len(result["runs"])
-    return (
-        f"{count} run{'s' if count > 1 else ''}, {len(result['charts'])} charts: {result['page']}"
-    )
+    counts = {"run": len(result["runs"]), "chart": len(result["charts"])}
+    told = (f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items())
+    return f"{', '.join(told)}: {result['page']}"
 
 
 def page(runs: Sequence[Run], charts: dict[str, bytes]) -> str:
