@@ -36,14 +36,23 @@ def space_of(
         kind = LowRank(noise_rank, low_rank_noise, noise)
     if tune == "adapter":
         return AdapterSpace(tuned_parameters(model, tunable), kind)
-    if any(parameter.is_meta for parameter in model.parameters()):
+    check_in_place(model, tune)
+    model.requires_grad_(False)
+    find = find_scales if tune == "scales" else find_weights
+    return BaseSpace(choose(find(model, tune_unquantized), tunable), kind)
+
+
+def check_in_place(model: PreTrainedModel, tune: str) -> None:
+    """A base that is tuned itself must be where it can be changed.
+
+    Raises:
+        UserError: part of it is not.
+    """
+    if tune != "adapter" and any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(
             f"tune={tune!r} changes the base in place, but part of it is offloaded to the CPU or "
             "the disk; tune an adapter, or load a base that fits (load_in_4bit)"
         )
-    model.requires_grad_(False)
-    find = find_scales if tune == "scales" else find_weights
-    return BaseSpace(choose(find(model, tune_unquantized), tunable), kind)
 
 
 def rule_of(

@@ -28,6 +28,7 @@ from zo_peft.loading import classifies, peft_config_of
 from zo_peft.low_rank import LowRank
 from zo_peft.method import (
     adapter_settings,
+    check_in_place,
     estimate_of,
     identity,
     load_trained,
@@ -92,8 +93,10 @@ class ZOTrainer(BaseTrainer):
     def ready(self) -> None:
         """The space, the evaluator and the state of the steps."""
         model, args = self.model, self.args
-        self.space = space_of(model, **self._space_settings())
+        check_in_place(model, args.tune)
+        # Before the space, which takes nested scales of NF4 apart.
         self.base_hash = None if args.tune == "adapter" else base_hash(model)
+        self.space = space_of(model, **self._space_settings())
         self.ranks = Ranks(args.parallel, args.device) if args.world_size > 1 else None
         if self.ranks and args.parallel == "data":
             self._train_batch_size *= self.ranks.count
