@@ -263,3 +263,12 @@ def test_a_short_demo_saves_base_and_adapter(
     metrics = json.loads((tmp_path / "demo" / "adapter" / "zo_metrics.json").read_text())
     assert metrics["strategy"] == strategy
     assert f"{metrics['metric_after']:.4f}" in printed
+
+
+def test_a_config_of_nested_brackets_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text in ("a: " + "[" * 3000, "a: " + "[" * 20000):
+        (tmp_path / "c.yaml").write_text(text)
+        assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 2
+        assert "c.yaml" in capsys.readouterr().err

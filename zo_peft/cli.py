@@ -207,6 +207,11 @@ def _interrupt(signum: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
+#: PyYAML's own scanner takes seconds for a thousand nested brackets, libyaml's does not.
+YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+LONGEST_CONFIG = 1 << 14
+
+
 class _Parser(HfArgumentParser):
     """Errors in one line, without the list of all options."""
 
@@ -259,8 +264,11 @@ def _apply_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Sequenc
 def _set_defaults(parser: argparse.ArgumentParser, path: str) -> None:
     """Make the options of a YAML file the parser's defaults, so that its types apply to them."""
     try:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+        if len(text) > LONGEST_CONFIG:
+            raise UserError(f"--config {path} is longer than {LONGEST_CONFIG:,} characters")
+        options = yaml.load(text, YAML)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"--config {path} cannot be read as YAML: {first}") from None
     if not isinstance(options, dict):
