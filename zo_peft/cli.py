@@ -266,7 +266,9 @@ def _set_defaults(parser: argparse.ArgumentParser, path: str) -> None:
     try:
         text = Path(path).read_text(encoding="utf-8")
         if len(text) > LONGEST_CONFIG:
-            raise UserError(f"--config {path} is longer than {LONGEST_CONFIG:,} characters")
+            raise UserError(
+                f"--config {path} has over {LONGEST_CONFIG:,} characters; give options alone"
+            )
         options = yaml.load(text, YAML)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         first = str(error).splitlines()[0]
