@@ -17,11 +17,12 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from zo_peft import Direction, UserError
-from zo_peft.cli import COMMANDS, parse
+from zo_peft.cli import COMMANDS, RUN, parse
 from zo_peft.data import make_examples, read_rows
 from zo_peft.journal import MAGIC, Record, framed, read
 
@@ -87,6 +88,27 @@ def mutated(content: bytes, random_: random.Random) -> bytes:
     return bytes(data)
 
 
+#: Options of `zo-peft train`, and what a YAML file may say of one.
+OPTIONS = [f.name for arguments in RUN for f in fields(arguments) if f.init]
+VALUES = (
+    b"null;[];[1, 2];[null];[[x]];{a: 1};{1: [2]};&a [*a];2020-01-01;word;-1;0;1.5;1e400".split(
+        b";"
+    )
+)
+VALUES += b".nan;.inf;true;'';!!binary aGk=;!!set {a};0x10;99999999999999999999;'{\"a\": 1}'".split(
+    b";"
+)
+
+
+def mutated_config(content: bytes, random_: random.Random) -> bytes:
+    """Half of them well-formed, with one to three more options of any value."""
+    if random_.random() < 0.5:
+        return mutated(content, random_)
+    for option in random_.sample(OPTIONS, random_.randint(1, 3)):
+        content += option.encode() + b": " + random_.choice(VALUES) + b"\n"
+    return content
+
+
 HEADER = b'{"space": {"tune": "adapter"}}'
 
 
@@ -106,6 +128,9 @@ def mutated_journal(content: bytes, random_: random.Random) -> bytes:
     place = random_.randrange(len(frames))
     frames[place] = mutated(frames[place], random_)
     return MAGIC + b"".join(map(framed, frames))
+
+
+MUTATIONS = {"journal": mutated_journal, "config": mutated_config}
 
 
 def read_journal(path: Path) -> None:
@@ -136,7 +161,7 @@ def fuzz(
     start = time.monotonic()
     for number in range(inputs):
         suffix, content = list(seeds.items())[number % len(seeds)]
-        data = (mutated_journal if name == "journal" else mutated)(content, random_)
+        data = MUTATIONS.get(name, mutated)(content, random_)
         path = folder / f"input{suffix}"
         path.write_bytes(data)
         signal.setitimer(signal.ITIMER_REAL, 1.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from zo_peft.cli import main
+from zo_peft.cli import COMMANDS, main, parse
 from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 from zo_peft.objectives import OptionObjective
 
@@ -272,3 +272,49 @@ def test_a_config_of_nested_brackets_is_refused_at_once(
         (tmp_path / "c.yaml").write_text(text)
         assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 2
         assert "c.yaml" in capsys.readouterr().err
+
+
+REFUSED_LINES = {
+    "per_device_train_batch_size: null": "per_device_train_batch_size",
+    "momentum: [0.5, 0.9]": "momentum",
+    "zo_eps: {a: 1}": "zo_eps",
+    "seed: &a [*a]": "seed",
+    "num_candidates: !!set {a}": "num_candidates",
+    "lora_r: eight": "lora_r",
+    "lr_scheduler_type: hello": "lr_scheduler_type",
+    "use_cpu: 2020-01-01": "use_cpu",
+    "per_device_eval_batch_size: 0": "per_device_eval_batch_size",
+    "seed: -1": "seed",
+    "save_steps: 1.5": "save_steps",
+    "accelerator_config: {surely: unknown}": "surely",
+    "model_init_kwargs: word": "model_init_kwargs",
+    "metric_for_best_model: [a, b]": "metric_for_best_model",
+    "model_name_or_path: null": "model_name_or_path",
+    "no_such_option: 1": "no_such_option",
+    "config: other.yaml": "config",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED_LINES)
+def test_values_of_a_config_that_are_none_are_refused_by_name(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["model_name_or_path: none", "train_file: t.tsv", "max_forward_passes: 2000", line]
+    write(tmp_path / "c.yaml", *lines)
+    assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 2
+    printed = capsys.readouterr()
+    assert re.search(REFUSED_LINES[line], printed.err)
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+
+
+def test_a_config_holds_lists_objects_and_defaults(tmp_path: Path) -> None:
+    lines = ["model_name_or_path: m", "lora_target_modules: [q_proj, v_proj]", "zo_eps: null"]
+    lines += ["model_init_kwargs: {attn_implementation: eager}", "report_to: [none]"]
+    write(tmp_path / "c.yaml", *lines, "use_cpu: true", "model_revision: 2020-01-01")
+    _, (model, _, args) = parse("train", COMMANDS["train"], ["--config", str(tmp_path / "c.yaml")])
+    assert model.lora_target_modules == ["q_proj", "v_proj"]
+    assert model.model_revision == "2020-01-01"
+    assert args.zo_eps is None
+    assert args.model_init_kwargs == {"attn_implementation": "eager"}
+    assert args.report_to == []

@@ -174,7 +174,7 @@ def test_a_layout_holds_every_parameters_own_noise(
     edges = sorted({0, runs, *data.draw(st.lists(st.integers(0, runs), max_size=4))})
     flat = torch.cat(
         [
-            layout.noise([seed + 1, seed], ALIGNMENT * a, ALIGNMENT * b, distribution)[1]
+            list(layout.noises([seed + 1, seed], ALIGNMENT * a, ALIGNMENT * b, distribution))[1]
             for a, b in itertools.pairwise(edges)
         ]
     )

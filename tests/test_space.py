@@ -1,6 +1,6 @@
 """AdapterSpace, its evaluator and its update: exact arithmetic, and no drift whatever happens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -173,17 +173,18 @@ def test_an_evaluation_that_raises_leaves_theta_alone(after: int, error: BaseExc
 @pytest.fixture
 def noise_raises(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Call it with n: the noise of the n-th block from now on cannot be made any more."""
-    noise, left = Layout.noise, [10**9]
+    noises, left = Layout.noises, [10**9]
 
     def raising(
         self: Layout, seeds: Sequence[int], start: int, stop: int, kind: Distribution
-    ) -> Tensor:
-        left[0] -= 1
-        if left[0] < 0:
-            raise torch.OutOfMemoryError
-        return noise(self, seeds, start, stop, kind)
+    ) -> Iterator[Tensor]:
+        for noise in noises(self, seeds, start, stop, kind):
+            left[0] -= 1
+            if left[0] < 0:
+                raise torch.OutOfMemoryError
+            yield noise
 
-    monkeypatch.setattr(Layout, "noise", raising)
+    monkeypatch.setattr(Layout, "noises", raising)
     monkeypatch.setattr(adapter, "CHUNK", 256)
     return lambda n: left.__setitem__(0, n)
 

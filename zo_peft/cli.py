@@ -5,11 +5,13 @@ import contextlib
 import errno
 import json
 import os
+import reprlib
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -230,7 +232,7 @@ def parse(name: str, command: Command, argv: Sequence[str]) -> tuple[OutputArgum
         epilog=_epilog(command),
         allow_abbrev=False,
     )
-    rest = argv if command.trains else _apply_file(parser, argv)
+    rest = argv if command.trains else _with_file(parser, argv)
     parsed = parser.parse_args_into_dataclasses(
         rest, return_remaining_strings=True, look_for_args_file=False
     )
@@ -250,19 +252,23 @@ def _epilog(command: Command) -> str | None:
     return f"May come first, without names: {names}." if names else None
 
 
-def _apply_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Sequence[str]:
-    """Give the parser a `--config` option and the defaults of that file; what else was given."""
+def _with_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """The options of a `--config` file, then those of the command line, which override them."""
     file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     file_parser.add_argument("--config")
     given, rest = file_parser.parse_known_args(argv)
+    actions = {action.dest: action for action in reversed(parser._actions)}
     parser.add_argument("--config", help="YAML file of options; the command line overrides it.")
-    if given.config is not None:
-        _set_defaults(parser, given.config)
-    return rest
+    options = {} if given.config is None else _read_options(given.config)
+    words: list[str] = []
+    for option, value in options.items():
+        if option not in actions or option == "help":
+            raise UserError(f"--config {given.config} has an unknown option {option!r}")
+        words += _words(f"--{option}", value, actions[option])
+    return words + rest
 
 
-def _set_defaults(parser: argparse.ArgumentParser, path: str) -> None:
-    """Make the options of a YAML file the parser's defaults, so that its types apply to them."""
+def _read_options(path: str) -> dict[Any, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
         if len(text) > LONGEST_CONFIG:
@@ -270,17 +276,31 @@ def _set_defaults(parser: argparse.ArgumentParser, path: str) -> None:
                 f"--config {path} has over {LONGEST_CONFIG:,} characters; give options alone"
             )
         options = yaml.load(text, YAML)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         first = str(error).splitlines()[0]
         raise UserError(f"--config {path} cannot be read as YAML: {first}") from None
     if not isinstance(options, dict):
         raise UserError(f"--config {path} must hold options, one `name: value` a line")
-    actions: dict[str, list[argparse.Action]] = {}
-    for action in parser._actions:
-        actions.setdefault(action.dest, []).append(action)
-    for option, value in options.items():
-        if option not in actions or option in ("help", "config"):
-            raise UserError(f"--config {path} has an unknown option {option!r}")
-        for action in actions[option]:
-            action.required = False
-            action.default = str(value) if isinstance(value, bool | int | float) else value
+    return options
+
+
+#: What one word of a command line can say.
+SCALARS = (str, bool, int, float, date)
+
+
+def _words(flag: str, value: Any, action: argparse.Action) -> list[str]:
+    """An option of a file as on a command line, where argparse checks it."""
+    if value is None and action.default is None and not action.required:
+        return []
+    if isinstance(value, SCALARS):
+        return [f"{flag}={value}"]
+    several = isinstance(value, list) and all(isinstance(item, SCALARS) for item in value)
+    if several and (len(value) == 1 or (value and action.nargs == "+")):
+        return [flag, *map(str, value)]
+    if isinstance(value, dict):
+        with contextlib.suppress(TypeError, ValueError, RecursionError):
+            return [f"{flag}={json.dumps(value)}"]
+    name = flag.removeprefix("--")
+    raise UserError(f"{name}: {reprlib.repr(value)} is no value of an option; drop it, or give one")

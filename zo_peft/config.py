@@ -298,16 +298,22 @@ class ZOConfig(TrainingArguments):
         _choose_noise(self)
         if self.update_rule is None:
             self.update_rule = "fzoo" if self.tune == "weights" else "normalized"
+        _check(self)
         if self.num_candidates is None:
             own = self.per_example_noise and self._examples >= 4
             self.num_candidates = 4 if own else 8
-        _check(self)
+        _check_candidates(self)
         if self.max_forward_passes is not None:
             self._limit_steps(self.max_forward_passes)
         if _processes() > 1 and not torch.accelerator.is_available():
             # Else accelerate takes them for unrelated ones, and all would write the same files.
             self.use_cpu = True
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, ArithmeticError, OSError, ImportError) as error:
+            raise UserError(f"transformers refuses the settings: {error}") from error
+        if isinstance(self.model_init_kwargs, str):
+            raise UserError(f"model_init_kwargs={self.model_init_kwargs!r}; give a JSON object")
 
     @property
     def forward_passes_per_step(self) -> int:
@@ -435,10 +441,15 @@ def _check(config: ZOConfig) -> None:
         "basis_steps",
         "max_completion_length",
         "rank_check_steps",
+        "gradient_accumulation_steps",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
     ):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name}={value}; it must be positive and finite")
+    if not 0 <= config.seed < 1 << 32:
+        raise UserError(f"seed={config.seed}; it must be at least 0 and below 2^32")
     if not 0 <= config.momentum < 1:
         raise UserError(f"momentum={config.momentum}; it must be at least 0 and below 1")
     if not config.max_slope > 0:
@@ -447,7 +458,6 @@ def _check(config: ZOConfig) -> None:
         raise UserError(f"temperature={config.temperature}; it must be 0 or more")
     if not 0 < config.top_p <= 1:
         raise UserError(f"top_p={config.top_p}; it must be above 0 and at most 1")
-    _check_candidates(config)
     if config.tune_unquantized and config.tune == "adapter":
         raise UserError("tune_unquantized=True has no meaning for tune='adapter'")
     if config.load_best_model_at_end and config.save_only_model:
@@ -479,5 +489,5 @@ def _check_candidates(config: ZOConfig) -> None:
             "more forward passes: with two candidates the direction is +-(z1 - z2), whichever is "
             "better (docs/how-it-works.md). Use num_candidates of 4 or more.",
             UserWarning,
-            stacklevel=5,
+            stacklevel=4,
         )

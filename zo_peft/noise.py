@@ -9,7 +9,7 @@ under `seed` is a pure function of the three. The generator is Philox4x32-10 (Sa
 import functools
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -28,6 +28,9 @@ ALIGNMENT = 128
 
 #: Numbers to make at a time; bounds the scratch memory (about 60 bytes a number) of large adapters.
 CHUNK = 1 << 18
+
+#: Counters at a time, of several seeds where they fit: those of so many gaussian numbers.
+COUNTERS = CHUNK // 4
 
 _MASK = 0xFFFFFFFF
 
@@ -242,12 +245,20 @@ class Layout:
         per_run = torch.tensor(words).reshape(-1, 3).repeat_interleave(torch.tensor(runs), dim=0)
         self._start, self._low, self._high = per_run.to(device).unbind(1)
 
-    def noise(
+    def noises(
         self, seeds: Sequence[int], start: int, stop: int, distribution: Distribution
-    ) -> Tensor:
-        """Noise of `flat[start:stop]`, multiples of `ALIGNMENT`: float32 [seeds, stop - start]."""
+    ) -> Iterator[Tensor]:
+        """Noise of `flat[start:stop]`, multiples of `ALIGNMENT`, seed by seed: float32 [N]."""
         per_counter = NUMBERS_PER_COUNTER[distribution]
         index = torch.arange(start, stop, per_counter, device=self._start.device)
         run = index // ALIGNMENT
         blocks = (index - self._start[run]) // per_counter
-        return _numbers(blocks, self._low[run], self._high[run], seeds, distribution)
+        counter = (blocks & _MASK, blocks >> 32, self._low[run], self._high[run])
+        at_once = max(1, COUNTERS // len(blocks))
+        for first in range(0, len(seeds), at_once):
+            words = philox(counter, seeds[first : first + at_once])
+            if distribution == "gaussian":
+                yield from _gaussian(words)
+            else:
+                signs = _signs(blocks.device)
+                yield from (signs.index_select(0, o).flatten() for o in _octets(words))

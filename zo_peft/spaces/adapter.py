@@ -44,7 +44,8 @@ class _Flat:
     ) -> None:
         """Chunk by chunk.
 
-        Product and sum round separately, alike on every device; a seed's terms go one by one.
+        Product and sum round separately, alike on every device (a sign's product is exact, so that
+        the two may be one operation); a seed's terms go one by one.
         """
         rows: dict[int, list[tuple[int, float]]] = {}
         for row, direction in enumerate(directions):
@@ -53,16 +54,13 @@ class _Flat:
         width = min(CHUNK, self.layout.numel)
         for start in range(0, self.layout.numel, width):
             stop = min(start + width, self.layout.numel)
-            for seeds in _grouped(list(rows), CHUNK // width):
-                noises = self.layout.noise(seeds, start, stop, distribution)
-                for seed, noise in zip(seeds, noises):
-                    for row, weight in rows[seed]:
+            noises = self.layout.noises(list(rows), start, stop, distribution)
+            for terms, noise in zip(rows.values(), noises):
+                for row, weight in terms:
+                    if distribution == "rademacher":
+                        into[row, start:stop].add_(noise, alpha=weight)
+                    else:
                         into[row, start:stop] += noise * weight
-
-
-def _grouped(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for first in range(0, len(seeds), size):
-        yield seeds[first : first + size]
 
 
 class AdapterSpace:
