@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -32,10 +33,10 @@ class Ranks:
         self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
         self.wire_bytes = 0
 
-    def range(self, length: int, rank: int | None = None) -> tuple[int, int]:
-        """Where the share of a rank (default: this one) of so many things starts and ends."""
-        rank = self.rank if rank is None else rank
-        return rank * length // self.count, (rank + 1) * length // self.count
+    def shares(self, length: int) -> list[range]:
+        """Which of so many things each rank has."""
+        edges = [rank * length // self.count for rank in range(self.count + 1)]
+        return [range(start, stop) for start, stop in pairwise(edges)]
 
     def collator(self, collate: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
         """A collator of whole batches that makes this rank's share of them."""
@@ -43,10 +44,10 @@ class Ranks:
             return collate
 
         def shared(features: Sequence[Any]) -> Batch:
-            start, end = self.range(len(features))
+            share = self.shares(len(features))[self.rank]
             # A rank without an example has a batch all the same, of which nothing counts.
-            own = features[start:end] or features[:1]
-            return {**collate(own), SHARE: (start, end, len(features))}
+            own = features[share.start : share.stop] or features[:1]
+            return {**collate(own), SHARE: (share.start, share.stop, len(features))}
 
         return shared
 
@@ -68,17 +69,18 @@ class Ranks:
         Raises:
             UserError: there are more or fewer losses.
         """
-        if self.parallel == "candidates":
-            start, end = self.range(len(points))
-            own = evaluate(points[start:end], batch) if start < end else torch.empty(0)
-            sizes = [self._size(len(points), rank) * examples for rank in range(self.count)]
-            return torch.cat([part.view(-1, examples) for part in self._gather(own, sizes)])
-        start, end, _ = batch[SHARE]
-        if len(points[0]) > 1:
-            points = [candidate[start:end] for candidate in points]
-        own = evaluate(points, batch) if start < end else torch.empty(0)
-        sizes = [len(points) * self._size(examples, rank) for rank in range(self.count)]
-        parts = self._gather(own, sizes)
+        rows = self.parallel == "candidates"
+        shares = self.shares(len(points) if rows else examples)
+        own = slice(shares[self.rank].start, shares[self.rank].stop)
+        if rows:
+            points = points[own]
+        elif len(points[0]) > 1:
+            points = [candidate[own] for candidate in points]
+        losses = evaluate(points, batch) if shares[self.rank] else torch.empty(0)
+        sizes = [len(share) * (examples if rows else len(points)) for share in shares]
+        parts = self._gather(losses, sizes)
+        if rows:
+            return torch.cat([part.view(-1, examples) for part in parts])
         return torch.cat([part.view(len(points), -1) for part in parts], dim=1)
 
     def least(self, number: int) -> int:
@@ -104,10 +106,6 @@ class Ranks:
                 "all ranks need the same files, library versions and kind of device. Checkpoints "
                 "and the journal up to the last check are good"
             )
-
-    def _size(self, length: int, rank: int) -> int:
-        start, end = self.range(length, rank)
-        return end - start
 
     def _numbers(self, number: int) -> list[int]:
         mine = torch.tensor([number], dtype=torch.int64, device=self.device)
