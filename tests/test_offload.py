@@ -1,5 +1,6 @@
 """Bases larger than a device: parts of them on disk, streamed once for a wave of candidates."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook
 from peft import DeloraConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
@@ -128,6 +129,16 @@ def test_a_saved_adapter_goes_onto_an_offloaded_base(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected)
     trainer = make(adapted, tmp_path / "more", None)
     trainer.train()
+
+
+def test_half_an_adapter_does_not_go_onto_an_offloaded_base(tmp_path: Path) -> None:
+    trainer = make(load(None, tmp_path), tmp_path / "run")
+    trainer.save_model()
+    path = tmp_path / "run" / "adapter_model.safetensors"
+    name, *kept = sorted(tensors := load_file(path))
+    save_file({key: tensors[key] for key in kept}, path)
+    with pytest.raises(UserError, match=f"it lacks {re.escape(name)}"):
+        load_adapter(load(LAYERS_ON_DISK, tmp_path), str(tmp_path / "run"))
 
 
 def test_the_base_itself_cannot_be_tuned_while_offloaded(tmp_path: Path) -> None:

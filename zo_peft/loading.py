@@ -25,6 +25,7 @@ from peft import (
     PrefixTuningConfig,
     TaskType,
     get_peft_model,
+    get_peft_model_state_dict,
     load_peft_weights,
     set_peft_model_state_dict,
 )
@@ -189,13 +190,22 @@ def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) 
         config = PeftConfig.from_pretrained(path)
         config.inference_mode = not is_trainable
         adapted = add_adapter(model, config)
-        set_peft_model_state_dict(adapted, load_peft_weights(path))
+        weights = load_peft_weights(path)
+        wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        if lacking := wanted.keys() - weights.keys():
+            raise ValueError(f"it lacks {min(lacking)}.")
+        set_peft_model_state_dict(adapted, weights)
         return adapted
     except (*LOAD_ERRORS, RuntimeError) as error:
-        raise UserError(
-            f"adapter {path!r} cannot be loaded: {reason(error)} Give an adapter for this base in "
-            "PEFT's layout (adapter_config.json, adapter_model.safetensors), a folder or a Hub id"
-        ) from error
+        raise unreadable_adapter(path, error) from error
+
+
+def unreadable_adapter(path: str, error: BaseException) -> UserError:
+    """What to say where an adapter cannot be loaded."""
+    return UserError(
+        f"adapter {path!r} cannot be loaded: {reason(error)} Give an adapter for this base in "
+        "PEFT's layout (adapter_config.json, adapter_model.safetensors), a folder or a Hub id"
+    )
 
 
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:

@@ -16,7 +16,13 @@ from transformers import PreTrainedModel
 from zo_peft.arguments import ModelArguments
 from zo_peft.card import write_merged_card
 from zo_peft.errors import UserError
-from zo_peft.loading import LOAD_ERRORS, load_adapter, load_tokenizer, public_name, reason
+from zo_peft.loading import (
+    LOAD_ERRORS,
+    load_adapter,
+    load_tokenizer,
+    public_name,
+    unreadable_adapter,
+)
 from zo_peft.run import load
 
 #: The last layer of a head for sequence classification.
@@ -127,10 +133,7 @@ def _adapter(name: str) -> tuple[PeftConfig, int | None]:
         with safe_open(path, "pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     except LOAD_ERRORS as error:
-        raise UserError(
-            f"adapter {name!r} cannot be loaded: {reason(error)} Give a folder or a Hub id in "
-            "PEFT's layout (adapter_config.json, adapter_model.safetensors)"
-        ) from error
+        raise unreadable_adapter(name, error) from error
     heads = [shape[0] for key, shape in shapes.items() if HEAD.search(key)]
     return config, heads[0] if heads and config.task_type == TaskType.SEQ_CLS else None
 
