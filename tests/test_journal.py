@@ -459,7 +459,7 @@ def test_a_candidate_that_is_not_finite_is_dropped_and_counted(
     found = list(read(tmp_path / "run" / JOURNAL_NAME)[1])
     assert [len(made.direction.terms) for made in found] == [4, 4, 4, 3, 4, 4]
     assert [made.chosen for made in found] == [{}] * 3 + [{"non_finite": 1}] + [{}] * 2
-    assert (trainer.non_finite, trainer.skipped) == (1, 0)
+    assert (trainer.faults.non_finite, trainer.faults.skipped) == (1, 0)
     assert all(torch.isfinite(tensor).all() for tensor in theta(trainer).values())
     # The kept ones alone make the contrast: their weights sum to zero.
     assert sum(weight for _, weight in found[3].direction.terms) == pytest.approx(0, abs=1e-12)
@@ -477,13 +477,13 @@ def test_all_losses_bad_skip_the_update(tmp_path: Path, capsys: pytest.CaptureFi
     assert_same(before, after)
     made = list(read(tmp_path / "run" / JOURNAL_NAME)[1])[3]
     assert (made.loss, made.direction) == (float("inf"), Direction())
-    assert trainer.skipped == 1
+    assert trainer.faults.skipped == 1
     # The run goes on from its journal, skipped step and all.
     resumed = make(tmp_path / "run", save_strategy="no", **WAVE)
     (tmp_path / "run/checkpoint-6/trainer_state.json").unlink()
     resumed.train(resume_from_checkpoint=True)
     assert_same(theta(trainer), theta(resumed))
-    assert (resumed.non_finite, resumed.skipped) == (32, 1)
+    assert (resumed.faults.non_finite, resumed.faults.skipped) == (32, 1)
 
 
 def test_an_exploding_slope_skips_the_update(
@@ -495,7 +495,7 @@ def test_an_exploding_slope_skips_the_update(
     message = capsys.readouterr().err
     assert "step 22: skipped: the slope" in message
     assert "is more than max_slope=1e+06 times the median" in message
-    assert trainer.skipped == 1
+    assert trainer.faults.skipped == 1
 
 
 @pytest.mark.parametrize(
@@ -533,6 +533,25 @@ def test_ten_skipped_updates_end_the_run_with_the_last_good_state(
     kept = load_file(tmp_path / "run/checkpoint-12/zo_state.safetensors")
     for name, tensor in theta(good).items():
         assert torch.equal(kept[name], tensor)
+
+
+def test_a_resumed_run_goes_on_counting_skipped_updates(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"max_steps": 20, "save_strategy": "steps", "save_steps": 6, **WAVE}
+
+    def trainer() -> Any:
+        made = make(tmp_path, **changes)
+        losses = made.objective.losses
+        good = [1.0] * 3 + [torch.nan] * 17
+        made.objective.losses = lambda model, batch: (
+            losses(model, batch) * good[made.state.global_step]
+        )
+        return made
+
+    stopped = trainer()
+    stopped.add_callback(_StopAfter(6))
+    stopped.train()
+    with pytest.raises(NonFiniteLossError, match=r"10 updates .* the last one at step 12"):
+        trainer().train(resume_from_checkpoint=True)
 
 
 class _StopAfter(TrainerCallback):

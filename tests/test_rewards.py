@@ -423,7 +423,7 @@ def test_steps_without_a_slope_make_no_other_slope_an_outlier(tmp_path: Path) ->
     )
     trainer.train()
     assert calls == 44
-    assert trainer.skipped == 0
+    assert trainer.faults.skipped == 0
 
 
 # ---- The command line ---------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from zo_peft.config import ZOConfig
 from zo_peft.direction import Direction
 from zo_peft.errors import NonFiniteLossError, UserError
 from zo_peft.evaluators import Evaluation, Evaluator
+from zo_peft.faults import IN_A_ROW, Faults
 from zo_peft.journal import INITIAL_NAME, JOURNAL_NAME, Follower, Journal, Record, read
 from zo_peft.loading import classifies, peft_config_of
 from zo_peft.low_rank import LowRank
@@ -62,9 +62,6 @@ SGD_LEARNING_RATES: dict[str, float] = {
 #: learning rate (docs/efficiency.md).
 WALK = 0.87
 
-#: Updates skipped in a row that end a run; slopes that `max_slope` looks back on, and the fewest.
-SKIPPED, SLOPES, FEWEST_SLOPES = 10, 101, 20
-
 #: Before the names of the update rule's tensors in a checkpoint.
 RULE_PREFIX = "update_rule."
 
@@ -84,8 +81,7 @@ class ZOTrainer(BaseTrainer):
     See `BaseTrainer` for the arguments.
 
     Attributes:
-        non_finite: losses so far that were NaN or infinite, and dropped.
-        skipped: updates so far that were skipped.
+        faults: losses and updates so far that were dropped.
     """
 
     trains = True
@@ -112,8 +108,7 @@ class ZOTrainer(BaseTrainer):
         self._elite: int | None = None
         self._slope = self._spread = 0.0
         self._checked = False
-        self._slopes: list[float] = []
-        self.non_finite = self.skipped = self._skipped_in_a_row = 0
+        self.faults = Faults()
         self._backoff = Backoff()
         self.calibrations: list[Calibration] = []
         self._journal: Journal | Follower
@@ -243,14 +238,9 @@ class ZOTrainer(BaseTrainer):
         skipped = "skipped" in chosen
         self._elite = estimate.elite
         self._slope, self._spread = estimate.slope, estimate.spread
-        self.non_finite += chosen.get("non_finite", 0)
-        self.skipped += skipped
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        self.faults.take(estimate, chosen)
         self.update_rule.estimate = None if skipped else estimate
         if not skipped:
-            # Rewards and accuracies are often alike for all candidates: no slope, not a small one.
-            if estimate.slope:
-                self._slopes = [*self._slopes, abs(estimate.slope)][-SLOPES:]
             self._shorten(estimate.loss)
         record = self._record(estimate, chosen)
         if known is None:
@@ -262,7 +252,7 @@ class ZOTrainer(BaseTrainer):
             )
         if skipped:
             self._say(f"skipped: {chosen['skipped']}")
-        if self._skipped_in_a_row == SKIPPED:
+        if self.faults.in_a_row >= IN_A_ROW:
             raise self._broken(chosen["skipped"])
         self._end_in_time()
         return torch.tensor(estimate.loss, device=self.args.device)
@@ -288,29 +278,12 @@ class ZOTrainer(BaseTrainer):
 
         estimate = strategies.combine(strategies.run_steps(steps, evaluate))
         losses = [loss for found in evaluations for part in found.losses for loss in part]
-        bad = sum(not math.isfinite(loss) for loss in losses)
-        if bad:
-            chosen["non_finite"] = bad
-        if reason := self._doubt(estimate, bad, len(losses)):
-            chosen["skipped"] = reason
+        chosen |= self.faults.found(estimate, losses, self.args.max_slope)
+        if "skipped" in chosen:
             return Estimate(Direction(), 0.0, estimate.losses), chosen
         spreads = (evaluations[0].spread, evaluations[0].example_spread)
         spread, sensitivity = (value / self._eps for value in spreads)
         return replace(estimate, spread=spread, sensitivity=sensitivity), chosen
-
-    def _doubt(self, estimate: Estimate, bad: int, count: int) -> str | None:
-        """Why an estimate is not to be followed."""
-        if not math.isfinite(estimate.slope):
-            return f"{bad} of {count} losses are not finite"
-        if len(self._slopes) < FEWEST_SLOPES:
-            return None
-        usual = median(self._slopes)
-        if abs(estimate.slope) <= self.args.max_slope * usual:
-            return None
-        return (
-            f"the slope {estimate.slope:.3g} is more than max_slope={self.args.max_slope:g} times "
-            f"the median {usual:.3g} of the last {len(self._slopes)}"
-        )
 
     def _check_ranks(self) -> None:
         """All ranks hold the same: at the first step of this process, and from time to time."""
@@ -435,7 +408,7 @@ class ZOTrainer(BaseTrainer):
             advice = "the loss has diverged: lower learning_rate"
         self._save_checkpoint(self.model, trial=None)
         return NonFiniteLossError(
-            f"{SKIPPED} updates in a row were skipped, the last one at step {step} with "
+            f"{self.faults.in_a_row} updates in a row were skipped, the last one at step {step} with "
             f"zo_eps={self._eps:g}: {why}; {advice}. The last good state is in checkpoint-{step}"
         )
 
@@ -523,7 +496,7 @@ class ZOTrainer(BaseTrainer):
         if "learning_rate" in logs:
             logs["slope"], logs["spread"] = self._slope, self._spread
             logs["zo_eps"] = self._eps
-            logs["non_finite"], logs["skipped"] = self.non_finite, self.skipped
+            logs["non_finite"], logs["skipped"] = self.faults.non_finite, self.faults.skipped
             logs["step_size"] = self.update_rule.step_size
             if isinstance(self.space, BaseSpace):
                 logs |= self.space.shares()
@@ -564,9 +537,7 @@ class ZOTrainer(BaseTrainer):
             "calibrations": [asdict(calibration) for calibration in self.calibrations],
             "update_rule": self.update_rule.scalars(),
             "backoff": vars(self._backoff),
-            "slopes": self._slopes,
-            "non_finite": self.non_finite,
-            "skipped": self.skipped,
+            "faults": asdict(self.faults),
             "candidates_per_forward": self.evaluator.candidates_per_forward,
             "forward_passes": self.evaluator.forward_passes,
             "examples_forwarded": self.evaluator.examples_forwarded,
@@ -592,8 +563,7 @@ class ZOTrainer(BaseTrainer):
         self._elite, self._eps = state["elite"], state["zo_eps"]
         self.calibrations = [Calibration(**fields) for fields in state["calibrations"]]
         vars(self._backoff).update(state["backoff"])
-        self._slopes = state["slopes"]
-        self.non_finite, self.skipped = state["non_finite"], state["skipped"]
+        self.faults = Faults(**state["faults"])
         tensors = checkpoint.load_tensors(Path(checkpoint_folder) / checkpoint.TENSORS_NAME)
         remembered = {n.removeprefix(RULE_PREFIX): t for n, t in tensors.items()}
         self.update_rule.load(state["update_rule"], remembered)
