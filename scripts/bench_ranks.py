@@ -1,32 +1,47 @@
 """How much faster a step is with two processes: candidates in parallel on the embedded model.
 
-Runs of one process and of two, each of one thread, alternate; a run's figure is the median time
-of its steps. Both evaluate several candidates in one forward.
+A run of one process and a run of two, each of one thread, take turns of a few seconds, in which the
+other is stopped: the machine is as fast for one as for the other. A turn's figure is the median
+time from the end of a step to the end of the next. Both evaluate several candidates in one forward.
 
     python scripts/bench_ranks.py
 """
 
 import argparse
-import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from statistics import median
+import time
+from itertools import pairwise
+from statistics import median, quantiles
 from typing import Any
 
 import torch
-from bench_cost import StepClock
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from zo_peft import ZOConfig, ZOTrainer
 from zo_peft.data import make_examples, read_rows
 from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
 
-def run(parallel: Any, steps: int, batch_size: int, candidates: int, shared: bool) -> None:
-    """Train, in this process as one of those that the environment says; rank 0 prints the time."""
+class Reports(TrainerCallback):
+    """Says at the end of every step what has been sent so far."""
+
+    def __init__(self, trainer: ZOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """On stdout, in bytes."""
+        print("STEP", self.trainer.ranks.wire_bytes if self.trainer.ranks else 0, flush=True)
+
+
+def run(parallel: Any, batch_size: int, candidates: int, shared: bool) -> None:
+    """Train without end, in this process as one of those that the environment says."""
     torch.set_num_threads(1)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     rows = read_rows(EMBEDDED / "train.jsonl")[:400]
@@ -35,29 +50,25 @@ def run(parallel: Any, steps: int, batch_size: int, candidates: int, shared: boo
         args = ZOConfig(
             folder,
             parallel=parallel,
-            max_steps=steps,
+            max_steps=1_000_000,
             per_device_train_batch_size=batch_size // (ranks if parallel == "data" else 1),
             num_candidates=candidates,
             per_example_noise=not shared,
             zo_eps=1e-2,
             save_strategy="no",
-            logging_steps=steps,
+            logging_strategy="no",
             disable_tqdm=True,
             use_cpu=True,
             report_to="none",
         )
         lora = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"])
         trainer = ZOTrainer(str(EMBEDDED / "model"), args, train_dataset=examples, peft_config=lora)
-        clock = StepClock(trainer.model)
-        trainer.add_callback(clock)
+        trainer.add_callback(Reports(trainer))
         trainer.train()
-    if args.process_index == 0:
-        sent = trainer.ranks.wire_bytes / steps if trainer.ranks else 0
-        print("RESULT", json.dumps([median(clock.steps[3:]), sent]))
 
 
-def measured(count: int, argv: list[str]) -> list[float]:
-    """Seconds a step, and bytes that a process sends in it, of so many processes."""
+def started(count: int, argv: list[str]) -> list[subprocess.Popen[str]]:
+    """So many processes of one run; the first one's stdout is a pipe."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = str(listener.getsockname()[1])
@@ -69,44 +80,71 @@ def measured(count: int, argv: list[str]) -> list[float]:
             values = (str(rank), str(rank), str(count), "localhost", port)
             environment |= dict(zip(names, values))
         command = [sys.executable, "-W", "ignore", __file__, "--child", *argv]
+        out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+        devnull = subprocess.DEVNULL
         processes.append(
-            subprocess.Popen(
-                command,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-            )
+            subprocess.Popen(command, env=environment, stdout=out, stderr=devnull, text=True)
         )
-    printed = [process.communicate()[0] for process in processes][0]
-    line = next(line for line in printed.splitlines() if line.startswith("RESULT"))
-    return json.loads(line.removeprefix("RESULT "))
+    return processes
+
+
+def turn(processes: list[subprocess.Popen[str]], seconds: float) -> tuple[list[float], int]:
+    """Let a run go on for so long: seconds of each whole step, and the bytes sent so far."""
+    for process in processes:
+        process.send_signal(signal.SIGCONT)
+    out = processes[0].stdout
+    assert out is not None
+    ends, sent, stop = list[float](), 0, time.monotonic() + seconds
+    while (left := stop - time.monotonic()) > 0:
+        if select.select([out], [], [], left)[0]:
+            line = out.readline()
+            if not line:
+                raise SystemExit("a run has ended; see what it says with --child")
+            if line.startswith("STEP"):
+                ends.append(time.monotonic())
+                sent = int(line.split()[1])
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+    return [end - start for start, end in pairwise(ends)], sent
 
 
 def main() -> None:
-    """Print a row for each round and the median; with `--child`, be one of the processes."""
+    """Print medians, the ratio and its quartiles; with `--child`, be one of the processes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parallel", choices=["candidates", "data"], default="candidates")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--turns", type=int, default=25, help="of each of the two")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a turn")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--shared", action="store_true", help="examples share their candidates")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        run(given.parallel, given.steps, given.batch_size, given.candidates, given.shared)
+        run(given.parallel, given.batch_size, given.candidates, given.shared)
         return
-    argv = sys.argv[1:]
-    print("| processes 1, s | processes 2, s | ratio | bytes a candidate, process and step |")
-    print("|" + " --- |" * 4)
-    ratios = []
-    for _ in range(given.rounds):
-        (one, _), (two, sent) = measured(1, argv), measured(2, argv)
-        ratios.append(one / two)
-        each = sent / given.candidates
-        print(f"| {one:.4f} | {two:.4f} | {one / two:.2f} | {each:.0f} |", flush=True)
-    print(f"median ratio {median(ratios):.2f}")
+    runs = [started(count, sys.argv[1:]) for count in (1, 2)]
+    try:
+        for processes in runs:
+            while not turn(processes, given.seconds)[0]:
+                pass
+        seconds: list[list[float]] = [[], []]
+        sent, steps = [turn(processes, given.seconds)[1] for processes in runs][1], 0
+        for _ in range(given.turns):
+            for found, processes in zip(seconds, runs):
+                taken, total = turn(processes, given.seconds)
+                found.append(median(taken))
+            steps += len(taken) + 1
+    finally:
+        for process in (process for processes in runs for process in processes):
+            process.kill()
+    ratios = [one / two for one, two in zip(*seconds)]
+    low, middle, high = quantiles(ratios, n=4)
+    each = (total - sent) / steps / given.candidates
+    print("| processes 1, s | processes 2, s | ratio | quartiles | bytes |")
+    print("|" + " --- |" * 5)
+    one, two = map(median, seconds)
+    print(f"| {one:.4f} | {two:.4f} | {middle:.2f} | {low:.2f} to {high:.2f} | {each:.0f} |")
+    print("bytes: a candidate, process and step")
 
 
 if __name__ == "__main__":

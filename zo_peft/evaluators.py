@@ -90,7 +90,9 @@ class Evaluator:
         sizes = {self._examples(batch) for batch in batches}
         fit = self._in_lanes and len(sizes) == 1 and all(map(self._rows_are_examples, batches))
         parts = max(sizes) if fit else 1
-        return parts if self.ranks is None else self.ranks.least(parts)
+        if self.ranks is None or self.ranks.parallel == "candidates":
+            return parts
+        return self.ranks.least(parts)
 
     def _examples(self, batch: Batch) -> int:
         """Of the whole batch, of which this rank may have a share."""

@@ -408,8 +408,9 @@ class ZOTrainer(BaseTrainer):
             advice = "the loss has diverged: lower learning_rate"
         self._save_checkpoint(self.model, trial=None)
         return NonFiniteLossError(
-            f"{self.faults.in_a_row} updates in a row were skipped, the last one at step {step} with "
-            f"zo_eps={self._eps:g}: {why}; {advice}. The last good state is in checkpoint-{step}"
+            f"{self.faults.in_a_row} updates in a row were skipped, the last one at step {step} "
+            f"with zo_eps={self._eps:g}: {why}; {advice}. The last good state is in "
+            f"checkpoint-{step}"
         )
 
     def floating_point_ops(self, inputs: Batch) -> int:

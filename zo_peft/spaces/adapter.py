@@ -54,13 +54,14 @@ class _Flat:
         width = min(CHUNK, self.layout.numel)
         for start in range(0, self.layout.numel, width):
             stop = min(start + width, self.layout.numel)
+            part = into[:, start:stop].unbind()
             noises = self.layout.noises(list(rows), start, stop, distribution)
             for terms, noise in zip(rows.values(), noises):
                 for row, weight in terms:
                     if distribution == "rademacher":
-                        into[row, start:stop].add_(noise, alpha=weight)
+                        part[row].add_(noise, alpha=weight)
                     else:
-                        into[row, start:stop] += noise * weight
+                        part[row].add_(noise * weight)
 
 
 class AdapterSpace:
