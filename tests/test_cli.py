@@ -290,6 +290,7 @@ REFUSED_LINES = {
     "model_init_kwargs: word": "model_init_kwargs",
     "metric_for_best_model: [a, b]": "metric_for_best_model",
     "model_name_or_path: null": "model_name_or_path",
+    "lora_target_modules: [--help]": "lora_target_modules",
     "no_such_option: 1": "no_such_option",
     "config: other.yaml": "config",
 }
@@ -311,6 +312,7 @@ def test_values_of_a_config_that_are_none_are_refused_by_name(
 def test_a_config_holds_lists_objects_and_defaults(tmp_path: Path) -> None:
     lines = ["model_name_or_path: m", "lora_target_modules: [q_proj, v_proj]", "zo_eps: null"]
     lines += ["model_init_kwargs: {attn_implementation: eager}", "report_to: [none]"]
+    lines += ["reward_weights: [-1, 0.5]"]
     write(tmp_path / "c.yaml", *lines, "use_cpu: true", "model_revision: 2020-01-01")
     _, (model, _, args) = parse("train", COMMANDS["train"], ["--config", str(tmp_path / "c.yaml")])
     assert model.lora_target_modules == ["q_proj", "v_proj"]
@@ -318,3 +320,4 @@ def test_a_config_holds_lists_objects_and_defaults(tmp_path: Path) -> None:
     assert args.zo_eps is None
     assert args.model_init_kwargs == {"attn_implementation": "eager"}
     assert args.report_to == []
+    assert args.reward_weights == [-1.0, 0.5]

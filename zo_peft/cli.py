@@ -296,11 +296,16 @@ def _words(flag: str, value: Any, action: argparse.Action) -> list[str]:
         return []
     if isinstance(value, SCALARS):
         return [f"{flag}={value}"]
-    several = isinstance(value, list) and all(isinstance(item, SCALARS) for item in value)
-    if several and (len(value) == 1 or (value and action.nargs == "+")):
+    several = isinstance(value, list) and (len(value) == 1 or (value and action.nargs == "+"))
+    if several and all(map(_is_word, value)):
         return [flag, *map(str, value)]
     if isinstance(value, dict):
         with contextlib.suppress(TypeError, ValueError, RecursionError):
             return [f"{flag}={json.dumps(value)}"]
     name = flag.removeprefix("--")
     raise UserError(f"{name}: {reprlib.repr(value)} is no value of an option; drop it, or give one")
+
+
+def _is_word(item: Any) -> bool:
+    """Whether it can be told from an option."""
+    return isinstance(item, SCALARS) and not (isinstance(item, str) and item.startswith("-"))
