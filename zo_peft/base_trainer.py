@@ -91,8 +91,6 @@ class BaseTrainer(Trainer):
     args: ZOConfig
     #: Whether it trains, for which something must be tuned; else it evaluates.
     trains: ClassVar[bool] = False
-    #: Losses that were dropped, and updates that were skipped.
-    non_finite = skipped = 0
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from zo_peft.base_trainer import BaseTrainer
 from zo_peft.config import GRADIENT_PASSES, ZOConfig
 from zo_peft.errors import UserError
+from zo_peft.faults import Faults
 from zo_peft.loading import peft_config_of
 from zo_peft.objectives import AccuracyObjective, Batch, BlackBoxObjective
 from zo_peft.rewards import RewardObjective
@@ -59,6 +60,7 @@ class GradientTrainer(BaseTrainer):
         self.forward_passes = self.examples_forwarded = 0
         self.tuned_numel = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.calibrations: list[Any] = []
+        self.faults = Faults()
         config = peft_config_of(self.model)
         assert config is not None
         virtual = config.is_prompt_learning
