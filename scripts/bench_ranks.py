@@ -88,24 +88,23 @@ def started(count: int, argv: list[str]) -> list[subprocess.Popen[str]]:
     return processes
 
 
-def turn(processes: list[subprocess.Popen[str]], seconds: float) -> tuple[list[float], int]:
-    """Let a run go on for so long: seconds of each whole step, and the bytes sent so far."""
+def turn(processes: list[subprocess.Popen[str]], seconds: float) -> list[tuple[float, int]]:
+    """Let a run go on for so long: seconds of each whole step, and the bytes sent in it."""
     for process in processes:
         process.send_signal(signal.SIGCONT)
     out = processes[0].stdout
     assert out is not None
-    ends, sent, stop = list[float](), 0, time.monotonic() + seconds
+    ends, stop = list[tuple[float, int]](), time.monotonic() + seconds
     while (left := stop - time.monotonic()) > 0:
         if select.select([out], [], [], left)[0]:
             line = out.readline()
             if not line:
                 raise SystemExit("a run has ended; see what it says with --child")
             if line.startswith("STEP"):
-                ends.append(time.monotonic())
-                sent = int(line.split()[1])
+                ends.append((time.monotonic(), int(line.split()[1])))
     for process in processes:
         process.send_signal(signal.SIGSTOP)
-    return [end - start for start, end in pairwise(ends)], sent
+    return [(end - start, sent - before) for (start, before), (end, sent) in pairwise(ends)]
 
 
 def main() -> None:
@@ -125,21 +124,19 @@ def main() -> None:
     runs = [started(count, sys.argv[1:]) for count in (1, 2)]
     try:
         for processes in runs:
-            while not turn(processes, given.seconds)[0]:
+            while not turn(processes, given.seconds):
                 pass
         seconds: list[list[float]] = [[], []]
-        sent, steps = [turn(processes, given.seconds)[1] for processes in runs][1], 0
         for _ in range(given.turns):
             for found, processes in zip(seconds, runs):
-                taken, total = turn(processes, given.seconds)
+                taken, sent = zip(*turn(processes, given.seconds))
                 found.append(median(taken))
-            steps += len(taken) + 1
     finally:
         for process in (process for processes in runs for process in processes):
             process.kill()
     ratios = [one / two for one, two in zip(*seconds)]
     low, middle, high = quantiles(ratios, n=4)
-    each = (total - sent) / steps / given.candidates
+    each = median(sent) / given.candidates
     print("| processes 1, s | processes 2, s | ratio | quartiles | bytes |")
     print("|" + " --- |" * 5)
     one, two = map(median, seconds)

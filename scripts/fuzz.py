@@ -91,13 +91,9 @@ def mutated(content: bytes, random_: random.Random) -> bytes:
 #: Options of `zo-peft train`, and what a YAML file may say of one.
 OPTIONS = [f.name for arguments in RUN for f in fields(arguments) if f.init]
 VALUES = (
-    b"null;[];[1, 2];[null];[[x]];{a: 1};{1: [2]};&a [*a];2020-01-01;word;-1;0;1.5;1e400".split(
-        b";"
-    )
-)
-VALUES += b".nan;.inf;true;'';!!binary aGk=;!!set {a};0x10;99999999999999999999;'{\"a\": 1}'".split(
-    b";"
-)
+    b"null;true;word;'';-1;0;1.5;1e400;.nan;.inf;0x10;9999999999999999999;2020-01-01;!!binary aGk=;"
+    b"[];[1, 2];[null];[[x]];&a [*a];{a: 1};{1: [2]};!!set {a};'{\"a\": 1}'"
+).split(b";")
 
 
 def mutated_config(content: bytes, random_: random.Random) -> bytes:

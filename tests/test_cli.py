@@ -284,15 +284,15 @@ REFUSED_LINES = {
     "lr_scheduler_type: hello": "lr_scheduler_type",
     "use_cpu: 2020-01-01": "use_cpu",
     "per_device_eval_batch_size: 0": "per_device_eval_batch_size",
-    "seed: -1": "seed",
+    "seed: -1": "seed=-1",
     "save_steps: 1.5": "save_steps",
     "accelerator_config: {surely: unknown}": "surely",
     "model_init_kwargs: word": "model_init_kwargs",
     "metric_for_best_model: [a, b]": "metric_for_best_model",
     "model_name_or_path: null": "model_name_or_path",
     "lora_target_modules: [--help]": "lora_target_modules",
-    "no_such_option: 1": "no_such_option",
-    "config: other.yaml": "config",
+    "no_such_option: 1": "unknown option 'no_such_option'",
+    "config: other.yaml": "unknown option 'config'",
 }
 
 

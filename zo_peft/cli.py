@@ -271,16 +271,14 @@ def _with_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str
 def _read_options(path: str) -> dict[Any, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
-        if len(text) > LONGEST_CONFIG:
-            raise UserError(
-                f"--config {path} has over {LONGEST_CONFIG:,} characters; give options alone"
-            )
-        options = yaml.load(text, YAML)
+        options = yaml.load(text, YAML) if len(text) <= LONGEST_CONFIG else None
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
         first = str(error).splitlines()[0]
         raise UserError(f"--config {path} cannot be read as YAML: {first}") from None
+    if len(text) > LONGEST_CONFIG:
+        raise UserError(
+            f"--config {path} has over {LONGEST_CONFIG:,} characters; give options alone"
+        )
     if not isinstance(options, dict):
         raise UserError(f"--config {path} must hold options, one `name: value` a line")
     return options
