@@ -24,7 +24,7 @@ from peft import LoraConfig
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from zo_peft import ZOConfig, ZOTrainer
-from zo_peft.config import StrategyName
+from zo_peft.train.config import StrategyName
 
 VOCABULARY = 50272
 BATCH_SIZE, LENGTH, STEPS = 16, 48, 6

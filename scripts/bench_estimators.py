@@ -24,9 +24,9 @@ from torch import Tensor
 from workloads import embedded, encoder, lora
 
 from zo_peft import Direction, ZOTrainer
-from zo_peft.noise import derive_seed
-from zo_peft.objectives import Batch
-from zo_peft.strategies import (
+from zo_peft.core.batch import Batch
+from zo_peft.core.noise import derive_seed
+from zo_peft.core.strategies import (
     Step,
     combine,
     greedy,

@@ -33,11 +33,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.utils import logging
 
 from zo_peft import ZOConfig, ZOTrainer
-from zo_peft.arguments import ModelArguments
-from zo_peft.config import StrategyName
-from zo_peft.gradient import GradientTrainer
-from zo_peft.loading import load_base, quantization_config
-from zo_peft.planner import Planner
+from zo_peft.models.loading import load_base, quantization_config
+from zo_peft.runs.arguments import ModelArguments
+from zo_peft.tools.plan import Planner
+from zo_peft.train.config import StrategyName
+from zo_peft.train.gradient import GradientTrainer
 
 LLAMA = "Llama, 128k vocabulary"
 SHAPES |= {

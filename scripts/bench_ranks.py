@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 
 from zo_peft import ZOConfig, ZOTrainer
 from zo_peft.data import make_examples, read_rows
-from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
 
 class Reports(TrainerCallback):

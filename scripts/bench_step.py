@@ -47,7 +47,7 @@ from transformers import (
 from transformers.utils import logging
 
 from zo_peft import Direction, ZOConfig, ZOTrainer
-from zo_peft.loading import quantization_config
+from zo_peft.models.loading import quantization_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LABEL_TOKENS = (10, 11)

@@ -23,11 +23,11 @@ from peft import LoraConfig
 from workloads import MeanPooledClassifier, encoder_folder
 
 from zo_peft import ZOConfig, ZOTrainer
-from zo_peft.arguments import DataArguments
-from zo_peft.demo import EMBEDDED
-from zo_peft.jobs import table
-from zo_peft.loading import load_tokenizer
-from zo_peft.sources import evaluation_examples, training_examples
+from zo_peft.models.loading import load_tokenizer
+from zo_peft.runs.arguments import DataArguments
+from zo_peft.runs.jobs import table
+from zo_peft.runs.sources import evaluation_examples, training_examples
+from zo_peft.tools.demo import EMBEDDED
 
 
 def embedded(data: DataArguments, args: ZOConfig) -> ZOTrainer:

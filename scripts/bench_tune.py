@@ -12,8 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 from zo_peft.scales import SCALES_NAME
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
 LORA = ["--lora_target_modules", "q_proj", "v_proj"]
 ROWS: dict[str, list[str]] = {

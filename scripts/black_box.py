@@ -18,8 +18,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from zo_peft import ZOConfig, ZOTrainer
-from zo_peft.demo import EMBEDDED
-from zo_peft.objectives import BlackBoxObjective
+from zo_peft.objectives.scoring import BlackBoxObjective
+from zo_peft.tools.demo import EMBEDDED
 
 TIMEOUT_SECONDS = 60
 

@@ -23,8 +23,8 @@ from typing import Any
 
 from zo_peft import Direction, UserError
 from zo_peft.cli import COMMANDS, RUN, parse
+from zo_peft.core.journal import MAGIC, Record, framed, read
 from zo_peft.data import make_examples, read_rows
-from zo_peft.journal import MAGIC, Record, framed, read
 
 CONFIG = b"""model_name_or_path: facebook/opt-125m
 train_file: train.tsv

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from zo_peft import ZOConfig, ZOTrainer
 from zo_peft.data import make_examples, read_rows
-from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
 ADAPTER = "adapter_model.safetensors"
 

@@ -27,11 +27,11 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, TrainerCallback
 
 from zo_peft import Direction, ZOConfig, ZOTrainer
+from zo_peft.core.noise import derive_seed
 from zo_peft.data import read_rows
-from zo_peft.demo import EMBEDDED
-from zo_peft.loading import load_tokenizer
-from zo_peft.noise import derive_seed
-from zo_peft.rewards import RewardObjective
+from zo_peft.models.loading import load_tokenizer
+from zo_peft.objectives.rewards import RewardObjective
+from zo_peft.tools.demo import EMBEDDED
 
 MODEL = str(EMBEDDED / "model")
 COMPLETION_TOKENS = 6

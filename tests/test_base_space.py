@@ -21,18 +21,21 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
+from zo_peft.spaces import choose
 
 from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
+from zo_peft.core.evaluator import Evaluator
+from zo_peft.core.lanes import NotInLanes
+from zo_peft.core.low_rank import LowRank, Structure
+from zo_peft.core.noise import noise_block, noise_rows, row_words, uniform_rows
+from zo_peft.core.rounding import round_float
 from zo_peft.data import make_examples, read_rows
-from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
-from zo_peft.evaluators import Evaluator
-from zo_peft.low_rank import LowRank, Structure
-from zo_peft.noise import noise_block, noise_rows, row_words, uniform_rows
-from zo_peft.objectives import ClassificationObjective, OptionObjective
-from zo_peft.rounding import round_float
-from zo_peft.scales import base_hash, load_scales, save_scales
-from zo_peft.spaces import BaseSpace, NotInLanes, choose, find_scales, find_weights
-from zo_peft.spaces.numbers import Int8Codes
+from zo_peft.models.identity import base_hash
+from zo_peft.models.in_place_space import InPlaceSpace
+from zo_peft.models.numbers import Int8Codes, find_scales, find_weights
+from zo_peft.objectives.scoring import ClassificationObjective, OptionObjective
+from zo_peft.scales import load_scales, save_scales
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
 MODEL = str(EMBEDDED / "model")
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -104,11 +107,11 @@ def load(folder: str | Path, base: str) -> PreTrainedModel:
     return model
 
 
-def make(folder: Path, case: Case) -> tuple[PreTrainedModel, BaseSpace]:
+def make(folder: Path, case: Case) -> tuple[PreTrainedModel, InPlaceSpace]:
     base, tune, noise, unquantized = case
     model = load(folder, base)
     find = find_scales if tune == "scales" else find_weights
-    return model, BaseSpace(find(model, unquantized), copy.deepcopy(noise))
+    return model, InPlaceSpace(find(model, unquantized), copy.deepcopy(noise))
 
 
 def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
@@ -168,7 +171,7 @@ def test_displaced_is_the_model_with_the_formula_written_in(
     torch.testing.assert_close(found, logits(model), rtol=1e-5, atol=1e-5)
 
 
-def with_copy(space: BaseSpace, numbers: Any, direction: Direction, noise: Any) -> Tensor:
+def with_copy(space: InPlaceSpace, numbers: Any, direction: Direction, noise: Any) -> Tensor:
     """The scratch copy that a layer reads, clamped codes taken back to where they were headed."""
     made = space.lanes([direction]).copy(numbers)
     free = made.abs() < 127
@@ -238,7 +241,7 @@ def test_moves_of_codes_are_unbiased_over_ten_thousand_seeds() -> None:
     layer = nn.Sequential(Linear8bitLt(48, 16, bias=False, has_fp16_weights=False))
     layer[0].weight.data = torch.randn(16, 48)
     layer[0].weight._quantize("cpu")
-    space = BaseSpace(find_weights(layer), "gaussian")  # type: ignore[arg-type]
+    space = InPlaceSpace(find_weights(layer), "gaussian")  # type: ignore[arg-type]
     (numbers,) = space.numbers.values()
     start = numbers.stored.clone()
     direction = 0.004 * Direction.of(11)
@@ -317,7 +320,7 @@ def test_low_rank_steps_are_those_of_the_papers(structure: Structure) -> None:
     rank, eps, lr = 3, 1e-3, 0.1
     noise = LowRank(rank, structure)
     noise.basis_seed = 99
-    space = BaseSpace(find_weights(layer), noise)  # type: ignore[arg-type]
+    space = InPlaceSpace(find_weights(layer), noise)  # type: ignore[arg-type]
     weight, target = layer.weight.detach().double().numpy().copy(), np.ones(5)
     x = np.linspace(-1, 1, 7)
 
@@ -402,7 +405,7 @@ class TwoLayers(nn.Module):
 def test_norms_and_biases_have_values_of_each_candidate() -> None:
     torch.manual_seed(0)
     model = TwoLayers()
-    space = BaseSpace(find_weights(model), LowRank(2))  # type: ignore[arg-type]
+    space = InPlaceSpace(find_weights(model), LowRank(2))  # type: ignore[arg-type]
     assert space.numbers.keys() == dict(model.named_parameters()).keys()
     batch = {"input_ids": torch.arange(12).view(4, 3), "attention_mask": torch.ones(4, 3)}
     batch["labels"] = torch.tensor([0, 1, 2, 0])
@@ -572,7 +575,7 @@ def test_loaded_models_are_refused_too(
 
 def test_tunable_narrows_the_names(tiny: Path) -> None:
     owners = find_scales(load(tiny, "int8"))
-    space = BaseSpace(choose(owners, "q_proj|down"), "gaussian")
+    space = InPlaceSpace(choose(owners, "q_proj|down"), "gaussian")
     assert [name.split(".")[-2] for name in space.numbers] == ["q_proj", "down_proj"]
     with pytest.raises(UserError, match="matches none"):
         choose(owners, "nothing")

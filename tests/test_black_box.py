@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from scripts import black_box
 from zo_peft import ZOConfig, ZOTrainer
 from zo_peft.data import read_rows
-from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
-from zo_peft.objectives import BlackBoxObjective
+from zo_peft.objectives.scoring import BlackBoxObjective
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
 MODEL = str(EMBEDDED / "model")
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])

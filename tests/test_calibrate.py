@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zo_peft import Direction
-from zo_peft.calibrate import ABOVE_LEAST, LADDER, TOLERANCE, choose, errors, forward_passes, steps
+from zo_peft.core.eps import ABOVE_LEAST, LADDER, TOLERANCE, choose, errors, forward_passes, steps
 
 
 class Curve:

@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from zo_peft.cli import COMMANDS, main, parse
-from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
-from zo_peft.objectives import OptionObjective
+from zo_peft.objectives.scoring import OptionObjective
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
 METRICS = {
     "strategy",

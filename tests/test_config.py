@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from transformers import TrainingArguments
 
-from zo_peft import UserError, ZOConfig, calibrate
+from zo_peft import UserError, ZOConfig
+from zo_peft.core import eps as calibrate
 
 WARNING = "num_candidates=2"
 

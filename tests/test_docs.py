@@ -17,7 +17,7 @@ from hub_server import Hub
 from markdown_it import MarkdownIt
 from test_hub import environment, parquet, written
 
-from zo_peft.demo import EMBEDDED
+from zo_peft.tools.demo import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -179,6 +179,6 @@ def test_the_site_builds_without_a_warning_and_so_without_a_broken_link(tmp_path
     )
     assert process.returncode == 0, process.stderr
     reference = (tmp_path / "site" / "api.html").read_text()
-    assert "zo_peft.base_trainer.BaseTrainer.push_to_hub" in reference
+    assert "zo_peft.train.base.BaseTrainer.push_to_hub" in reference
     assert "Stop after this many forward passes" in reference
     assert not re.findall(r'id="zo_peft\.[\w.]*\._\w+"', reference)

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from zo_peft.cli import main
-from zo_peft.doctor import CHECKS, attempts, doctor_text, public
+from zo_peft.tools.doctor import CHECKS, attempts, doctor_text, public
 
 
 def works() -> None:

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from scripts import make_demo_model
 from zo_peft.data import read_rows
-from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE, demo
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE, demo
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -43,19 +43,14 @@ from transformers import (
 )
 
 from zo_peft import Direction
+from zo_peft.core.batch import Batch, Objective
+from zo_peft.core.evaluator import Evaluator
+from zo_peft.core.flat_space import FlatSpace
 from zo_peft.data import Collator, collator_for
-from zo_peft.evaluators import Evaluator
-from zo_peft.loading import tuned_parameters
-from zo_peft.memory import CPU_TOKENS, Fit
-from zo_peft.objectives import (
-    Batch,
-    ClassificationObjective,
-    CompletionObjective,
-    Objective,
-    OptionObjective,
-)
-from zo_peft.spaces import AdapterSpace
-from zo_peft.trunk import compile_frozen_parts, find_trunk
+from zo_peft.models.adapters import tuned_parameters
+from zo_peft.models.memory import CPU_TOKENS, Fit
+from zo_peft.models.trunk import compile_frozen_parts, find_trunk
+from zo_peft.objectives.scoring import ClassificationObjective, CompletionObjective, OptionObjective
 
 VOCABULARY, PAD = 64, 0
 
@@ -180,7 +175,7 @@ def tune(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
 
 
 def plain_losses(
-    model: PeftModel, space: AdapterSpace, objective: Objective, batch: Batch
+    model: PeftModel, space: FlatSpace, objective: Objective, batch: Batch
 ) -> list[float]:
     """Each point alone, through PEFT's own modules: nothing shared, nothing reused."""
     losses = []
@@ -205,7 +200,7 @@ def test_many_in_one_forward_give_the_losses_of_one_by_one(
 ) -> None:
     objective, features = DATA[data]
     model = tune(llama(), ADAPTERS[adapter])
-    space = AdapterSpace(tuned_parameters(model))
+    space = FlatSpace(tuned_parameters(model))
     start = {name: tensor.clone() for name, tensor in space.tensors().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -229,7 +224,7 @@ def test_many_in_one_forward_give_the_losses_of_one_by_one(
 def test_what_cannot_share_a_forward_goes_one_by_one_with_a_warning(adapter: str) -> None:
     config, module = NOT_IN_LANES[adapter]
     model = tune(llama(), config)
-    space, batch = AdapterSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
+    space, batch = FlatSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
     with pytest.warns(UserWarning, match=rf"one by one: .*{module}") as caught:  # noqa: PT031
         evaluator = Evaluator(model, space, CompletionObjective(), 4)
         first = evaluator(POINTS, [batch])
@@ -258,7 +253,7 @@ def test_a_module_that_sees_a_part_of_the_rows_is_noticed() -> None:
     base = llama()
     base.model.layers[0].mlp = Mixture(base.model.layers[0].mlp)
     model = tune(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["mlp.q_proj"], r=4))
-    space, batch = AdapterSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
+    space, batch = FlatSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
     with pytest.warns(UserWarning, match=r"one by one: .*mlp\.q_proj"):
         losses = Evaluator(model, space, CompletionObjective(), 8)(POINTS, [batch])
     assert losses == plain_losses(model, space, CompletionObjective(), batch)
@@ -270,7 +265,7 @@ def test_an_objective_of_the_users_goes_one_by_one() -> None:
             return CompletionObjective().losses(model, batch)
 
     model = tune(llama(), ADAPTERS["lora"])
-    space, batch = AdapterSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
+    space, batch = FlatSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
     with pytest.warns(UserWarning, match=r"one by one: objective Own .*`repeated`"):
         evaluator = Evaluator(model, space, Own())  # type: ignore[arg-type]
     assert evaluator(POINTS, [batch]) == plain_losses(model, space, CompletionObjective(), batch)
@@ -285,7 +280,7 @@ def test_every_architecture_gives_the_losses_of_one_by_one(
     layers = LoraConfig(task_type="CAUSAL_LM", target_modules=[target], layers_to_transform=[2])
     for config in (LoraConfig(task_type="CAUSAL_LM", target_modules=[target]), layers):
         model = tune(build(), config)
-        space = AdapterSpace(tuned_parameters(model))
+        space = FlatSpace(tuned_parameters(model))
         for objective, features in DATA.values():
             batch = collator_for(model, PAD, objective)(features)
             losses = Evaluator(model, space, objective, 8)(POINTS, [batch])
@@ -325,7 +320,7 @@ def test_a_quantized_base_gives_the_losses_of_one_by_one(quantization: str, tmp_
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         model = tune(base, ADAPTERS[name])
-        space, batch = AdapterSpace(tuned_parameters(model)), Collator(PAD)(OPTIONS)
+        space, batch = FlatSpace(tuned_parameters(model)), Collator(PAD)(OPTIONS)
         losses = Evaluator(model, space, OptionObjective(), 4)(POINTS, [batch])
         expected = plain_losses(model, space, OptionObjective(), batch)
         np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=name)
@@ -334,7 +329,7 @@ def test_a_quantized_base_gives_the_losses_of_one_by_one(quantization: str, tmp_
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_gives_about_the_losses_of_one_by_one(dtype: torch.dtype) -> None:
     model = tune(llama().to(dtype), ADAPTERS["lora"])
-    space, batch = AdapterSpace(tuned_parameters(model)), Collator(PAD)(OPTIONS)
+    space, batch = FlatSpace(tuned_parameters(model)), Collator(PAD)(OPTIONS)
     losses = Evaluator(model, space, OptionObjective(), 8)(POINTS, [batch])
     expected = plain_losses(model, space, OptionObjective(), batch)
     np.testing.assert_allclose(losses, expected, rtol=2e-2)
@@ -351,7 +346,7 @@ def test_a_saved_head_shares_a_forward(family: str) -> None:
     build, targets, head = CLASSIFIERS[family]
     config = LoraConfig(task_type="SEQ_CLS", target_modules=targets, modules_to_save=[head])
     model, objective = tune(build(), config), ClassificationObjective()
-    space, batch = AdapterSpace(tuned_parameters(model)), Collator(PAD)(CLASSES)
+    space, batch = FlatSpace(tuned_parameters(model)), Collator(PAD)(CLASSES)
     assert any(head in name for name in space.parameters)
     losses = Evaluator(model, space, objective, 8)(POINTS, [batch])
     np.testing.assert_allclose(losses, plain_losses(model, space, objective, batch), rtol=1e-5)
@@ -379,7 +374,7 @@ def top(*layers: int, **settings: Any) -> LoraConfig:
 )
 def test_frozen_layers_run_once_a_batch(config: PeftConfig, frozen: int, size: int) -> None:
     model = tune(llama(), config)
-    space, objective = AdapterSpace(tuned_parameters(model)), OptionObjective()
+    space, objective = FlatSpace(tuned_parameters(model)), OptionObjective()
     batches = [Collator(PAD)(OPTIONS[:2]), Collator(PAD)(OPTIONS[1:])]
     expected = [plain_losses(model, space, objective, batch) for batch in batches]
     evaluator = Evaluator(model, space, objective, size)
@@ -409,7 +404,7 @@ def test_layers_that_do_not_hand_on_to_the_next_are_not_frozen() -> None:
 def test_compiled_parts_give_the_same_losses() -> None:
     """Compiled by the backend that only traces: what is compiled, and that lanes go on working."""
     model = tune(llama(), ADAPTERS["lora"])
-    space, objective = AdapterSpace(tuned_parameters(model)), CompletionObjective()
+    space, objective = FlatSpace(tuned_parameters(model)), CompletionObjective()
     batch = Collator(PAD)(COMPLETIONS)
     expected = plain_losses(model, space, objective, batch)
     parts = compile_frozen_parts(model, space.parameters.values(), backend="eager")
@@ -420,7 +415,7 @@ def test_compiled_parts_give_the_same_losses() -> None:
 
 def test_an_error_in_a_wave_leaves_model_and_theta_as_they_were() -> None:
     model = tune(llama(), top(2))
-    space, objective = AdapterSpace(tuned_parameters(model)), CompletionObjective()
+    space, objective = FlatSpace(tuned_parameters(model)), CompletionObjective()
     batch = Collator(PAD)(COMPLETIONS)
     expected = plain_losses(model, space, objective, batch)
     evaluator = Evaluator(model, space, objective, 4)
@@ -457,7 +452,7 @@ class Bounded(CompletionObjective):
 @pytest.mark.parametrize(("rows", "left"), [(8, 4), (4, 2), (2, 1)])
 def test_running_out_of_memory_halves_and_goes_on(rows: int, left: int) -> None:
     model = tune(llama(), ADAPTERS["lora"])
-    space, batch = AdapterSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
+    space, batch = FlatSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
     objective = Bounded(rows)
     evaluator = Evaluator(model, space, objective, 8)
     with pytest.warns(UserWarning, match=f"candidates_per_forward={left}"):
@@ -472,7 +467,7 @@ def test_running_out_of_memory_halves_and_goes_on(rows: int, left: int) -> None:
 
 def test_one_candidate_that_does_not_fit_is_an_error() -> None:
     model = tune(llama(), ADAPTERS["lora"])
-    space, batch = AdapterSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
+    space, batch = FlatSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
     with pytest.raises(torch.OutOfMemoryError):
         Evaluator(model, space, Bounded(1), 1)(POINTS, [batch])
 
@@ -508,7 +503,7 @@ def test_a_float_base_on_a_cpu_takes_no_more_tokens_than_help() -> None:
 
 
 def example_losses(
-    model: PeftModel, space: AdapterSpace, objective: Objective, batch: Batch, point: Direction
+    model: PeftModel, space: FlatSpace, objective: Objective, batch: Batch, point: Direction
 ) -> Tensor:
     with space.displaced(point), torch.no_grad():
         return objective.losses(model, batch).double()
@@ -522,7 +517,7 @@ def test_each_part_of_a_batch_sees_its_own_displacements(
 ) -> None:
     objective, features = DATA[data]
     model = tune(llama(), ADAPTERS[adapter])
-    space = AdapterSpace(tuned_parameters(model))
+    space = FlatSpace(tuned_parameters(model))
     evaluator = Evaluator(model, space, objective, size)
     batch = collator_for(model, PAD, objective)(features)
     parts = evaluator.parts([batch])
@@ -554,7 +549,7 @@ def test_each_part_of_a_batch_sees_its_own_displacements(
 
 def test_micro_batches_are_cut_alike() -> None:
     model = tune(llama(), ADAPTERS["lora"])
-    space, objective = AdapterSpace(tuned_parameters(model)), OptionObjective()
+    space, objective = FlatSpace(tuned_parameters(model)), OptionObjective()
     evaluator = Evaluator(model, space, objective)
     two = [Collator(PAD)(WORDS[:2]), Collator(PAD)(WORDS[1:])]
     assert evaluator.parts(two) == 2
@@ -571,7 +566,7 @@ def test_micro_batches_are_cut_alike() -> None:
 
 def test_what_goes_one_by_one_has_one_part() -> None:
     model = tune(llama(), NOT_IN_LANES["dora"][0])
-    space, batch = AdapterSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
+    space, batch = FlatSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
     with pytest.warns(UserWarning, match="one by one"):
         evaluator = Evaluator(model, space, CompletionObjective())
     assert evaluator.parts([batch]) == 1
@@ -581,7 +576,7 @@ def test_parts_are_right_in_the_step_that_finds_a_module_out() -> None:
     base = llama()
     base.model.layers[0].mlp = Mixture(base.model.layers[0].mlp)
     model = tune(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["mlp.q_proj"], r=4))
-    space, objective = AdapterSpace(tuned_parameters(model)), CompletionObjective()
+    space, objective = FlatSpace(tuned_parameters(model)), CompletionObjective()
     batch = Collator(PAD)(COMPLETIONS)
     evaluator = Evaluator(model, space, objective, 8)
     points = [[0.1 * Direction.of(10 * g + m) for m in range(3)] for g in range(2)]

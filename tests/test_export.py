@@ -25,14 +25,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from zo_peft import ZOConfig
-from zo_peft.arguments import DataArguments, ModelArguments
-from zo_peft.card import for_repository, write_model_card
 from zo_peft.cli import main
-from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 from zo_peft.errors import UserError
-from zo_peft.export import PushArguments, public_files, push
-from zo_peft.loading import quantization_config
-from zo_peft.run import settings
+from zo_peft.models.loading import quantization_config
+from zo_peft.runs.arguments import DataArguments, ModelArguments
+from zo_peft.runs.run import settings
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.tools.push import PushArguments, public_files, push
+from zo_peft.train.card import for_repository, write_model_card
 
 TOKEN = "hf_" + "thisisnotatoken" * 2
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
@@ -92,7 +92,7 @@ PUSHING = """\
 import contextlib, json, sys
 from peft import LoraConfig
 from zo_peft import ZOConfig, ZOTrainer
-from zo_peft.demo import EMBEDDED
+from zo_peft.tools.demo import EMBEDDED
 
 rows = [json.loads(line) for line in (EMBEDDED / "train.jsonl").open()][:40]
 data = [{"prompt": r["text"] + " It was", "options": ["terrible", "great"], "label": r["label"]}

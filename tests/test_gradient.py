@@ -11,9 +11,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from zo_peft import BlackBoxObjective, GradientTrainer, UserError, ZOConfig
 from zo_peft.data import make_examples, read_rows
-from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
-from zo_peft.loading import tuned_parameters
-from zo_peft.objectives import OptionObjective
+from zo_peft.models.adapters import tuned_parameters
+from zo_peft.objectives.scoring import OptionObjective
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
 MODEL = str(EMBEDDED / "model")
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from hub_server import Hub
 
-from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
 # Importing costs seconds, so that a process runs many commands; the clients of the Hub read their
 # settings on import.

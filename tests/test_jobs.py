@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 from transformers import HfArgumentParser
 
-from zo_peft import UserError, jobs, reproduce
-from zo_peft.arguments import DataArguments, ModelArguments
+from zo_peft import UserError
 from zo_peft.cli import main
-from zo_peft.config import ZOConfig
 from zo_peft.data import read_rows
-from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
-from zo_peft.reproduce import ReproduceArguments, figure, settings
+from zo_peft.runs import jobs
+from zo_peft.runs.arguments import DataArguments, ModelArguments
+from zo_peft.tools import reproduce
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.tools.reproduce import ReproduceArguments, figure, settings
+from zo_peft.train.config import ZOConfig
 
 MODEL = str(EMBEDDED / "model")
 DOCS = Path(__file__).parents[1] / "docs"

@@ -21,10 +21,10 @@ from transformers import TrainerCallback
 
 from zo_peft import Direction, NonFiniteLossError, UserError, ZOConfig, ZOTrainer
 from zo_peft.cli import main
+from zo_peft.core.journal import INITIAL_NAME, JOURNAL_NAME, MAGIC, Journal, Record, read
 from zo_peft.data import make_examples, read_rows
-from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
-from zo_peft.jobs import flags
-from zo_peft.journal import INITIAL_NAME, JOURNAL_NAME, MAGIC, Journal, Record, read
+from zo_peft.runs.jobs import flags
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
 MODEL = str(EMBEDDED / "model")
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from zo_peft.metrics import (
+from zo_peft.data.tasks import TASKS
+from zo_peft.objectives.metrics import (
     drop_exact_match,
     drop_f1,
     drop_words,
@@ -21,11 +22,10 @@ from zo_peft.metrics import (
     squad_f1,
     squad_words,
 )
-from zo_peft.tasks import TASKS
 
 Scores = tuple[float, float]
 
-# ---- The official definitions, written independently of zo_peft.metrics -----------------------
+# ---- The official definitions, written independently of zo_peft.objectives.metrics -----------------------
 
 ARTICLE = re.compile(r"\b(a|an|the)\b", re.UNICODE)
 

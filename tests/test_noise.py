@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from zo_peft.noise import (
+from zo_peft.core.noise import (
     ALIGNMENT,
     Distribution,
     Layout,

@@ -32,13 +32,13 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from zo_peft import Direction
+from zo_peft.core.evaluator import Evaluator
+from zo_peft.core.flat_space import FlatSpace
+from zo_peft.core.noise import noise_block
+from zo_peft.core.strategies import mezo, run_step
 from zo_peft.data import Collator
-from zo_peft.evaluators import Evaluator
-from zo_peft.loading import tuned_parameters
-from zo_peft.noise import noise_block
-from zo_peft.objectives import ClassificationObjective, CompletionObjective, OptionObjective
-from zo_peft.spaces import AdapterSpace
-from zo_peft.strategies import mezo, run_step
+from zo_peft.models.adapters import tuned_parameters
+from zo_peft.objectives.scoring import ClassificationObjective, CompletionObjective, OptionObjective
 
 VOCABULARY, WIDTH, PAD = 61, 16, 0
 LLAMA: dict[str, Any] = {
@@ -373,7 +373,7 @@ def test_mezos_slope_is_the_back_propagated_gradient_along_z(
     model = make(family, "lora")
     loss, gradient = back_propagated(model, features)
     objective = CompletionObjective() if "labels" in features[0] else OptionObjective()
-    space = AdapterSpace(tuned_parameters(model))
+    space = FlatSpace(tuned_parameters(model))
     evaluator = Evaluator(model, space, objective)
     batches = [Collator(PAD)(features[:1]), Collator(PAD)(features[1:])]
     assert evaluator([Direction()], batches) == [pytest.approx(loss, rel=1e-5)]

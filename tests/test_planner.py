@@ -14,12 +14,13 @@ from peft import LoraConfig
 from transformers import BloomConfig, LlamaConfig, OPTConfig
 
 from zo_peft import ZOConfig, ZOTrainer
-from zo_peft.arguments import DataArguments, ModelArguments
 from zo_peft.cli import main
 from zo_peft.errors import UserError
-from zo_peft.loading import add_adapter, load_base, load_tokenizer, quantization_config
-from zo_peft.memory import weight_bytes
-from zo_peft.planner import PlanArguments, Planner, largest, plan
+from zo_peft.models.adapters import add_adapter
+from zo_peft.models.loading import load_base, load_tokenizer, quantization_config
+from zo_peft.models.memory import weight_bytes
+from zo_peft.runs.arguments import DataArguments, ModelArguments
+from zo_peft.tools.plan import PlanArguments, Planner, largest, plan
 
 EMBEDDED = Path(__file__).parent.parent / "zo_peft" / "embedded" / "model"
 BASES = {"float32": {}, "int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True}}

@@ -12,10 +12,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from zo_peft import GradientTrainer, ZOConfig, ZOTrainer
+from zo_peft.core.journal import JOURNAL_NAME, read
 from zo_peft.data import make_examples, read_rows
-from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
-from zo_peft.journal import JOURNAL_NAME, read
-from zo_peft.progress import Progress
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.train.progress import Progress
 
 SERIES = {"loss", "slope", "spread", "zo_eps", "step_size", "learning_rate", "seconds"}
 SERIES |= {"non_finite", "skipped", "forward_passes", "examples_forwarded"}

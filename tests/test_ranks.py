@@ -19,15 +19,15 @@ from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
+from zo_peft.core.evaluator import Evaluator
+from zo_peft.core.flat_space import FlatSpace
+from zo_peft.core.journal import JOURNAL_NAME, read
+from zo_peft.core.ranks import Ranks
 from zo_peft.data import Collator, make_examples, read_rows
-from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
-from zo_peft.evaluators import Evaluator
-from zo_peft.journal import JOURNAL_NAME, read
-from zo_peft.loading import tuned_parameters
-from zo_peft.objectives import CompletionObjective
-from zo_peft.ranks import Ranks
-from zo_peft.rewards import RewardObjective
-from zo_peft.spaces import AdapterSpace
+from zo_peft.models.adapters import tuned_parameters
+from zo_peft.objectives.rewards import RewardObjective
+from zo_peft.objectives.scoring import CompletionObjective
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
 MODEL = str(EMBEDDED / "model")
 CPU = torch.device("cpu")
@@ -256,7 +256,7 @@ def test_gradients_stay_in_one_process(tmp_path: Path) -> None:
 
 
 def gradient(folder: Path) -> None:
-    from zo_peft.gradient import GradientTrainer
+    from zo_peft.train.gradient import GradientTrainer
 
     args = ZOConfig(str(folder), strategy="adam", use_cpu=True, report_to="none")
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
@@ -290,7 +290,7 @@ def evaluated(case: tuple[int, int, int], ranks: Ranks | None) -> Any:
         AutoModelForCausalLM.from_pretrained(MODEL),
         LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]),
     ).eval()
-    space = AdapterSpace(tuned_parameters(model))
+    space = FlatSpace(tuned_parameters(model))
     generator = torch.Generator().manual_seed(0)
     lengths = [6 + index % 3 for index in range(rows)]
     sequences = [torch.randint(5, 90, (n,), generator=generator).tolist() for n in lengths]
@@ -334,6 +334,6 @@ def drawn(parallel: Any) -> list[list[float]]:
     objective = RewardObjective([summed], tokenizer, max_completion_length=4)
     features = [{"prompt_ids": [5, 6, 7], "columns": {"prompt": "a"}} for _ in range(5)]
     collate = Collator(0) if ranks is None else ranks.collator(Collator(0))
-    evaluator = Evaluator(model, AdapterSpace(tuned_parameters(model)), objective, ranks=ranks)
+    evaluator = Evaluator(model, FlatSpace(tuned_parameters(model)), objective, ranks=ranks)
     points = [[0.1 * Direction.of(part)] * 2 for part in range(5)]
     return evaluator.evaluate(points, [collate(features)]).losses

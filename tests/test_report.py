@@ -17,15 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from zo_peft.charts import COLOURS, DASHES, SMOOTHED, WINDOW, draw, plain, smooth, styles
 from zo_peft.cli import main
-from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
-from zo_peft.direction import Direction
+from zo_peft.core.direction import Direction
+from zo_peft.core.journal import JOURNAL_NAME, Journal, Record, read
 from zo_peft.errors import UserError
-from zo_peft.history import load, names
-from zo_peft.jobs import flags
-from zo_peft.journal import JOURNAL_NAME, Journal, Record, read
-from zo_peft.report import ReportArguments, page, report
+from zo_peft.runs.jobs import flags
+from zo_peft.tools.charts import COLOURS, DASHES, SMOOTHED, WINDOW, draw, plain, smooth, styles
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.tools.history import load, names
+from zo_peft.tools.report import ReportArguments, page, report
 
 CHROMIUM = shutil.which("chromium")
 

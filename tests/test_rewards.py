@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, Pr
 from scripts import reward_tuning
 from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
 from zo_peft.cli import main
+from zo_peft.core.evaluator import Evaluator
+from zo_peft.core.flat_space import FlatSpace
 from zo_peft.data import Collator, make_examples, read_rows
 from zo_peft.data.tokenize import Tokenization
-from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
-from zo_peft.evaluators import Evaluator
-from zo_peft.loading import tuned_parameters
-from zo_peft.objectives import AccuracyObjective, CompletionObjective, SequenceObjective
-from zo_peft.rewards import CommonNoise, RewardObjective, load_function
-from zo_peft.spaces import AdapterSpace
+from zo_peft.models.adapters import tuned_parameters
+from zo_peft.objectives.rewards import CommonNoise, RewardObjective, load_function
+from zo_peft.objectives.scoring import AccuracyObjective, CompletionObjective, SequenceObjective
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
 MODEL = str(EMBEDDED / "model")
 TOKENIZER = AutoTokenizer.from_pretrained(MODEL)
@@ -193,7 +193,7 @@ def test_what_cannot_be_loaded_is_named(name: str) -> None:
 def test_candidates_in_one_batch_generate_what_they_do_alone(temperature: float) -> None:
     torch.manual_seed(3)
     tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LORA).eval()
-    space = AdapterSpace(tuned_parameters(tuned))
+    space = FlatSpace(tuned_parameters(tuned))
     points = [Direction(), *(0.2 * Direction.of(seed) for seed in range(3))]
     found = {
         count: Evaluator(tuned, space, objective(temperature=temperature), count).evaluate(

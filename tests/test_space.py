@@ -1,4 +1,4 @@
-"""AdapterSpace, its evaluator and its update: exact arithmetic, and no drift whatever happens."""
+"""FlatSpace, its evaluator and its update: exact arithmetic, and no drift whatever happens."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,16 +13,17 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from zo_peft.spaces import adapter
 
 from zo_peft import Direction, UserError
-from zo_peft.checkpoint import TENSORS_NAME, load_state, load_tensors, save_state
-from zo_peft.evaluators import Evaluator
-from zo_peft.loading import tuned_parameters
-from zo_peft.noise import Distribution, Layout, noise_block
-from zo_peft.objectives import Batch
-from zo_peft.spaces import AdapterSpace, adapter
-from zo_peft.strategies import Estimate, mezo, run_step
-from zo_peft.updates import SGD
+from zo_peft.core.batch import Batch
+from zo_peft.core.evaluator import Evaluator
+from zo_peft.core.flat_space import FlatSpace
+from zo_peft.core.noise import Distribution, Layout, noise_block
+from zo_peft.core.strategies import Estimate, mezo, run_step
+from zo_peft.core.updates import SGD
+from zo_peft.models.adapters import tuned_parameters
+from zo_peft.train.checkpoint import TENSORS_NAME, load_state, load_tensors, save_state
 
 DISTRIBUTIONS: tuple[Distribution, ...] = ("gaussian", "rademacher")
 Arrays = dict[str, NDArray[np.float32]]
@@ -63,9 +64,9 @@ def arrays(tensors: dict[str, Tensor] | dict[str, nn.Parameter]) -> Arrays:
     return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
 
 
-def make(long: int = 3, distribution: Distribution = "gaussian") -> tuple[Tiny, AdapterSpace]:
+def make(long: int = 3, distribution: Distribution = "gaussian") -> tuple[Tiny, FlatSpace]:
     model = Tiny(long)
-    return model, AdapterSpace(dict(model.named_parameters()), distribution)
+    return model, FlatSpace(dict(model.named_parameters()), distribution)
 
 
 def displacement(
@@ -98,7 +99,7 @@ def equal(first: Arrays, second: Arrays) -> bool:
     )
 
 
-def is_at(model: nn.Module, space: AdapterSpace, expected: Arrays) -> bool:
+def is_at(model: nn.Module, space: FlatSpace, expected: Arrays) -> bool:
     """Parameters, theta and whole buffers are where they should be."""
     parameters = arrays(dict(model.named_parameters()))
     return equal(parameters, expected) and equal(arrays(space.tensors()), expected)
@@ -260,8 +261,8 @@ def test_sgd_follows_the_learning_rate_of_a_scheduler() -> None:
 def test_moves_only_the_parameters_it_was_given() -> None:
     model = Tiny()
     start = arrays(dict(model.named_parameters()))
-    space = AdapterSpace({"second": model.second})
-    whole = AdapterSpace(dict(Tiny().named_parameters()))
+    space = FlatSpace({"second": model.second})
+    whole = FlatSpace(dict(Tiny().named_parameters()))
     space.move(Direction.of(9))
     whole.move(Direction.of(9))
     after = arrays(dict(model.named_parameters()))
@@ -277,7 +278,7 @@ def test_moves_only_the_parameters_it_was_given() -> None:
 def test_theta_is_float32_whatever_the_parameter_was(dtype: torch.dtype) -> None:
     model = Tiny().to(dtype)
     start = {name: p.detach().float().numpy() for name, p in model.named_parameters()}
-    space = AdapterSpace(dict(model.named_parameters()))
+    space = FlatSpace(dict(model.named_parameters()))
     assert is_at(model, space, start)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
@@ -311,10 +312,10 @@ def test_load_refuses_another_adapters_state_and_changes_nothing() -> None:
 
 def test_there_must_be_floating_point_numbers_to_tune() -> None:
     with pytest.raises(UserError, match="nothing to tune"):
-        AdapterSpace({})
+        FlatSpace({})
     integers = nn.Parameter(torch.arange(3), requires_grad=False)
     with pytest.raises(UserError, match=r"codes is torch\.int64"):
-        AdapterSpace({"first": Tiny().first, "codes": integers})
+        FlatSpace({"first": Tiny().first, "codes": integers})
 
 
 def test_the_state_dict_is_theta_and_can_be_saved(tmp_path: Path) -> None:
@@ -342,7 +343,7 @@ def test_peft_saves_the_views_as_its_own_tensors(tmp_path: Path) -> None:
         num_attention_heads=2,
     )
     model = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules=["q_proj"]))
-    space = AdapterSpace(tuned_parameters(model))
+    space = FlatSpace(tuned_parameters(model))
     space.move(0.1 * Direction.of(1))
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")

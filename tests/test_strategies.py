@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from zo_peft import Direction, ZOConfig
-from zo_peft.strategies import (
+from zo_peft.core.strategies import (
     Estimate,
     Evaluate,
     Step,

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from zo_peft import UserError
-from zo_peft.arguments import DataArguments
 from zo_peft.cli import main
 from zo_peft.data import Tokenization, tokenize_dataset
-from zo_peft.demo import EMBEDDED
-from zo_peft.sources import evaluation_examples, training_examples
-from zo_peft.tasks import TASKS, examples, sample, task_rows, train_parts, with_demonstrations
+from zo_peft.data.tasks import TASKS, examples, sample, task_rows, train_parts, with_demonstrations
+from zo_peft.runs.arguments import DataArguments
+from zo_peft.runs.sources import evaluation_examples, training_examples
+from zo_peft.tools.demo import EMBEDDED
 
 Row = dict[str, Any]
 

@@ -30,12 +30,12 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from zo_peft import UserError, ZOConfig, ZOTrainer
+from zo_peft.core.noise import derive_seed, noise_block
 from zo_peft.data import make_examples, read_rows
 from zo_peft.data.sampler import EpochSampler
-from zo_peft.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
-from zo_peft.loading import start_prefix_from_tokens
-from zo_peft.noise import derive_seed, noise_block
-from zo_peft.objectives import OptionObjective
+from zo_peft.models.adapters import start_prefix_from_tokens
+from zo_peft.objectives.scoring import OptionObjective
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
 MODEL = str(EMBEDDED / "model")
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
@@ -422,7 +422,7 @@ def test_a_prefix_starts_from_the_activations_of_real_tokens(
         chosen.append(token_ids)
         start_prefix_from_tokens(model, token_ids)
 
-    monkeypatch.setattr("zo_peft.base_trainer.start_prefix_from_tokens", record)
+    monkeypatch.setattr("zo_peft.train.base.start_prefix_from_tokens", record)
     trainer = make(tmp_path, ADAPTERS["prefix"])
     assert set(chosen[0].tolist()) <= set(trainer.train_dataset[0]["prompt_ids"])
     rest = torch.tensor([trainer.train_dataset[1]["prompt_ids"]])

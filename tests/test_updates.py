@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from zo_peft import Direction
-from zo_peft.noise import noise_block
-from zo_peft.spaces import AdapterSpace
-from zo_peft.strategies import Estimate
-from zo_peft.updates import AUTOMATIC, RULES, Backoff, UpdateRule, orthogonalized
+from zo_peft.core.flat_space import FlatSpace
+from zo_peft.core.noise import noise_block
+from zo_peft.core.strategies import Estimate
+from zo_peft.core.updates import AUTOMATIC, RULES, Backoff, UpdateRule, orthogonalized
 
 SHAPES = {"wide": (4, 300), "tall": (200, 3), "bias": (7,), "scalar": ()}
 STEPS = 6
 
 
-def make(name: str, **settings: Any) -> tuple[AdapterSpace, UpdateRule]:
+def make(name: str, **settings: Any) -> tuple[FlatSpace, UpdateRule]:
     torch.manual_seed(0)
-    space = AdapterSpace({n: nn.Parameter(torch.randn(shape)) for n, shape in SHAPES.items()})
+    space = FlatSpace({n: nn.Parameter(torch.randn(shape)) for n, shape in SHAPES.items()})
     return space, RULES[name](space, settings.pop("lr", 0.1), **settings)
 
 
@@ -36,13 +36,13 @@ def gradient(name: str, found: Estimate) -> Tensor:
     return (found.slope * sum(noises)).view(SHAPES[name])  # type: ignore[union-attr]
 
 
-def run(space: AdapterSpace, rule: UpdateRule, first: int = 0, last: int = STEPS) -> None:
+def run(space: FlatSpace, rule: UpdateRule, first: int = 0, last: int = STEPS) -> None:
     for step in range(first, last):
         rule.estimate = estimate(step)
         rule.step()
 
 
-def theta(space: AdapterSpace) -> dict[str, Tensor]:
+def theta(space: FlatSpace) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in space.tensors().items()}
 
 

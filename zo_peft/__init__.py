@@ -1,12 +1,12 @@
 """Forward-only (zeroth-order) tuning of PEFT adapters."""
 
-from zo_peft.config import ZOConfig
-from zo_peft.direction import Direction
+from zo_peft.core.direction import Direction
 from zo_peft.errors import NonFiniteLossError, UserError
-from zo_peft.gradient import GradientTrainer
-from zo_peft.objectives import BlackBoxObjective
-from zo_peft.rewards import RewardObjective
-from zo_peft.trainer import ZOTrainer
+from zo_peft.objectives.rewards import RewardObjective
+from zo_peft.objectives.scoring import BlackBoxObjective
+from zo_peft.train.config import ZOConfig
+from zo_peft.train.gradient import GradientTrainer
+from zo_peft.train.trainer import ZOTrainer
 
 __all__ = [
     "BlackBoxObjective",

@@ -19,11 +19,14 @@ import datasets
 import yaml
 from transformers import HfArgumentParser
 
-from zo_peft import compare, doctor, export, merge, planner, replay, report, reproduce, run
-from zo_peft.arguments import DataArguments, ModelArguments
-from zo_peft.config import StrategyName, ZOConfig
-from zo_peft.demo import FORWARD_PASSES, LOAD, demo
 from zo_peft.errors import UserError
+from zo_peft.runs import run
+from zo_peft.runs.arguments import DataArguments, ModelArguments
+from zo_peft.tools import compare, doctor, merge, replay, report, reproduce
+from zo_peft.tools import plan as planner
+from zo_peft.tools import push as export
+from zo_peft.tools.demo import FORWARD_PASSES, LOAD, demo
+from zo_peft.train.config import ZOConfig
 
 USAGE = """\
 usage: zo-peft COMMAND [options]
@@ -61,7 +64,7 @@ class DemoArguments:
         default="zo_peft_demo", metadata={"help": "Folder for the base and the adapter."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of data order and noise."})
-    strategy: StrategyName = field(default="gv", metadata={"help": "How a direction is found."})
+    strategy: str = field(default="gv", metadata={"help": "How a direction is found."})
     max_forward_passes: int = field(default=FORWARD_PASSES, metadata={"help": "The budget."})
 
 

@@ -1,39 +1,20 @@
 """The scales of a tuned quantized base as a file of their own, for the same base, known by hash."""
 
-import hashlib
 from pathlib import Path
 
-import torch
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 from transformers import PreTrainedModel
 
 from zo_peft.errors import UserError
-from zo_peft.spaces import BaseSpace, find_scales
+from zo_peft.models.identity import base_hash
+from zo_peft.models.in_place_space import InPlaceSpace
+from zo_peft.models.numbers import find_scales
 
 SCALES_NAME = "zo_scales.safetensors"
 
 
-def base_hash(model: nn.Module) -> str:
-    """A hash of the tensors of the model's state dict, names and bits, wherever they lie.
-
-    Those of an adapter that are trained are left out.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    named = model.named_parameters() if isinstance(model, PeftModel) else ()
-    trained = {name for name, parameter in named if parameter.requires_grad}
-    for name, tensor in sorted(model.state_dict().items()):
-        if name in trained:
-            continue
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(memoryview(bits.numpy()))
-    return digest.hexdigest()
-
-
-def save_scales(folder: str, space: BaseSpace, base: str) -> None:
+def save_scales(folder: str, space: InPlaceSpace, base: str) -> None:
     """Write the tuned tensors into `folder`, for the base of that hash."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in space.tensors().items()}
     save_file(tensors, Path(folder) / SCALES_NAME, metadata={"format": "pt", "base": base})
@@ -66,4 +47,6 @@ def load_scales(model: PreTrainedModel, folder: str) -> None:
         name: (module, {a: n for a, n in own.items() if n.name in tensors})
         for name, (module, own) in owners.items()
     }
-    BaseSpace({name: owner for name, owner in kept.items() if owner[1]}, "gaussian").load(tensors)
+    InPlaceSpace({name: owner for name, owner in kept.items() if owner[1]}, "gaussian").load(
+        tensors
+    )

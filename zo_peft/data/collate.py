@@ -10,16 +10,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from zo_peft.loading import input_device, peft_config_of
-from zo_peft.objectives import (
-    IGNORE_INDEX,
-    Batch,
-    ClassificationObjective,
-    Objective,
-    OptionObjective,
-)
+from zo_peft.core.batch import IGNORE_INDEX, Batch, Objective
+from zo_peft.models.adapters import peft_config_of
+from zo_peft.models.offload import input_device
+from zo_peft.objectives.rewards import RewardObjective
+from zo_peft.objectives.scoring import ClassificationObjective, OptionObjective
 
 Features = Sequence[dict[str, Any]]
+Tensors = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,9 @@ class Collator:
 
     def __call__(self, features: Features) -> Batch:
         """A batch of the objective that the features call for (`zo_peft.objectives`)."""
+        return Batch(self._tensors(features))
+
+    def _tensors(self, features: Features) -> Tensors:
         if "columns" in features[0]:
             return self._prompts(features)
         if "option_ids" in features[0]:
@@ -62,7 +63,7 @@ class Collator:
         scored = {"rows": rows, "positions": positions, "tokens": padded[rows, positions + 1]}
         return {"labels": padded, **inputs, **scored}
 
-    def _prompts(self, features: Features) -> Batch:
+    def _prompts(self, features: Features) -> Tensors:
         """Padded on the left: completions go on at the right."""
         ids = [torch.tensor(feature["prompt_ids"]) for feature in features]
         pad: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
@@ -73,14 +74,14 @@ class Collator:
             "columns": [feature["columns"] for feature in features],
         }
 
-    def _inputs(self, sequences: Sequence[Sequence[int]]) -> Batch:
+    def _inputs(self, sequences: Sequence[Sequence[int]]) -> Tensors:
         ids = [torch.as_tensor(sequence) for sequence in sequences]
         inputs = {"input_ids": pad_sequence(ids, True, padding_value=self.pad_token_id)}
         if not self.is_causal:
             inputs["attention_mask"] = pad_sequence([torch.ones_like(row) for row in ids], True)
         return inputs
 
-    def _one_token_options(self, features: Features) -> Batch:
+    def _one_token_options(self, features: Features) -> Tensors:
         prompts = [feature["prompt_ids"] for feature in features]
         options = [[option[0] for option in feature["option_ids"]] for feature in features]
         return {
@@ -90,7 +91,7 @@ class Collator:
             "option_tokens": torch.tensor(options),
         }
 
-    def _options(self, features: Features, width: int) -> Batch:
+    def _options(self, features: Features, width: int) -> Tensors:
         """Options behind their prompts, without their last tokens, which predict nothing."""
         sequences: list[_Sequence] = []
         scored: list[tuple[int, int, int, int]] = []
@@ -114,7 +115,7 @@ class Collator:
             "is_option": torch.arange(width) < counts[:, None],
         }
 
-    def _sequences(self, sequences: Sequence["_Sequence"]) -> Batch:
+    def _sequences(self, sequences: Sequence["_Sequence"]) -> Tensors:
         inputs = self._inputs([sequence.ids for sequence in sequences])
         if not self.shares_prompts:
             return inputs
@@ -124,7 +125,7 @@ class Collator:
         return inputs
 
 
-def _rights(features: Features, width: int) -> Batch:
+def _rights(features: Features, width: int) -> Tensors:
     """Where examples may have several right options: which are [B, width]."""
     if "also_right" not in features[0]:
         return {}
@@ -148,6 +149,20 @@ class _Sequence:
         self.position_ids += range(self.prompt_length, self.prompt_length + len(option))
         self.segments += [segment] * len(option)
         return range(first, len(self.ids))
+
+
+def drawn_batch(
+    objective: RewardObjective, model: PreTrainedModel | PeftModel, batch: Batch
+) -> Batch:
+    """Prompts with completions as the objective draws them: a batch of `SequenceObjective`."""
+    features = []
+    drawn = zip(batch["input_ids"], batch["attention_mask"], objective.drawn(model, batch))
+    for row, mask, ids in drawn:
+        prompt = row[mask.bool()].tolist()
+        features.append({"input_ids": prompt + ids, "labels": [IGNORE_INDEX] * len(prompt) + ids})
+    made = Collator(objective.tokenizer.pad_token_id or 0)(features)
+    shared = {} if batch.share is None else {"share": batch.share}
+    return Batch(shared | {n: value.to(batch["input_ids"].device) for n, value in made.items()})
 
 
 #: A few token ids that every vocabulary has.
@@ -196,7 +211,9 @@ def _scores_alike(
     batches = [collator(features) for collator in collators]
     try:
         first, second = (
-            objective.scores(model, {name: t.to(input_device(model)) for name, t in batch.items()})
+            objective.scores(
+                model, Batch({name: t.to(input_device(model)) for name, t in batch.items()})
+            )
             for batch in batches
         )
     except (TypeError, ValueError, RuntimeError):

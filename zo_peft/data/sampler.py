@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from zo_peft.noise import derive_seed
+from zo_peft.core.noise import derive_seed
 
 
 class EpochSampler(Sampler[int]):

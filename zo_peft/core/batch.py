@@ -1,0 +1,89 @@
+"""A batch and an objective: what is evaluated, whatever the model is."""
+
+from collections import UserDict
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+#: Predictions and references that have this value are not compared, as everywhere in transformers.
+IGNORE_INDEX = -100
+
+#: Losses [B], predictions and references.
+Prediction = tuple[Tensor, Tensor, Tensor]
+
+
+class Batch(UserDict[str, Any]):
+    """The tensors of a batch by name, and the sizes that can be read off them.
+
+    `zo_peft.data.Collator` says which names there are. Code that needs the size of a batch, or the
+    batch several times over, asks here and does not look for names itself.
+
+    >>> Batch({"input_ids": torch.ones(2, 5), "labels": torch.ones(2)}).repeated(3).rows
+    6
+    """
+
+    @property
+    def share(self) -> tuple[int, int, int] | None:
+        """Which examples of a larger batch these are: first, behind the last, of how many.
+
+        None: the batch is whole.
+        """
+        return self.get("share")
+
+    @property
+    def examples(self) -> int:
+        """The number of examples of the whole batch, of which this may be a share."""
+        return (
+            self.share[2]
+            if self.share
+            else len(self["labels" if "labels" in self else "input_ids"])
+        )
+
+    @property
+    def rows(self) -> int:
+        """The number of sequences that the model sees; an example may be several."""
+        return len(self["input_ids" if "input_ids" in self else "labels"])
+
+    @property
+    def scored(self) -> int:
+        """The number of positions whose logits are needed; 0 where the model's head chooses."""
+        return len(self.get("rows", ()))
+
+    @property
+    def rows_are_examples(self) -> bool:
+        """Whether each example is exactly one row."""
+        return len(self.get("labels", ())) == self.rows
+
+    def repeated(self, times: int) -> "Batch":
+        """The whole batch `times` times over, one copy behind the other.
+
+        Indices (`rows`, `token_options`) point into their own copy.
+        """
+        counts = {"rows": self.rows}
+        if "is_option" in self:
+            counts["token_options"] = self["is_option"].numel()
+        copies = Batch(self.data | {"copies": times})
+        for name, value in self.items():
+            if isinstance(value, Tensor):
+                copies[name] = value.repeat(times, *[1] * (value.dim() - 1))
+            elif isinstance(value, list):
+                copies[name] = value * times
+            if name in counts:
+                start = counts[name] * torch.arange(times, device=value.device)
+                copies[name] += start.repeat_interleave(len(value))
+        return copies
+
+
+class Objective(Protocol):
+    """What is minimised. It sees a model and a batch, and knows of no perturbation.
+
+    An objective may also have `repeatable = True`: the model works on each row of a batch by
+    itself, so that `Batch.repeated` lets several candidates share a forward pass.
+    """
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """One loss for each example, float32, shape [B]."""
+
+    def predict(self, model: nn.Module, batch: Batch) -> Prediction:
+        """Losses [B], and predictions and references (both [B] or both [B, T], integers)."""

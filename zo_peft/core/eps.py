@@ -1,0 +1,156 @@
+"""Eps, the size of the perturbations: when a run chooses it, and how."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from zo_peft.core.direction import Direction
+from zo_peft.core.noise import derive_seed
+
+#: The ladder that a run starts with: eps half a decade apart.
+LADDER = tuple(10.0 ** (exponent / 2) for exponent in range(-8, 1))
+
+#: The factors that are tried around eps as training goes on.
+NEIGHBOURS = (10.0**-0.5, 1.0, 10.0**0.5)
+
+#: The share of a difference of losses that need not be slope. It may be curvature, which grows with
+#: eps, or rounding, which grows as eps falls. Where rounding alone is above the tolerance, an error
+#: may be so many times the least one.
+TOLERANCE, ABOVE_LEAST = 0.1, 1.5
+
+#: The tolerance for the likelihood of drawn completions, which stands in for rewards that jump.
+#: There the error is the bound sqrt(KL / 2) on the total variation (Pinsker): at most this share of
+#: completions becomes others under a candidate, so that shared random numbers keep the rest alike.
+COMPLETIONS_TOLERANCE = 0.3
+
+#: Random directions that the parts of a batch try together; each part tries at least one.
+DIRECTIONS = 8
+
+#: Eps is tried again after these shares of a run that has at least so many steps.
+AGAIN, AGAIN_STEPS = (1 / 8, 1 / 4, 1 / 2), 100
+
+#: [G][M] displacements in, [G][M] losses out.
+EvaluateParts = Callable[[Sequence[Sequence[Direction]]], Sequence[Sequence[float]]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A choice of eps: after which forward pass, and how far the losses were from a line."""
+
+    forward_passes: int
+    zo_eps: float
+    error: float
+
+
+class EpsChoice:
+    """The eps of a run, given or chosen.
+
+    Args:
+        given: eps; None: it is chosen in the first step, and again in a few later ones.
+
+    Attributes:
+        eps: at present; 0.0 before the first choice.
+        calibrations: the choices so far.
+    """
+
+    def __init__(self, given: float | None = None) -> None:
+        self.given, self.eps = given, given or 0.0
+        self.calibrations: list[Calibration] = []
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether the step of a run of so many steps begins with a choice."""
+        return self.given is None and step in steps(total_steps)
+
+    def choose(
+        self, evaluate: EvaluateParts, seed: int, parts: int, of_completions: bool = False
+    ) -> tuple[float, float, str]:
+        """The largest eps for which losses are near a line; its error, and a message.
+
+        Args:
+            evaluate: gives the losses of displacements of each part of the batch.
+            seed: of the random directions.
+            of_completions: the losses are of drawn completions, in the place of rewards.
+        """
+        ladder = [self.eps * factor for factor in NEIGHBOURS] if self.eps else list(LADDER)
+        seeds = [
+            [derive_seed(seed, part, index) for index in range(directions(parts))]
+            for part in range(parts)
+        ]
+        tolerance = COMPLETIONS_TOLERANCE if of_completions else TOLERANCE
+        eps, error = choose(ladder, errors(evaluate, seeds, ladder), tolerance)
+        if of_completions and 0 < error < tolerance:
+            # The error grows with eps, and so does what a jump says of the slope over its own noise.
+            grown = min(tolerance / error, NEIGHBOURS[-1])
+            eps, error = eps * grown, error * grown
+        tried = f"of {len(ladder)} from {ladder[0]:.0e} to {ladder[-1]:.0e}"
+        why = f"the largest {tried} where losses are within {error:.0%} of a line"
+        return eps, error, f"zo_eps={eps:.1e}, {why}"
+
+    def adopt(self, calibration: Calibration) -> bool:
+        """Go on with a choice; returns whether eps is another one now."""
+        changed = self.eps != calibration.zo_eps
+        self.calibrations.append(calibration)
+        self.eps = calibration.zo_eps
+        return changed
+
+
+def directions(parts: int) -> int:
+    """The number of random directions that each of the parts of a batch tries."""
+    return math.ceil(DIRECTIONS / parts)
+
+
+def steps(total_steps: int) -> set[int]:
+    """The steps of a run that begin with a choice of eps."""
+    again = {int(share * total_steps) for share in AGAIN} if total_steps >= AGAIN_STEPS else set()
+    return {0} | again
+
+
+def points(parts: int, ladder: Sequence[float] = LADDER) -> int:
+    """The number of displacements that a choice tries on each part of a batch."""
+    return 1 + 2 * len(ladder) * directions(parts)
+
+
+def forward_passes(parts: int, total_steps: int) -> int:
+    """The forward passes of all choices of a run."""
+    return points(parts) + (len(steps(total_steps)) - 1) * points(parts, NEIGHBOURS)
+
+
+def errors(
+    evaluate: EvaluateParts, seeds: Sequence[Sequence[int]], ladder: Sequence[float]
+) -> list[float]:
+    """How far the loss is from a line along random noise, for each eps of the ladder.
+
+    `|l(+) + l(-) - 2 l(0)| / |l(+) - l(-)|`, both root mean square over parts and directions. It is
+    0 for a line, and infinite where no displacement makes a difference or a loss is not finite.
+    `points(parts, ladder)` forward passes.
+
+    Args:
+        seeds: of the noise: [G][directions].
+    """
+    signed = [sign * eps for eps in ladder for sign in (1.0, -1.0)]
+    tried = [
+        [Direction()] + [scale * Direction.of(seed) for seed in own for scale in signed]
+        for own in seeds
+    ]
+    even, odd = [0.0] * len(ladder), [0.0] * len(ladder)
+    for start, *losses in evaluate(tried):
+        for index, (plus, minus) in enumerate(zip(losses[::2], losses[1::2])):
+            rung = index % len(ladder)
+            even[rung] += (plus + minus - 2 * start) ** 2
+            odd[rung] += (plus - minus) ** 2
+    ratios = (math.sqrt(e / o) if o else math.inf for e, o in zip(even, odd))
+    return [ratio if math.isfinite(ratio) else math.inf for ratio in ratios]
+
+
+def choose(
+    ladder: Sequence[float], found: Sequence[float], tolerance: float = TOLERANCE
+) -> tuple[float, float]:
+    """The largest eps whose error is tolerable, and its error.
+
+    An error is tolerable up to `tolerance`, or up to `ABOVE_LEAST` times the least error where none
+    is that small. From an error of 1 on there is no slope to see (accuracies, which jump, are such
+    losses): there only the least error is tolerable.
+    """
+    least = min(found)
+    limit = max(tolerance, least, min(ABOVE_LEAST * least, 1.0))
+    return [(eps, error) for eps, error in zip(ladder, found) if error <= limit][-1]

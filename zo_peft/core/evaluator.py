@@ -1,0 +1,231 @@
+"""Evaluators: displacements in, batch losses out."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from zo_peft.core.batch import Batch, Objective
+from zo_peft.core.direction import Direction
+from zo_peft.core.lanes import NotInLanes, Replacement, find_replacements
+from zo_peft.core.ranks import OneRank
+from zo_peft.core.space import Space
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The losses of M displacements for each of G parts of a batch.
+
+    Attributes:
+        losses: mean over a part's examples, [G][M].
+        spread: standard deviation of a part's losses over the displacements, root mean square over
+            the parts (whose losses are finite); 0 for one displacement.
+        example_spread: the same of one example's losses.
+    """
+
+    losses: list[list[float]]
+    spread: float
+    example_spread: float
+
+
+@dataclass(frozen=True)
+class Host:
+    """What an evaluator is told about the model that it runs.
+
+    Attributes:
+        replacements: how the modules with tuned parameters work lane by lane; or the reason why
+            one of them cannot.
+        fit: the most candidates that one forward pass may hold, for a batch and a number of parts.
+        reused: gets a forward pass on a batch; within its context the layers below everything that
+            is tuned are not run again on that batch.
+        head_is_tuned: the head that sees only scored positions owns tuned parameters.
+    """
+
+    replacements: dict[str, Replacement] | NotInLanes
+    fit: Callable[[Batch, int], int] = lambda batch, parts: 1 << 20
+    reused: Callable[[Callable[[], object]], AbstractContextManager[object]] = nullcontext
+    head_is_tuned: bool = False
+
+    @classmethod
+    def of_module(cls, model: nn.Module, space: Space) -> "Host":
+        """Of a module of plain PyTorch, with candidates in one forward pass where they can be."""
+        try:
+            return cls(find_replacements(model, space.parameters))
+        except NotInLanes as reason:
+            return cls(reason)
+
+
+class Evaluator:
+    """Evaluates displacements, as many in one forward pass as fit.
+
+    Several displacements in one forward pass are lanes of one batch (`zo_peft.core.lanes`). Where a
+    module cannot work so, or the objective is not `repeatable`, displacements are evaluated one by
+    one, and one warning says why.
+
+    Args:
+        candidates_per_forward: the most displacements in one forward pass; None: what
+            `Host.fit` says.
+        ranks: the processes among which the work is divided.
+
+    Attributes:
+        forward_passes: so far; one is one displacement through one micro-batch.
+        examples_forwarded: so far; displacements times examples.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: Space,
+        objective: Objective,
+        host: Host,
+        candidates_per_forward: int | None = None,
+        ranks: OneRank | None = None,
+    ) -> None:
+        self.model, self.space, self.objective, self.host = model, space, objective, host
+        self.candidates_per_forward, self.ranks = candidates_per_forward, ranks or OneRank()
+        self.forward_passes = 0
+        self.examples_forwarded = 0
+        self._in_lanes = True
+        if isinstance(host.replacements, NotInLanes):
+            self._one_by_one(host.replacements)
+        elif not getattr(objective, "repeatable", False):
+            name = type(objective).__name__
+            self._one_by_one(NotInLanes(f"objective {name} (it is not `repeatable`)"))
+
+    def __call__(self, points: Sequence[Direction], batches: Sequence[Batch]) -> list[float]:
+        """The mean loss over the examples of all micro-batches, at `theta` plus each point."""
+        return self.evaluate([points], batches).losses[0]
+
+    def parts(self, batches: Sequence[Batch]) -> int:
+        """The number of equal parts of the batches that can have displacements of their own.
+
+        That is the number of examples, where rows are examples, the tuned modules work lane by lane
+        and micro-batches are of one size; else 1.
+        """
+        sizes = {batch.examples for batch in batches}
+        fit = self._in_lanes and len(sizes) == 1 and all(map(self._told_apart, batches))
+        return self.ranks.parts(max(sizes) if fit else 1)
+
+    def _told_apart(self, batch: Batch) -> bool:
+        """Whether every tuned module can tell which example a row of its input is of.
+
+        A tuned head sees scored positions alone, which tell it only where each row has one.
+        """
+        positions_are_rows = batch.scored in (0, batch.rows)
+        return batch.rows_are_examples and (positions_are_rows or not self.host.head_is_tuned)
+
+    @torch.no_grad()
+    def evaluate(
+        self, points: Sequence[Sequence[Direction]], batches: Sequence[Batch]
+    ) -> Evaluation:
+        """The losses of every part of the batches, each at `theta` plus displacements of its own.
+
+        Part g of G is the g-th G-th of each micro-batch's rows. The losses stay on the device until
+        the last forward pass is queued, and are read once.
+
+        Args:
+            points: [G][M]; G is 1 or what `parts` says.
+
+        Raises:
+            torch.OutOfMemoryError: one displacement alone does not fit.
+        """
+        by_candidate = list(zip(*points))
+        parts, count = len(points), len(by_candidate)
+        micro = [self.ranks.losses(by_candidate, batch, self._batch_losses) for batch in batches]
+        losses = torch.cat([m.view(count, parts, -1) for m in micro], dim=2).double()
+        self.forward_passes += count * len(batches)
+        self.examples_forwarded += losses.numel()
+        means = losses.mean(dim=2)
+        if count == 1:
+            return Evaluation(means.T.tolist(), 0.0, 0.0)
+        spreads = [values.var(dim=0).mean().sqrt() for values in (means, losses)]
+        numbers = torch.cat([means.T.flatten(), torch.stack(spreads)]).tolist()
+        *flat, spread, example_spread = numbers
+        if not math.isfinite(spread + example_spread):
+            spread, example_spread = (_finite_spread(values) for values in (means, losses))
+        return Evaluation(
+            [flat[start : start + count] for start in range(0, count * parts, count)],
+            spread,
+            example_spread,
+        )
+
+    def _batch_losses(self, points: Sequence[Sequence[Direction]], batch: Batch) -> Tensor:
+        """The losses [M, examples] of points [M][G], in waves: as many as fit at a time."""
+        losses: list[Tensor] = []
+        done = 0
+        with self.host.reused(partial(self.objective.losses, self.model, batch)):
+            while done < len(points):
+                wave = points[done : done + self._wave_size(points, batch)]
+                try:
+                    losses.append(self._wave_losses(wave, batch))
+                    done += len(wave)
+                except NotInLanes as error:
+                    self._one_by_one(error)
+                except torch.OutOfMemoryError:
+                    if len(wave) == 1:
+                        raise
+                    self._halve(len(wave))
+        return torch.cat(losses)
+
+    def _wave_losses(self, points: Sequence[Sequence[Direction]], batch: Batch) -> Tensor:
+        """The losses [M, examples] of points [M][G], from one forward pass."""
+        count, parts = len(points), len(points[0])
+        if not self._in_lanes:
+            return torch.stack([self._alone(candidate, batch) for candidate in points])
+        if count * parts == 1:
+            return self._alone(points[0], batch)[None]
+        lanes = self.space.lanes(list(chain(*points)))
+        rows, scored = batch.rows, batch.scored or batch.rows
+        assert not isinstance(self.host.replacements, NotInLanes)
+        with lanes.active(self.host.replacements, rows // parts, scored // parts):
+            return self.objective.losses(self.model, batch.repeated(count)).view(count, -1)
+
+    def _alone(self, candidate: Sequence[Direction], batch: Batch) -> Tensor:
+        """The losses of a candidate [examples]: a forward pass for each part, whose rows it keeps.
+
+        There is more than one part only in the step that finds that a module cannot work in lanes.
+        """
+        losses = []
+        for part, point in enumerate(candidate):
+            with self.space.displaced(point):
+                whole = self.objective.losses(self.model, batch)
+            losses.append(whole.view(len(candidate), -1)[part])
+        return torch.cat(losses)
+
+    def _wave_size(self, points: Sequence[Sequence[Direction]], batch: Batch) -> int:
+        limit = self.candidates_per_forward or self.host.fit(batch, len(points[0]))
+        return wave_size(len(points), limit)
+
+    def _one_by_one(self, reason: NotInLanes) -> None:
+        self.candidates_per_forward, self._in_lanes = 1, False
+        warnings.warn(
+            f"candidates are evaluated one by one: {reason} cannot work on several at once",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def _halve(self, size: int) -> None:
+        self.candidates_per_forward = size // 2
+        warnings.warn(
+            f"{size} candidates do not fit into the GPU's memory at once; going on with "
+            f"candidates_per_forward={size // 2}",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def wave_size(count: int, limit: int) -> int:
+    """Candidates of one forward pass: waves are of like size, and none is above the limit."""
+    return math.ceil(count / math.ceil(count / limit))
+
+
+def _finite_spread(values: Tensor) -> float:
+    """The standard deviation down the columns of [M, N], of those that are finite throughout."""
+    finite = values[:, values.isfinite().all(dim=0)]
+    return finite.var(dim=0).mean().sqrt().item() if finite.numel() else 0.0

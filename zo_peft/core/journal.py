@@ -1,0 +1,337 @@
+"""The journal of a run: every update as seeds and numbers, from which the run can be rebuilt.
+
+A file of frames: the magic line, a header as JSON, then one record a step. A frame is its length,
+the CRC-32 of its content, and that of these two numbers, so that a frame that ends too early (torn:
+the process or the disk stopped) can be told from one that was changed. All numbers are
+little-endian.
+"""
+
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from io import FileIO
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+from zlib import crc32
+
+from zo_peft.core.direction import Direction
+from zo_peft.core.strategies import Estimate
+from zo_peft.errors import UserError
+
+JOURNAL_NAME, INITIAL_NAME = "zo_journal", "zo_initial.safetensors"
+MAGIC = b"zo_peft journal 1\n"
+
+_FRAME = struct.Struct("<III")
+_NUMBERS = struct.Struct("<Q7dQQQQII")
+#: The numbers that come first, in their order.
+_FIELDS = (
+    "step",
+    "learning_rate",
+    "backoff",
+    "slope",
+    "spread",
+    "sensitivity",
+    "loss",
+    "eps",
+    "forward_passes",
+    "examples_forwarded",
+)
+_NO_SEED = 2**64 - 1
+
+#: Bytes of the longest frame that is read: a header, or a record of about a million seeds.
+LONGEST = 1 << 24
+
+
+@dataclass(frozen=True)
+class Record:
+    """An update: what the update rule was given, and what had been spent.
+
+    Attributes:
+        step: of the run, from 0.
+        learning_rate, backoff: of the update rule at this step.
+        slope, spread, sensitivity, direction: of the step's `Estimate`.
+        loss: the mean of its finite losses; infinite where there was none.
+        eps: what it was measured with.
+        forward_passes, examples_forwarded: of the run so far.
+        elite: seed of the candidate with the lowest loss, if one was selected.
+        basis_seed: of low-rank noise.
+        chosen: what was chosen automatically since the last record; how many losses were not
+            finite (`non_finite`); why the update was skipped (`skipped`).
+    """
+
+    step: int
+    learning_rate: float
+    backoff: float
+    slope: float
+    spread: float
+    sensitivity: float
+    loss: float
+    eps: float
+    forward_passes: int
+    examples_forwarded: int
+    direction: Direction
+    elite: int | None = None
+    basis_seed: int = 0
+    chosen: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def skipped(self) -> str | None:
+        """Why the update was skipped; None where it was made."""
+        return self.chosen.get("skipped")
+
+    @property
+    def estimate(self) -> Estimate:
+        """What the step found; of its losses a record has the mean alone."""
+        return Estimate(
+            self.direction,
+            self.slope,
+            (self.loss,),
+            self.elite,
+            self.spread,
+            self.sensitivity,
+        )
+
+    def pack(self) -> bytes:
+        """104 bytes, 16 for each seed, and what was chosen as JSON."""
+        terms, chosen = self.direction.terms, json.dumps(self.chosen) if self.chosen else ""
+        seeds, weights = zip(*terms) if terms else ((), ())
+        elite = _NO_SEED if self.elite is None else self.elite
+        own = (getattr(self, name) for name in _FIELDS)
+        numbers = _NUMBERS.pack(*own, elite, self.basis_seed, len(terms), len(chosen))
+        packed = struct.pack(f"<{len(terms)}Q{len(terms)}d", *seeds, *weights)
+        return numbers + packed + chosen.encode()
+
+    @classmethod
+    def unpack(cls, content: bytes) -> "Record":
+        """The inverse of `pack`.
+
+        Raises:
+            ValueError: the content is no record, or a number in it is not finite.
+        """
+        if len(content) < _NUMBERS.size:
+            raise ValueError("it is too short")
+        *numbers, elite, basis_seed, count, length = _NUMBERS.unpack_from(content)
+        if len(content) != _NUMBERS.size + 16 * count + length:
+            raise ValueError("its length is not what it says")
+        terms = struct.unpack_from(f"<{count}Q{count}d", content, _NUMBERS.size)
+        fields = dict(zip(_FIELDS, numbers))
+        wanted = (value for name, value in fields.items() if name != "loss")
+        if math.isnan(fields["loss"]) or not all(map(math.isfinite, (*wanted, *terms[count:]))):
+            raise ValueError("a number in it is not finite")
+        chosen = json.loads(content[len(content) - length :]) if length else {}
+        if not isinstance(chosen, dict):
+            raise ValueError("what was chosen is no JSON object")
+        return cls(
+            **fields,
+            direction=Direction(tuple(zip(terms[:count], terms[count:]))),
+            elite=None if elite == _NO_SEED else elite,
+            basis_seed=basis_seed,
+            chosen=chosen,
+        )
+
+
+class Journal:
+    """A journal that is being written, and read again where a run goes on.
+
+    Attributes:
+        header: what the run is of.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        """Start a new journal; one that is there is kept as `<name>.old`."""
+        self.path, self.header = path, header
+        if path.exists():
+            path.replace(path.with_name(path.name + ".old"))
+        self._file: FileIO = path.open("xb", buffering=0)
+        self._past: Iterator[Record] = iter(())
+        self._end = 0
+        self._write(MAGIC + framed(json.dumps(header).encode()))
+
+    @classmethod
+    def resumed(cls, source: Path, path: Path, keep: int | None = None) -> "Journal":
+        """Go on with a journal; a torn last record is cut off.
+
+        Args:
+            source: the journal; it is copied where `path` is another one.
+            keep: how many records to go on from; None: all. If there are more, `<name>.old` keeps
+                them.
+
+        Raises:
+            UserError: it cannot be read, is damaged before its end, or has too few records.
+        """
+        journal = cls.__new__(cls)
+        journal.path = path
+        journal.header, records = read(source)
+        count, end = 0, records.end
+        for _ in records:
+            count += 1
+            end = records.end if keep is None or count <= keep else end
+        if keep is not None and count < keep:
+            raise UserError(
+                f"{source.name} has {count} records, but the checkpoint is of step {keep}"
+            )
+        if source != path:
+            shutil.copyfile(source, path)
+        elif keep is not None and count > keep:
+            shutil.copyfile(path, path.with_name(path.name + ".old"))
+        journal._file = path.open("r+b", buffering=0)
+        journal._file.truncate(end)
+        journal._file.seek(end)
+        journal._end = end
+        journal._past = read(path)[1]
+        return journal
+
+    def past(self, step: int) -> Record | None:
+        """The record of that step, if the journal has it; steps are asked for in order."""
+        return next((record for record in self._past if record.step == step), None)
+
+    def append(self, record: Record) -> None:
+        """Write a record; once this returns, the process may die without losing it.
+
+        Raises:
+            UserError: the disk is full or fails; the journal is as it was.
+        """
+        self._write(framed(record.pack()))
+
+    def sync(self) -> None:
+        """Wait until all is on the disk itself."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, content: bytes) -> None:
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._file.truncate(self._end)
+            raise UserError(
+                f"{self.path.name} cannot be written: {error.strerror}. All earlier steps are "
+                "safe; make room and go on with --resume_from_checkpoint True"
+            ) from error
+        self._end += len(content)
+
+
+class Follower:
+    """The journal as a process has it that writes none: what is behind it, to go on from.
+
+    Args:
+        path: of the journal; None: the run is new.
+        keep: how many records to go on from; None: all.
+
+    Raises:
+        UserError: it cannot be read, or is damaged before its end.
+    """
+
+    def __init__(self, path: Path | None = None, keep: int | None = None) -> None:
+        # Another process goes on writing what is read here.
+        records = iter(()) if path is None else islice(read(path)[1], keep)
+        self._past = {record.step: record for record in records}
+
+    def past(self, step: int) -> Record | None:
+        """As of a `Journal`."""
+        return self._past.get(step)
+
+    def append(self, record: Record) -> None:
+        """Nothing: another process writes the record."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def framed(content: bytes) -> bytes:
+    """A frame around the content of a header or a record."""
+    start = struct.pack("<II", len(content), crc32(content))
+    return start + struct.pack("<I", crc32(start)) + content
+
+
+class Records:
+    """The records of a journal, one at a time, in order.
+
+    Attributes:
+        end: where the last whole frame that was read ends, in bytes.
+    """
+
+    def __init__(self, file: BinaryIO, name: str, end: int) -> None:
+        self._file, self._name, self.end = file, name, end
+        self._number = 0
+
+    def __iter__(self) -> "Records":
+        return self
+
+    def __next__(self) -> Record:
+        """The next record; a torn one at the end is none.
+
+        Raises:
+            UserError: the record is damaged; the message has its number.
+        """
+        what = f"record {self._number + 1} of {self._name}"
+        content = None if self._file.closed else _content(self._file, what)
+        if content is None:
+            self._file.close()
+            raise StopIteration
+        try:
+            record = Record.unpack(content)
+        except ValueError as error:
+            raise _damaged(what, str(error)) from None
+        if record.step != self._number:
+            raise _damaged(what, f"it is of step {record.step}")
+        self._number += 1
+        self.end = self._file.tell()
+        return record
+
+
+def read(path: Path) -> tuple[dict[str, Any], Records]:
+    """The header and the records of a journal.
+
+    Raises:
+        UserError: it is missing, no journal, or its header is damaged.
+    """
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}; give a run's {JOURNAL_NAME}"
+        ) from None
+    if file.read(len(MAGIC)) != MAGIC:
+        raise UserError(f"{path.name} is no journal of this version of zo_peft")
+    what = f"the header of {path.name}"
+    content = _content(file, what)
+    try:
+        header = json.loads(content or b"")
+        if not isinstance(header, dict):
+            raise ValueError("it is no JSON object")
+    except ValueError as error:
+        raise _damaged(what, str(error)) from None
+    return header, Records(file, path.name, file.tell())
+
+
+def _content(file: BinaryIO, what: str) -> bytes | None:
+    """The content of the next frame; None where the file ends before the frame does."""
+    start = file.read(_FRAME.size)
+    if len(start) < _FRAME.size:
+        return None
+    length, check, own = _FRAME.unpack(start)
+    if crc32(start[:8]) != own or length > LONGEST:
+        raise _damaged(what, "its checksum is wrong")
+    content = file.read(length)
+    if len(content) < length:
+        return None
+    if crc32(content) != check:
+        raise _damaged(what, "its checksum is wrong")
+    return content
+
+
+def _damaged(what: str, why: str) -> UserError:
+    return UserError(f"{what} is damaged: {why}; use an undamaged copy, or start a new run")

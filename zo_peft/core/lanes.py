@@ -1,0 +1,151 @@
+"""Many candidates in one forward pass: lanes.
+
+Within `Lanes.active(...)` the rows of a batch are K lanes of R rows each, one lane behind the
+other, and each lane is at a point of its own. The model sees all rows together; only the modules
+that own tuned parameters work lane by lane. Those of plain PyTorch are here, those of PEFT in
+`zo_peft.models.peft_layers`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: Where a module works lane by lane: the module, its method to replace, and the replacement, which
+#: takes (module, lanes, name of the module) before the method's own arguments.
+Replacement = tuple[nn.Module, str, Callable[..., Tensor]]
+
+
+class NotInLanes(Exception):
+    """A module that owns tuned parameters cannot work lane by lane; the message names it."""
+
+
+class Lanes:
+    """K values of every tuned parameter.
+
+    Args:
+        values: [K, *shape], by parameter.
+        count: K.
+    """
+
+    def __init__(self, values: Mapping[Tensor, Tensor], count: int) -> None:
+        self._values, self.count = values, count
+        self._rows = self._scored = 1
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """[K, *shape]; [1, *shape] for a parameter that is not tuned."""
+        return self._values.get(parameter, parameter[None])
+
+    def split(self, x: Tensor, name: str) -> Tensor:
+        """[K * R, ...] as [K, R, ...].
+
+        Raises:
+            NotInLanes: the input of the module `name` does not hold the rows of the batch, or
+                holds only some of them.
+        """
+        if x.shape[0] % (self.count * self._rows) and x.shape[0] != self.count * self._scored:
+            raise NotInLanes(f"{name} (its input of shape {list(x.shape)} is not the batch)")
+        return x.unflatten(0, (self.count, -1))
+
+    @contextmanager
+    def active(
+        self, replacements: Mapping[str, Replacement], rows: int, scored: int
+    ) -> Iterator[None]:
+        """Within the context the modules of `find_replacements` work lane by lane.
+
+        Args:
+            rows: R, the rows of a lane.
+            scored: positions of a lane that the model's head sees.
+        """
+        self._rows, self._scored = rows, scored
+        methods = [
+            (module, method, partial(replacement, module, self, name))
+            for name, (module, method, replacement) in replacements.items()
+        ]
+        with replaced(methods):
+            yield
+
+
+@contextmanager
+def replaced(methods: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Within the context each (object, attribute, value) holds; afterwards what was before."""
+    before: list[tuple[Any, str, Any]] = []
+    try:
+        for module, method, replacement in methods:
+            before.append((module, method, module.__dict__.get(method)))
+            setattr(module, method, replacement)
+        yield
+    finally:
+        for module, method, own in reversed(before):
+            module.__dict__.pop(method, None)
+            if own is not None:
+                setattr(module, method, own)
+
+
+def find_replacements(
+    model: nn.Module,
+    tuned: Mapping[str, nn.Parameter],
+    replacement_of: Callable[[nn.Module, str], Replacement] | None = None,
+    layers: tuple[type, ...] = (),
+) -> dict[str, Replacement]:
+    """How each module that owns tuned parameters works lane by lane, by the module's name.
+
+    Args:
+        replacement_of: gives the replacement of a module and its name, or raises `NotInLanes`;
+            default: linear layers and embeddings of plain PyTorch.
+        layers: kinds of modules that own all parameters inside of them.
+
+    Raises:
+        NotInLanes: a module cannot work so.
+    """
+    names = {id(parameter): name for name, parameter in tuned.items()}
+    found: dict[str, Replacement] = {}
+    covered: set[int] = set()
+    for name, module in model.named_modules():
+        inner = isinstance(module, layers)
+        own = names.keys() & {id(parameter) for parameter in module.parameters(recurse=inner)}
+        inside = any(name.startswith(f"{layer}.") for layer in found)
+        if own and not inside and not isinstance(module, nn.ParameterDict):
+            found[name] = (replacement_of or plain_replacement)(module, name)
+            covered |= own
+    for parameter, name in names.items():
+        if parameter not in covered:
+            raise NotInLanes(name)
+    return found
+
+
+def plain_replacement(module: nn.Module, name: str) -> Replacement:
+    """The replacement of a linear layer or an embedding of plain PyTorch.
+
+    Raises:
+        NotInLanes: the module is neither.
+    """
+    known: dict[type, Callable[..., Tensor]] = {nn.Linear: _linear, nn.Embedding: _embedding}
+    replacement = known.get(type(module))
+    if replacement is None:
+        raise NotInLanes(f"{name} (a {type(module).__name__} of {type(module).__module__})")
+    return module, "forward", replacement
+
+
+def lane_product(x: Tensor, weights: Tensor) -> Tensor:
+    """`x [K, N, in] @ weights [K or 1, out, in]^T`, lane by lane."""
+    if len(weights) == 1:
+        return F.linear(x, weights[0])
+    return torch.bmm(x, weights.transpose(1, 2))
+
+
+def _linear(module: nn.Linear, lanes: Lanes, name: str, x: Tensor) -> Tensor:
+    y = lane_product(lanes.split(x, name).flatten(1, -2), lanes.of(module.weight))
+    if module.bias is not None:
+        y = y + lanes.of(module.bias)[:, None]
+    return y.view(*x.shape[:-1], -1)
+
+
+def _embedding(module: nn.Embedding, lanes: Lanes, name: str, ids: Tensor) -> Tensor:
+    weights, ids = lanes.of(module.weight), lanes.split(ids, name)
+    lane = torch.arange(lanes.count, device=ids.device).view(-1, *[1] * (ids.dim() - 1))
+    return weights[lane, ids].flatten(0, 1)

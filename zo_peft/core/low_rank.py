@@ -1,0 +1,152 @@
+"""Low-rank noise of matrices: a seed read as two thin factors, `z(seed) = left @ right^T`.
+
+Three ways, for a matrix of m rows and n columns and rank r:
+
+* `eggroll`: `U V^T / sqrt(r)`, both factors from the seed (EGGROLL, arXiv:2511.16652).
+* `lozo`: `U V^T / sqrt(r)`, V from a basis that is kept for a while (LOZO, arXiv:2410.07698). With
+  its eps times sqrt(r), a step of it is LOZO's `U V^T / r` times the projected gradient.
+* `subzero`: `U Z V^T`, orthonormal U and V from the basis, Z [r, r] from the seed (SubZero,
+  arXiv:2410.08989).
+
+Whatever has not two dimensions gets full noise.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from zo_peft.core.direction import Direction
+from zo_peft.core.noise import CHUNK, Distribution, noise_blocks
+
+Structure = Literal["eggroll", "lozo", "subzero"]
+STRUCTURES = get_args(Structure)
+
+#: Steps after which each structure draws its basis anew; eggroll has none.
+BASIS_STEPS: dict[Structure, int] = {"eggroll": 1, "subzero": 1000, "lozo": 100}
+
+
+class LowRank:
+    """Noise of that rank, less where a matrix is smaller.
+
+    Attributes:
+        basis_seed: of the factors that seeds share; set it anew to draw them anew.
+    """
+
+    def __init__(
+        self, rank: int, structure: Structure = "eggroll", distribution: Distribution = "gaussian"
+    ) -> None:
+        self.rank, self.structure, self.distribution = rank, structure, distribution
+        self._basis_seed = 0
+        self._orthonormal: dict[str, Tensor] = {}
+
+    @property
+    def basis_seed(self) -> int:
+        """Of the factors that all seeds share."""
+        return self._basis_seed
+
+    @basis_seed.setter
+    def basis_seed(self, seed: int) -> None:
+        if seed != self._basis_seed:
+            self._basis_seed = seed
+            self._orthonormal.clear()
+
+    @property
+    def basis_steps(self) -> int:
+        """Steps after which the basis is drawn anew."""
+        return BASIS_STEPS[self.structure]
+
+    def factors(
+        self, directions: Sequence[Direction], name: str, shape: torch.Size, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Of K directions for the matrix `name`: left [K, m, R], right [K or 1, n, R], float32.
+
+        R is the rank, for `eggroll` times the number of seeds of a direction.
+        """
+        rows, columns = shape
+        rank = min(self.rank, rows, columns)
+        if self.structure == "eggroll":
+            return self._own(directions, name, (rows, columns, rank), device)
+        if self.structure == "lozo":
+            left = self._sum(directions, f"{name}, left", rows * rank, device)
+            right = self._noise([self._basis_seed], f"{name}, right", columns * rank, device)
+            return left.view(-1, rows, rank) / math.sqrt(rank), right.view(1, columns, rank)
+        core = self._sum(directions, name, rank * rank, device).view(-1, rank, rank)
+        right = self._basis(f"{name}, right", columns, rank, device)
+        return self._basis(f"{name}, left", rows, rank, device) @ core, right[None]
+
+    def dense(
+        self, directions: Sequence[Direction], name: str, shape: torch.Size, device: torch.device
+    ) -> Tensor:
+        """The directions themselves, float32 `[K, *shape]`."""
+        if len(shape) != 2:
+            return self._sum(directions, name, shape.numel(), device).view(-1, *shape)
+        left, right = self.factors(directions, name, shape, device)
+        return left @ right.transpose(1, 2)
+
+    def _noise(self, seeds: Sequence[int], name: str, count: int, device: torch.device) -> Tensor:
+        return noise_blocks(seeds, name, 0, count, self.distribution, device)
+
+    def _sum(
+        self, directions: Sequence[Direction], name: str, count: int, device: torch.device
+    ) -> Tensor:
+        """Full noise of the directions: [K, count]."""
+        return summed(directions, name, 0, count, self.distribution, device)
+
+    def _own(
+        self,
+        directions: Sequence[Direction],
+        name: str,
+        sizes: tuple[int, int, int],
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor]:
+        rows, columns, rank = sizes
+        seeds = list(dict.fromkeys(seed for d in directions for seed, _ in d.terms)) or [0]
+        number = {seed: index for index, seed in enumerate(seeds)}
+        most = max(1, *(len(d.terms) for d in directions))
+        padded = [[*d.terms, *[(seeds[0], 0.0)] * (most - len(d.terms))] for d in directions]
+        which = torch.tensor([[number[s] for s, _ in terms] for terms in padded], device=device)
+        weights = torch.tensor([[w for _, w in terms] for terms in padded], device=device)
+        left = self._noise(seeds, f"{name}, left", rows * rank, device).view(-1, rows, rank)
+        right = self._noise(seeds, f"{name}, right", columns * rank, device)
+        weights = weights / math.sqrt(rank)
+        lefts = left[which] * weights[..., None, None]
+        rights = right.view(-1, columns, rank)[which]
+        return _side_by_side(lefts), _side_by_side(rights)
+
+    def _basis(self, name: str, rows: int, rank: int, device: torch.device) -> Tensor:
+        if name not in self._orthonormal:
+            noise = noise_blocks([self._basis_seed], name, 0, rows * rank, "gaussian", device)
+            self._orthonormal[name] = torch.linalg.qr(noise.view(rows, rank)).Q
+        return self._orthonormal[name]
+
+
+def summed(
+    directions: Sequence[Direction],
+    name: str,
+    start: int,
+    stop: int,
+    distribution: Distribution,
+    device: torch.device,
+) -> Tensor:
+    """Numbers `start` to `stop` of K directions of full noise: float32 [K, stop - start]."""
+    seeds = list(dict.fromkeys(seed for d in directions for seed, _ in d.terms))
+    weights = [dict.fromkeys(seeds, 0.0) for _ in directions]
+    for mine, direction in zip(weights, directions):
+        for seed, weight in direction.terms:
+            mine[seed] += weight
+    matrix = torch.tensor([list(mine.values()) for mine in weights], device=device)
+    sums = torch.zeros(len(directions), stop - start, device=device)
+    at_once = max(1, CHUNK // (stop - start))
+    for first in range(0, len(seeds), at_once):
+        part = slice(first, first + at_once)
+        noise = noise_blocks(seeds[part], name, start, stop, distribution, device)
+        sums.addmm_(matrix[:, part], noise)
+    return sums
+
+
+def _side_by_side(factors: Tensor) -> Tensor:
+    """[K, T, rows, r] as [K, rows, T * r]."""
+    return factors.transpose(1, 2).flatten(2)

@@ -1,0 +1,191 @@
+"""Several processes: each evaluates its share of a step, and all get every loss."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, distributed
+
+from zo_peft.core.batch import Batch
+from zo_peft.core.direction import Direction
+from zo_peft.errors import UserError
+
+Parallel = Literal["data", "candidates"]
+
+#: All processes compare what is tuned after every so many steps.
+CHECK_STEPS = 100
+
+#: Displacements [M][G] and a batch in, losses [M, examples] out.
+EvaluateBatch = Callable[[Sequence[Sequence[Direction]], Batch], Tensor]
+
+
+class OneRank:
+    """A process that works alone: it evaluates everything, and agrees with itself.
+
+    Attributes:
+        count: the number of processes.
+        wire_bytes: bytes that this rank has handed to collective operations so far.
+    """
+
+    count = 1
+    wire_bytes = 0
+
+    @property
+    def batches(self) -> int:
+        """The number of ranks' batches that make one batch of the run."""
+        return 1
+
+    @property
+    def points(self) -> int:
+        """The number of ranks among which the candidates of a step are divided."""
+        return 1
+
+    def collator(self, collate: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
+        """A collator that makes this rank's share of a whole batch."""
+        return collate
+
+    def losses(
+        self, points: Sequence[Sequence[Direction]], batch: Batch, evaluate: EvaluateBatch
+    ) -> Tensor:
+        """The losses [M, examples] of the whole batch, on every rank.
+
+        Args:
+            points: [M][G] for the whole batch; G is 1 or the number of its examples.
+            batch: this rank's share of it, where it has one.
+            evaluate: losses [m, n] of m points on the n examples of a batch.
+
+        Raises:
+            UserError: the objective gave more or fewer losses.
+        """
+        return evaluate(points, batch)
+
+    def parts(self, parts: int) -> int:
+        """The number of parts that a batch can have on all ranks, of which this one can have so many."""
+        return parts
+
+    def least(self, number: int) -> int:
+        """The smallest of the ranks' numbers (64 bits); each rank waits for all others."""
+        return number
+
+    def check(self, what: str, *content: Tensor | Any) -> None:
+        """Stop all ranks where one holds other tensors, or other JSON, than most of them.
+
+        Raises:
+            UserError: it names the ranks that differ.
+        """
+
+
+class Ranks(OneRank):
+    """This process among those that `torchrun` or `accelerate launch` started.
+
+    Every rank draws the same directions from the same seeds and gets the same losses, so each makes
+    the same step by itself; losses of examples are all that is exchanged, in float32 as they were
+    computed. What a rank evaluates: with `data` every displacement on its own part of the batch;
+    with `candidates` its own displacements on the whole batch.
+    """
+
+    def __init__(self, parallel: Parallel, device: torch.device) -> None:
+        self.parallel, self.device = parallel, device
+        self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
+        self.wire_bytes = 0
+
+    @property
+    def batches(self) -> int:
+        """As of `OneRank`."""
+        return self.count if self.parallel == "data" else 1
+
+    @property
+    def points(self) -> int:
+        """As of `OneRank`."""
+        return self.count if self.parallel == "candidates" else 1
+
+    def shares(self, length: int) -> list[range]:
+        """Which of so many things each rank has."""
+        edges = [rank * length // self.count for rank in range(self.count + 1)]
+        return [range(start, stop) for start, stop in pairwise(edges)]
+
+    def collator(self, collate: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
+        """As of `OneRank`."""
+        if self.parallel == "candidates":
+            return collate
+
+        def shared(features: Sequence[Any]) -> Batch:
+            share = self.shares(len(features))[self.rank]
+            # A rank without an example still needs a batch; nothing of this one is counted.
+            own = features[share.start : share.stop] or features[:1]
+            return Batch({**collate(own), "share": (share.start, share.stop, len(features))})
+
+        return shared
+
+    def losses(
+        self, points: Sequence[Sequence[Direction]], batch: Batch, evaluate: EvaluateBatch
+    ) -> Tensor:
+        """As of `OneRank`: this rank computes its rows or columns of [M, examples]."""
+        examples, rows = batch.examples, self.parallel == "candidates"
+        shares = self.shares(len(points) if rows else examples)
+        own = slice(shares[self.rank].start, shares[self.rank].stop)
+        if rows:
+            points = points[own]
+        elif len(points[0]) > 1:
+            points = [candidate[own] for candidate in points]
+        losses = evaluate(points, batch) if shares[self.rank] else torch.empty(0)
+        sizes = [len(share) * (examples if rows else len(points)) for share in shares]
+        parts = self._gather(losses, sizes)
+        if rows:
+            return torch.cat([part.view(-1, examples) for part in parts])
+        return torch.cat([part.view(len(points), -1) for part in parts], dim=1)
+
+    def parts(self, parts: int) -> int:
+        """As of `OneRank`: what all ranks can do, where each sees other examples."""
+        return parts if self.parallel == "candidates" else self.least(parts)
+
+    def least(self, number: int) -> int:
+        """As of `OneRank`."""
+        return min(self._numbers(number))
+
+    def check(self, what: str, *content: Tensor | Any) -> None:
+        """As of `OneRank`: the ranks compare hashes of eight bytes."""
+        digest = hashlib.blake2b(digest_size=8)
+        for part in content:
+            digest.update(_bytes(part))
+        found = self._numbers(int.from_bytes(digest.digest(), "little", signed=True))
+        usual = max(found, key=found.count)
+        if different := [rank for rank, number in enumerate(found) if number != usual]:
+            # With two ranks nobody can tell which one is wrong.
+            names = [0, 1] if self.count == 2 else different
+            raise UserError(
+                f"{what} of rank {' and '.join(map(str, names))} differs from that of the others; "
+                "all ranks need the same files, library versions and kind of device. Checkpoints "
+                "and the journal up to the last check are good"
+            )
+
+    def _numbers(self, number: int) -> list[int]:
+        mine = torch.tensor([number], dtype=torch.int64, device=self.device)
+        return self._exchange(mine).tolist()
+
+    def _gather(self, values: Tensor, sizes: Sequence[int]) -> Iterable[Tensor]:
+        """Every rank's values; `sizes` says how many each rank has."""
+        if values.numel() != sizes[self.rank]:
+            raise UserError(
+                f"the objective gave {values.numel()} losses for {sizes[self.rank]} candidates and "
+                "examples; several processes need one for each"
+            )
+        padded = torch.zeros(max(sizes), dtype=torch.float32, device=self.device)
+        padded[: values.numel()] = values.flatten()
+        rows = self._exchange(padded).view(self.count, -1)
+        return (row[:size] for row, size in zip(rows, sizes))
+
+    def _exchange(self, values: Tensor) -> Tensor:
+        self.wire_bytes += values.numel() * values.element_size()
+        gathered = values.new_empty(self.count * len(values))
+        distributed.all_gather_single(gathered, values)
+        return gathered
+
+
+def _bytes(part: Tensor | Any) -> Any:
+    if isinstance(part, Tensor):
+        return part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return json.dumps(part, sort_keys=True).encode()

@@ -1,0 +1,92 @@
+"""A parameter space: the numbers that are tuned, and the model evaluated beside them."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from zo_peft.core.direction import Direction
+from zo_peft.core.lanes import Lanes
+from zo_peft.core.low_rank import LowRank
+from zo_peft.core.noise import Distribution
+from zo_peft.errors import UserError
+
+#: What the numbers of a seed are: independent ones of a distribution, or low-rank noise.
+Noise = Distribution | LowRank
+
+
+class Space(Protocol):
+    """The numbers that are tuned, called `theta`.
+
+    An evaluation sees the model at `theta + displacement` and leaves `theta` bit for bit as it was,
+    also when it raises. Only `move`, `shift` and `load` change `theta`.
+    `FlatSpace` keeps parameters in a buffer of their own; `zo_peft.models.in_place_space` tunes a
+    base where it lies.
+
+    Attributes:
+        noise: what a seed stands for.
+        parameters: the tuned parameters of the model, by name.
+        numel: how many numbers are tuned.
+    """
+
+    noise: Noise
+    parameters: dict[str, nn.Parameter]
+    numel: int
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The tensors that hold `theta`."""
+
+    @property
+    def lane_numel(self) -> int:
+        """How many float32 numbers a candidate holds while it is evaluated."""
+
+    def displaced(self, displacement: Direction) -> AbstractContextManager[None]:
+        """Within the context the model is at `theta + displacement`; after it, at `theta` again."""
+
+    def lanes(self, displacements: Sequence[Direction]) -> Lanes:
+        """The model at `theta` plus every displacement, for all of them in one forward pass."""
+
+    def move(self, displacement: Direction, shrink: Mapping[str, float] | None = None) -> None:
+        """`theta <- theta + displacement`; `shrink` first multiplies the parameters it names."""
+
+    def dense(self, index: int, direction: Direction) -> Tensor:
+        """The direction as a float32 tensor of the shape of `buffers[index]`."""
+
+    def shift(self, index: int, step: Tensor, scale: float, shrink: Mapping[str, float]) -> None:
+        """`theta <- theta + scale * step` in `buffers[index]`; `shrink` as in `move`."""
+
+    def views(self, index: int, flat: Tensor) -> dict[str, Tensor]:
+        """A tensor of the shape of `buffers[index]`, cut into parameters by name; no copies."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`theta` by parameter name and in its shape; no copies."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set `theta` from tensors by name, all of them and no others.
+
+        Raises:
+            UserError: names, shapes or dtypes differ; nothing has been changed then.
+        """
+
+
+def check_fit(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Refuse saved tensors that are not the ones that a space holds.
+
+    Raises:
+        UserError: names, shapes or dtypes differ.
+    """
+    wrong = sorted(
+        name
+        for name in mine.keys() | given.keys()
+        if name not in mine
+        or name not in given
+        or (mine[name].shape, mine[name].dtype) != (given[name].shape, given[name].dtype)
+    )
+    if wrong:
+        raise UserError(
+            f"the saved state does not fit what is tuned here: {wrong[0]} and {len(wrong) - 1} more "
+            "differ in name, shape or dtype. Use the model, peft_config, tune and tunable of the "
+            "saved run"
+        )

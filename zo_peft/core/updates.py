@@ -1,0 +1,255 @@
+"""Update rules: how a direction and a slope move `theta`.
+
+Each is a torch optimizer, so that transformers' schedulers and callbacks drive it; it reads no
+gradient. Set `estimate` before each `step`. The estimated gradient is
+`g = estimate.slope * estimate.direction`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from zo_peft.core.space import Space
+from zo_peft.core.strategies import Estimate
+
+#: Quintic Newton-Schulz coefficients of Muon, and how often they are applied.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+
+
+class UpdateRule(torch.optim.Optimizer):
+    """What all rules share: weight decay, the automatic step size, and state that is saved.
+
+    Args:
+        learning_rate: as the rule defines it. With `automatic`, in nats: how far a step in a random
+            direction moves the loss of an example (root mean square). It is divided by
+            `Estimate.sensitivity`, averaged over about `1 / (1 - momentum)` steps.
+        decayed: names of the parameters that `weight_decay` shrinks.
+        momentum: how much of the last steps' gradient is kept, in [0, 1).
+        beta2: the same of its square (`Adam`).
+
+    Attributes:
+        buffers: what the rule remembers, by name: float32, one like each of the space's buffers.
+        steps: taken so far.
+        sensitivity: averaged, in nats per unit of root-mean-square displacement; 0 before a step.
+        backoff: factor on every step (see `Backoff`).
+        step_size: of the last step, schedule and automatic choice included.
+    """
+
+    BUFFERS: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        space: Space,
+        learning_rate: float,
+        weight_decay: float = 0.0,
+        decayed: tuple[str, ...] = (),
+        automatic: bool = False,
+        momentum: float = 0.9,
+        beta2: float = 0.999,
+    ) -> None:
+        super().__init__(space.buffers, {"lr": learning_rate, "weight_decay": weight_decay})
+        self.space, self.decayed, self.automatic = space, decayed, automatic
+        self.momentum, self.beta2 = momentum, beta2
+        self.estimate: Estimate | None = None
+        self.steps, self.sensitivity, self.backoff, self.step_size = 0, 0.0, 1.0, 0.0
+        self.buffers = {
+            name: [torch.zeros_like(theta, dtype=torch.float32) for theta in space.buffers]
+            for name in self.BUFFERS
+        }
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Move `theta` by the estimate, once."""
+        if self.estimate is None:
+            return
+        self.steps += 1
+        if self.automatic:
+            self._track(self.estimate.sensitivity)
+        rate = self.param_groups[0]["lr"] * self.backoff
+        if self.automatic and self.sensitivity:
+            rate /= self.sensitivity
+        self.step_size = rate
+        keep = 1.0 - rate * self.param_groups[0]["weight_decay"]
+        shrink = dict.fromkeys(self.decayed, keep) if keep != 1.0 else {}
+        self._move(rate, self.estimate, shrink)
+        self.estimate = None
+
+    def _track(self, sensitivity: float) -> None:
+        keep = min(self.momentum, 1.0 - 1.0 / self.steps)
+        square = keep * self.sensitivity**2 + (1.0 - keep) * sensitivity**2
+        self.sensitivity = math.sqrt(square)
+
+    def _move(self, rate: float, estimate: Estimate, shrink: Mapping[str, float]) -> None:
+        raise NotImplementedError
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers to save beside the tensors."""
+        return {"steps": self.steps, "sensitivity": self.sensitivity, "backoff": self.backoff}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is remembered, by buffer and parameter name; views, not copies."""
+        return {
+            f"{buffer}.{name}": tensor
+            for buffer, flats in self.buffers.items()
+            for index, flat in enumerate(flats)
+            for name, tensor in self.space.views(index, flat).items()
+        }
+
+    def load(self, scalars: Mapping[str, float], tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `scalars` and `tensors` gave."""
+        self.steps = int(scalars["steps"])
+        self.sensitivity, self.backoff = scalars["sensitivity"], scalars["backoff"]
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
+
+
+class SGD(UpdateRule):
+    """`theta <- (1 - lr * weight_decay) * theta - lr * g` (MeZO, arXiv:2305.17333, eq. 4)."""
+
+    def _move(self, rate: float, estimate: Estimate, shrink: Mapping[str, float]) -> None:
+        self.space.move(-(rate * estimate.slope) * estimate.direction, shrink)
+
+
+class FZOO(UpdateRule):
+    """SGD with `g / spread`: a step of like length whatever the slope (arXiv:2506.09034, eq. 4).
+
+    The spread is the standard deviation of the candidates' losses over eps. The length that comes
+    out depends on the number of candidates alone; where it is chosen automatically, it is 1.
+    """
+
+    def _move(self, rate: float, estimate: Estimate, shrink: Mapping[str, float]) -> None:
+        spread = estimate.spread
+        if self.automatic:
+            spread = abs(estimate.slope) * estimate.direction.length
+        scale = estimate.slope / spread if spread else 0.0
+        self.space.move(-(rate * scale) * estimate.direction, shrink)
+
+
+class Momentum(UpdateRule):
+    """`m <- momentum * m + g`, `theta <- theta - lr * m`, as `torch.optim.SGD` does."""
+
+    BUFFERS: ClassVar[tuple[str, ...]] = ("momentum",)
+
+    def _move(self, rate: float, estimate: Estimate, shrink: Mapping[str, float]) -> None:
+        for index, m in enumerate(self.buffers["momentum"]):
+            g = self.space.dense(index, estimate.slope * estimate.direction)
+            m.mul_(self.momentum).add_(g)
+            self._remember(index, g)
+            self.space.shift(index, self._step(index), -rate, shrink)
+
+    def _remember(self, index: int, g: Tensor) -> None:
+        """More to keep of the gradient of a buffer than `m`."""
+
+    def _step(self, index: int) -> Tensor:
+        """What a buffer of `theta` moves against, for a learning rate of 1."""
+        return self.buffers["momentum"][index]
+
+
+class Normalized(Momentum):
+    """`m`, of each tensor, at a root mean square of 1: the learning rate is how far a number moves.
+
+    Normalized SGD with momentum (arXiv:2002.03305), tensor by tensor (as LARS, arXiv:1708.03888).
+    """
+
+    def _step(self, index: int) -> Tensor:
+        step = self.buffers["momentum"][index].clone()
+        for tensor in self.space.views(index, step).values():
+            tensor.copy_(self._unit(tensor))
+        return step
+
+    def _unit(self, m: Tensor) -> Tensor:
+        return m * (math.sqrt(m.numel()) / m.norm()).nan_to_num(0.0, posinf=0.0)
+
+
+class Spectral(Normalized):
+    """As `Normalized`, each matrix made orthogonal first: all its singular values count alike.
+
+    Muon's Newton-Schulz iteration; for zeroth-order estimates ZO-Muon (arXiv:2602.17155). Vectors
+    are left as they are. One side of an adapter's matrix is its rank, so it costs little.
+    """
+
+    def _unit(self, m: Tensor) -> Tensor:
+        return super()._unit(orthogonalized(m) if m.dim() == 2 and min(m.shape) > 1 else m)
+
+
+class Adam(Momentum):
+    """Adam on the estimate, number by number (ZO-AdaMM, arXiv:1910.06513)."""
+
+    BUFFERS: ClassVar[tuple[str, ...]] = ("momentum", "square")
+
+    def _remember(self, index: int, g: Tensor) -> None:
+        square = self.buffers["square"][index]
+        square.mul_(self.beta2).addcmul_(g, g, value=1.0 - self.beta2)
+
+    def _step(self, index: int) -> Tensor:
+        first = (1.0 - self.momentum) / (1.0 - self.momentum**self.steps)
+        second = 1.0 / (1.0 - self.beta2**self.steps)
+        tiny = torch.finfo(torch.float32).tiny
+        m, square = self.buffers["momentum"][index], self.buffers["square"][index]
+        return first * m / (second * square).sqrt_().clamp_min(tiny)
+
+
+RULES: dict[str, type[UpdateRule]] = {
+    "sgd": SGD,
+    "momentum": Momentum,
+    "normalized": Normalized,
+    "spectral": Spectral,
+    "adam": Adam,
+    "fzoo": FZOO,
+}
+
+
+#: The rules whose step has a root mean square of about 1 at a learning rate of 1, whatever the
+#: gradient, so that a learning rate can be chosen by what such a step does.
+AUTOMATIC = frozenset({"normalized", "spectral", "adam", "fzoo"})
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """About `U V^T` of a matrix `U S V^T`: its singular values brought to between 0.7 and 1.2."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / x.norm().clamp_min(torch.finfo(x.dtype).tiny)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+class Backoff:
+    """Halves the steps when the loss rises: the mean of `WINDOW` steps against the best such mean.
+
+    A rise counts when it is above `ERRORS` standard errors of the difference, and above `RISE` of
+    the loss.
+
+    Attributes:
+        losses: of the window under way.
+        best: mean and variance of the mean of the best window; None before the first is full.
+    """
+
+    WINDOW = 32
+    ERRORS = 4.0
+    RISE = 0.05
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.best: tuple[float, float] | None = None
+
+    def __call__(self, loss: float) -> float:
+        """The factor on the step size that this loss calls for: 1 or 1/2."""
+        self.losses.append(loss)
+        if len(self.losses) < self.WINDOW:
+            return 1.0
+        n, losses = len(self.losses), self.losses
+        mean = sum(losses) / n
+        variance = sum((loss - mean) ** 2 for loss in losses) / (n - 1) / n
+        self.losses = []
+        if self.best is None or mean <= self.best[0]:
+            self.best = mean, variance
+            return 1.0
+        rise = mean - self.best[0]
+        error = math.sqrt(variance + self.best[1])
+        return 0.5 if rise > max(self.ERRORS * error, self.RISE * abs(self.best[0])) else 1.0

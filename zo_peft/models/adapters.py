@@ -1,0 +1,230 @@
+"""Adapters: made, loaded and prepared for forward-only tuning."""
+
+import re
+from collections.abc import Collection
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import torch
+from huggingface_hub import hf_hub_download
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, SEQ_CLS_HEAD_NAMES
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from zo_peft.errors import UserError
+from zo_peft.models.hub import LOAD_ERRORS, first_line, public_name, reason
+from zo_peft.models.offload import ON_OFFLOADED, input_device, offloaded_parameters, stand_ins
+
+
+def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    """A new adapter on the base, as `peft.get_peft_model` makes it.
+
+    Raises:
+        UserError: PEFT finds nothing to attach it to, or it would do nothing.
+    """
+    offloaded = offloaded_parameters(model)
+    if offloaded and peft_config.peft_type not in ON_OFFLOADED:
+        raise UserError(
+            f"{peft_config.peft_type.value} may read weights outside of their layers, and part of "
+            f"the base is offloaded; use one of {', '.join(kind.value for kind in ON_OFFLOADED)}"
+        )
+    try:
+        # PEFT fills default target modules into the configuration that it is given.
+        with stand_ins(offloaded):
+            adapted = get_peft_model(model, deepcopy(peft_config))
+    except (ValueError, AttributeError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"{peft_config.peft_type.value} cannot be attached to {type(model).__name__}: "
+            f"{first_line(error)} Its linear layers are: {', '.join(_linear_names(model))}; name "
+            "some of them as target_modules"
+        ) from error
+    for name, parameter in adapted.named_parameters() if offloaded else ():
+        if parameter.requires_grad and (parameter.is_meta or parameter.isnan().any()):
+            raise UserError(
+                f"{name} starts from weights that are offloaded; keep them on a device "
+                "(device_map), or choose an adapter that starts without them, such as a plain LORA"
+            )
+    # PEFT casts these to the dtype of the weights, in which codes leave nothing of them.
+    scales = (t for m in adapted.modules() for t in getattr(m, "unilora_scales_A", {}).values())
+    if not all(tensor.is_floating_point() for tensor in scales):
+        raise UserError("UNILORA does nothing on a quantized base; use VERA, IA3 or LORA")
+    return adapted
+
+
+def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) -> PeftModel:
+    """An adapter from a folder or the Hub on its base, from safetensors only.
+
+    Raises:
+        UserError: it cannot be found, or does not fit the base.
+    """
+    try:
+        if not Path(path).is_dir():
+            hf_hub_download(path, SAFETENSORS_WEIGHTS_NAME)
+        elif not (Path(path) / SAFETENSORS_WEIGHTS_NAME).is_file():
+            # PEFT would fall back to a pickle.
+            raise FileNotFoundError(f"it holds no {SAFETENSORS_WEIGHTS_NAME}.")
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            return PeftModel.from_pretrained(model, path, is_trainable=is_trainable)
+        # PEFT would offload the adapter as well.
+        config = PeftConfig.from_pretrained(path)
+        config.inference_mode = not is_trainable
+        adapted = add_adapter(model, config)
+        weights = load_peft_weights(path)
+        wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        if lacking := wanted.keys() - weights.keys():
+            raise ValueError(f"it lacks {min(lacking)}.")
+        set_peft_model_state_dict(adapted, weights)
+        return adapted
+    except (*LOAD_ERRORS, RuntimeError) as error:
+        raise unreadable_adapter(path, error) from error
+
+
+def unreadable_adapter(path: str, error: BaseException) -> UserError:
+    """What to say where an adapter cannot be loaded."""
+    return UserError(
+        f"adapter {path!r} cannot be loaded: {reason(error)} Give an adapter for this base in "
+        "PEFT's layout (adapter_config.json, adapter_model.safetensors), a folder or a Hub id"
+    )
+
+
+def prepare(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make a model safe for forward-only tuning, in place.
+
+    On a CPU bitsandbytes is kept from repacking NF4 weights: a `state_dict()` afterwards, as in
+    every save, would change them. Of a PEFT model, trainable parameters become float32 (PEFT leaves
+    `modules_to_save` and layer norms in the base's dtype), and a local base is recorded by its
+    folder's name, so that no saved file holds a path of this machine.
+    """
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit) and module.weight.device.type == "cpu":
+            module.support_avx512bf16_for_cpu = False
+    if isinstance(model, PeftModel):
+        _prepare_adapter(model)
+
+
+def _prepare_adapter(model: PeftModel) -> None:
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = public_name(config.base_model_name_or_path)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for name, module in model.named_modules():
+        for copy in _float32_copies(module).values():
+            copy.register_forward_pre_hook(_inputs_to_float32)
+            # A head's logits stay float32: only the loss reads them.
+            if name.rpartition(".")[2] not in (*SEQ_CLS_HEAD_NAMES, "lm_head"):
+                copy.register_forward_hook(_output_to(model.get_base_model().dtype))
+
+
+def _float32_copies(module: nn.Module) -> dict[str, nn.Module]:
+    """The copies of base modules that PEFT trains as a whole and does not cast for."""
+    if isinstance(module, ModulesToSaveWrapper):
+        return dict(module.modules_to_save.items())
+    if isinstance(module, LNTuningLayer):
+        return dict(module.ln_tuning_layers.items())
+    return {}
+
+
+def _inputs_to_float32(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def _output_to(dtype: torch.dtype) -> Any:
+    return lambda module, args, output: output.to(dtype)
+
+
+def tuned_parameters(model: PeftModel, tunable: str | None = None) -> dict[str, nn.Parameter]:
+    """The parameters PEFT made trainable, by name; `tunable` (a regular expression) narrows them.
+
+    Raises:
+        UserError: `tunable` is no regular expression, or matches none of them.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    chosen = matching(trainable, tunable)
+    return {name: p for name, p in trainable.items() if name in chosen}
+
+
+def matching(names: Collection[str], tunable: str | None) -> set[str]:
+    """The names in which `tunable`, a regular expression, is found; all for None.
+
+    Raises:
+        UserError: it is no regular expression, or found in none.
+    """
+    if tunable is None:
+        return set(names)
+    try:
+        chosen = {name for name in names if re.search(tunable, name)}
+    except re.error as error:
+        raise UserError(f"tunable={tunable!r} is not a regular expression: {error}") from None
+    if not chosen:
+        raise UserError(
+            f"tunable={tunable!r} matches none of the {len(names)} trainable parameters, e.g. "
+            f"{next(iter(names), 'none')}"
+        )
+    return chosen
+
+
+@torch.no_grad()
+def start_prefix_from_tokens(model: PeftModel, token_ids: Tensor) -> None:
+    """Set a prefix to the keys and values that the base computes for real tokens, in place.
+
+    A random prefix does not train this way (MeZO, arXiv:2305.17333, appendix on prefix tuning).
+
+    Args:
+        token_ids: one for each virtual token, int64 [T].
+    """
+    config = model.active_peft_config
+    assert isinstance(config, PrefixTuningConfig)
+    base = model.get_base_model()
+    cache = base(input_ids=token_ids[None].to(input_device(base)), use_cache=True).past_key_values
+    heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
+    weight = model.prompt_encoder[model.active_adapter].embedding.weight
+    prefix = weight.view(len(token_ids), config.num_layers, 2, heads, width)
+    for layer, (keys, values, *_) in enumerate(cache):
+        prefix[:, layer, 0] = keys[0].transpose(0, 1)
+        prefix[:, layer, 1] = values[0].transpose(0, 1)
+
+
+def peft_config_of(model: PreTrainedModel | PeftModel) -> PeftConfig | None:
+    """The active adapter's configuration; None without one."""
+    return model.active_peft_config if isinstance(model, PeftModel) else None
+
+
+def classifies(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether the model has a head for sequence classification instead of one for tokens."""
+    config = peft_config_of(model)
+    if config is None:
+        return model.get_output_embeddings() is None
+    return config.task_type == TaskType.SEQ_CLS
+
+
+def context_length(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> int | None:
+    """Tokens that an example may have: the model's positions less the adapter's virtual tokens."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return None
+    virtual = getattr(peft_config_of(model), "num_virtual_tokens", None) or 0
+    return min(positions, tokenizer.model_max_length) - virtual
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    names = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return sorted(names) or ["none"]

@@ -1,0 +1,125 @@
+"""How PEFT's modules work lane by lane: many candidates of an adapter in one forward pass."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel, PeftType
+from peft.tuners import ia3, lora, tinylora, unilora, vera
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from zo_peft.core import lanes as plain
+from zo_peft.core.lanes import Lanes, NotInLanes, Replacement, lane_product, plain_replacement
+
+
+def find_replacements(
+    model: PeftModel, tuned: Mapping[str, nn.Parameter]
+) -> dict[str, Replacement]:
+    """How each module that owns parameters of the adapter works lane by lane, by module name.
+
+    Raises:
+        NotInLanes: a module cannot.
+    """
+
+    def replacement_of(module: nn.Module, name: str) -> Replacement:
+        if getattr(model, "peft_type", None) == PeftType.PROMPT_TUNING and name.startswith(
+            "prompt_encoder."
+        ):
+            return model, "get_prompt", _prompts
+        if not isinstance(module, BaseTunerLayer):
+            return plain_replacement(module, name)
+        replacement = _BY_TYPE.get(type(module))
+        if replacement is None or not _is_plain(module):
+            raise NotInLanes(f"{name} (a {type(module).__name__} of {type(module).__module__})")
+        return module, "forward", replacement
+
+    return plain.find_replacements(model, tuned, replacement_of, (BaseTunerLayer,))
+
+
+def _is_plain(layer: BaseTunerLayer) -> bool:
+    """One adapter, as its method was first published."""
+    varied = getattr(layer, "lora_variant", {}) or any(getattr(layer, "lora_bias", {}).values())
+    return len(layer.active_adapters) == 1 and not varied and not layer.merged
+
+
+def _prompts(model: PeftModel, lanes: Lanes, _: str, batch_size: int, **kwargs: Any) -> Tensor:
+    prompts = lanes.of(model.prompt_encoder[model.active_adapter].embedding.weight)
+    return prompts.repeat_interleave(batch_size // lanes.count, dim=0)
+
+
+def _ia3(layer: Any, lanes: Lanes, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    scale = lanes.of(layer.ia3_l[layer.active_adapters[0]]).flatten(1)
+
+    def scaled(y: Tensor) -> Tensor:
+        return (lanes.split(y, name).flatten(1, -2) * scale[:, None]).to(y.dtype).view_as(y)
+
+    if layer.is_feedforward:
+        return layer.base_layer(scaled(x), *args, **kwargs)
+    return scaled(layer.base_layer(x, *args, **kwargs))
+
+
+Factors = tuple[Tensor, Tensor, float]
+
+
+def _low_rank(
+    factors: Callable[[Any, Lanes, str], Factors],
+    layer: Any,
+    lanes: Lanes,
+    name: str,
+    x: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """The base's output plus `scaling * x A^T B^T`, with A [K or 1, r, in] and B [K, out, r]."""
+    result = layer.base_layer(x, *args, **kwargs)
+    a, b, scaling = factors(layer, lanes, layer.active_adapters[0])
+    hidden = lane_product(lanes.split(x, name).flatten(1, -2).to(a.dtype), a)
+    b = b.transpose(1, 2).expand(lanes.count, -1, -1)
+    sums = result.view(*hidden.shape[:2], -1)
+    if result.dtype == b.dtype:
+        sums.baddbmm_(hidden, b, alpha=scaling)
+    else:
+        sums.add_(torch.bmm(hidden, b).mul_(scaling))
+    return result
+
+
+def _lora_factors(layer: lora.LoraLayer, lanes: Lanes, adapter: str) -> Factors:
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return lanes.of(a), lanes.of(b), layer.scaling[adapter]
+
+
+def _vera_factors(layer: Any, lanes: Lanes, adapter: str) -> Factors:
+    a = layer.vera_A[adapter][:, : layer.in_features]
+    b = layer.vera_B[adapter][: layer.out_features]
+    d, scale = lanes.of(layer.vera_lambda_d[adapter]), lanes.of(layer.vera_lambda_b[adapter])
+    return a[None], scale[:, :, None] * b * d[:, None], 1.0
+
+
+def _unilora_factors(layer: Any, lanes: Lanes, adapter: str) -> Factors:
+    theta = lanes.of(layer.unilora_theta_d[adapter])
+    a = theta[:, layer.unilora_indices_A[adapter]] * layer.unilora_scales_A[adapter]
+    b = theta[:, layer.unilora_indices_B[adapter]] * layer.unilora_scales_B[adapter]
+    return a, b, 1.0
+
+
+def _tinylora_factors(layer: Any, lanes: Lanes, adapter: str) -> Factors:
+    v = lanes.of(layer.tinylora_v[adapter][layer._tinylora_v_key[adapter]])
+    r = torch.einsum("ki,ijl->kjl", v, layer.tinylora_P[adapter].to(v))
+    return layer.tinylora_A[adapter][None].to(v), layer.tinylora_B[adapter].to(v) @ r, 1.0
+
+
+_LORA = partial(_low_rank, _lora_factors)
+
+_BY_TYPE: dict[type[nn.Module], Callable[..., Tensor]] = {
+    lora.Linear: _LORA,
+    lora.Linear8bitLt: _LORA,
+    lora.Linear4bit: _LORA,
+    vera.Linear: partial(_low_rank, _vera_factors),
+    unilora.Linear: partial(_low_rank, _unilora_factors),
+    tinylora.Linear: partial(_low_rank, _tinylora_factors),
+    ia3.Linear: _ia3,
+    ia3.Linear8bitLt: _ia3,
+    ia3.Linear4bit: _ia3,
+}

@@ -1,0 +1,131 @@
+"""What a run tunes, how it is evaluated and how it moves, from plain settings and a model."""
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from zo_peft.core.batch import Objective
+from zo_peft.core.evaluator import Host
+from zo_peft.core.flat_space import FlatSpace
+from zo_peft.core.lanes import NotInLanes, Replacement
+from zo_peft.core.low_rank import LowRank, Structure
+from zo_peft.core.noise import Distribution
+from zo_peft.core.space import Space
+from zo_peft.core.updates import RULES, UpdateRule
+from zo_peft.errors import UserError
+from zo_peft.models.adapters import peft_config_of, tuned_parameters
+from zo_peft.models.in_place_space import InPlaceSpace
+from zo_peft.models.memory import Fit
+from zo_peft.models.numbers import choose, find_scales, find_weights
+from zo_peft.models.peft_layers import find_replacements
+from zo_peft.models.trunk import Trunk
+
+#: The fields of `ZOConfig` that make a space.
+SPACE_FIELDS = ("tune", "tune_unquantized", "tunable", "noise", "noise_rank", "low_rank_noise")
+
+
+def space_of(
+    model: PreTrainedModel | PeftModel,
+    tune: str,
+    tune_unquantized: bool,
+    tunable: str | None,
+    noise: Distribution,
+    noise_rank: int,
+    low_rank_noise: Structure | None,
+) -> Space:
+    """The numbers that are tuned, by the fields of `ZOConfig` of the same names."""
+    kind: Distribution | LowRank = noise
+    if low_rank_noise is not None:
+        kind = LowRank(noise_rank, low_rank_noise, noise)
+    if tune == "adapter":
+        return FlatSpace(tuned_parameters(model, tunable), kind)
+    model.requires_grad_(False)
+    find = find_scales if tune == "scales" else find_weights
+    return InPlaceSpace(choose(find(model, tune_unquantized), tunable), kind)
+
+
+def check_in_place(model: PreTrainedModel, tune: str) -> None:
+    """A base that is tuned itself must be where it can be changed.
+
+    Raises:
+        UserError: part of it is not.
+    """
+    if tune != "adapter" and any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(
+            f"tune={tune!r} changes the base in place, but part of it is offloaded to the CPU or "
+            "the disk; tune an adapter, or load a base that fits (load_in_4bit)"
+        )
+
+
+def rule_of(
+    space: Space,
+    update_rule: str,
+    weight_decay: float,
+    decayed: Sequence[str],
+    automatic: bool,
+    momentum: float,
+    beta2: float,
+    learning_rate: float = 0.0,
+) -> UpdateRule:
+    """The update rule, by the arguments of `UpdateRule`; a replay takes learning rates of records."""
+    return RULES[update_rule](
+        space, learning_rate, weight_decay, tuple(decayed), automatic, momentum, beta2
+    )
+
+
+def trained(model: PreTrainedModel | PeftModel, space: Space) -> dict[str, Tensor]:
+    """What is tuned, and what else PEFT made trainable, by name."""
+    trainable = tuned_parameters(model) if isinstance(model, PeftModel) else {}
+    return trainable | space.tensors()
+
+
+def load_trained(
+    model: PreTrainedModel | PeftModel, space: Space, tensors: dict[str, Tensor]
+) -> None:
+    """Set what `trained` gave.
+
+    Raises:
+        UserError: names or shapes differ; nothing that is tuned has been changed then.
+    """
+    tuned = space.tensors().keys()
+    others = {name: p for name, p in trained(model, space).items() if name not in tuned}
+    space.load({name: tensor for name, tensor in tensors.items() if name not in others})
+    for name, parameter in others.items():
+        parameter.data.copy_(tensors[name])
+
+
+def adapter_settings(model: PreTrainedModel | PeftModel) -> dict[str, Any] | None:
+    """The adapter's configuration as JSON has it; None without one."""
+    config = peft_config_of(model)
+    return config and json.loads(json.dumps(config.to_dict(), default=sorted))
+
+
+def host_of(model: PreTrainedModel | PeftModel, space: Space, objective: Objective) -> Host:
+    """What an evaluator is told about a model."""
+    new_tokens = getattr(objective, "max_completion_length", 0)
+    repeats = getattr(objective, "repeatable", False) and not new_tokens
+    tuned = set(map(id, space.parameters.values()))
+    head = model.get_output_embeddings()
+    return Host(
+        replacements_of(model, space),
+        Fit(model, space.lane_numel, new_tokens),
+        Trunk(model, space.parameters.values()).reused if repeats else nullcontext,
+        head is not None and any(id(parameter) in tuned for parameter in head.parameters()),
+    )
+
+
+def replacements_of(
+    model: PreTrainedModel | PeftModel, space: Space
+) -> dict[str, Replacement] | NotInLanes:
+    """How the modules with tuned parameters work lane by lane, or why one of them cannot."""
+    try:
+        if isinstance(space, InPlaceSpace):
+            return space.replacements()
+        return find_replacements(model, space.parameters)
+    except NotInLanes as reason:
+        return reason

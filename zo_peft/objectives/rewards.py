@@ -1,0 +1,247 @@
+"""Rewards: what a model generates, judged by functions that need no gradient."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    EvalPrediction,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TopPLogitsWarper,
+)
+
+from zo_peft.core.batch import Batch, Prediction
+from zo_peft.core.noise import derive_seed
+from zo_peft.errors import UserError
+from zo_peft.objectives import metrics
+
+#: `reward(prompts, completions, **columns) -> list[float]`, as TRL's trainers take it: keyword
+#: arguments, each a list with a value per completion. With `columns` come all columns of the
+#: examples, and `completion_ids`.
+RewardFunction = Callable[..., Sequence[float]]
+
+#: The rewards that have a name of their own as `ZOConfig.objective`.
+METRICS: dict[str, RewardFunction] = {"f1": metrics.f1, "exact_match": metrics.exact_match}
+
+
+class CommonNoise(LogitsProcessor):
+    """Makes greedy decoding sample, with the same random numbers for every candidate.
+
+    The token with the largest `logits / temperature + Gumbel noise` is a sample of the softmax
+    (the Gumbel-max trick). Rows that stand for one example share their noise, so completions of two
+    candidates differ where the candidates do, and not where a sampler would.
+
+    Args:
+        seed: of the noise, together with the position of the token.
+        copies: how often each example is in the batch, one whole batch behind the other.
+        share: of which examples of how many this is (`Batch.share`); None: of all.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        copies: int,
+        temperature: float,
+        top_p: float,
+        share: tuple[int, int, int] | None = None,
+    ) -> None:
+        self.seed, self.copies, self.temperature = seed, copies, temperature
+        self.share = share
+        self.position = 0
+        self.top_p = TopPLogitsWarper(top_p) if top_p < 1 else None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [copies * B, V] with noise [B, V] on each copy."""
+        scores = scores.float() / self.temperature
+        if self.top_p is not None:
+            scores = self.top_p(input_ids, scores)
+        generator = torch.Generator(scores.device)
+        generator.manual_seed(derive_seed(self.seed, self.position))
+        self.position += 1
+        rows = len(scores) // self.copies
+        first, _, examples = self.share or (0, rows, rows)
+        shape = (examples, scores.shape[1])
+        exponential = torch.empty(shape, device=scores.device).exponential_(generator=generator)
+        return scores - exponential[first : first + rows].log_().repeat(self.copies, 1)
+
+
+class RewardObjective:
+    """Minus the weighted sum of rewards of generated completions.
+
+    `losses` samples at `temperature` (0: greedy decoding), with random numbers that depend on
+    `seed` and the example's place in the batch alone: all candidates of a step share them.
+    `predict` decodes greedily.
+
+    Batch: `labels` [B] (zeros), `input_ids`, `attention_mask` [B, L] (padded on the left),
+    `columns` (the example's columns, a dictionary each), and `copies`, where the batch is repeated.
+
+    Args:
+        reward_funcs: functions to maximise.
+        tokenizer: of the model.
+        reward_weights: of each function; default: 1.
+        max_completion_length: the most tokens of a completion.
+        temperature, top_p: of sampling.
+
+    Attributes:
+        seed: of the sampler; set by the trainer for each step.
+        metric_name: of the function that alone has a weight, else `reward` (their weighted sum).
+    """
+
+    repeatable = True
+
+    def __init__(
+        self,
+        reward_funcs: Sequence[RewardFunction],
+        tokenizer: PreTrainedTokenizerBase,
+        reward_weights: Sequence[float] | None = None,
+        max_completion_length: int = 64,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> None:
+        weights = [1.0] * len(reward_funcs) if reward_weights is None else reward_weights
+        if len(weights) != len(reward_funcs):
+            raise UserError(
+                f"reward_weights has {len(weights)} values for {len(reward_funcs)} reward "
+                "functions; give one for each"
+            )
+        self.reward_funcs, self.weights = reward_funcs, torch.tensor(weights)
+        self.tokenizer, self.max_completion_length = tokenizer, max_completion_length
+        self.temperature, self.top_p = temperature, top_p
+        self.seed = 0
+        self.names = [_name(function) for function in reward_funcs]
+        alone = [name for name, weight in zip(self.names, weights) if weight]
+        self.metric_name = alone[0] if len(alone) == 1 else "reward"
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Minus the weighted rewards, float32, shape [B]."""
+        return self._losses(self.rewards(model, batch, self._noise(batch)))
+
+    def predict(self, model: nn.Module, batch: Batch) -> Prediction:
+        """Losses [B]; each function's rewards [B, K]; zeros [B], for there is no reference."""
+        rewards = self.rewards(model, batch, [])
+        return self._losses(rewards), rewards, batch["labels"]
+
+    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The mean of each function's rewards, and of their weighted sum unless it is one."""
+        means = np.mean(prediction.predictions, axis=0)
+        by_name = {name: float(mean) for name, mean in zip(self.names, means)}
+        if self.metric_name == "reward":
+            by_name = {"reward": float(means @ self.weights.numpy()), **by_name}
+        return by_name
+
+    def drawn(self, model: nn.Module, batch: Batch) -> list[list[int]]:
+        """The token ids of a completion of each prompt, as `losses` draws them.
+
+        A completion that ended by itself has the token that ends it.
+        """
+        ends = _ends(model, self.tokenizer)
+        drawn = self._generate(model, batch, self._noise(batch))
+        return [
+            [*ids, ends[0]] if ends and len(ids) < self.max_completion_length else ids
+            for ids in drawn
+        ]
+
+    def rewards(self, model: nn.Module, batch: Batch, processors: list[LogitsProcessor]) -> Tensor:
+        """The rewards of generated completions, float32 [B, K].
+
+        Raises:
+            UserError: a function raises, or returns something else than a number per completion.
+        """
+        ids = self._generate(model, batch, processors)
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        names = {name: None for columns in batch["columns"] for name in columns}
+        columns = {name: [row.get(name) for row in batch["columns"]] for name in names}
+        prompts = columns.pop("prompt")
+        completions = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts)
+        ]
+        given = {"prompts": prompts, "completions": completions, **columns, "completion_ids": ids}
+        values = [self._called(function, given) for function in self.reward_funcs]
+        return torch.tensor(values, device=batch["input_ids"].device).T
+
+    def _noise(self, batch: Batch) -> list[LogitsProcessor]:
+        if not self.temperature:
+            return []
+        copies = batch.get("copies", 1)
+        return [CommonNoise(self.seed, copies, self.temperature, self.top_p, batch.get("share"))]
+
+    def _losses(self, rewards: Tensor) -> Tensor:
+        return -(rewards @ self.weights.to(rewards.device))
+
+    def _generate(
+        self, model: nn.Module, batch: Batch, processors: list[LogitsProcessor]
+    ) -> list[list[int]]:
+        """The token ids of each completion, up to the first that ends it."""
+        ends = _ends(model, self.tokenizer)
+        config = GenerationConfig(
+            max_new_tokens=self.max_completion_length,
+            do_sample=False,
+            eos_token_id=ends or None,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        generated = model.generate(  # type: ignore[operator]
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            generation_config=config,
+            logits_processor=LogitsProcessorList(processors),
+        )[:, batch["input_ids"].shape[1] :]
+        return [_until(row, ends) for row in generated.tolist()]
+
+    def _called(self, function: RewardFunction, given: dict[str, Any]) -> list[float]:
+        name, count = _name(function), len(given["completions"])
+        try:
+            values = [float(value) for value in function(**given)]
+        except Exception as error:
+            raise UserError(
+                f"reward function {name} failed: {type(error).__name__}: {error}; it is called "
+                f"with lists of {count} values for {', '.join(given)}, and returns {count} numbers"
+            ) from error
+        if len(values) != count:
+            raise UserError(
+                f"reward function {name} returned {len(values)} values for {count} completions; "
+                "return one number for each"
+            )
+        return values
+
+
+def load_function(name: str) -> RewardFunction:
+    """The function that `module:function` names; the working directory's modules are found too.
+
+    Raises:
+        UserError: there is none.
+    """
+    module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"reward function {name!r} cannot be loaded: {error}; give module:function, e.g. "
+            "rewards:brevity for `def brevity` in rewards.py"
+        ) from error
+
+
+def _name(function: RewardFunction) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion."""
+    own: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ends = own if own is not None else tokenizer.eos_token_id
+    return [ends] if isinstance(ends, int) else list(ends or ())
+
+
+def _until(ids: list[int], stops: Sequence[int]) -> list[int]:
+    end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+    return ids[:end]

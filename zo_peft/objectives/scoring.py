@@ -1,0 +1,207 @@
+"""Objectives: a model and a batch in, one loss for each example out.
+
+All losses are natural-log cross entropies in float32. For evaluation, accuracy is the share of
+predictions that equal their reference; references of -100 do not count.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from zo_peft.core.batch import IGNORE_INDEX, Batch, Objective, Prediction
+
+
+@contextmanager
+def _only_positions(model: nn.Module, rows: Tensor, positions: Tensor, length: int) -> Iterator:
+    """The LM head sees the hidden states at (row, position) alone.
+
+    Prompt tuning puts its virtual tokens in front, so positions count from the end of the inputs.
+    """
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+
+    def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        where = positions + hidden.shape[1] - length
+        return (hidden[rows.to(hidden.device), where.to(hidden.device)], *args[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def labelled_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Next-token logits at the N positions (`rows`, `positions`) of a batch: float32 [N, V]."""
+    rows, positions, length = batch["rows"], batch["positions"], batch["input_ids"].shape[1]
+    with _only_positions(model, rows, positions, length):
+        logits = model(**_inputs(model, batch), use_cache=False).logits
+    if logits.dim() == 3:  # a model that applies its head without calling the module
+        logits = logits[rows, positions + logits.shape[1] - length]
+    return logits.float()
+
+
+def _inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """What the model is called with; see `zo_peft.data.Collator` for the forms of a batch."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    if "segments" in batch:
+        dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        inputs["attention_mask"] = _segment_mask(batch["segments"], dtype)
+        inputs["position_ids"] = batch["position_ids"]
+    return inputs
+
+
+def _segment_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """The additive attention mask [B, 1, T, T] of prompts (segment 0) with options behind them.
+
+    Causal, and each option sees its prompt and itself alone.
+    """
+    to, start = segments[:, None, :, None], segments[:, None, None, :]
+    earlier = torch.ones(*segments.shape[1:] * 2, dtype=torch.bool, device=segments.device).tril()
+    seen = earlier & ((start == 0) | (start == to))
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+        ~seen, torch.finfo(dtype).min
+    )
+
+
+class CompletionObjective:
+    """Language modelling on the completion: mean negative log-likelihood of its tokens.
+
+    Batch: `labels` [B, L] (-100 outside the completion), the inputs [B, L], and where the N scored
+    tokens are predicted: `rows`, `positions`, `tokens` [N].
+    """
+
+    repeatable = True
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """One loss per example, float32, shape [B]."""
+        return self._means(labelled_logits(model, batch), batch)
+
+    def predict(self, model: nn.Module, batch: Batch) -> Prediction:
+        """Losses [B]; the likeliest next tokens and the true ones [B, L - 1], -100 elsewhere."""
+        logits = labelled_logits(model, batch)
+        labels = batch["labels"][:, 1:]
+        predictions = torch.full_like(labels, IGNORE_INDEX)
+        predictions[batch["rows"], batch["positions"]] = logits.argmax(dim=-1)
+        return self._means(logits, batch), predictions, labels
+
+    def _means(self, logits: Tensor, batch: Batch) -> Tensor:
+        nll = F.cross_entropy(logits, batch["tokens"], reduction="none")
+        return _mean_by(batch["rows"], nll, len(batch["labels"]))
+
+
+class SequenceObjective(CompletionObjective):
+    """As `CompletionObjective`, but the negative log-likelihood of the completion as a whole."""
+
+    def _means(self, logits: Tensor, batch: Batch) -> Tensor:
+        counts = torch.bincount(batch["rows"], minlength=len(batch["labels"]))
+        return super()._means(logits, batch) * counts
+
+
+class OptionObjective:
+    """Classification by the likelihood of label words (or longer options) after the prompt.
+
+    An option's score is the mean log-likelihood of its tokens; the loss is the cross entropy of the
+    scores over an example's options (MeZO, arXiv:2305.17333, appendix on training details).
+
+    Batch: `labels` [B] and the inputs. Where every option is one token: `rows`, `positions` (of the
+    last prompt token) [B] and `option_tokens` [B, K]. Else, where the N tokens of the options are
+    predicted: `rows`, `positions`, `tokens` and `token_options` [N] (the option of each token,
+    counted through [B, K]), and `is_option` [B, K] (False: the example has fewer). Where examples
+    have several right options, of which `labels` has the first: `is_right` [B, K].
+    """
+
+    repeatable = True
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """One loss per example, float32, shape [B]."""
+        return F.cross_entropy(self.scores(model, batch), batch["labels"], reduction="none")
+
+    def predict(self, model: nn.Module, batch: Batch) -> Prediction:
+        """Losses [B]; the index of the likeliest option (if right, `labels`), and `labels` [B]."""
+        scores = self.scores(model, batch)
+        labels = batch["labels"]
+        predictions = scores.argmax(dim=-1)
+        if "is_right" in batch:
+            right = batch["is_right"].gather(1, predictions[:, None])[:, 0]
+            predictions = torch.where(right, labels, predictions)
+        return F.cross_entropy(scores, labels, reduction="none"), predictions, labels
+
+    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Log-likelihoods up to a constant of the example, float32 [B, K]; -inf: no option."""
+        logits = labelled_logits(model, batch)
+        if "option_tokens" in batch:
+            return logits.gather(1, batch["option_tokens"])
+        is_option = batch["is_option"]
+        nll = F.cross_entropy(logits, batch["tokens"], reduction="none")
+        means = _mean_by(batch["token_options"], nll, is_option.numel()).view_as(is_option)
+        return (-means).masked_fill(~is_option, -torch.inf)
+
+
+class ClassificationObjective:
+    """The model's own head for sequence classification: cross entropy over its classes.
+
+    Batch: `input_ids`, `attention_mask` [B, L], `labels` [B].
+    """
+
+    repeatable = True
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """One loss per example, float32, shape [B]."""
+        return self.predict(model, batch)[0]
+
+    def predict(self, model: nn.Module, batch: Batch) -> Prediction:
+        """Losses [B]; the index of the likeliest class and of the right one [B]."""
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        losses = F.cross_entropy(logits.float(), batch["labels"], reduction="none")
+        return losses, logits.argmax(dim=-1), batch["labels"]
+
+
+class AccuracyObjective:
+    """The share of wrong predictions of another objective: 0 or 1, or in between for completions.
+
+    Args:
+        inner: its predictions and references are compared.
+    """
+
+    def __init__(self, inner: Objective) -> None:
+        self.predict = inner.predict
+        self.repeatable = getattr(inner, "repeatable", False)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The share of each example's predictions that are wrong, float32, shape [B]."""
+        _, predictions, references = self.predict(model, batch)
+        counted = (references != IGNORE_INDEX).view(len(references), -1)
+        wrong = (predictions != references).view_as(counted) & counted
+        return wrong.sum(dim=1) / counted.sum(dim=1)
+
+
+class BlackBoxObjective:
+    """A function of the adapter alone, such as what a server says that serves it; no data.
+
+    Args:
+        evaluate: the adapter's tensors, named as in `adapter_model.safetensors`, in; its loss out.
+    """
+
+    def __init__(self, evaluate: Callable[[dict[str, Tensor]], float]) -> None:
+        self.evaluate = evaluate
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The function's value, float32, shape [1]."""
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        value = self.evaluate({name: tensor.detach() for name, tensor in state.items()})
+        return torch.tensor([float(value)])
+
+    def predict(self, model: nn.Module, batch: Batch) -> Prediction:
+        """The loss; nothing is predicted."""
+        return self.losses(model, batch), batch["labels"], batch["labels"]
+
+
+def _mean_by(groups: Tensor, values: Tensor, count: int) -> Tensor:
+    """The mean of the values [N] of each group, float32 [count]; NaN for a group without any."""
+    member = groups == torch.arange(count, device=groups.device)[:, None]
+    return torch.where(member, values, 0.0).sum(dim=1) / member.sum(dim=1)

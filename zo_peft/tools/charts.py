@@ -1,0 +1,212 @@
+"""Charts of runs, several on one axis."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+from zo_peft.tools.history import Numbers, Run
+
+#: Okabe and Ito's colours, told apart with every kind of colour vision (their yellow is too light
+#: for a line); further runs have them dashed.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+DASHES = ("-", "--", ":", "-.")
+
+#: A trailing mean is over this share of a run's steps, and at most so many of them; of more points
+#: than `DRAWN` some are left out.
+SMOOTHED, WINDOW, DRAWN = 1 / 40, 1000, 2000
+
+#: From this ratio of the largest to the smallest value on, an axis is logarithmic.
+WIDE = 30.0
+
+#: The panels of `steps`: series, label, and whether it is measured, so that it has noise.
+PANELS = (
+    ("slope", "slope along the direction", True),
+    ("spread", "spread of the candidates' losses, over eps", True),
+    ("eps", "eps", False),
+    ("learning_rate", "learning rate, with its back-off", False),
+)
+
+#: Units of time: seconds in one, its name, and from how many seconds on it is used.
+UNITS = ((3600.0, "hours", 7200.0), (60.0, "minutes", 180.0), (1.0, "seconds", 0.0))
+
+FAULTS = (("skipped", "skipped updates"), ("non_finite", "dropped losses"))
+
+#: Of the legend: what the marks are.
+EACH_STEP = Line2D([], [], color="0.5", lw=0.8, alpha=0.6, label="each step")
+EVALUATION = Line2D([], [], color="0.5", ls="", marker="o", mec="white", label="evaluation")
+SKIPPED = Line2D([], [], color="black", ls="", marker="x", mew=1.5, label="skipped update")
+
+
+def draw(runs: Sequence[Run]) -> dict[str, Figure]:
+    """Figures by name, those that have something to show: loss, metric, steps, faults."""
+    figures = {"loss": losses(runs)}
+    if _known(runs, "metric", evaluated=True):
+        figures["metric"] = metrics(runs)
+    panels = [panel for panel in PANELS if _known(runs, panel[0])]
+    if panels:
+        figures["steps"] = steps(runs, panels)
+    if any(run.total(name) for run in runs for name, _ in FAULTS):
+        figures["faults"] = faults(runs)
+    return figures
+
+
+def losses(runs: Sequence[Run]) -> Figure:
+    """Training losses and their trailing mean, evaluations as dots; over passes and time."""
+    figure, across = _across(runs)
+    for axes, x, unit in across:
+        for run, style in zip(runs, styles(len(runs))):
+            found, skipped = run.evaluations, run.steps["skipped"] > 0
+            axes.plot(found[x] / unit, found["loss"], "o", mec="white", color=style["color"])
+            height = _filled(smooth(run.steps["loss"]))[skipped]
+            axes.plot(run.steps[x][skipped] / unit, height, "x", color="black", mew=1.5, zorder=4)
+        _measured(axes, runs, x, unit, "loss")
+        axes.set_ylabel("loss")
+    marks = [EACH_STEP]
+    marks += [EVALUATION] if _known(runs, "loss", evaluated=True) else []
+    marks += [SKIPPED] if any(run.total("skipped") for run in runs) else []
+    return _legend(figure, runs, marks)
+
+
+def metrics(runs: Sequence[Run]) -> Figure:
+    """The metric at each evaluation, over passes and time."""
+    figure, across = _across(runs)
+    named = {run.metric_name for run in runs}
+    for axes, x, unit in across:
+        for run, style in zip(runs, styles(len(runs))):
+            found = run.evaluations
+            axes.plot(found[x] / unit, found["metric"], marker="o", mec="white", **style)
+        axes.set_ylabel(plain(runs[0].metric_name) if len(named) == 1 else "metric")
+    return _legend(figure, runs)
+
+
+def steps(runs: Sequence[Run], panels: Sequence[tuple[str, str, bool]]) -> Figure:
+    """What each step measured, and eps and learning rate as they moved."""
+    figure, grid = _grid(len(panels))
+    for axes, (name, label, measured) in zip(grid, panels):
+        if measured:
+            _measured(axes, runs, "forward_passes", 1.0, name)
+        else:
+            for run, style in zip(runs, styles(len(runs))):
+                axes.step(run.steps["forward_passes"], run.steps[name], where="post", **style)
+            # Eps is chosen from a ladder of equal ratios.
+            _scale(axes, [run.steps[name] for run in runs], 1.0 if name == "eps" else WIDE)
+        axes.set(xlabel="forward passes", ylabel=label)
+    return _legend(figure, runs, [EACH_STEP] if any(panel[2] for panel in panels) else [])
+
+
+def faults(runs: Sequence[Run]) -> Figure:
+    """How many updates were skipped and losses dropped, so far."""
+    figure, grid = _grid(len(FAULTS))
+    for axes, (name, label) in zip(grid, FAULTS):
+        for run, style in zip(runs, styles(len(runs))):
+            total = np.nancumsum(run.steps[name])
+            axes.step(run.steps["forward_passes"], total, where="post", **style)
+        axes.set(xlabel="forward passes", ylabel=f"{label}, so far", ylim=(0, None))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return _legend(figure, runs)
+
+
+def smooth(values: Numbers) -> Numbers:
+    """The mean of each value and those before it, within a window; NaN values do not count."""
+    window = np.ones(min(WINDOW, max(1, round(SMOOTHED * len(values)))))
+    finite = np.isfinite(values)
+    sums, counts = (
+        np.convolve(column, window)[: len(values)]
+        for column in (np.where(finite, values, 0.0), finite.astype(float))
+    )
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+
+
+def _filled(values: Numbers) -> Numbers:
+    """Values that are not known, on straight lines between those that are."""
+    places, known = np.arange(len(values)), np.isfinite(values)
+    return np.interp(places, places[known], values[known]) if known.any() else values
+
+
+def styles(count: int) -> list[dict[str, Any]]:
+    """Colours and dashes of so many runs."""
+    colours = len(COLOURS)
+    return [
+        {"color": COLOURS[i % colours], "ls": DASHES[i // colours % len(DASHES)], "lw": 1.8}
+        for i in range(count)
+    ]
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib shows as it is: `$` starts no formula, `_` does not hide a label.
+
+    Half a surrogate pair, of which it can make nothing, becomes `?`.
+    """
+    shown = " ".join(text.split()).replace("$", r"\$").encode(errors="replace").decode()
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def _known(runs: Sequence[Run], name: str, evaluated: bool = False) -> bool:
+    found = (run.evaluations if evaluated else run.steps for run in runs)
+    return any(np.isfinite(columns[name]).any() for columns in found)
+
+
+def _grid(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, two in a row."""
+    rows = -(-count // 2)
+    figure = Figure(figsize=(11, 0.7 + 3.5 * rows), layout="constrained")
+    grid = [figure.add_subplot(rows, min(2, count), index + 1) for index in range(count)]
+    for axes in grid:
+        axes.grid(color="0.92")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    return figure, grid
+
+
+def _across(runs: Sequence[Run]) -> tuple[Figure, list[tuple[Axes, str, float]]]:
+    """A panel over forward passes and, where times are known, one over time: with its unit."""
+    known = [run.steps["seconds"] for run in runs if np.isfinite(run.steps["seconds"]).any()]
+    longest = max((np.nanmax(seconds) for seconds in known), default=0.0)
+    unit, name = next(unit for unit in UNITS if longest >= unit[2])[:2]
+    panels = [("forward_passes", 1.0, "forward passes")]
+    panels += [("seconds", unit, f"time of training, {name}")] if known else []
+    figure, grid = _grid(len(panels))
+    for axes, (_, _, label) in zip(grid, panels):
+        axes.set_xlabel(label)
+    return figure, [(axes, x, unit) for axes, (x, unit, _) in zip(grid, panels)]
+
+
+def _measured(axes: Axes, runs: Sequence[Run], x: str, unit: float, name: str) -> None:
+    """A series with noise: its trailing mean, which sets the scale, before its raw values."""
+    means = [smooth(run.steps[name]) for run in runs]
+    for run, mean, style in zip(runs, means, styles(len(runs))):
+        every = slice(None, None, 1 + len(mean) // DRAWN)
+        axes.plot(run.steps[x][every] / unit, mean[every], zorder=3, **style)
+    _scale(axes, means)
+    axes.margins(y=0.2)
+    low, high = axes.get_ylim()
+    positive = all((mean[np.isfinite(mean)] >= 0).all() for mean in means)
+    axes.set_ylim(max(low, 0.0) if positive else low, high)
+    for run, style in zip(runs, styles(len(runs))):
+        every = slice(None, None, 1 + len(run.steps[name]) // DRAWN)
+        raw = run.steps[x][every] / unit, run.steps[name][every]
+        axes.plot(*raw, color=style["color"], lw=0.8, alpha=0.3, zorder=1)
+
+
+def _scale(axes: Axes, series: Sequence[Numbers], wide: float = WIDE) -> None:
+    """A logarithmic axis where values are that far apart, their extremes aside."""
+    known = [values[np.isfinite(values)] for values in series]
+    ends = [np.percentile(values, (5, 95)) for values in known if len(values)]
+    low, high = min((end[0] for end in ends), default=0.0), max((end[1] for end in ends), default=0)
+    if 0 < wide * low < high:
+        axes.set_yscale("log")
+
+
+def _legend(figure: Figure, runs: Sequence[Run], marks: Sequence[Line2D] = ()) -> Figure:
+    lines = [
+        Line2D([], [], label=plain(run.name), **style)
+        for run, style in zip(runs, styles(len(runs)))
+    ]
+    figure.legend(handles=[*lines, *marks], loc="outside lower center", ncols=6, frameon=False)
+    return figure

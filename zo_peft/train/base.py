@@ -1,0 +1,411 @@
+"""What forward-only tuning and its gradient baseline share: model, data, evaluation, saving."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from datasets import Dataset
+from huggingface_hub import HfApi
+from peft import PeftConfig, PeftModel, PeftType, TaskType
+from torch import Tensor, nn
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import HubStrategy, has_length
+from transformers.utils import PushInProgress
+
+from zo_peft.core.batch import IGNORE_INDEX, Batch, Objective
+from zo_peft.data import Collator, Tokenization, collator_for, tokenize_dataset
+from zo_peft.data.sampler import EpochSampler
+from zo_peft.errors import UserError
+from zo_peft.models.adapters import (
+    add_adapter,
+    classifies,
+    context_length,
+    prepare,
+    start_prefix_from_tokens,
+)
+from zo_peft.models.loading import check_quantization, load_base, load_tokenizer
+from zo_peft.models.memory import peak_memory_bytes
+from zo_peft.objectives import rewards
+from zo_peft.objectives.scoring import (
+    AccuracyObjective,
+    BlackBoxObjective,
+    ClassificationObjective,
+    CompletionObjective,
+    OptionObjective,
+)
+from zo_peft.tools.push import METRICS_NAME, create_repository, upload, write_json
+from zo_peft.train.card import write_model_card
+from zo_peft.train.config import ZOConfig, run_settings
+from zo_peft.train.progress import Clock, Progress
+
+#: The columns that `tokenize_dataset` makes, all of which the collator needs.
+FEATURES = ["input_ids", "labels", "prompt_ids", "option_ids", "label", "also_right"]
+FEATURES += ["columns", "length"]
+
+
+class BaseTrainer(Trainer):
+    """A `transformers.Trainer` that loads a model, adds an adapter and reads examples by itself.
+
+    Args:
+        model: name (Hub id or folder), `PreTrainedModel`, or `PeftModel` whose adapter is tuned.
+        args: settings; default `ZOConfig("<model>-zo")`.
+        train_dataset, eval_dataset: examples in one of the forms of `zo_peft.data`.
+        processing_class: the tokenizer; default: the model's own.
+        peft_config: the new adapter; None exactly when `model` is a `PeftModel`, or when the base
+            itself is tuned (`args.tune`).
+        objective: what is minimised; default: `args.objective`, or by the model's class and the
+            data set's columns.
+        reward_funcs: functions of generated completions, in the form of TRL's
+            (`zo_peft.objectives.rewards.RewardObjective`), to maximise instead.
+        eval_objective: what evaluation reports; default: `objective`, or by the columns of
+            `eval_dataset`.
+        data_collator, compute_metrics, callbacks: as in `Trainer`. The default metrics are those
+            of the objective: `accuracy` of options, classes or completion tokens, or rewards.
+
+    Attributes:
+        metric_name: the first of the default metrics.
+
+    Raises:
+        UserError: settings, data and model do not go together.
+    """
+
+    args: ZOConfig
+    #: Whether it trains, for which something must be tuned; else it evaluates.
+    trains: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: ZOConfig | None = None,
+        data_collator: Callable[..., Batch] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        peft_config: PeftConfig | None = None,
+        objective: Objective | None = None,
+        reward_funcs: Sequence[rewards.RewardFunction] = (),
+        eval_objective: Objective | None = None,
+    ) -> None:
+        name = model if isinstance(model, str) else model.config.name_or_path
+        args = args or ZOConfig(f"{Path(name).name}-zo")
+        if self.trains:
+            _check_tuned(args, model, peft_config)
+        if (objective is not None) + bool(reward_funcs) + (args.objective is not None) > 1:
+            raise UserError("give one of: an objective, reward_funcs, ZOConfig.objective")
+        if args.device.type == "cpu":
+            args.dataloader_pin_memory = False
+        tokenizer = processing_class or load_tokenizer(name)
+        # Trainer seeds too late for this: a new adapter's values are part of the run.
+        set_seed(args.seed)
+        if isinstance(model, str):
+            model = _load_base(model, args, peft_config, train_dataset)
+        self.prepare_base(model, args)
+        if peft_config is not None:
+            model = add_adapter(model, peft_config)
+        prepare(model, tokenizer)
+        generates = bool(reward_funcs) or args.objective in rewards.METRICS
+        self.tokenization = tokenization = _tokenization(model, tokenizer, args, generates)
+        if isinstance(objective, BlackBoxObjective) and train_dataset is None:
+            train_dataset = Dataset.from_list([{"input_ids": [0], "labels": 0}])
+            train, evaluation = train_dataset, None
+        else:
+            train, evaluation = map(self.features, (train_dataset, eval_dataset))
+
+        def chosen(features: Any) -> Objective:
+            return objective or _objective(tokenization, features, args, reward_funcs)
+
+        self.eval_objective = eval_objective or chosen(evaluation or train)
+        self.objective = chosen(train or evaluation)
+        objectives = (self.objective, self.eval_objective)
+        if args.objective == "accuracy":
+            self.objective = AccuracyObjective(self.objective)
+        with _not_quantized(model):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator or Collator(tokenizer.pad_token_id),
+                train_dataset=train,
+                eval_dataset=evaluation,
+                processing_class=tokenizer,
+                compute_metrics=compute_metrics or _metrics(self.eval_objective),
+                callbacks=callbacks,
+            )
+        self.clock = Clock()
+        self.add_callback(self.clock)
+        if self.trains and self.pop_callback(ProgressCallback):
+            self.add_callback(Progress(lambda: self.forward_passes, self.metric_name))
+        self._signature_columns = FEATURES
+        if data_collator is None:
+            model.eval()
+            self.data_collator = collator_for(model, tokenizer.pad_token_id, *objectives)
+        if peft_config is not None and peft_config.peft_type == PeftType.PREFIX_TUNING and train:
+            self._start_prefix(train)
+        self.summary: dict[str, Any] = {}
+        self.ready()
+
+    @property
+    def metric_name(self) -> str:
+        """The metric that the evaluation objective puts first."""
+        return getattr(self.eval_objective, "metric_name", "accuracy")
+
+    def features(self, dataset: Any) -> Any:
+        """A data set of examples (or several by name, or None) as this trainer's models take it."""
+        if isinstance(dataset, dict):
+            return {name: self.features(part) for name, part in dataset.items()}
+        return None if dataset is None else tokenize_dataset(dataset, self.tokenization)
+
+    def prepare_base(self, model: PreTrainedModel | PeftModel, args: ZOConfig) -> None:
+        """For a subclass: what is done to the base before it gets an adapter."""
+
+    def ready(self) -> None:
+        """For a subclass: model, data and objectives are there."""
+
+    def _start_prefix(self, train: Any) -> None:
+        config = self.model.active_peft_config
+        if config.prefix_projection:
+            return
+        first = next(iter(train))
+        pool = torch.tensor(first.get("prompt_ids") or first["input_ids"])
+        choice = torch.randint(len(pool), (config.num_virtual_tokens,))
+        start_prefix_from_tokens(self.model, pool[choice])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in Trainer; logs of a training run also say its seconds so far."""
+        if self.clock.began is not None:
+            logs["seconds"] = round(time.monotonic() - self.clock.began, 3)
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            steps = self.args.gradient_accumulation_steps
+            sampler.batch_size = self._train_batch_size * steps
+            return EpochSampler(sampler, self.args.data_seed or self.args.seed)
+        return sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        """In order, also where training groups by length: predictions come back row by row."""
+        return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
+
+    def _prepare_inputs(self, inputs: Any) -> Batch:
+        """As in Trainer; also of a collator that knows no `Batch`."""
+        return Batch(super()._prepare_inputs(inputs))
+
+    @torch.no_grad()
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The objective's mean loss, predictions and references of a batch."""
+        losses, predictions, references = self.eval_objective.predict(
+            model, self._prepare_inputs(inputs)
+        )
+        if prediction_loss_only:
+            return losses.mean(), None, None
+        return losses.mean(), predictions, references
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = output_dir or self.args.output_dir
+        os.makedirs(folder, exist_ok=True)
+        if isinstance(self.model, PeftModel):
+            # The base is never written, so its embeddings never need saving either.
+            self.model.save_pretrained(folder, save_embedding_layers=False)
+        else:
+            self.model.save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
+        write_model_card(folder, self.model, self.args.tune, self.summary or self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """What the trainer itself knows of what `zo_metrics.json` says."""
+        logs = {name: value for log in self.state.log_history for name, value in log.items()}
+        return {
+            "strategy": self.args.strategy,
+            "steps": self.state.global_step,
+            "forward_passes": self.forward_passes,
+            "examples_forwarded": self.examples_forwarded,
+            "wall_seconds": logs.get("train_runtime"),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "metric_name": self.metric_name,
+            "metric_before": None,
+            "metric_after": logs.get(f"eval_{self.metric_name}"),
+            "eval_loss_before": None,
+            "eval_loss_after": logs.get("eval_loss"),
+            "tuned_parameters": self.tuned_numel,
+            "settings": {
+                name: value
+                for name, value in run_settings(self.args).items()
+                if value is not None and value is not False
+            },
+        }
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository `hub_model_id`, unless there is one.
+
+        Raises:
+            UserError: the Hub refuses.
+        """
+        if not self.is_world_process_zero():
+            return
+        args = self.args
+        name = args.hub_model_id or Path(args.output_dir).resolve().name
+        private = args.hub_private_repo if private is None else private
+        self.hub_model_id = create_repository(name, private, token or args.hub_token)
+        self.push_in_progress: PushInProgress | None = None
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> Any:
+        """As in Trainer, but of the output folder only what `zo_peft.tools.push` lets go up.
+
+        Returns:
+            The commit; without `blocking`, its future; None on other ranks than the first.
+
+        Raises:
+            UserError: the Hub refuses, or a file holds a secret or a path.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        if not self.is_world_process_zero():
+            return None
+        # What is on its way is read from the folder.
+        self._finish_current_push()
+        self._save()
+        folder = Path(self.args.output_dir)
+        write_json(folder / METRICS_NAME, self.summary or self.facts())
+        revision, token = revision or self.args.hub_revision, token or self.args.hub_token
+        given = (folder, self.hub_model_id, commit_message, revision, token)
+        return upload(*given) if blocking else HfApi().run_as_future(upload, *given)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        under_way = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if under_way and not self.args.hub_always_push:
+            return
+        message = f"Training in progress, step {self.state.global_step}"
+        push = self.push_to_hub(message, blocking=False)
+        self.push_in_progress = None if push is None else PushInProgress([push])
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card of `zo_peft.train.card`, written with every save as well."""
+        if not self.args.should_save:
+            return
+        facts = self.summary or self.facts()
+        write_model_card(self.args.output_dir, self.model, self.args.tune, facts)
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of predictions that equal their reference, where there is one."""
+    counted = prediction.label_ids != IGNORE_INDEX
+    right = (prediction.predictions == prediction.label_ids)[counted]
+    return {"accuracy": float(np.mean(right))}
+
+
+def _metrics(objective: Objective) -> Callable[[EvalPrediction], dict[str, float]]:
+    return getattr(objective, "metrics", accuracy)
+
+
+def _check_tuned(
+    args: ZOConfig, model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None
+) -> None:
+    if args.tune != "adapter" and (peft_config or isinstance(model, PeftModel)):
+        raise UserError(
+            f"tune={args.tune!r} tunes the base itself: give no adapter, no peft_config"
+        )
+    if args.tune == "adapter" and (peft_config is None) != isinstance(model, PeftModel):
+        raise UserError("give a peft_config for a new adapter or a PeftModel: one of the two")
+
+
+@contextlib.contextmanager
+def _not_quantized(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Within the context Trainer takes a quantized base, which backward passes could not train."""
+    quantized = getattr(model, "is_quantized", False) and not isinstance(model, PeftModel)
+    try:
+        if quantized:
+            model.is_quantized = False
+        yield
+    finally:
+        if quantized:
+            model.is_quantized = True
+
+
+def _load_base(
+    name: str, args: ZOConfig, peft_config: PeftConfig | None, train_dataset: Any
+) -> PreTrainedModel:
+    num_labels = None
+    if peft_config is not None and peft_config.task_type == TaskType.SEQ_CLS:
+        num_labels = 1 + max((row["label"] for row in train_dataset or ()), default=1)
+    kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    check_quantization(name, args.tune, kwargs.get("quantization_config"))
+    return load_base(name, num_labels, **kwargs)
+
+
+def _tokenization(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: ZOConfig,
+    generates: bool,
+) -> Tokenization:
+    return Tokenization(
+        tokenizer,
+        context_length(model, tokenizer),
+        args.max_length,
+        model.config.num_labels if classifies(model) else None,
+        generates,
+        args.max_completion_length,
+    )
+
+
+def _objective(
+    tokenization: Tokenization,
+    features: Any,
+    args: ZOConfig,
+    reward_funcs: Sequence[rewards.RewardFunction],
+) -> Objective:
+    """The objective that the features call for."""
+    if tokenization.num_labels is not None:
+        return ClassificationObjective()
+    if isinstance(features, dict):
+        features = next(iter(features.values()))
+    first = next(iter(features)) if features is not None else {}
+    if "columns" in first:
+        if args.objective == "accuracy":
+            raise UserError("objective='accuracy' needs options or completions; use 'exact_match'")
+        named = (args.objective,) if args.objective in rewards.METRICS else tuple(rewards.METRICS)
+        return rewards.RewardObjective(
+            reward_funcs or [rewards.METRICS[name] for name in named],
+            tokenization.tokenizer,
+            args.reward_weights if reward_funcs else [1.0, 0.0][: len(named)],
+            args.max_completion_length,
+            args.temperature,
+            args.top_p,
+        )
+    return OptionObjective() if "option_ids" in first else CompletionObjective()

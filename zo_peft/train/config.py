@@ -1,0 +1,467 @@
+"""`ZOConfig`: transformers' TrainingArguments plus the fields of forward-only tuning."""
+
+import math
+import os
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from transformers import TrainingArguments
+
+from zo_peft.core import eps
+from zo_peft.core.low_rank import STRUCTURES, Structure
+from zo_peft.core.noise import Distribution
+from zo_peft.core.ranks import Parallel
+from zo_peft.core.strategies import STRATEGIES, Options, Probe, Weighting
+from zo_peft.core.updates import RULES
+from zo_peft.errors import UserError
+
+#: The strategies that back-propagate, as baselines (`zo_peft.GradientTrainer`).
+GRADIENT = ("adam", "sgd")
+#: Forward passes that they count for a micro-batch: a backward pass takes about as long as two.
+GRADIENT_PASSES = 3
+Preset = Literal["paper-gv", "paper-greedy", "mezo", "subzero", "lozo"]
+Tune = Literal["adapter", "scales", "weights"]
+ObjectiveName = Literal["accuracy", "f1", "exact_match"]
+
+#: What the published algorithms have in common.
+PUBLISHED: dict[str, Any] = {
+    "noise": "gaussian",
+    "per_example_noise": False,
+    "update_rule": "sgd",
+    "lr_scheduler_type": "constant",
+    "train_sampling_strategy": "random",
+}
+
+#: What each preset fixes: the algorithms exactly as published (arXiv:2601.04710, arXiv:2305.17333).
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper-gv": {
+        "strategy": "gv",
+        "elite_fraction": 0.5,
+        "weighting": "split",
+        "probe": "central",
+        "carry_best": False,
+        **PUBLISHED,
+    },
+    "paper-greedy": {"strategy": "greedy", "probe": "central", "carry_best": False, **PUBLISHED},
+    "mezo": {"strategy": "mezo", **PUBLISHED},
+    "subzero": {"strategy": "mezo", "low_rank_noise": "subzero", **PUBLISHED},
+    "lozo": {"strategy": "mezo", "low_rank_noise": "lozo", **PUBLISHED},
+}
+
+#: Rank of each kind of low-rank noise, unless given.
+RANKS: dict[Structure, int] = {"eggroll": 1, "subzero": 24, "lozo": 2}
+
+#: TrainingArguments that act through gradients, or cast the model, and why each is refused.
+REFUSED = {
+    "fp16": "autocast is for backward passes; load the model with dtype='float16' instead",
+    "bf16": "autocast is for backward passes; load the model with dtype='bfloat16' instead",
+    "fp16_full_eval": "the dtype belongs to the model; load it with dtype='float16' instead",
+    "bf16_full_eval": "the dtype belongs to the model; load it with dtype='bfloat16' instead",
+    "gradient_checkpointing": "without a backward pass no activation is kept",
+    "activation_checkpointing": "without a backward pass no activation is kept",
+    "neftune_noise_alpha": "it acts in training mode; candidates are compared in eval mode",
+    "label_smoothing_factor": "the losses of zo_peft are plain cross entropies",
+    "deepspeed": "there are no gradients or optimizer states to shard",
+    "fsdp": "there are no gradients or optimizer states to shard; use device_map",
+    "auto_find_batch_size": "lower per_device_train_batch_size, raise gradient_accumulation_steps",
+    "optim": "choose an update_rule instead",
+}
+
+
+@dataclass
+class ZOConfig(TrainingArguments):
+    """Arguments of a `ZOTrainer`: those of `transformers.TrainingArguments`, and these.
+
+    Raises:
+        UserError: values that make no sense together; nothing has been loaded or written by then.
+    """
+
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Step size, as the update rule defines it. Default: from the losses, so that "
+            "all steps of the run, were they random, would move an example's loss by a fraction of "
+            "a nat; for sgd and momentum, which have no natural scale, by adapter type."
+        },
+    )
+    preset: Preset | None = field(
+        default=None,
+        metadata={
+            "help": "A published algorithm, exactly: paper-gv, paper-greedy, mezo, subzero or lozo."
+        },
+    )
+    tune: Tune = field(
+        default="adapter",
+        metadata={
+            "help": "What is tuned: a PEFT adapter; the scales of an int8 or NF4 base; or the "
+            "weights of a base that is int8 or not quantized."
+        },
+    )
+    tune_unquantized: bool = field(
+        default=False,
+        metadata={
+            "help": "With tune=scales or weights on a quantized base: also the tensors that are "
+            "not quantized (embeddings, norms, biases, head)."
+        },
+    )
+    strategy: str = field(
+        default="gv",
+        metadata={
+            "help": f"How a direction is found: {', '.join(STRATEGIES)}; adam and sgd are baselines "
+            "that back-propagate."
+        },
+    )
+    num_candidates: int | None = field(
+        default=None,
+        metadata={
+            "help": "Candidates a step (M in the paper); for n-spsa, directions a step. Default: 4 "
+            "where each example has its own noise and a batch at least 4 examples, else 8."
+        },
+    )
+    per_example_noise: bool = field(
+        default=True,
+        metadata={
+            "help": "Each example of a batch has candidates of its own, so that a forward tries as "
+            "many perturbations as the batch has examples. Where a model cannot work so, all "
+            "examples share their candidates."
+        },
+    )
+    update_rule: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the estimate moves what is tuned: sgd, momentum, normalized (momentum, "
+            "each tensor's step at unit length), spectral (the same, orthogonalized), adam or fzoo "
+            "(steps of like length, no memory). Default: normalized; fzoo for tune=weights."
+        },
+    )
+    momentum: float = field(
+        default=0.9, metadata={"help": "Of all update rules but sgd and fzoo; in [0, 1)."}
+    )
+    objective: ObjectiveName | None = field(
+        default=None,
+        metadata={
+            "help": "A goal without a gradient: accuracy, or f1 or exact_match (as SQuAD's) of "
+            "generated completions. Default: cross entropy."
+        },
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of the reward functions. Default: 1 each."}
+    )
+    max_completion_length: int = field(
+        default=64, metadata={"help": "The most tokens of a generated completion."}
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "At which completions are sampled in training, with random numbers that all "
+            "candidates of a step share; 0: greedy, as in evaluation."
+        },
+    )
+    top_p: float = field(
+        default=1.0, metadata={"help": "Sample from the likeliest tokens of this probability."}
+    )
+    elite_fraction: float = field(
+        default=0.5,
+        metadata={"help": "gv with weighting=split: share of the low-loss candidates (alpha)."},
+    )
+    weighting: Weighting = field(
+        default="loss",
+        metadata={
+            "help": "gv: 'split' (mean of the low-loss minus mean of the high-loss candidates, as "
+            "published) or 'loss' (each candidate by the mean loss minus its own).",
+        },
+    )
+    probe: Probe = field(
+        default="reuse",
+        metadata={
+            "help": "greedy, gv: 'central' (two more forward passes along the direction, as "
+            "published) or 'reuse' (the slope from losses that are already known).",
+        },
+    )
+    carry_best: bool = field(
+        default=False,
+        metadata={"help": "greedy, gv: evaluate the last step's best candidate again."},
+    )
+    candidates_per_forward: int | None = field(
+        default=None,
+        metadata={
+            "help": "The most candidates in one forward. Default: as many as keep the peak memory "
+            "within 1.05 of plain inference on the same batch, from shapes."
+        },
+    )
+    parallel: Parallel = field(
+        default="data",
+        metadata={
+            "help": "With several processes, what each evaluates: data (all candidates on its own "
+            "part of the batch, per_device_train_batch_size examples) or candidates (its own "
+            "candidates on the same batch)."
+        },
+    )
+    zo_eps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Scale of the perturbations (epsilon). Default: the largest for which losses "
+            "are near a line and above rounding, measured at the start and as training goes on."
+        },
+    )
+    noise: Distribution = field(
+        default="rademacher",
+        metadata={
+            "help": "Distribution of the candidates: gaussian, or rademacher (signs; cheaper).",
+        },
+    )
+    noise_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of the noise of matrices; 0: full noise. Default: full, and for "
+            "tune=weights 1 (24 for subzero, 2 for lozo)."
+        },
+    )
+    low_rank_noise: Structure | None = field(
+        default=None,
+        metadata={
+            "help": "Kind of low-rank noise: eggroll (two factors for each seed), subzero or lozo "
+            "(a basis that is kept for 1000 or 100 steps)."
+        },
+    )
+    warmup_steps: float = field(
+        default=0.02,
+        metadata={"help": "As in transformers: steps, or below 1 their share of the run."},
+    )
+    tunable: str | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expression, searched in parameter names: tune only these of the "
+            "adapter's parameters, e.g. 'lora_B'. Default: all that PEFT made trainable."
+        },
+    )
+    max_forward_passes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after this many forward passes (one: one candidate through one "
+            "micro-batch). With max_steps, the smaller budget counts."
+        },
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cut prompts from the left to fit this many tokens. Default: prompts that do "
+            "not fit the model's context are an error."
+        },
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments for from_pretrained when the model is a name."},
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={"help": "As in transformers; examples of like length share a batch by default."},
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every so many steps (below 1: a share of the run)."}
+    )
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+    ]
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _apply_preset(self)
+        _choose_noise(self)
+        if self.update_rule is None:
+            self.update_rule = "fzoo" if self.tune == "weights" else "normalized"
+        _check(self)
+        if self.num_candidates is None:
+            own = self.per_example_noise and self._examples >= 4
+            self.num_candidates = 4 if own else 8
+        _check_candidates(self)
+        if self.max_forward_passes is not None:
+            self._limit_steps(self.max_forward_passes)
+        if _processes() > 1 and not torch.accelerator.is_available():
+            # Else accelerate takes them for unrelated ones, and all would write the same files.
+            self.use_cpu = True
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, ArithmeticError, OSError, ImportError) as error:
+            raise UserError(f"transformers refuses the settings: {error}") from error
+        if isinstance(self.model_init_kwargs, str):
+            raise UserError(f"model_init_kwargs={self.model_init_kwargs!r}; give a JSON object")
+
+    @property
+    def strategy_options(self) -> Options:
+        """What the strategy depends on beside seeds and eps."""
+        values = {f.name: getattr(self, f.name) for f in fields(Options)}
+        return Options(**values)
+
+    @property
+    def forward_passes_per_step(self) -> int:
+        """Forward passes of one step (candidates and probes, times micro-batches).
+
+        A step with gradients counts three for a micro-batch, for a backward pass counts as two.
+        """
+        passes = GRADIENT_PASSES
+        if self.strategy not in GRADIENT:
+            passes = sum(STRATEGIES[self.strategy].asks(self.strategy_options))
+        return passes * self.gradient_accumulation_steps
+
+    @property
+    def _examples(self) -> int:
+        """Of a micro-batch, all processes together."""
+        return self.per_device_train_batch_size * (_processes() if self.parallel == "data" else 1)
+
+    def _limit_steps(self, budget: int) -> None:
+        per_step = self.forward_passes_per_step
+        chooses = self.zo_eps is None and self.strategy not in GRADIENT
+        parts = self._examples if self.per_example_noise else 1
+        steps = budget // per_step
+        if chooses:
+            passes = eps.forward_passes(parts, steps) * self.gradient_accumulation_steps
+            steps = (budget - passes) // per_step
+        if steps < 1:
+            raise UserError(
+                f"max_forward_passes={budget} is less than one step of {self.strategy}, which "
+                f"takes {per_step}{', and the choice of zo_eps' if chooses else ''}; raise it"
+                f"{', give zo_eps' if chooses else ''} or lower num_candidates"
+            )
+        self.max_steps: int = min(steps, self.max_steps) if self.max_steps > 0 else steps
+
+
+#: Arguments of transformers that belong to a run's settings, beside those of zo_peft.
+RUN_FIELDS = {
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "seed",
+    "weight_decay",
+}
+#: What may hold anything, paths and secrets too, and so is told to nobody.
+UNTOLD = {"model_init_kwargs"}
+
+
+def run_settings(config: ZOConfig) -> dict[str, Any]:
+    """What of a configuration decides about a run's result, by name, as given or chosen."""
+    told = (RUN_FIELDS | ZOConfig.__annotations__.keys()) - UNTOLD
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name in told}
+
+
+def _processes() -> int:
+    """How many torchrun or accelerate have started; the process group is not there yet."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "preset": (None, *get_args(Preset)),
+    "strategy": (*STRATEGIES, *GRADIENT),
+    "weighting": get_args(Weighting),
+    "probe": get_args(Probe),
+    "noise": get_args(Distribution),
+    "update_rule": (None, *RULES),
+    "tune": get_args(Tune),
+    "low_rank_noise": (None, *STRUCTURES),
+    "objective": (None, *get_args(ObjectiveName)),
+    "parallel": get_args(Parallel),
+}
+
+
+def _check_choices(config: ZOConfig) -> None:
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            known = ", ".join(filter(None, choices))
+            raise UserError(f"{name}={getattr(config, name)!r} is not known; use one of {known}")
+
+
+def _apply_preset(config: ZOConfig) -> None:
+    if config.preset is None:
+        return
+    defaults = {f.name: f.default for f in fields(config)}
+    for name, value in PRESETS[config.preset].items():
+        given = getattr(config, name)
+        if given not in (value, defaults[name]):
+            raise UserError(
+                f"preset={config.preset!r} fixes {name}={value!r}, but {given!r} was given"
+            )
+        setattr(config, name, value)
+
+
+def _choose_noise(config: ZOConfig) -> None:
+    """Full noise, unless low-rank noise is asked for or weights are tuned in our own way."""
+    if config.noise_rank is None:
+        full = config.tune != "weights" or config.preset is not None
+        if config.low_rank_noise is None and full:
+            config.noise_rank = 0
+        else:
+            config.noise_rank = RANKS[config.low_rank_noise or "eggroll"]
+    if config.noise_rank < 0:
+        raise UserError(f"noise_rank={config.noise_rank}; it must be 1 or more, or 0 (full noise)")
+    if config.noise_rank == 0 and config.low_rank_noise is not None:
+        raise UserError(f"low_rank_noise={config.low_rank_noise!r} needs a noise_rank of 1 or more")
+    if config.noise_rank and config.low_rank_noise is None:
+        config.low_rank_noise = "eggroll"
+
+
+def _check(config: ZOConfig) -> None:
+    """Refuse single values and combinations that make no sense."""
+    for name, default in ((f.name, f.default) for f in fields(config) if f.name in REFUSED):
+        if getattr(config, name) not in (None, False, default):
+            raise UserError(f"{name} is not for forward-only tuning: {REFUSED[name]}")
+    for name in (
+        "zo_eps",
+        "learning_rate",
+        "max_forward_passes",
+        "max_length",
+        "candidates_per_forward",
+        "max_completion_length",
+        "gradient_accumulation_steps",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+    ):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name}={value}; it must be positive and finite")
+    if not 0 <= config.seed < 1 << 32:
+        raise UserError(f"seed={config.seed}; it must be at least 0 and below 2^32")
+    if not 0 <= config.momentum < 1:
+        raise UserError(f"momentum={config.momentum}; it must be at least 0 and below 1")
+    if not 0 <= config.temperature < math.inf:
+        raise UserError(f"temperature={config.temperature}; it must be 0 or more")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"top_p={config.top_p}; it must be above 0 and at most 1")
+    if config.tune_unquantized and config.tune == "adapter":
+        raise UserError("tune_unquantized=True has no meaning for tune='adapter'")
+    if config.load_best_model_at_end and config.save_only_model:
+        raise UserError("load_best_model_at_end needs whole checkpoints; drop save_only_model")
+
+
+def _check_candidates(config: ZOConfig) -> None:
+    selects = config.strategy in STRATEGIES and STRATEGIES[config.strategy].selects
+    assert config.num_candidates is not None
+    if config.num_candidates < (2 if selects else 1):
+        raise UserError(
+            f"num_candidates={config.num_candidates} leaves {config.strategy} nothing to compare; "
+            "use 4 or more"
+        )
+    if config.carry_best and not selects:
+        raise UserError(f"carry_best=True has no meaning for strategy={config.strategy!r}")
+    if config.carry_best and config.per_example_noise:
+        raise UserError("carry_best=True needs per_example_noise=False: one best candidate a step")
+    if config.strategy == "gv" and config.weighting == "split":
+        top = int(config.elite_fraction * config.num_candidates)
+        if not 0 < top < config.num_candidates:
+            raise UserError(
+                f"elite_fraction={config.elite_fraction} of {config.num_candidates} candidates "
+                "leaves one side of the split empty"
+            )
+    if selects and config.num_candidates == 2:
+        warnings.warn(
+            f"{config.strategy} with num_candidates=2 learns no more than MeZO per step and spends "
+            "more forward passes: with two candidates the direction is +-(z1 - z2), whichever is "
+            "better (docs/how-it-works.md). Use num_candidates of 4 or more.",
+            UserWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,111 @@
+"""The baseline with gradients: the same model, data and objective, tuned by back-propagation."""
+
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear8bitLt
+from peft import PeftModel, PeftType, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from zo_peft.core.batch import Batch
+from zo_peft.core.faults import Faults
+from zo_peft.errors import UserError
+from zo_peft.models.adapters import peft_config_of
+from zo_peft.objectives.rewards import RewardObjective
+from zo_peft.objectives.scoring import AccuracyObjective, BlackBoxObjective
+from zo_peft.train.base import BaseTrainer
+from zo_peft.train.config import GRADIENT_PASSES, ZOConfig
+
+#: Learning rates by strategy: of LoRA and its like, and of virtual tokens.
+LEARNING_RATES = {"adam": (1e-3, 1e-2), "sgd": (1e-1, 1.0)}
+
+#: Adapters through which transformers' gradient checkpointing does not go (PEFT refuses it).
+NOT_CHECKPOINTED = (PeftType.PREFIX_TUNING,)
+
+
+class GradientTrainer(BaseTrainer):
+    """Trains an adapter by back-propagation: `strategy` adam (AdamW) or sgd of a `ZOConfig`.
+
+    With gradient checkpointing where PEFT allows it, and PEFT's own preparation of a quantized
+    base. Checkpoints are those of the stock Trainer.
+
+    Attributes:
+        forward_passes: so far; a micro-batch counts as three (its backward pass as two).
+        examples_forwarded: so far, counted in the same way.
+
+    Raises:
+        UserError: the objective has no gradient, or the base itself would be tuned.
+    """
+
+    trains = True
+
+    def prepare_base(self, model: PreTrainedModel | PeftModel, args: ZOConfig) -> None:
+        """PEFT's preparation of a quantized base that has no adapter yet."""
+        if args.tune != "adapter":
+            raise UserError(f"strategy={args.strategy!r} tunes adapters only; drop tune")
+        if args.world_size > 1:
+            raise UserError(f"strategy={args.strategy!r} works in one process; start one")
+        if getattr(model, "is_quantized", False) and not isinstance(model, PeftModel):
+            prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+    def ready(self) -> None:
+        """Checkpointing, and the counts of what is spent."""
+        if isinstance(self.objective, AccuracyObjective | BlackBoxObjective | RewardObjective):
+            raise UserError(
+                f"strategy={self.args.strategy!r} needs a gradient, and this objective has none; "
+                "use a forward-only strategy"
+            )
+        # The objective takes means, so the Trainer is to average over micro-batches.
+        self.model_accepts_loss_kwargs = False
+        self.forward_passes = self.examples_forwarded = 0
+        self.tuned_numel = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.calibrations: list[Any] = []
+        self.faults = Faults()
+        config = peft_config_of(self.model)
+        assert config is not None
+        virtual = config.is_prompt_learning
+        if self.args.learning_rate is None:
+            self.args.learning_rate = LEARNING_RATES[self.args.strategy][virtual]
+        if config.peft_type not in NOT_CHECKPOINTED:
+            # Trainer reads the new names alone; the old ones are only taken over on construction.
+            self.args.activation_checkpointing = True
+            self.args.activation_checkpointing_kwargs = {"use_reentrant": self._has_int8()}
+
+    def _has_int8(self) -> bool:
+        """Whether int8 layers are there, for which the inputs are then made to require gradients.
+
+        Their matmul keeps its input where checkpoints without reentrance cannot drop it.
+        """
+        found = any(isinstance(module, Linear8bitLt) for module in self.model.modules())
+        if found:
+            self.model.get_base_model().enable_input_require_grads()
+        return found
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW or SGD over the adapter's parameters."""
+        args = self.args
+        assert args.learning_rate is not None
+        tuned = [p for p in self.model.parameters() if p.requires_grad]
+        kind = {"adam": torch.optim.AdamW, "sgd": torch.optim.SGD}[args.strategy]
+        self.optimizer = kind(tuned, lr=args.learning_rate, weight_decay=args.weight_decay)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The mean of the objective's losses over the micro-batch."""
+        self.forward_passes += GRADIENT_PASSES
+        self.examples_forwarded += GRADIENT_PASSES * len(inputs["labels"])
+        return self.objective.losses(model, inputs).mean()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in Trainer; training logs also say what has been spent."""
+        if "learning_rate" in logs:
+            logs["forward_passes"] = self.forward_passes
+            logs["examples_forwarded"] = self.examples_forwarded
+        super().log(logs, start_time)

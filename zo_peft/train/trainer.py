@@ -1,0 +1,438 @@
+"""`ZOTrainer`: transformers' Trainer, with a `Tuner` that makes the steps."""
+
+import math
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftType
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers.trainer_utils import TrainOutput, has_length
+
+from zo_peft.core.batch import Batch
+from zo_peft.core.eps import Calibration
+from zo_peft.core.evaluator import Evaluator
+from zo_peft.core.faults import Faults
+from zo_peft.core.journal import INITIAL_NAME, JOURNAL_NAME, Follower, Journal, read
+from zo_peft.core.lanes import replaced
+from zo_peft.core.noise import GENERATOR, derive_seed
+from zo_peft.core.ranks import OneRank, Ranks
+from zo_peft.core.tuner import Tuner
+from zo_peft.core.updates import AUTOMATIC, UpdateRule
+from zo_peft.data.collate import drawn_batch
+from zo_peft.errors import NonFiniteLossError, UserError
+from zo_peft.models.adapters import classifies, peft_config_of
+from zo_peft.models.identity import base_hash, identity
+from zo_peft.models.in_place_space import InPlaceSpace
+from zo_peft.models.recipe import (
+    SPACE_FIELDS,
+    adapter_settings,
+    check_in_place,
+    host_of,
+    load_trained,
+    rule_of,
+    space_of,
+    trained,
+)
+from zo_peft.models.trunk import compile_frozen_parts
+from zo_peft.objectives.rewards import RewardObjective
+from zo_peft.objectives.scoring import SequenceObjective
+from zo_peft.scales import save_scales
+from zo_peft.train import checkpoint
+from zo_peft.train.base import BaseTrainer
+from zo_peft.train.config import ZOConfig
+
+#: Learning rates of plain SGD by adapter type (docs/efficiency.md), LORA's for any other type; and
+#: those of scales and weights.
+SGD_LEARNING_RATES: dict[str, float] = {
+    PeftType.LORA: 1e-3,
+    PeftType.PREFIX_TUNING: 1.0,
+    PeftType.PROMPT_TUNING: 1.0,
+    PeftType.IA3: 1e-1,
+    "scales": 1e-3,
+    "weights": 1e-6,
+}
+
+#: How far a random walk of all steps would move the loss of an example, in nats, with the automatic
+#: learning rate (docs/efficiency.md).
+WALK = 0.87
+
+#: In a checkpoint this stands before the names of the update rule's tensors.
+RULE_PREFIX = "update_rule."
+
+
+class ZOTrainer(BaseTrainer):
+    """Tunes a PEFT adapter or the base with forward passes only; else a `transformers.Trainer`.
+
+    See `BaseTrainer` for the arguments.
+
+    Attributes:
+        tuner: makes the steps (`zo_peft.core.tuner`).
+        space: the numbers that are tuned.
+        evaluator: gives losses at displacements of the space, and counts forward passes.
+    """
+
+    trains = True
+
+    def ready(self) -> None:
+        """Make the space, the evaluator and the tuner."""
+        model, args = self.model, self.args
+        check_in_place(model, args.tune)
+        # The hash comes before the space, which takes nested scales of NF4 apart.
+        self.base_hash = None if args.tune == "adapter" else base_hash(model)
+        self.space = space_of(model, **self._space_settings())
+        self.ranks = Ranks(args.parallel, args.device) if args.world_size > 1 else OneRank()
+        self._train_batch_size *= self.ranks.batches
+        if self.ranks.count > 1 and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+            raise UserError("a base on several devices is tuned by one process; drop device_map")
+        limit, host = args.candidates_per_forward, host_of(model, self.space, self.objective)
+        self.evaluator = Evaluator(model, self.space, self.objective, host, limit, self.ranks)
+        if args.torch_compile:
+            options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+            compile_frozen_parts(model, self.space.parameters.values(), **options)
+        self.tuner = Tuner(
+            self.evaluator,
+            self._update_rule(),
+            args.strategy,
+            args.strategy_options,
+            args.seed,
+            args.zo_eps,
+            args.per_example_noise,
+            self._smooth if isinstance(self.objective, RewardObjective) else None,
+            self._say,
+            self._trained,
+        )
+        self._micro_batches: list[Batch] = []
+
+    @property
+    def forward_passes(self) -> int:
+        """So far; one is one candidate through one micro-batch."""
+        return self.evaluator.forward_passes
+
+    @property
+    def examples_forwarded(self) -> int:
+        """So far; candidates times examples."""
+        return self.evaluator.examples_forwarded
+
+    @property
+    def tuned_numel(self) -> int:
+        """How many numbers are tuned."""
+        return self.space.numel
+
+    @property
+    def faults(self) -> Faults:
+        """Losses and updates so far that were dropped."""
+        return self.tuner.faults
+
+    @property
+    def calibrations(self) -> list[Calibration]:
+        """The choices of eps so far."""
+        return self.tuner.eps.calibrations
+
+    def _smooth(self, batches: Sequence[Batch]) -> tuple[Evaluator, Sequence[Batch]]:
+        """The likelihood of drawn completions, by which eps is chosen in the place of rewards."""
+        assert isinstance(self.objective, RewardObjective)
+        smooth = SequenceObjective()
+        host = host_of(self.model, self.space, smooth)
+        evaluator = Evaluator(self.model, self.space, smooth, host, ranks=self.ranks)
+        return evaluator, [drawn_batch(self.objective, self.model, batch) for batch in batches]
+
+    def _say(self, message: str) -> None:
+        if self.is_world_process_zero():
+            tqdm.write(f"step {self.state.global_step}: {message}", file=sys.stderr)
+
+    # ---- The run and its journal ----------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As in Trainer; every update is in the journal before it is made.
+
+        Args:
+            resume_from_checkpoint: True: go on from the end of the journal in `output_dir`, if
+                there is one; steps behind the last checkpoint are made again from the journal,
+                without forward passes. The folder of a checkpoint: go on from there; what the
+                journal has behind it is dropped (`zo_journal.old` keeps it).
+
+        Raises:
+            UserError: the journal or the checkpoint is damaged, or of another run.
+        """
+        resumed = self._open_journal(resume_from_checkpoint)
+        try:
+            result = super().train(resumed, trial, ignore_keys_for_eval)
+            self.tuner.compare_ranks(self.state.global_step)
+            return result
+        finally:
+            self.tuner.journal.close()
+
+    def _open_journal(self, resume: str | bool | None) -> str | None:
+        """Start a journal or take one up; returns the checkpoint to go on from."""
+        folder = Path(self.args.output_dir).resolve()
+        header = {
+            "base": identity(self.model),
+            "num_labels": self.model.config.num_labels if classifies(self.model) else None,
+            "adapter": adapter_settings(self.model),
+            "seed": self.args.seed,
+            "generator": GENERATOR,
+            "space": self._space_settings(),
+            "rule": self._rule_settings(),
+        }
+        last = resume is True
+        whose = folder if last or not resume else Path(str(resume)).resolve().parent
+        path = whose / JOURNAL_NAME
+        settings = "the base, the adapter or the settings"
+        self.ranks.check(settings, header, *self._trained().values())
+        if self.ranks.least(not resume or (last and not path.exists())):
+            self._start_journal(folder, header)
+            return None
+        if read(path)[0] != header:
+            raise UserError(
+                f"{path.parent.name}/{JOURNAL_NAME} is of another base, adapter or noise; resume "
+                "with the model and the settings of that run, or give another output_dir"
+            )
+        start = checkpoint.last_whole(folder) if last else str(resume)
+        step = 0 if start is None else checkpoint.step_of(start)
+        keep, initial = None if last else step, path.with_name(INITIAL_NAME)
+        if self.is_world_process_zero():
+            self.tuner.journal = Journal.resumed(path, folder / JOURNAL_NAME, keep)
+            if whose != folder:
+                shutil.copyfile(initial, folder / INITIAL_NAME)
+        else:
+            self.tuner.journal = Follower(path, keep)
+        if start is None:
+            self._load_trained(checkpoint.load_tensors(initial))
+        return start
+
+    def _start_journal(self, folder: Path, header: dict[str, Any]) -> None:
+        if not self.is_world_process_zero():
+            self.tuner.journal = Follower()
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        # Weights start as the base itself has them.
+        values = {} if self.args.tune == "weights" else self._trained()
+        checkpoint.save_tensors(folder / INITIAL_NAME, values)
+        self.tuner.journal = Journal(folder / JOURNAL_NAME, header)
+
+    # ---- The step -------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], None]:
+        """The micro-batches of one step, kept for its candidates: each of them sees them all."""
+        self._micro_batches = list(islice(epoch_iterator, num_batches))
+        return self._micro_batches, None
+
+    def training_step(
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Make the whole step on its last micro-batch; returns the loss.
+
+        Raises:
+            NonFiniteLossError: ten updates in a row were skipped; a checkpoint has been saved.
+        """
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        model.eval()
+        step = self.state.global_step
+        if isinstance(self.objective, RewardObjective):
+            self.objective.seed = derive_seed(self.args.seed, step, -3)
+        batches = [self._prepare_inputs(batch) for batch in self._micro_batches]
+        try:
+            estimate = self.tuner.step(batches, step)
+        except NonFiniteLossError as error:
+            self._save_checkpoint(self.model, trial=None)
+            last = f"The last good state is in checkpoint-{step}"
+            raise NonFiniteLossError(f"{error}. {last}") from None
+        self._end_in_time()
+        return torch.tensor(estimate.loss, device=self.args.device)
+
+    def _end_in_time(self) -> None:
+        """Stop where another step would go beyond the budget."""
+        budget = self.args.max_forward_passes
+        if budget is not None:
+            left = budget - self.forward_passes
+            self.control.should_training_stop |= left < self.args.forward_passes_per_step
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Operations of all candidates on a micro-batch; transformers counts a backward as two."""
+        passes = self.args.forward_passes_per_step / self.args.gradient_accumulation_steps
+        return int(super().floating_point_ops(inputs) / 3 * passes / self.ranks.points)
+
+    # ---- The update rule, as the Trainer's optimizer --------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The update rule. The Trainer schedules it; the tuner has moved it when Trainer steps."""
+        self.tuner.rule = self.optimizer = self._update_rule()
+        return self.optimizer
+
+    def _update_rule(self) -> UpdateRule:
+        rate = self.args.learning_rate or self._default_learning_rate()
+        return rule_of(self.space, **self._rule_settings(), learning_rate=rate)
+
+    def _space_settings(self) -> dict[str, Any]:
+        return {name: getattr(self.args, name) for name in SPACE_FIELDS}
+
+    def _rule_settings(self) -> dict[str, Any]:
+        args = self.args
+        decayed = set(self.get_decay_parameter_names(self.model)) & self.space.tensors().keys()
+        return {
+            "update_rule": args.update_rule,
+            "weight_decay": args.weight_decay,
+            "decayed": sorted(decayed),
+            "automatic": args.learning_rate is None and args.update_rule in AUTOMATIC,
+            "momentum": args.momentum,
+            "beta2": args.adam_beta2,
+        }
+
+    def _default_learning_rate(self) -> float:
+        config = peft_config_of(self.model)
+        kind = self.args.tune if config is None else config.peft_type
+        rate = SGD_LEARNING_RATES.get(kind, SGD_LEARNING_RATES[PeftType.LORA])
+        return rate * (1 - self.args.momentum) if self.args.update_rule == "momentum" else rate
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """As in Trainer; an automatic learning rate depends on the number of steps."""
+        self.tuner.total_steps = num_training_steps
+        rule = self.tuner.rule
+        if rule.automatic:
+            # Momentum makes steps alike: they go further than as many independent ones.
+            kept = rule.momentum if rule.BUFFERS else 0.0
+            independent = num_training_steps * (1 + kept) / (1 - kept)
+            rule.param_groups[0]["lr"] = WALK / math.sqrt(independent)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Accelerate prepares data and optimizer; the model stays as it is (no DDP, no buckets)."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.prepare_model = lambda model, **_: model
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Whole batches in the same order on every rank, each of which takes its share of them."""
+        if self.ranks.count == 1:
+            return super().get_train_dataloader()
+        if not has_length(self.train_dataset) or self.accelerator.dispatch_batches:
+            raise UserError("a streamed data set is read by one process; load it, or start one")
+        shared = self.ranks.collator(self.data_collator)
+        with replaced([(self, "data_collator", shared)]):
+            loader = super().get_train_dataloader()
+        # Accelerate would have each rank skip what the others take, but all need every batch.
+        for name, value in {"num_processes": 1, "process_index": 0, "even_batches": False}.items():
+            setattr(loader.batch_sampler, name, value)
+        return loader
+
+    def get_total_train_batch_size(self, args: ZOConfig) -> int:
+        """Examples of a step, all ranks together."""
+        return self._train_batch_size * args.gradient_accumulation_steps
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> Any:
+        return model
+
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        return None
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        return None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in Trainer; training logs also say the slope and what has been spent."""
+        if "learning_rate" in logs:
+            tuner, faults = self.tuner, self.tuner.faults
+            logs["slope"] = 0.0 if tuner.estimate is None else tuner.estimate.slope
+            logs["spread"] = 0.0 if tuner.estimate is None else tuner.estimate.spread
+            logs["zo_eps"] = tuner.eps.eps
+            logs["non_finite"], logs["skipped"] = faults.non_finite, faults.skipped
+            logs["step_size"] = tuner.rule.step_size
+            if isinstance(self.space, InPlaceSpace):
+                logs |= self.space.shares()
+            logs["forward_passes"] = self.forward_passes
+            logs["examples_forwarded"] = self.examples_forwarded
+            if self.ranks.count > 1:
+                logs["wire_bytes"] = self.ranks.wire_bytes
+        super().log(logs, start_time)
+
+    # ---- Saving and resuming: safetensors and JSON ----------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter, or the tuned base, with tokenizer and card; see `Trainer.save_model`.
+
+        A checkpoint gets no copy of a whole base: its state holds the tensors that are tuned.
+        """
+        if self.args.tune == "adapter" or not _internal_call:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            # transformers asks whether the best checkpoint is there.
+            Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self.args.tune == "scales":
+            assert isinstance(self.space, InPlaceSpace)
+            assert self.base_hash is not None
+            save_scales(output_dir or self.args.output_dir, self.space, self.base_hash)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self.tuner.compare_ranks(self.state.global_step)
+        if not self.args.should_save:
+            return
+        state = self.tuner.state() | {
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "base": self.base_hash,
+            "moves": getattr(self.space, "moves", 0),
+        }
+        remembered = {RULE_PREFIX + name: t for name, t in self.tuner.rule.tensors().items()}
+        # A checkpoint is a position in the journal, so the journal is on the disk before it.
+        self.tuner.journal.sync()
+        checkpoint.save_state(output_dir, self._trained() | remembered, state)
+
+    def _trained(self) -> dict[str, Tensor]:
+        """All tensors that training may have changed, by name."""
+        return trained(self.model, self.space)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is None:
+            return
+        state = checkpoint.load_state(checkpoint_folder)
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
+            group["lr"] = lr
+        tensors = checkpoint.load_tensors(Path(checkpoint_folder) / checkpoint.TENSORS_NAME)
+        self.tuner.load_state(state, {n.removeprefix(RULE_PREFIX): t for n, t in tensors.items()})
+        if isinstance(self.space, InPlaceSpace):
+            self.space.moves = state["moves"]
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if checkpoint.load_state(resume_from_checkpoint)["base"] != self.base_hash:
+            raise UserError(
+                f"{Path(resume_from_checkpoint).name} is of another base or another tune; load the "
+                "model that the run started with, quantized in the same way"
+            )
+        saved = checkpoint.load_tensors(Path(resume_from_checkpoint) / checkpoint.TENSORS_NAME)
+        self._load_trained({n: t for n, t in saved.items() if not n.startswith(RULE_PREFIX)})
+
+    def _load_trained(self, tensors: dict[str, Tensor]) -> None:
+        if tensors or self.args.tune != "weights":
+            load_trained(self.model, self.space, tensors)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self.args.should_save:
+            checkpoint.save_rng_state(output_dir)
+
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is not None:
+            checkpoint.load_rng_state(checkpoint_folder)
