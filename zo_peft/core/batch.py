@@ -17,7 +17,7 @@ class Batch(UserDict[str, Any]):
     """The tensors of a batch by name, and the sizes that can be read off them.
 
     `zo_peft.data.Collator` says which names there are. Code that needs the size of a batch, or the
-    batch several times over, asks here and does not look for names itself.
+    batch several times over, asks here and looks for no names itself.
 
     >>> Batch({"input_ids": torch.ones(2, 5), "labels": torch.ones(2)}).repeated(3).rows
     6
@@ -25,20 +25,14 @@ class Batch(UserDict[str, Any]):
 
     @property
     def share(self) -> tuple[int, int, int] | None:
-        """Which examples of a larger batch these are: first, behind the last, of how many.
-
-        None: the batch is whole.
-        """
+        """Which examples of a larger batch these are: first, behind the last, of how many."""
         return self.get("share")
 
     @property
     def examples(self) -> int:
         """The number of examples of the whole batch, of which this may be a share."""
-        return (
-            self.share[2]
-            if self.share
-            else len(self["labels" if "labels" in self else "input_ids"])
-        )
+        own = self["labels"] if "labels" in self else self["input_ids"]
+        return self.share[2] if self.share else len(own)
 
     @property
     def rows(self) -> int:
@@ -47,19 +41,11 @@ class Batch(UserDict[str, Any]):
 
     @property
     def scored(self) -> int:
-        """The number of positions whose logits are needed; 0 where the model's head chooses."""
+        """The number of positions that pass the model's head; 0 where it chooses them itself."""
         return len(self.get("rows", ()))
 
-    @property
-    def rows_are_examples(self) -> bool:
-        """Whether each example is exactly one row."""
-        return len(self.get("labels", ())) == self.rows
-
     def repeated(self, times: int) -> "Batch":
-        """The whole batch `times` times over, one copy behind the other.
-
-        Indices (`rows`, `token_options`) point into their own copy.
-        """
+        """The batch `times` times over; indices (`rows`, `token_options`) are of their own copy."""
         counts = {"rows": self.rows}
         if "is_option" in self:
             counts["token_options"] = self["is_option"].numel()
@@ -78,8 +64,8 @@ class Batch(UserDict[str, Any]):
 class Objective(Protocol):
     """What is minimised. It sees a model and a batch, and knows of no perturbation.
 
-    An objective may also have `repeatable = True`: the model works on each row of a batch by
-    itself, so that `Batch.repeated` lets several candidates share a forward pass.
+    With `repeatable = True` the model works on each row of a batch by itself, so that a batch can
+    be repeated and several candidates share a forward pass.
     """
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -4,23 +4,21 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from zo_peft.core.batch import Batch
 from zo_peft.core.direction import Direction
+from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.noise import derive_seed
 
-#: The ladder that a run starts with: eps half a decade apart.
+#: The eps that a run starts with, half a decade apart, and the factors that it tries later.
 LADDER = tuple(10.0 ** (exponent / 2) for exponent in range(-8, 1))
-
-#: The factors that are tried around eps as training goes on.
 NEIGHBOURS = (10.0**-0.5, 1.0, 10.0**0.5)
 
-#: The share of a difference of losses that need not be slope. It may be curvature, which grows with
-#: eps, or rounding, which grows as eps falls. Where rounding alone is above the tolerance, an error
-#: may be so many times the least one.
+#: The share of a difference of losses that need not be slope: curvature grows with eps, rounding
+#: as eps falls. Where rounding alone is above it, an error may be so many times the least one.
 TOLERANCE, ABOVE_LEAST = 0.1, 1.5
 
-#: The tolerance for the likelihood of drawn completions, which stands in for rewards that jump.
-#: There the error is the bound sqrt(KL / 2) on the total variation (Pinsker): at most this share of
-#: completions becomes others under a candidate, so that shared random numbers keep the rest alike.
+#: The same for the likelihood of drawn completions. There the error is the bound sqrt(KL / 2) on
+#: the total variation (Pinsker): at most this share of completions becomes others.
 COMPLETIONS_TOLERANCE = 0.3
 
 #: Random directions that the parts of a batch try together; each part tries at least one.
@@ -28,6 +26,9 @@ DIRECTIONS = 8
 
 #: Eps is tried again after these shares of a run that has at least so many steps.
 AGAIN, AGAIN_STEPS = (1 / 8, 1 / 4, 1 / 2), 100
+
+#: Batches in; out come an evaluator whose losses do not jump, and its batches.
+Smooth = Callable[[Sequence[Batch]], tuple[Evaluator, Sequence[Batch]]]
 
 #: [G][M] displacements in, [G][M] losses out.
 EvaluateParts = Callable[[Sequence[Sequence[Direction]]], Sequence[Sequence[float]]]
@@ -47,14 +48,16 @@ class EpsChoice:
 
     Args:
         given: eps; None: it is chosen in the first step, and again in a few later ones.
+        smooth: where losses jump, as rewards do: gets batches, and gives an evaluator of drawn
+            completions' likelihood with its batches, by which eps is chosen in their place.
 
     Attributes:
         eps: at present; 0.0 before the first choice.
         calibrations: the choices so far.
     """
 
-    def __init__(self, given: float | None = None) -> None:
-        self.given, self.eps = given, given or 0.0
+    def __init__(self, given: float | None = None, smooth: Smooth | None = None) -> None:
+        self.given, self.smooth, self.eps = given, smooth, given or 0.0
         self.calibrations: list[Calibration] = []
 
     def due(self, step: int, total_steps: int) -> bool:
@@ -62,36 +65,35 @@ class EpsChoice:
         return self.given is None and step in steps(total_steps)
 
     def choose(
-        self, evaluate: EvaluateParts, seed: int, parts: int, of_completions: bool = False
-    ) -> tuple[float, float, str]:
-        """The largest eps for which losses are near a line; its error, and a message.
-
-        Args:
-            evaluate: gives the losses of displacements of each part of the batch.
-            seed: of the random directions.
-            of_completions: the losses are of drawn completions, in the place of rewards.
-        """
+        self, evaluator: Evaluator, batches: Sequence[Batch], parts: int, seed: int
+    ) -> tuple[Calibration, str]:
+        """The largest eps for which losses are near a line, and a message that says so."""
+        judge, tolerance = evaluator, TOLERANCE
+        if self.smooth is not None:
+            (judge, batches), tolerance = self.smooth(batches), COMPLETIONS_TOLERANCE
         ladder = [self.eps * factor for factor in NEIGHBOURS] if self.eps else list(LADDER)
-        seeds = [
-            [derive_seed(seed, part, index) for index in range(directions(parts))]
-            for part in range(parts)
-        ]
-        tolerance = COMPLETIONS_TOLERANCE if of_completions else TOLERANCE
-        eps, error = choose(ladder, errors(evaluate, seeds, ladder), tolerance)
-        if of_completions and 0 < error < tolerance:
-            # The error grows with eps, and so does what a jump says of the slope over its own noise.
-            grown = min(tolerance / error, NEIGHBOURS[-1])
-            eps, error = eps * grown, error * grown
+        drawn = range(directions(parts))
+        seeds = [[derive_seed(seed, part, index) for index in drawn] for part in range(parts)]
+        found = errors(lambda tried: judge.evaluate(tried, batches).losses, seeds, ladder)
+        eps, error = choose(ladder, found, tolerance)
+        if judge is not evaluator:
+            evaluator.forward_passes += judge.forward_passes
+            evaluator.examples_forwarded += judge.examples_forwarded
+            if 0 < error < tolerance:
+                # The error grows with eps; so does what a jump says of the slope, over its noise.
+                grown = min(tolerance / error, NEIGHBOURS[-1])
+                eps, error = eps * grown, error * grown
         tried = f"of {len(ladder)} from {ladder[0]:.0e} to {ladder[-1]:.0e}"
-        why = f"the largest {tried} where losses are within {error:.0%} of a line"
-        return eps, error, f"zo_eps={eps:.1e}, {why}"
+        message = (
+            f"zo_eps={eps:.1e}, the largest {tried} where losses are within {error:.0%} of a line"
+        )
+        return Calibration(evaluator.forward_passes, eps, error), message
 
     def adopt(self, calibration: Calibration) -> bool:
         """Go on with a choice; returns whether eps is another one now."""
-        changed = self.eps != calibration.zo_eps
+        before, self.eps = self.eps, calibration.zo_eps
         self.calibrations.append(calibration)
-        self.eps = calibration.zo_eps
-        return changed
+        return before != self.eps
 
 
 def directions(parts: int) -> int:

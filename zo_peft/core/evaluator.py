@@ -41,7 +41,7 @@ class Host:
     Attributes:
         replacements: how the modules with tuned parameters work lane by lane; or the reason why
             one of them cannot.
-        fit: the most candidates that one forward pass may hold, for a batch and a number of parts.
+        fit: the most candidates of one forward pass, for a batch and a number of parts.
         reused: gets a forward pass on a batch; within its context the layers below everything that
             is tuned are not run again on that batch.
         head_is_tuned: the head that sees only scored positions owns tuned parameters.
@@ -54,7 +54,7 @@ class Host:
 
     @classmethod
     def of_module(cls, model: nn.Module, space: Space) -> "Host":
-        """Of a module of plain PyTorch, with candidates in one forward pass where they can be."""
+        """Of a module of plain PyTorch."""
         try:
             return cls(find_replacements(model, space.parameters))
         except NotInLanes as reason:
@@ -69,9 +69,9 @@ class Evaluator:
     one, and one warning says why.
 
     Args:
-        candidates_per_forward: the most displacements in one forward pass; None: what
-            `Host.fit` says.
-        ranks: the processes among which the work is divided.
+        host: what is known of the model; default: that it is plain PyTorch.
+        candidates_per_forward: the most displacements in one forward pass; None: as `Host.fit` says.
+        ranks: the processes among which the work is divided; default: this one does all.
 
     Attributes:
         forward_passes: so far; one is one displacement through one micro-batch.
@@ -83,17 +83,16 @@ class Evaluator:
         model: nn.Module,
         space: Space,
         objective: Objective,
-        host: Host,
+        host: Host | None = None,
         candidates_per_forward: int | None = None,
         ranks: OneRank | None = None,
     ) -> None:
-        self.model, self.space, self.objective, self.host = model, space, objective, host
-        self.candidates_per_forward, self.ranks = candidates_per_forward, ranks or OneRank()
-        self.forward_passes = 0
-        self.examples_forwarded = 0
-        self._in_lanes = True
-        if isinstance(host.replacements, NotInLanes):
-            self._one_by_one(host.replacements)
+        self.model, self.space, self.objective = model, space, objective
+        self.host, self.ranks = host or Host.of_module(model, space), ranks or OneRank()
+        self.candidates_per_forward = candidates_per_forward
+        self.forward_passes, self.examples_forwarded, self._in_lanes = 0, 0, True
+        if isinstance(self.host.replacements, NotInLanes):
+            self._one_by_one(self.host.replacements)
         elif not getattr(objective, "repeatable", False):
             name = type(objective).__name__
             self._one_by_one(NotInLanes(f"objective {name} (it is not `repeatable`)"))
@@ -113,12 +112,12 @@ class Evaluator:
         return self.ranks.parts(max(sizes) if fit else 1)
 
     def _told_apart(self, batch: Batch) -> bool:
-        """Whether every tuned module can tell which example a row of its input is of.
+        """Whether every tuned module sees which example a row of its input belongs to.
 
-        A tuned head sees scored positions alone, which tell it only where each row has one.
+        A tuned head sees scored positions alone, so each row must have exactly one.
         """
-        positions_are_rows = batch.scored in (0, batch.rows)
-        return batch.rows_are_examples and (positions_are_rows or not self.host.head_is_tuned)
+        one_each = batch.scored in (0, batch.rows) or not self.host.head_is_tuned
+        return one_each and len(batch.get("labels", ())) == batch.rows
 
     @torch.no_grad()
     def evaluate(
@@ -145,15 +144,13 @@ class Evaluator:
         if count == 1:
             return Evaluation(means.T.tolist(), 0.0, 0.0)
         spreads = [values.var(dim=0).mean().sqrt() for values in (means, losses)]
-        numbers = torch.cat([means.T.flatten(), torch.stack(spreads)]).tolist()
-        *flat, spread, example_spread = numbers
+        *flat, spread, example_spread = torch.cat(
+            [means.T.flatten(), torch.stack(spreads)]
+        ).tolist()
         if not math.isfinite(spread + example_spread):
             spread, example_spread = (_finite_spread(values) for values in (means, losses))
-        return Evaluation(
-            [flat[start : start + count] for start in range(0, count * parts, count)],
-            spread,
-            example_spread,
-        )
+        by_part = [flat[start : start + count] for start in range(0, count * parts, count)]
+        return Evaluation(by_part, spread, example_spread)
 
     def _batch_losses(self, points: Sequence[Sequence[Direction]], batch: Batch) -> Tensor:
         """The losses [M, examples] of points [M][G], in waves: as many as fit at a time."""
@@ -204,20 +201,18 @@ class Evaluator:
 
     def _one_by_one(self, reason: NotInLanes) -> None:
         self.candidates_per_forward, self._in_lanes = 1, False
-        warnings.warn(
-            f"candidates are evaluated one by one: {reason} cannot work on several at once",
-            UserWarning,
-            stacklevel=2,
-        )
+        _warn(f"candidates are evaluated one by one: {reason} cannot work on several at once")
 
     def _halve(self, size: int) -> None:
         self.candidates_per_forward = size // 2
-        warnings.warn(
+        _warn(
             f"{size} candidates do not fit into the GPU's memory at once; going on with "
-            f"candidates_per_forward={size // 2}",
-            UserWarning,
-            stacklevel=2,
+            f"candidates_per_forward={size // 2}"
         )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=3)
 
 
 def wave_size(count: int, limit: int) -> int:

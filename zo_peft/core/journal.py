@@ -11,12 +11,12 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from io import FileIO
-from itertools import islice
+from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 from zlib import crc32
 
 from zo_peft.core.direction import Direction
@@ -87,14 +87,8 @@ class Record:
     @property
     def estimate(self) -> Estimate:
         """What the step found; of its losses a record has the mean alone."""
-        return Estimate(
-            self.direction,
-            self.slope,
-            (self.loss,),
-            self.elite,
-            self.spread,
-            self.sensitivity,
-        )
+        own = (self.loss,), self.elite, self.spread, self.sensitivity
+        return Estimate(self.direction, self.slope, *own)
 
     def pack(self) -> bytes:
         """104 bytes, 16 for each seed, and what was chosen as JSON."""
@@ -135,21 +129,43 @@ class Record:
         )
 
 
-class Journal:
-    """A journal that is being written, and read again where a run goes on.
+class Follower:
+    """The journal of a process that writes none: the steps behind it, which it goes on from.
 
-    Attributes:
+    Args:
+        past: records of those steps.
+    """
+
+    def __init__(self, past: Iterable[Record] = ()) -> None:
+        self._past = {record.step: record for record in past}
+
+    def past(self, step: int) -> Record | None:
+        """The record of that step, if the journal has it."""
+        return self._past.get(step)
+
+    def append(self, record: Record) -> None:
+        """Do nothing: another process writes the record."""
+
+    def sync(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class Journal(Follower):
+    """A journal that is being written.
+
+    Args:
+        path: the file. One that is there is kept as `<name>.old`.
         header: what the run is of.
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        """Start a new journal; one that is there is kept as `<name>.old`."""
-        self.path, self.header = path, header
+        super().__init__()
         if path.exists():
             path.replace(path.with_name(path.name + ".old"))
-        self._file: FileIO = path.open("xb", buffering=0)
-        self._past: Iterator[Record] = iter(())
-        self._end = 0
+        self._open(path, "xb", 0)
         self._write(MAGIC + framed(json.dumps(header).encode()))
 
     @classmethod
@@ -164,31 +180,21 @@ class Journal:
         Raises:
             UserError: it cannot be read, is damaged before its end, or has too few records.
         """
-        journal = cls.__new__(cls)
-        journal.path = path
-        journal.header, records = read(source)
-        count, end = 0, records.end
-        for _ in records:
-            count += 1
-            end = records.end if keep is None or count <= keep else end
-        if keep is not None and count < keep:
+        _, start, found = _opened(source)
+        records = list(found)
+        if len(records) < (keep or 0):
             raise UserError(
-                f"{source.name} has {count} records, but the checkpoint is of step {keep}"
+                f"{source.name} has {len(records)} records, but the checkpoint is of step {keep}"
             )
         if source != path:
             shutil.copyfile(source, path)
-        elif keep is not None and count > keep:
+        elif keep is not None and len(records) > keep:
             shutil.copyfile(path, path.with_name(path.name + ".old"))
-        journal._file = path.open("r+b", buffering=0)
-        journal._file.truncate(end)
-        journal._file.seek(end)
-        journal._end = end
-        journal._past = read(path)[1]
+        kept = records[:keep]
+        journal = cls.__new__(cls)
+        Follower.__init__(journal, (record for record, _ in kept))
+        journal._open(path, "r+b", kept[-1][1] if kept else start)
         return journal
-
-    def past(self, step: int) -> Record | None:
-        """The record of that step, if the journal has it; steps are asked for in order."""
-        return next((record for record in self._past if record.step == step), None)
 
     def append(self, record: Record) -> None:
         """Write a record; once this returns, the process may die without losing it.
@@ -206,6 +212,12 @@ class Journal:
         """Close the file."""
         self._file.close()
 
+    def _open(self, path: Path, mode: Literal["xb", "r+b"], end: int) -> None:
+        self.path, self._end = path, end
+        self._file: FileIO = path.open(mode, buffering=0)
+        self._file.truncate(end)
+        self._file.seek(end)
+
     def _write(self, content: bytes) -> None:
         try:
             rest = memoryview(content)
@@ -220,84 +232,24 @@ class Journal:
         self._end += len(content)
 
 
-class Follower:
-    """The journal as a process has it that writes none: what is behind it, to go on from.
-
-    Args:
-        path: of the journal; None: the run is new.
-        keep: how many records to go on from; None: all.
-
-    Raises:
-        UserError: it cannot be read, or is damaged before its end.
-    """
-
-    def __init__(self, path: Path | None = None, keep: int | None = None) -> None:
-        # Another process goes on writing what is read here.
-        records = iter(()) if path is None else islice(read(path)[1], keep)
-        self._past = {record.step: record for record in records}
-
-    def past(self, step: int) -> Record | None:
-        """As of a `Journal`."""
-        return self._past.get(step)
-
-    def append(self, record: Record) -> None:
-        """Nothing: another process writes the record."""
-
-    def sync(self) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
 def framed(content: bytes) -> bytes:
     """A frame around the content of a header or a record."""
     start = struct.pack("<II", len(content), crc32(content))
     return start + struct.pack("<I", crc32(start)) + content
 
 
-class Records:
-    """The records of a journal, one at a time, in order.
-
-    Attributes:
-        end: where the last whole frame that was read ends, in bytes.
-    """
-
-    def __init__(self, file: BinaryIO, name: str, end: int) -> None:
-        self._file, self._name, self.end = file, name, end
-        self._number = 0
-
-    def __iter__(self) -> "Records":
-        return self
-
-    def __next__(self) -> Record:
-        """The next record; a torn one at the end is none.
-
-        Raises:
-            UserError: the record is damaged; the message has its number.
-        """
-        what = f"record {self._number + 1} of {self._name}"
-        content = None if self._file.closed else _content(self._file, what)
-        if content is None:
-            self._file.close()
-            raise StopIteration
-        try:
-            record = Record.unpack(content)
-        except ValueError as error:
-            raise _damaged(what, str(error)) from None
-        if record.step != self._number:
-            raise _damaged(what, f"it is of step {record.step}")
-        self._number += 1
-        self.end = self._file.tell()
-        return record
-
-
-def read(path: Path) -> tuple[dict[str, Any], Records]:
-    """The header and the records of a journal.
+def read(path: Path) -> tuple[dict[str, Any], Iterator[Record]]:
+    """The header and the records of a journal, in order; a torn record at its end is left out.
 
     Raises:
-        UserError: it is missing, no journal, or its header is damaged.
+        UserError: it is missing, no journal, or damaged; the message has the record's number.
     """
+    header, _, records = _opened(path)
+    return header, (record for record, _ in records)
+
+
+def _opened(path: Path) -> tuple[dict[str, Any], int, Iterator[tuple[Record, int]]]:
+    """The header and where it ends, and each record and where it ends, in bytes."""
     try:
         file = path.open("rb")
     except OSError as error:
@@ -314,7 +266,23 @@ def read(path: Path) -> tuple[dict[str, Any], Records]:
             raise ValueError("it is no JSON object")
     except ValueError as error:
         raise _damaged(what, str(error)) from None
-    return header, Records(file, path.name, file.tell())
+    return header, file.tell(), _records(file, path.name)
+
+
+def _records(file: BinaryIO, name: str) -> Iterator[tuple[Record, int]]:
+    with file:
+        for number in count():
+            what = f"record {number + 1} of {name}"
+            content = _content(file, what)
+            if content is None:
+                return
+            try:
+                record = Record.unpack(content)
+            except ValueError as error:
+                raise _damaged(what, str(error)) from None
+            if record.step != number:
+                raise _damaged(what, f"it is of step {record.step}")
+            yield record, file.tell()
 
 
 def _content(file: BinaryIO, what: str) -> bytes | None:

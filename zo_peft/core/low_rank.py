@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zo_peft.core.direction import Direction
-from zo_peft.core.noise import CHUNK, Distribution, noise_blocks
+from zo_peft.core.noise import CHUNK, Distribution, Layout, noise_blocks
 
 Structure = Literal["eggroll", "lozo", "subzero"]
 STRUCTURES = get_args(Structure)
@@ -121,6 +121,39 @@ class LowRank:
             noise = noise_blocks([self._basis_seed], name, 0, rows * rank, "gaussian", device)
             self._orthonormal[name] = torch.linalg.qr(noise.view(rows, rank)).Q
         return self._orthonormal[name]
+
+
+#: What the numbers of a seed are: independent ones of a distribution, or low-rank noise.
+Noise = Distribution | LowRank
+
+
+def add_directions(
+    into: Tensor, directions: Sequence[Direction], noise: Noise, layout: Layout
+) -> None:
+    """Add each direction to its row of `into` [rows, numel]; noise they share is made once.
+
+    Full noise goes chunk by chunk. Product and sum round separately, so that they are alike on
+    every device (the product with a sign is exact: there both may be one operation).
+    """
+    if isinstance(noise, LowRank):
+        for name, where in layout.slices.items():
+            own = noise.dense(directions, name, layout.shapes[name], into.device)
+            into[:, where] += own.flatten(1)
+        return
+    rows: dict[int, list[tuple[int, float]]] = {}
+    for row, direction in enumerate(directions):
+        for seed, weight in direction.terms:
+            rows.setdefault(seed, []).append((row, weight))
+    width = min(CHUNK, layout.numel)
+    for start in range(0, layout.numel, width):
+        stop = min(start + width, layout.numel)
+        part = into[:, start:stop].unbind()
+        for terms, numbers in zip(rows.values(), layout.noises(list(rows), start, stop, noise)):
+            for row, weight in terms:
+                if noise == "rademacher":
+                    part[row].add_(numbers, alpha=weight)
+                else:
+                    part[row].add_(numbers * weight)
 
 
 def summed(

@@ -228,22 +228,30 @@ class Layout:
     """Named parameters side by side in one flat buffer, and the noise of any part of it.
 
     Args:
-        sizes: numbers of each parameter, by name; each starts at a multiple of `ALIGNMENT`, and the
+        shapes: of each parameter, by name; each starts at a multiple of `ALIGNMENT`, and the
             padding behind it belongs to no parameter (its noise is never read).
         device: where the noise is made.
     """
 
-    def __init__(self, sizes: Mapping[str, int], device: torch.device | str = "cpu") -> None:
-        self.slices: dict[str, slice] = {}
-        start, runs, words = 0, [], []
-        for name, size in sizes.items():
-            self.slices[name] = slice(start, start + size)
-            runs.append(-(-size // ALIGNMENT))
-            words.append((start, *_name_words(name)))
-            start += runs[-1] * ALIGNMENT
-        self.numel = start
+    def __init__(
+        self, shapes: Mapping[str, torch.Size], device: torch.device | str = "cpu"
+    ) -> None:
+        self.shapes, self.slices, self.numel = dict(shapes), {}, 0
+        runs, words = [], []
+        for name, shape in shapes.items():
+            self.slices[name] = slice(self.numel, self.numel + shape.numel())
+            runs.append(-(-shape.numel() // ALIGNMENT))
+            words.append((self.numel, *_name_words(name)))
+            self.numel += runs[-1] * ALIGNMENT
         per_run = torch.tensor(words).reshape(-1, 3).repeat_interleave(torch.tensor(runs), dim=0)
         self._start, self._low, self._high = per_run.to(device).unbind(1)
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """The parameters in a flat buffer, or in each row of [rows, numel]; no copies."""
+        return {
+            name: flat[..., where].view(*flat.shape[:-1], *self.shapes[name])
+            for name, where in self.slices.items()
+        }
 
     def noises(
         self, seeds: Sequence[int], start: int, stop: int, distribution: Distribution

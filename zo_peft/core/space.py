@@ -8,21 +8,16 @@ from torch import Tensor, nn
 
 from zo_peft.core.direction import Direction
 from zo_peft.core.lanes import Lanes
-from zo_peft.core.low_rank import LowRank
-from zo_peft.core.noise import Distribution
+from zo_peft.core.low_rank import Noise
 from zo_peft.errors import UserError
-
-#: What the numbers of a seed are: independent ones of a distribution, or low-rank noise.
-Noise = Distribution | LowRank
 
 
 class Space(Protocol):
     """The numbers that are tuned, called `theta`.
 
     An evaluation sees the model at `theta + displacement` and leaves `theta` bit for bit as it was,
-    also when it raises. Only `move`, `shift` and `load` change `theta`.
-    `FlatSpace` keeps parameters in a buffer of their own; `zo_peft.models.in_place_space` tunes a
-    base where it lies.
+    also when it raises. Only `move`, `shift` and `load` change `theta`. `FlatSpace` keeps parameters
+    in a buffer of their own; `InPlaceSpace` (in `zo_peft.models`) tunes a base where it lies.
 
     Attributes:
         noise: what a seed stands for.
@@ -64,29 +59,18 @@ class Space(Protocol):
         """`theta` by parameter name and in its shape; no copies."""
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set `theta` from tensors by name, all of them and no others.
-
-        Raises:
-            UserError: names, shapes or dtypes differ; nothing has been changed then.
-        """
+        """Set `theta` from tensors by name; refuses others, with a UserError, and changes nothing."""
 
 
 def check_fit(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Refuse saved tensors that are not the ones that a space holds.
+    """Raise a UserError where saved tensors are not those that a space holds."""
 
-    Raises:
-        UserError: names, shapes or dtypes differ.
-    """
-    wrong = sorted(
-        name
-        for name in mine.keys() | given.keys()
-        if name not in mine
-        or name not in given
-        or (mine[name].shape, mine[name].dtype) != (given[name].shape, given[name].dtype)
-    )
-    if wrong:
+    def kinds(tensors: Mapping[str, Tensor]) -> set[tuple[str, object, object]]:
+        return {(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+    if wrong := sorted({name for name, *_ in kinds(mine) ^ kinds(given)}):
         raise UserError(
-            f"the saved state does not fit what is tuned here: {wrong[0]} and {len(wrong) - 1} more "
-            "differ in name, shape or dtype. Use the model, peft_config, tune and tunable of the "
-            "saved run"
+            f"the saved state does not fit what is tuned here: {wrong[0]} and {len(wrong) - 1} "
+            "more differ in name, shape or dtype. Use the model, peft_config, tune and tunable of "
+            "the saved run"
         )

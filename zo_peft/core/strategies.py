@@ -2,8 +2,7 @@
 
 A strategy is a generator over floats. It yields lists of displacements (directions times eps) and
 is sent their losses, one for each, all on the same batch; what it returns is the `Estimate`. It
-never touches a tensor or the model, so a step is tested, replayed and counted without either.
-All that the rest of the package knows of a strategy is its entry in `STRATEGIES`, at the end.
+never touches a tensor or the model. The rest of the package knows it by its line in `STRATEGIES`.
 
 Notation as in arXiv:2601.04710 (Jin, Cen, Tan): M candidates `z_i`, losses
 `l_i = L(theta + eps z_i)`, split ratio alpha (`elite_fraction`).
@@ -49,7 +48,7 @@ class Estimate:
 
 def mean_of_finite(losses: Sequence[float]) -> float:
     """The mean of those that are finite; infinite where none is."""
-    finite = [losses[index] for index in _finite(losses)]
+    finite = list(filter(math.isfinite, losses))
     return sum(finite) / len(finite) if finite else math.inf
 
 
@@ -70,11 +69,7 @@ def run_step(step: Asking, evaluate: Evaluate) -> Estimate:
 
 
 def run_steps(steps: Sequence[Asking], evaluate: EvaluateGroups) -> list[Estimate]:
-    """Drive the same strategy's step for several parts of a batch at once, each on its own losses.
-
-    Args:
-        evaluate: one list of displacements a part in, one list of losses a part out.
-    """
+    """The same for several parts of a batch at once, each with points and losses of its own."""
     points = [next(step) for step in steps]
     while True:
         estimates = []
@@ -90,25 +85,19 @@ def run_steps(steps: Sequence[Asking], evaluate: EvaluateGroups) -> list[Estimat
 def combine(estimates: Sequence[Estimate]) -> Estimate:
     """The mean of the gradients `slope * direction` of equal parts of a batch.
 
-    The slope is the length of the vector of the parts' shares; as with `n_spsa`, only its product
-    with the direction is an estimate of the gradient. Losses are means over the parts. Parts whose
-    slope is not finite do not count.
+    The slope is the length of the vector of the parts' shares; only its product with the direction
+    is an estimate of the gradient. Losses are means. Parts whose slope is not finite do not count.
     """
     if len(estimates) == 1:
         return estimates[0]
     kept = [estimates[index] for index in _finite([estimate.slope for estimate in estimates])]
     shares = [estimate.slope / len(kept) for estimate in kept]
     slope = math.hypot(*shares) if kept else math.nan
-    terms = (
-        (share / slope if slope else 0.0) * estimate.direction
-        for share, estimate in zip(shares, kept)
-    )
+    scales = [share / slope if slope else 0.0 for share in shares]
+    parts = [scale * estimate.direction for scale, estimate in zip(scales, kept)]
+    direction = Direction(tuple(term for part in parts for term in part.terms))
     losses = zip(*(estimate.losses for estimate in estimates))
-    return Estimate(
-        Direction(tuple(term for direction in terms for term in direction.terms)),
-        slope,
-        tuple(mean_of_finite(parts) for parts in losses),
-    )
+    return Estimate(direction, slope, tuple(map(mean_of_finite, losses)))
 
 
 def mezo(seed: int, eps: float) -> Asking:
@@ -178,9 +167,8 @@ def gv(
 
     As published: `weighting="split"`, `probe="central"` (eq. 5, 6), M + 2 passes.
     `weighting="loss"` weights each candidate by how far its loss is from the mean.
-    `probe="reuse"` reads the slope off the candidates' own losses: with `v = sum w_i z_i` and
-    `sum w_i = 0`, `v . grad = sum w_i l_i / eps` to first order in eps. M passes. Candidates whose
-    loss is not finite are dropped; of fewer than two nothing can be told.
+    `probe="reuse"` reads the slope off the candidates' own losses, M passes: with `sum w_i = 0`,
+    `v . grad = sum w_i l_i / eps` to first order in eps. Losses that are not finite are dropped.
     """
     losses = yield [eps * Direction.of(seed) for seed in seeds]
     kept = _finite(losses)
@@ -199,7 +187,7 @@ def gv(
 
 @dataclass(frozen=True)
 class Options:
-    """What a strategy may depend on beside seeds and eps: the fields of `ZOConfig` of these names."""
+    """What a strategy may depend on beside seeds and eps; fields of `ZOConfig` have these names."""
 
     num_candidates: int = 4
     elite_fraction: float = 0.5
@@ -214,17 +202,16 @@ class Strategy:
 
     Attributes:
         start: begins a step, from a seed for each candidate, eps and the options.
-        selects: it compares candidates, so that it needs at least two of them.
+        selects: it compares candidates, so it needs at least two of them.
     """
 
     start: Callable[[Sequence[int], float, Options], Asking]
     selects: bool = False
 
     def asks(self, options: Options) -> list[int]:
-        """The number of displacements that a step asks for, each time that it asks.
+        """How many losses a step asks for, each time; their sum is a step's forward passes.
 
-        They are counted by driving a step with made-up losses. Their sum is the number of forward
-        passes of a step on one micro-batch.
+        A step is driven with made-up losses and counted.
         """
         counts: list[int] = []
 
@@ -236,15 +223,12 @@ class Strategy:
         return counts
 
 
-#: The forward-only strategies by name. A new one is a generator above and a line here.
+#: The forward-only strategies. A new one is a generator above and a line here.
 STRATEGIES: dict[str, Strategy] = {
-    "mezo": Strategy(lambda seeds, eps, options: mezo(seeds[0], eps)),
-    "n-spsa": Strategy(lambda seeds, eps, options: n_spsa(seeds, eps)),
-    "greedy": Strategy(lambda seeds, eps, options: greedy(seeds, eps, options.probe), selects=True),
+    "mezo": Strategy(lambda seeds, eps, o: mezo(seeds[0], eps)),
+    "n-spsa": Strategy(lambda seeds, eps, o: n_spsa(seeds, eps)),
+    "greedy": Strategy(lambda seeds, eps, o: greedy(seeds, eps, o.probe), True),
     "gv": Strategy(
-        lambda seeds, eps, options: gv(
-            seeds, eps, options.elite_fraction, options.weighting, options.probe
-        ),
-        selects=True,
+        lambda seeds, eps, o: gv(seeds, eps, o.elite_fraction, o.weighting, o.probe), True
     ),
 }

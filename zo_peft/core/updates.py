@@ -12,12 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from zo_peft.core.orthogonal import orthogonalized
 from zo_peft.core.space import Space
 from zo_peft.core.strategies import Estimate
-
-#: Quintic Newton-Schulz coefficients of Muon, and how often they are applied.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_SCHULZ_STEPS = 5
 
 
 class UpdateRule(torch.optim.Optimizer):
@@ -205,18 +202,6 @@ RULES: dict[str, type[UpdateRule]] = {
 #: The rules whose step has a root mean square of about 1 at a learning rate of 1, whatever the
 #: gradient, so that a learning rate can be chosen by what such a step does.
 AUTOMATIC = frozenset({"normalized", "spectral", "adam", "fzoo"})
-
-
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """About `U V^T` of a matrix `U S V^T`: its singular values brought to between 0.7 and 1.2."""
-    a, b, c = NEWTON_SCHULZ
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / x.norm().clamp_min(torch.finfo(x.dtype).tiny)
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
 
 
 class Backoff:

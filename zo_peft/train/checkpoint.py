@@ -4,6 +4,7 @@ import contextlib
 import json
 import random
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,14 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from zo_peft.core.eps import Calibration
+from zo_peft.core.faults import Faults
+from zo_peft.core.tuner import Tuner
 from zo_peft.errors import UserError
 
 TENSORS_NAME = "zo_state.safetensors"
+#: This stands before the names of the update rule's tensors.
+RULE_PREFIX = "update_rule."
 STATE_NAME = "zo_state.json"
 RNG_NAME = "zo_rng_state.json"
 
@@ -40,6 +46,46 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             f"{path.parent.name}/{path.name} cannot be written: {error}. Earlier checkpoints and "
             "the journal are safe; make room and go on with --resume_from_checkpoint True"
         ) from error
+
+
+def state_of(tuner: Tuner) -> dict[str, Any]:
+    """What a tuner carries from step to step, beside tensors: numbers and lists."""
+    return {
+        "elite": tuner.elite,
+        "zo_eps": tuner.eps.eps,
+        "calibrations": [asdict(calibration) for calibration in tuner.eps.calibrations],
+        "update_rule": tuner.rule.scalars(),
+        "backoff": vars(tuner.backoff),
+        "faults": asdict(tuner.faults),
+        "candidates_per_forward": tuner.evaluator.candidates_per_forward,
+        "forward_passes": tuner.evaluator.forward_passes,
+        "examples_forwarded": tuner.evaluator.examples_forwarded,
+    }
+
+
+def load_into(tuner: Tuner, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Give a tuner what `state_of` and `remembered` took from it."""
+    tuner.elite, tuner.eps.eps = state["elite"], state["zo_eps"]
+    tuner.eps.calibrations = [Calibration(**fields) for fields in state["calibrations"]]
+    own = {name.removeprefix(RULE_PREFIX): tensor for name, tensor in tensors.items()}
+    tuner.rule.load(state["update_rule"], own)
+    vars(tuner.backoff).update(state["backoff"])
+    tuner.faults = Faults(**state["faults"])
+    evaluator = tuner.evaluator
+    if evaluator.candidates_per_forward is None:
+        evaluator.candidates_per_forward = state["candidates_per_forward"]
+    evaluator.forward_passes = state["forward_passes"]
+    evaluator.examples_forwarded = state["examples_forwarded"]
+
+
+def remembered(tuner: Tuner) -> dict[str, Tensor]:
+    """The tensors of the update rule, by their names in a checkpoint."""
+    return {RULE_PREFIX + name: tensor for name, tensor in tuner.rule.tensors().items()}
+
+
+def without_remembered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that training has changed."""
+    return {n: tensor for n, tensor in tensors.items() if not n.startswith(RULE_PREFIX)}
 
 
 def save_state(folder: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

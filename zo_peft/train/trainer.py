@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from transformers.trainer_utils import TrainOutput, has_length
 
 from zo_peft.core.batch import Batch
-from zo_peft.core.eps import Calibration
+from zo_peft.core.direction import Direction
+from zo_peft.core.eps import Calibration, EpsChoice
 from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.faults import Faults
 from zo_peft.core.journal import INITIAL_NAME, JOURNAL_NAME, Follower, Journal, read
@@ -63,9 +64,6 @@ SGD_LEARNING_RATES: dict[str, float] = {
 #: learning rate (docs/efficiency.md).
 WALK = 0.87
 
-#: In a checkpoint this stands before the names of the update rule's tensors.
-RULE_PREFIX = "update_rule."
-
 
 class ZOTrainer(BaseTrainer):
     """Tunes a PEFT adapter or the base with forward passes only; else a `transformers.Trainer`.
@@ -96,15 +94,15 @@ class ZOTrainer(BaseTrainer):
         if args.torch_compile:
             options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
             compile_frozen_parts(model, self.space.parameters.values(), **options)
+        rewarded = isinstance(self.objective, RewardObjective)
         self.tuner = Tuner(
             self.evaluator,
             self._update_rule(),
             args.strategy,
             args.strategy_options,
             args.seed,
-            args.zo_eps,
+            EpsChoice(args.zo_eps, self._smooth if rewarded else None),
             args.per_example_noise,
-            self._smooth if isinstance(self.objective, RewardObjective) else None,
             self._say,
             self._trained,
         )
@@ -207,7 +205,8 @@ class ZOTrainer(BaseTrainer):
             if whose != folder:
                 shutil.copyfile(initial, folder / INITIAL_NAME)
         else:
-            self.tuner.journal = Follower(path, keep)
+            # Rank 0 goes on writing what is read here.
+            self.tuner.journal = Follower(islice(read(path)[1], keep))
         if start is None:
             self._load_trained(checkpoint.load_tensors(initial))
         return start
@@ -249,11 +248,21 @@ class ZOTrainer(BaseTrainer):
         try:
             estimate = self.tuner.step(batches, step)
         except NonFiniteLossError as error:
+            advice = self._advice(batches)
             self._save_checkpoint(self.model, trial=None)
             last = f"The last good state is in checkpoint-{step}"
-            raise NonFiniteLossError(f"{error}. {last}") from None
+            raise NonFiniteLossError(f"{error}; {advice}. {last}") from None
         self._end_in_time()
         return torch.tensor(estimate.loss, device=self.args.device)
+
+    def _advice(self, batches: Sequence[Batch]) -> str:
+        """What to do where losses are not finite."""
+        here = self.evaluator([Direction()], batches)[0]
+        if math.isfinite(here):
+            return f"undisturbed the loss is {here:.4g}: lower zo_eps"
+        if any(parameter.dtype == torch.float16 for parameter in self.model.parameters()):
+            return "float16 overflows: load the model in bfloat16 or float32"
+        return "the loss has diverged: lower learning_rate"
 
     def _end_in_time(self) -> None:
         """Stop where another step would go beyond the budget."""
@@ -385,12 +394,12 @@ class ZOTrainer(BaseTrainer):
         self.tuner.compare_ranks(self.state.global_step)
         if not self.args.should_save:
             return
-        state = self.tuner.state() | {
+        state = checkpoint.state_of(self.tuner) | {
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "base": self.base_hash,
             "moves": getattr(self.space, "moves", 0),
         }
-        remembered = {RULE_PREFIX + name: t for name, t in self.tuner.rule.tensors().items()}
+        remembered = checkpoint.remembered(self.tuner)
         # A checkpoint is a position in the journal, so the journal is on the disk before it.
         self.tuner.journal.sync()
         checkpoint.save_state(output_dir, self._trained() | remembered, state)
@@ -407,7 +416,7 @@ class ZOTrainer(BaseTrainer):
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
             group["lr"] = lr
         tensors = checkpoint.load_tensors(Path(checkpoint_folder) / checkpoint.TENSORS_NAME)
-        self.tuner.load_state(state, {n.removeprefix(RULE_PREFIX): t for n, t in tensors.items()})
+        checkpoint.load_into(self.tuner, state, tensors)
         if isinstance(self.space, InPlaceSpace):
             self.space.moves = state["moves"]
 
@@ -419,8 +428,8 @@ class ZOTrainer(BaseTrainer):
                 f"{Path(resume_from_checkpoint).name} is of another base or another tune; load the "
                 "model that the run started with, quantized in the same way"
             )
-        saved = checkpoint.load_tensors(Path(resume_from_checkpoint) / checkpoint.TENSORS_NAME)
-        self._load_trained({n: t for n, t in saved.items() if not n.startswith(RULE_PREFIX)})
+        tensors = checkpoint.load_tensors(Path(resume_from_checkpoint) / checkpoint.TENSORS_NAME)
+        self._load_trained(checkpoint.without_remembered(tensors))
 
     def _load_trained(self, tensors: dict[str, Tensor]) -> None:
         if tensors or self.args.tune != "weights":
