@@ -1,6 +1,5 @@
 """Base models (float, int8, NF4) and tokenizers."""
 
-import logging
 from typing import Any
 
 import torch
@@ -18,9 +17,6 @@ from transformers import (
 
 from zo_peft.errors import UserError
 from zo_peft.models.hub import LOAD_ERRORS, public_name, reason
-
-# It says on every int8 matmul that float32 inputs are quantized by way of float16.
-logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def quantization_config(

@@ -93,6 +93,27 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     return trainer.summary
 
 
+def train_text(metrics: dict[str, Any]) -> str:
+    """The contents of `zo_metrics.json` as a few lines."""
+    lines = []
+    if metrics["metric_after"] is not None:
+        name = metrics["metric_name"]
+        lines = [
+            f"{name:20}{metrics['metric_before']:.4f} -> {metrics['metric_after']:.4f}",
+            f"{'evaluation loss':20}{metrics['eval_loss_before']:.4f} -> "
+            f"{metrics['eval_loss_after']:.4f}",
+        ]
+    spent = f"{metrics['forward_passes']:,} in {metrics['steps']:,} steps of {metrics['strategy']}"
+    return "\n".join(
+        [
+            *lines,
+            f"{'forward passes':20}{spent}",
+            f"{'peak memory':20}{metrics['peak_memory_bytes'] / 2**20:,.0f} MiB",
+            f"{'time':20}{metrics['wall_seconds']:.0f} s",
+        ]
+    )
+
+
 def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
     """The metric and the loss of an adapter on its base; for a task, also of a base alone.
 
@@ -115,6 +136,14 @@ def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict
         "eval_loss": result["eval_loss"],
         "examples": len(examples),
     }
+
+
+def evaluate_text(result: dict[str, Any]) -> str:
+    """The result of `evaluate` in a line."""
+    examples = f"on {result['examples']:,} examples"
+    return (
+        f"{result['metric_name']} {result['metric']:.4f}, loss {result['eval_loss']:.4f} {examples}"
+    )
 
 
 def settings(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:

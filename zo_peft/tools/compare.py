@@ -80,7 +80,7 @@ def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
     return result
 
 
-def text(result: dict[str, Any]) -> str:
+def compare_text(result: dict[str, Any]) -> str:
     """The result as a table."""
     name = next(iter(result.values()))["metric_name"]
     header = ["strategy", f"{name} before", "after", "loss", "steps", "forward passes"]

@@ -1,6 +1,7 @@
 """The embedded default: a tiny language model and labelled texts, shipped with the package."""
 
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from zo_peft.runs import run
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.train.config import ZOConfig
 
-EMBEDDED = Path(__file__).parent / "embedded"
+EMBEDDED = Path(__file__).parents[1] / "embedded"
 TEMPLATE = "{text} It was"
 LABEL_WORDS = "terrible,great"
 FORWARD_PASSES = 2000
@@ -20,17 +21,25 @@ quantization_config=BitsAndBytesConfig(load_in_8bit=True))
 model = PeftModel.from_pretrained(base, "{adapter}")"""
 
 
-def demo(output_dir: str, **settings: Any) -> dict[str, Any]:
-    """Tune a LoRA on the embedded model, int8-quantized, and save base and adapter.
+@dataclass
+class DemoArguments:
+    """The demo's settings."""
 
-    Args:
-        output_dir: gets the folders `base` and `adapter`.
-        settings: of `ZOConfig`, over the demo's own.
+    output_dir: str = field(
+        default="zo_peft_demo", metadata={"help": "Folder for the base and the adapter."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of data order and noise."})
+    strategy: str = field(default="gv", metadata={"help": "How a direction is found."})
+    max_forward_passes: int = field(default=FORWARD_PASSES, metadata={"help": "The budget."})
+
+
+def demo(given: DemoArguments) -> dict[str, Any]:
+    """Tune a LoRA on the embedded model, int8-quantized, and save base and adapter.
 
     Returns:
         The contents of `zo_metrics.json`, and `base` and `adapter`, the folders.
     """
-    base, adapter = Path(output_dir) / "base", Path(output_dir) / "adapter"
+    base, adapter = Path(given.output_dir) / "base", Path(given.output_dir) / "adapter"
     shutil.copytree(EMBEDDED / "model", base, dirs_exist_ok=True)
     model = ModelArguments(str(base), load_in_8bit=True, lora_target_modules=["q_proj", "v_proj"])
     data = DataArguments(
@@ -40,14 +49,20 @@ def demo(output_dir: str, **settings: Any) -> dict[str, Any]:
         label_words=LABEL_WORDS,
     )
     args = ZOConfig(
-        **{
-            "output_dir": str(adapter),
-            "max_forward_passes": FORWARD_PASSES,
-            "per_device_train_batch_size": 16,
-            "per_device_eval_batch_size": 50,
-            "logging_steps": 0.1,
-            "save_strategy": "no",
-            **settings,
-        }
+        output_dir=str(adapter),
+        seed=given.seed,
+        strategy=given.strategy,
+        max_forward_passes=given.max_forward_passes,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=50,
+        logging_steps=0.1,
+        save_strategy="no",
     )
     return run.train(model, data, args) | {"base": str(base), "adapter": str(adapter)}
+
+
+def demo_text(result: dict[str, Any]) -> str:
+    """The result of `demo`, with the lines that load it."""
+    saved = f"The base is in {result['base']}, the adapter in {result['adapter']}."
+    load = LOAD.format(**result)
+    return f"{run.train_text(result)}\n\n{saved} To load them with plain PEFT:\n\n{load}"

@@ -517,7 +517,7 @@ PARTS = {
 }
 
 
-def text(result: dict[str, Any]) -> str:
+def plan_text(result: dict[str, Any]) -> str:
     """A plan as a table, and what fits."""
     columns = {"forward only": result["forward_only"], "with gradients": result["gradients"]}
     columns = {name: column for name, column in columns.items() if column}

@@ -173,7 +173,7 @@ def reproduce(given: ReproduceArguments, options: list[str]) -> dict[str, Any]:
         "published": figure(given.method, given.kind, given.task),
     }
     write_json(folder / RESULT_NAME, result)
-    (folder / TABLE_NAME).write_text(text(result) + "\n")
+    (folder / TABLE_NAME).write_text(reproduce_text(result) + "\n")
     return result
 
 
@@ -186,7 +186,7 @@ def figure(method: str, kind: Kind, task: str) -> str | None:
     return None if row is None else f"{row[list(TASKS).index(task)]} (OPT-13B, Table V)"
 
 
-def text(result: dict[str, Any]) -> str:
+def reproduce_text(result: dict[str, Any]) -> str:
     """The result as a table; figures in percent."""
     values = [100 * value for value in result["metrics"]]
     spread = f" +- {stdev(values):.1f}" if len(values) > 1 else ""

@@ -1,0 +1,122 @@
+"""The options of a command, from the command line and from a configuration file."""
+
+import argparse
+import contextlib
+import json
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from zo_peft.errors import UserError
+
+#: What one word of a command line can say.
+SCALARS = (str, bool, int, float, date)
+
+
+@dataclass
+class OutputArguments:
+    """What a command prints."""
+
+    json: bool = field(
+        default=False, metadata={"help": "Print one JSON object on stdout, and nothing else."}
+    )
+
+
+class _Parser(HfArgumentParser):
+    """Reports an error in one line, without the list of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parse(
+    name: str,
+    arguments: Sequence[type],
+    argv: Sequence[str],
+    positional: Sequence[str] = (),
+    trains: bool = False,
+) -> tuple[OutputArguments, list[Any]]:
+    """The arguments of a command, from the command line over a `--config` file.
+
+    Args:
+        arguments: the command's dataclasses.
+        positional: names of arguments that may come first without their names.
+        trains: further arguments are options of `zo-peft train`; they come last, as a list.
+
+    Raises:
+        UserError: an option is not known, or has a value that makes no sense.
+    """
+    for index, argument in enumerate(positional):
+        if len(argv) > 2 * index and not argv[2 * index].startswith("-"):
+            argv = [*argv[: 2 * index], f"--{argument}", *argv[2 * index :]]
+    epilog = f"May come first, without names: {' '.join(positional)}." if positional else None
+    if trains:
+        epilog = "Further options: those of zo-peft train."
+    parser = _Parser(
+        (OutputArguments, *arguments), prog=f"zo-peft {name}", epilog=epilog, allow_abbrev=False
+    )
+    rest = argv if trains else _with_file(parser, argv)
+    parsed = parser.parse_args_into_dataclasses(
+        rest, return_remaining_strings=True, look_for_args_file=False
+    )
+    *parsed, unknown = (part for part in parsed if not isinstance(part, argparse.Namespace))
+    output, *filled = parsed
+    if trains:
+        return output, [*filled, unknown]
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]}; see zo-peft {name} --help")
+    return output, filled
+
+
+def _with_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """The options of a `--config` file, then those of the command line, which override them."""
+    file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    file_parser.add_argument("--config")
+    given, rest = file_parser.parse_known_args(argv)
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    parser.add_argument("--config", help="YAML file of options; the command line overrides it.")
+    options = {} if given.config is None else _read_options(given.config)
+    words: list[str] = []
+    for option, value in options.items():
+        if option not in actions or option == "help":
+            raise UserError(f"--config {given.config} has an unknown option {option!r}")
+        words += _words(f"--{option}", value, actions[option])
+    return words + rest
+
+
+def _read_options(path: str) -> dict[Any, Any]:
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"--config {path} cannot be read as YAML: {first}") from None
+    if not isinstance(options, dict):
+        raise UserError(f"--config {path} must hold options, one `name: value` a line")
+    return options
+
+
+def _words(flag: str, value: Any, action: argparse.Action) -> list[str]:
+    """An option of a file as words of a command line, which argparse then checks."""
+    if value is None and action.default is None and not action.required:
+        return []
+    if isinstance(value, SCALARS):
+        return [f"{flag}={value}"]
+    several = isinstance(value, list) and (len(value) == 1 or (value and action.nargs == "+"))
+    if several and all(map(_is_word, value)):
+        return [flag, *map(str, value)]
+    if isinstance(value, dict):
+        with contextlib.suppress(TypeError, ValueError):
+            return [f"{flag}={json.dumps(value)}"]
+    name = flag.removeprefix("--")
+    raise UserError(f"{name}: {reprlib.repr(value)} is no value of an option; drop it, or give one")
+
+
+def _is_word(item: Any) -> bool:
+    """Whether it can be told from an option."""
+    return isinstance(item, SCALARS) and not (isinstance(item, str) and item.startswith("-"))
