@@ -27,7 +27,7 @@ from zo_peft import Direction, ZOTrainer
 from zo_peft.core.batch import Batch
 from zo_peft.core.noise import derive_seed
 from zo_peft.core.strategies import (
-    Step,
+    Asking,
     combine,
     greedy,
     gv,
@@ -43,17 +43,17 @@ EPS = 1e-3
 SIMULATED = 200_000
 
 
-def split(m: int) -> Callable[[Sequence[int]], Step]:
+def split(m: int) -> Callable[[Sequence[int]], Asking]:
     """Published GV."""
     return lambda seeds: gv(seeds[:m], EPS, 0.5, "split", "central")
 
 
-def weighted(m: int) -> Callable[[Sequence[int]], Step]:
+def weighted(m: int) -> Callable[[Sequence[int]], Asking]:
     """GV, loss weights, slope from the same losses."""
     return lambda seeds: gv(seeds[:m], EPS, 0.5, "loss", "reuse")
 
 
-def lowest(m: int, probe: str) -> Callable[[Sequence[int]], Step]:
+def lowest(m: int, probe: str) -> Callable[[Sequence[int]], Asking]:
     """Greedy."""
     return lambda seeds: greedy(seeds[:m], EPS, probe)  # type: ignore[arg-type]
 
@@ -74,7 +74,7 @@ def of_lowest(m: int) -> float:
 
 
 #: By name: the step, from seeds, and the expectation.
-STRATEGIES: dict[str, tuple[Callable[[Sequence[int]], Step], float]] = {
+STRATEGIES: dict[str, tuple[Callable[[Sequence[int]], Asking], float]] = {
     "mezo": (lambda seeds: mezo(seeds[0], EPS), 1.0),
     "n-spsa, q=4": (lambda seeds: n_spsa(seeds[:4], EPS), 4.0),
     **{f"greedy, M={m}, central": (lowest(m, "central"), of_lowest(m)) for m in (2, 4, 8)},

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from zo_peft import Direction, UserError
-from zo_peft.cli import COMMANDS, RUN, parse
+from zo_peft.cli import RUN as NAMES
+from zo_peft.cli import named
+from zo_peft.runs.options import parse
 from zo_peft.core.journal import MAGIC, Record, framed, read
 from zo_peft.data import make_examples, read_rows
 
@@ -89,6 +91,7 @@ def mutated(content: bytes, random_: random.Random) -> bytes:
 
 
 #: Options of `zo-peft train`, and what a YAML file may say of one.
+RUN = [*map(named, NAMES)]
 OPTIONS = [f.name for arguments in RUN for f in fields(arguments) if f.init]
 VALUES = (
     b"null;true;word;'';-1;0;1.5;1e400;.nan;.inf;0x10;9999999999999999999;2020-01-01;!!binary aGk=;"
@@ -137,7 +140,7 @@ def read_journal(path: Path) -> None:
 
 def read_config(path: Path) -> None:
     """As `zo-peft train --config`."""
-    parse("train", COMMANDS["train"], ["--config", str(path)])
+    parse("train", RUN, ["--config", str(path)])
 
 
 def read_data(path: Path) -> None:

@@ -21,10 +21,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
-from zo_peft.spaces import choose
 
 from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
-from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.lanes import NotInLanes
 from zo_peft.core.low_rank import LowRank, Structure
 from zo_peft.core.noise import noise_block, noise_rows, row_words, uniform_rows
@@ -32,7 +30,8 @@ from zo_peft.core.rounding import round_float
 from zo_peft.data import make_examples, read_rows
 from zo_peft.models.identity import base_hash
 from zo_peft.models.in_place_space import InPlaceSpace
-from zo_peft.models.numbers import Int8Codes, find_scales, find_weights
+from zo_peft.models.numbers import Int8Codes, choose, find_scales, find_weights
+from zo_peft.models.recipe import evaluator_of
 from zo_peft.objectives.scoring import ClassificationObjective, OptionObjective
 from zo_peft.scales import load_scales, save_scales
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
@@ -371,7 +370,7 @@ def test_candidates_in_one_forward_are_those_one_by_one(tiny: Path, case: Case) 
     for point in points:
         with space.displaced(point):
             one.append(logits(model))
-    with space.lanes(points).active(space.replacements(model), 2, 2):
+    with space.lanes(points).active(space.replacements(), 2, 2):
         together = logits(model, IDS.repeat(3, 1)).view(3, 2, 6, -1)
     loose = {"rtol": 5e-2, "atol": 3e-2} if case[0] == "float16" else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(together, torch.stack(one), **loose)
@@ -381,9 +380,9 @@ def test_candidates_in_one_forward_are_those_one_by_one(tiny: Path, case: Case) 
 def test_full_noise_of_weights_is_one_by_one(tiny: Path) -> None:
     model, space = make(tiny, ("int8", "weights", "gaussian", False))
     with pytest.raises(NotInLanes, match="q_proj"):
-        space.replacements(model)
+        space.replacements()
     with pytest.warns(UserWarning, match="one by one"):
-        assert not Evaluator(model, space, OptionObjective())._in_lanes
+        assert not evaluator_of(model, space, OptionObjective())._in_lanes
 
 
 class TwoLayers(nn.Module):
@@ -415,7 +414,7 @@ def test_norms_and_biases_have_values_of_each_candidate() -> None:
     for point in points:
         with space.displaced(point):
             one.append(objective.losses(model, batch))
-    with space.lanes(points).active(space.replacements(model), 4, 4):
+    with space.lanes(points).active(space.replacements(), 4, 4):
         many = objective.losses(model, objective.repeated(batch, 3)).view(3, 4)
     torch.testing.assert_close(many, torch.stack(one), rtol=1e-5, atol=1e-5)
 

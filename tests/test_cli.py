@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from zo_peft.cli import COMMANDS, main, parse
+from zo_peft.cli import RUN, main, named
+from zo_peft.runs.options import parse
 from zo_peft.objectives.scoring import OptionObjective
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
@@ -314,7 +315,7 @@ def test_a_config_holds_lists_objects_and_defaults(tmp_path: Path) -> None:
     lines += ["model_init_kwargs: {attn_implementation: eager}", "report_to: [none]"]
     lines += ["reward_weights: [-1, 0.5]"]
     write(tmp_path / "c.yaml", *lines, "use_cpu: true", "model_revision: 2020-01-01")
-    _, (model, _, args) = parse("train", COMMANDS["train"], ["--config", str(tmp_path / "c.yaml")])
+    _, (model, _, args) = parse("train", [*map(named, RUN)], ["--config", str(tmp_path / "c.yaml")])
     assert model.lora_target_modules == ["q_proj", "v_proj"]
     assert model.model_revision == "2020-01-01"
     assert args.zo_eps is None

@@ -44,11 +44,11 @@ from transformers import (
 
 from zo_peft import Direction
 from zo_peft.core.batch import Batch, Objective
-from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.flat_space import FlatSpace
 from zo_peft.data import Collator, collator_for
 from zo_peft.models.adapters import tuned_parameters
 from zo_peft.models.memory import CPU_TOKENS, Fit
+from zo_peft.models.recipe import evaluator_of
 from zo_peft.models.trunk import compile_frozen_parts, find_trunk
 from zo_peft.objectives.scoring import ClassificationObjective, CompletionObjective, OptionObjective
 
@@ -204,7 +204,7 @@ def test_many_in_one_forward_give_the_losses_of_one_by_one(
     start = {name: tensor.clone() for name, tensor in space.tensors().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        evaluator = Evaluator(model, space, objective, size)
+        evaluator = evaluator_of(model, space, objective, size)
         batch = collator_for(model, PAD, objective)(features)
         calls = counted(model.get_base_model().model.norm)
         losses = evaluator(POINTS, [batch])
@@ -226,7 +226,7 @@ def test_what_cannot_share_a_forward_goes_one_by_one_with_a_warning(adapter: str
     model = tune(llama(), config)
     space, batch = FlatSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
     with pytest.warns(UserWarning, match=rf"one by one: .*{module}") as caught:  # noqa: PT031
-        evaluator = Evaluator(model, space, CompletionObjective(), 4)
+        evaluator = evaluator_of(model, space, CompletionObjective(), 4)
         first = evaluator(POINTS, [batch])
         second = evaluator(POINTS, [batch])
     assert sum("one by one" in str(warning.message) for warning in caught) == 1
@@ -255,7 +255,7 @@ def test_a_module_that_sees_a_part_of_the_rows_is_noticed() -> None:
     model = tune(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["mlp.q_proj"], r=4))
     space, batch = FlatSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
     with pytest.warns(UserWarning, match=r"one by one: .*mlp\.q_proj"):
-        losses = Evaluator(model, space, CompletionObjective(), 8)(POINTS, [batch])
+        losses = evaluator_of(model, space, CompletionObjective(), 8)(POINTS, [batch])
     assert losses == plain_losses(model, space, CompletionObjective(), batch)
 
 
@@ -267,7 +267,7 @@ def test_an_objective_of_the_users_goes_one_by_one() -> None:
     model = tune(llama(), ADAPTERS["lora"])
     space, batch = FlatSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
     with pytest.warns(UserWarning, match=r"one by one: objective Own .*`repeated`"):
-        evaluator = Evaluator(model, space, Own())  # type: ignore[arg-type]
+        evaluator = evaluator_of(model, space, Own())  # type: ignore[arg-type]
     assert evaluator(POINTS, [batch]) == plain_losses(model, space, CompletionObjective(), batch)
 
 
@@ -283,7 +283,7 @@ def test_every_architecture_gives_the_losses_of_one_by_one(
         space = FlatSpace(tuned_parameters(model))
         for objective, features in DATA.values():
             batch = collator_for(model, PAD, objective)(features)
-            losses = Evaluator(model, space, objective, 8)(POINTS, [batch])
+            losses = evaluator_of(model, space, objective, 8)(POINTS, [batch])
             expected = plain_losses(model, space, objective, Collator(PAD)(features))
             np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
@@ -321,7 +321,7 @@ def test_a_quantized_base_gives_the_losses_of_one_by_one(quantization: str, tmp_
                 module.support_avx512bf16_for_cpu = False
         model = tune(base, ADAPTERS[name])
         space, batch = FlatSpace(tuned_parameters(model)), Collator(PAD)(OPTIONS)
-        losses = Evaluator(model, space, OptionObjective(), 4)(POINTS, [batch])
+        losses = evaluator_of(model, space, OptionObjective(), 4)(POINTS, [batch])
         expected = plain_losses(model, space, OptionObjective(), batch)
         np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=name)
 
@@ -330,7 +330,7 @@ def test_a_quantized_base_gives_the_losses_of_one_by_one(quantization: str, tmp_
 def test_half_precision_gives_about_the_losses_of_one_by_one(dtype: torch.dtype) -> None:
     model = tune(llama().to(dtype), ADAPTERS["lora"])
     space, batch = FlatSpace(tuned_parameters(model)), Collator(PAD)(OPTIONS)
-    losses = Evaluator(model, space, OptionObjective(), 8)(POINTS, [batch])
+    losses = evaluator_of(model, space, OptionObjective(), 8)(POINTS, [batch])
     expected = plain_losses(model, space, OptionObjective(), batch)
     np.testing.assert_allclose(losses, expected, rtol=2e-2)
 
@@ -348,7 +348,7 @@ def test_a_saved_head_shares_a_forward(family: str) -> None:
     model, objective = tune(build(), config), ClassificationObjective()
     space, batch = FlatSpace(tuned_parameters(model)), Collator(PAD)(CLASSES)
     assert any(head in name for name in space.parameters)
-    losses = Evaluator(model, space, objective, 8)(POINTS, [batch])
+    losses = evaluator_of(model, space, objective, 8)(POINTS, [batch])
     np.testing.assert_allclose(losses, plain_losses(model, space, objective, batch), rtol=1e-5)
 
 
@@ -377,7 +377,7 @@ def test_frozen_layers_run_once_a_batch(config: PeftConfig, frozen: int, size: i
     space, objective = FlatSpace(tuned_parameters(model)), OptionObjective()
     batches = [Collator(PAD)(OPTIONS[:2]), Collator(PAD)(OPTIONS[1:])]
     expected = [plain_losses(model, space, objective, batch) for batch in batches]
-    evaluator = Evaluator(model, space, objective, size)
+    evaluator = evaluator_of(model, space, objective, size)
     losses = evaluator(POINTS, batches)
     np.testing.assert_allclose(losses, np.mean(expected, axis=0), rtol=1e-5)
     base = model.get_base_model()
@@ -409,7 +409,7 @@ def test_compiled_parts_give_the_same_losses() -> None:
     expected = plain_losses(model, space, objective, batch)
     parts = compile_frozen_parts(model, space.parameters.values(), backend="eager")
     assert [type(part).__name__ for part in parts] == ["LlamaMLP", *["LlamaRMSNorm"] * 2] * 3
-    losses = Evaluator(model, space, objective, 4)(POINTS, [batch])
+    losses = evaluator_of(model, space, objective, 4)(POINTS, [batch])
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
@@ -418,7 +418,7 @@ def test_an_error_in_a_wave_leaves_model_and_theta_as_they_were() -> None:
     space, objective = FlatSpace(tuned_parameters(model)), CompletionObjective()
     batch = Collator(PAD)(COMPLETIONS)
     expected = plain_losses(model, space, objective, batch)
-    evaluator = Evaluator(model, space, objective, 4)
+    evaluator = evaluator_of(model, space, objective, 4)
     evaluator(POINTS, [batch])
     handle = model.get_base_model().model.norm.register_forward_hook(_raise)
     with pytest.raises(KeyboardInterrupt):
@@ -454,7 +454,7 @@ def test_running_out_of_memory_halves_and_goes_on(rows: int, left: int) -> None:
     model = tune(llama(), ADAPTERS["lora"])
     space, batch = FlatSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
     objective = Bounded(rows)
-    evaluator = Evaluator(model, space, objective, 8)
+    evaluator = evaluator_of(model, space, objective, 8)
     with pytest.warns(UserWarning, match=f"candidates_per_forward={left}"):
         losses = evaluator(POINTS, [batch])
     assert evaluator.candidates_per_forward == left
@@ -469,7 +469,7 @@ def test_one_candidate_that_does_not_fit_is_an_error() -> None:
     model = tune(llama(), ADAPTERS["lora"])
     space, batch = FlatSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
     with pytest.raises(torch.OutOfMemoryError):
-        Evaluator(model, space, Bounded(1), 1)(POINTS, [batch])
+        evaluator_of(model, space, Bounded(1), 1)(POINTS, [batch])
 
 
 def sizes(model: PeftModel, rows: int, length: int, numel: int = 1000) -> int:
@@ -518,7 +518,7 @@ def test_each_part_of_a_batch_sees_its_own_displacements(
     objective, features = DATA[data]
     model = tune(llama(), ADAPTERS[adapter])
     space = FlatSpace(tuned_parameters(model))
-    evaluator = Evaluator(model, space, objective, size)
+    evaluator = evaluator_of(model, space, objective, size)
     batch = collator_for(model, PAD, objective)(features)
     parts = evaluator.parts([batch])
     sees_positions = adapter == "saved head" and data != "label words"
@@ -550,7 +550,7 @@ def test_each_part_of_a_batch_sees_its_own_displacements(
 def test_micro_batches_are_cut_alike() -> None:
     model = tune(llama(), ADAPTERS["lora"])
     space, objective = FlatSpace(tuned_parameters(model)), OptionObjective()
-    evaluator = Evaluator(model, space, objective)
+    evaluator = evaluator_of(model, space, objective)
     two = [Collator(PAD)(WORDS[:2]), Collator(PAD)(WORDS[1:])]
     assert evaluator.parts(two) == 2
     assert evaluator.parts([Collator(PAD)(WORDS), two[0]]) == 1
@@ -568,7 +568,7 @@ def test_what_goes_one_by_one_has_one_part() -> None:
     model = tune(llama(), NOT_IN_LANES["dora"][0])
     space, batch = FlatSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
     with pytest.warns(UserWarning, match="one by one"):
-        evaluator = Evaluator(model, space, CompletionObjective())
+        evaluator = evaluator_of(model, space, CompletionObjective())
     assert evaluator.parts([batch]) == 1
 
 
@@ -578,7 +578,7 @@ def test_parts_are_right_in_the_step_that_finds_a_module_out() -> None:
     model = tune(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["mlp.q_proj"], r=4))
     space, objective = FlatSpace(tuned_parameters(model)), CompletionObjective()
     batch = Collator(PAD)(COMPLETIONS)
-    evaluator = Evaluator(model, space, objective, 8)
+    evaluator = evaluator_of(model, space, objective, 8)
     points = [[0.1 * Direction.of(10 * g + m) for m in range(3)] for g in range(2)]
     assert evaluator.parts([batch]) == 2
     with pytest.warns(UserWarning, match="one by one"):

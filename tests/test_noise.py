@@ -169,7 +169,7 @@ def test_a_layout_holds_every_parameters_own_noise(
 ) -> None:
     names = data.draw(st.permutations(sorted(sizes)))
     kept = names[: data.draw(st.integers(1, len(names)))]
-    layout = Layout({name: sizes[name] for name in kept})
+    layout = Layout({name: torch.Size([sizes[name]]) for name in kept})
     runs = layout.numel // ALIGNMENT
     edges = sorted({0, runs, *data.draw(st.lists(st.integers(0, runs), max_size=4))})
     flat = torch.cat(
@@ -185,7 +185,12 @@ def test_a_layout_holds_every_parameters_own_noise(
 
 
 def test_the_parameters_of_a_layout_do_not_overlap() -> None:
-    layout = Layout({"a": 1, "b": ALIGNMENT, "c": ALIGNMENT + 1, "d": 5})
+    layout = Layout(
+        {
+            n: torch.Size([size])
+            for n, size in {"a": 1, "b": ALIGNMENT, "c": ALIGNMENT + 1, "d": 5}.items()
+        }
+    )
     covered = [i for where in layout.slices.values() for i in range(where.start, where.stop)]
     assert len(covered) == len(set(covered)) == 2 * ALIGNMENT + 7
     assert max(covered) < layout.numel == 5 * ALIGNMENT

@@ -32,12 +32,12 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from zo_peft import Direction
-from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.flat_space import FlatSpace
 from zo_peft.core.noise import noise_block
 from zo_peft.core.strategies import mezo, run_step
 from zo_peft.data import Collator
 from zo_peft.models.adapters import tuned_parameters
+from zo_peft.models.recipe import evaluator_of
 from zo_peft.objectives.scoring import ClassificationObjective, CompletionObjective, OptionObjective
 
 VOCABULARY, WIDTH, PAD = 61, 16, 0
@@ -374,7 +374,7 @@ def test_mezos_slope_is_the_back_propagated_gradient_along_z(
     loss, gradient = back_propagated(model, features)
     objective = CompletionObjective() if "labels" in features[0] else OptionObjective()
     space = FlatSpace(tuned_parameters(model))
-    evaluator = Evaluator(model, space, objective)
+    evaluator = evaluator_of(model, space, objective)
     batches = [Collator(PAD)(features[:1]), Collator(PAD)(features[1:])]
     assert evaluator([Direction()], batches) == [pytest.approx(loss, rel=1e-5)]
     length = sum(g.square().sum().item() for g in gradient.values()) ** 0.5

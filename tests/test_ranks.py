@@ -19,12 +19,12 @@ from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
-from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.flat_space import FlatSpace
 from zo_peft.core.journal import JOURNAL_NAME, read
 from zo_peft.core.ranks import Ranks
 from zo_peft.data import Collator, make_examples, read_rows
 from zo_peft.models.adapters import tuned_parameters
+from zo_peft.models.recipe import evaluator_of
 from zo_peft.objectives.rewards import RewardObjective
 from zo_peft.objectives.scoring import CompletionObjective
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
@@ -297,7 +297,7 @@ def evaluated(case: tuple[int, int, int], ranks: Ranks | None) -> Any:
     features = [{"input_ids": ids, "labels": [-100] * 4 + ids[4:]} for ids in sequences]
     collate = Collator(0) if ranks is None else ranks.collator(Collator(0))
     batch = collate(features)
-    evaluator = Evaluator(model, space, CompletionObjective(), ranks=ranks)
+    evaluator = evaluator_of(model, space, CompletionObjective(), ranks=ranks)
     points = [
         [0.3 * Direction.of(100 * part + index) for index in range(count)] for part in range(parts)
     ]
@@ -334,6 +334,6 @@ def drawn(parallel: Any) -> list[list[float]]:
     objective = RewardObjective([summed], tokenizer, max_completion_length=4)
     features = [{"prompt_ids": [5, 6, 7], "columns": {"prompt": "a"}} for _ in range(5)]
     collate = Collator(0) if ranks is None else ranks.collator(Collator(0))
-    evaluator = Evaluator(model, FlatSpace(tuned_parameters(model)), objective, ranks=ranks)
+    evaluator = evaluator_of(model, FlatSpace(tuned_parameters(model)), objective, ranks=ranks)
     points = [[0.1 * Direction.of(part)] * 2 for part in range(5)]
     return evaluator.evaluate(points, [collate(features)]).losses

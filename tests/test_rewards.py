@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, Pr
 from scripts import reward_tuning
 from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
 from zo_peft.cli import main
-from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.flat_space import FlatSpace
 from zo_peft.data import Collator, make_examples, read_rows
 from zo_peft.data.tokenize import Tokenization
 from zo_peft.models.adapters import tuned_parameters
+from zo_peft.models.recipe import evaluator_of
 from zo_peft.objectives.rewards import CommonNoise, RewardObjective, load_function
 from zo_peft.objectives.scoring import AccuracyObjective, CompletionObjective, SequenceObjective
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
@@ -196,7 +196,7 @@ def test_candidates_in_one_batch_generate_what_they_do_alone(temperature: float)
     space = FlatSpace(tuned_parameters(tuned))
     points = [Direction(), *(0.2 * Direction.of(seed) for seed in range(3))]
     found = {
-        count: Evaluator(tuned, space, objective(temperature=temperature), count).evaluate(
+        count: evaluator_of(tuned, space, objective(temperature=temperature), count).evaluate(
             [points] * 5, [plain()]
         )
         for count in (1, 2, 4)

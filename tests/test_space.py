@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from zo_peft.spaces import adapter
 
 from zo_peft import Direction, UserError
+from zo_peft.core import low_rank
 from zo_peft.core.batch import Batch
 from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.flat_space import FlatSpace
@@ -139,7 +139,7 @@ def test_ten_thousand_evaluations_do_not_drift() -> None:
     model, space = make()
     start, buffers = arrays(space.tensors()), [buffer.clone() for buffer in space.buffers]
     evaluator = Evaluator(model, space, PerExample())
-    batches = [{"x": torch.ones(2, 5)}]
+    batches = [Batch(x=torch.ones(2, 5))]
     for seed in range(1000):
         evaluator([s * Direction.of(seed + i) for i in range(5) for s in (0.1, -0.1)], batches)
     assert evaluator.forward_passes == 10_000
@@ -167,7 +167,7 @@ def test_an_evaluation_that_raises_leaves_theta_alone(after: int, error: BaseExc
     start = arrays(space.tensors())
     evaluator = Evaluator(model, space, Interrupted(after, error))
     with pytest.raises(type(error)):
-        evaluator([0.5 * Direction.of(s) for s in range(3)], [{"x": torch.ones(2, 5)}] * 2)
+        evaluator([0.5 * Direction.of(s) for s in range(3)], [Batch(x=torch.ones(2, 5))] * 2)
     assert is_at(model, space, start)
 
 
@@ -186,7 +186,7 @@ def noise_raises(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             yield noise
 
     monkeypatch.setattr(Layout, "noises", raising)
-    monkeypatch.setattr(adapter, "CHUNK", 256)
+    monkeypatch.setattr(low_rank, "CHUNK", 256)
     return lambda n: left.__setitem__(0, n)
 
 
@@ -211,7 +211,7 @@ def test_the_update_uses_the_noise_whose_loss_was_measured() -> None:
     """The published memory-saving code reseeds its generator for every tensor; see design.md."""
     model, space = make()
     start, objective = arrays(space.tensors()), PerExample()
-    evaluator, batches = Evaluator(model, space, objective), [{"x": torch.randn(4, 5)}]
+    evaluator, batches = Evaluator(model, space, objective), [Batch(x=torch.randn(4, 5))]
     eps, rate = 0.125, 0.01
     estimate = run_step(mezo(5, eps), lambda points: evaluator(points, batches))
     plus, minus = objective.seen
@@ -305,7 +305,7 @@ def test_load_refuses_another_adapters_state_and_changes_nothing() -> None:
         {},
     ]
     for tensors in wrong:
-        with pytest.raises(UserError, match="does not fit this adapter"):
+        with pytest.raises(UserError, match="does not fit what is tuned"):
             space.load(tensors)
         assert is_at(model, space, start)
 
@@ -359,7 +359,7 @@ def test_the_evaluator_means_over_examples_and_counts() -> None:
     rng = np.random.default_rng(0)
     batches = [rng.normal(size=(rows, 5)).astype(np.float32) for rows in (1, 4, 2)]
     points = [0.1 * Direction.of(1), -0.2 * Direction.of(2)]
-    losses = evaluator(points, [{"x": torch.from_numpy(x)} for x in batches])
+    losses = evaluator(points, [Batch(x=torch.from_numpy(x)) for x in batches])
     expected = []
     for point in points:
         p = {n: v.astype(float) for n, v in moved(start, point, "gaussian").items()}
@@ -369,5 +369,5 @@ def test_the_evaluator_means_over_examples_and_counts() -> None:
     assert losses == pytest.approx(expected, rel=1e-5)
     assert evaluator.forward_passes == len(objective.seen) == 2 * 3
     assert evaluator.examples_forwarded == 2 * 7
-    evaluator(points[:1], [{"x": torch.zeros(3, 5)}])
+    evaluator(points[:1], [Batch(x=torch.zeros(3, 5))])
     assert (evaluator.forward_passes, evaluator.examples_forwarded) == (7, 17)

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from zo_peft import Direction, ZOConfig
 from zo_peft.core.strategies import (
+    Asking,
     Estimate,
     Evaluate,
-    Step,
     Weighting,
     combine,
     greedy,
@@ -67,7 +67,7 @@ class Problem:
         return z, [self.f(self.theta + EPS * z_i) for z_i in z]
 
 
-def check(problem: Problem, step: Step, v: Vector, g: float, passes: int) -> Estimate:
+def check(problem: Problem, step: Asking, v: Vector, g: float, passes: int) -> Estimate:
     """The step finds direction v and slope g, and so the theta of the published update."""
     found = run_step(step, problem.evaluate)
     assert len(problem.asked) == len(found.losses) == passes
@@ -233,7 +233,7 @@ def test_equal_losses_give_no_direction(loss: float, m: int) -> None:
     ],
     ids=["n-spsa", "gv loss", "gv loss central", "gv split", "greedy"],
 )
-def test_equal_losses_move_nothing(step: Step) -> None:
+def test_equal_losses_move_nothing(step: Asking) -> None:
     found = run_step(step, lambda points: [0.5] * len(points))
     assert [found.slope * weight for _, weight in found.direction.terms] == pytest.approx(
         [0.0] * len(found.direction.terms), abs=0
@@ -254,7 +254,7 @@ def test_split_weights_are_a_difference_of_means(losses: list[float], alpha: Any
     assert weights @ losses == pytest.approx(low.mean() - high.mean(), abs=1e-9)
 
 
-MakeStep = Callable[[list[int], float], Step]
+MakeStep = Callable[[list[int], float], Asking]
 CASES: dict[str, tuple[dict[str, Any], MakeStep, Callable[[int], int]]] = {
     "mezo": ({"strategy": "mezo"}, lambda s, eps: mezo(s[0], eps), lambda m: 2),
     "n-spsa": ({"strategy": "n-spsa"}, n_spsa, lambda m: 2 * m),
@@ -305,7 +305,7 @@ def test_the_configuration_counts_the_passes_of_a_step(case: str, m: int, tmp_pa
     ids=["mezo", "n-spsa4", "greedy2", "greedy4", "greedy8", "gv2", "gv4", "gv16", "loss16"],
 )
 def test_alignment_is_that_of_the_linear_regime(
-    step: Callable[[list[int]], Step], m: int, alignment: float
+    step: Callable[[list[int]], Asking], m: int, alignment: float
 ) -> None:
     """c = d * E[cos^2(v, g)] of the table in design.md, for the loss g . theta with g = e_1."""
     width, draws = 1000, 3000
@@ -358,7 +358,7 @@ def test_parts_of_a_batch_combine_to_the_mean_of_their_gradients(strategy: str, 
     for problem in problems:
         problem.z = problems[0].z
     seeds = [[100 + 4 * part + index for index in range(4)] for part in range(parts)]
-    steps: dict[str, Callable[[list[int]], Step]] = {
+    steps: dict[str, Callable[[list[int]], Asking]] = {
         "mezo": lambda own: mezo(own[0], EPS),
         "n-spsa": lambda own: n_spsa(own, EPS),
         "greedy": lambda own: greedy(own, EPS, "reuse"),

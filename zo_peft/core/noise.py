@@ -249,7 +249,7 @@ class Layout:
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """The parameters in a flat buffer, or in each row of [rows, numel]; no copies."""
         return {
-            name: flat[..., where].view(*flat.shape[:-1], *self.shapes[name])
+            name: flat[..., where].view((*flat.shape[:-1], *self.shapes[name]))
             for name, where in self.slices.items()
         }
 

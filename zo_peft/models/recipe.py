@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from zo_peft.core.batch import Objective
-from zo_peft.core.evaluator import Host
+from zo_peft.core.evaluator import Evaluator, Host
 from zo_peft.core.flat_space import FlatSpace
 from zo_peft.core.lanes import NotInLanes, Replacement
 from zo_peft.core.low_rank import LowRank, Structure
 from zo_peft.core.noise import Distribution
+from zo_peft.core.ranks import OneRank
 from zo_peft.core.space import Space
 from zo_peft.core.updates import RULES, UpdateRule
 from zo_peft.errors import UserError
@@ -105,18 +106,25 @@ def adapter_settings(model: PreTrainedModel | PeftModel) -> dict[str, Any] | Non
     return config and json.loads(json.dumps(config.to_dict(), default=sorted))
 
 
-def host_of(model: PreTrainedModel | PeftModel, space: Space, objective: Objective) -> Host:
-    """What an evaluator is told about a model."""
+def evaluator_of(
+    model: PreTrainedModel | PeftModel,
+    space: Space,
+    objective: Objective,
+    candidates_per_forward: int | None = None,
+    ranks: OneRank | None = None,
+) -> Evaluator:
+    """An evaluator that knows how this model works lane by lane, and how much fits."""
     new_tokens = getattr(objective, "max_completion_length", 0)
     repeats = getattr(objective, "repeatable", False) and not new_tokens
     tuned = set(map(id, space.parameters.values()))
     head = model.get_output_embeddings()
-    return Host(
+    host = Host(
         replacements_of(model, space),
         Fit(model, space.lane_numel, new_tokens),
         Trunk(model, space.parameters.values()).reused if repeats else nullcontext,
         head is not None and any(id(parameter) in tuned for parameter in head.parameters()),
     )
+    return Evaluator(model, space, objective, host, candidates_per_forward, ranks)
 
 
 def replacements_of(

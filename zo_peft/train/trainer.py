@@ -35,7 +35,7 @@ from zo_peft.models.recipe import (
     SPACE_FIELDS,
     adapter_settings,
     check_in_place,
-    host_of,
+    evaluator_of,
     load_trained,
     rule_of,
     space_of,
@@ -89,8 +89,8 @@ class ZOTrainer(BaseTrainer):
         self._train_batch_size *= self.ranks.batches
         if self.ranks.count > 1 and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise UserError("a base on several devices is tuned by one process; drop device_map")
-        limit, host = args.candidates_per_forward, host_of(model, self.space, self.objective)
-        self.evaluator = Evaluator(model, self.space, self.objective, host, limit, self.ranks)
+        limit = args.candidates_per_forward
+        self.evaluator = evaluator_of(model, self.space, self.objective, limit, self.ranks)
         if args.torch_compile:
             options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
             compile_frozen_parts(model, self.space.parameters.values(), **options)
@@ -136,9 +136,7 @@ class ZOTrainer(BaseTrainer):
     def _smooth(self, batches: Sequence[Batch]) -> tuple[Evaluator, Sequence[Batch]]:
         """The likelihood of drawn completions, by which eps is chosen in the place of rewards."""
         assert isinstance(self.objective, RewardObjective)
-        smooth = SequenceObjective()
-        host = host_of(self.model, self.space, smooth)
-        evaluator = Evaluator(self.model, self.space, smooth, host, ranks=self.ranks)
+        evaluator = evaluator_of(self.model, self.space, SequenceObjective(), ranks=self.ranks)
         return evaluator, [drawn_batch(self.objective, self.model, batch) for batch in batches]
 
     def _say(self, message: str) -> None:
