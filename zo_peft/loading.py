@@ -1,6 +1,5 @@
 """Base models (float, int8, NF4), adapters and tokenizers, ready for forward-only tuning."""
 
-import logging
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -66,9 +65,6 @@ ON_OFFLOADED = (
 
 #: What loading from a folder or from the Hub may raise.
 LOAD_ERRORS = (OSError, ValueError, SafetensorError, httpx.HTTPError)
-
-# It says on every int8 matmul that float32 inputs are quantized by way of float16.
-logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def quantization_config(
