@@ -214,7 +214,7 @@ def test_tied_weights_see_one_noise_and_an_embedding_only_the_rows_it_reads(tiny
     width=st.integers(1, 300),
     kind=st.sampled_from(["gaussian", "rademacher"]),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_noise_of_rows_is_that_of_the_matrix(
     seed: int, rows: list[int], width: int, kind: Any
 ) -> None:
@@ -266,7 +266,7 @@ def test_moves_of_codes_are_unbiased_over_ten_thousand_seeds() -> None:
     value=st.floats(-60000, 60000) | st.floats(-1e-6, 1e-6) | st.floats(-1, 1),
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_rounding_gives_the_neighbours_in_proportion(value: float, dtype: torch.dtype) -> None:
     values = torch.full((4001,), value)
     uniforms = torch.linspace(0, 1, 4002)[:-1]

@@ -81,7 +81,7 @@ def test_reads_rows(name: str, text: str, rows: list[dict[str, Any]], tmp_path: 
 
 
 NAMES = st.lists(st.text("abcdef_ 1é", min_size=1), min_size=1, max_size=4, unique=True)
-IN_TMP_PATH = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+IN_TMP_PATH = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @IN_TMP_PATH

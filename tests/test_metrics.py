@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
@@ -286,14 +286,12 @@ def test_drops_scores_are_the_official_ones() -> None:
 TEXT = st.text("ab the1.5,-$\t'é", max_size=12) | st.lists(st.sampled_from(WORDS)).map(" ".join)
 
 
-@settings(deadline=None)
 @given(TEXT, TEXT)
 def test_squads_scores_of_any_text(prediction: str, answer: str) -> None:
     scores = squad_exact_match(prediction, answer), squad_f1(prediction, answer)
     assert scores == pytest.approx(official_squad(prediction, answer), abs=1e-12)
 
 
-@settings(deadline=None)
 @given(TEXT, st.lists(TEXT, min_size=1, max_size=5))
 def test_drops_scores_of_any_text(prediction: str, answer: list[str]) -> None:
     scores = drop_exact_match(prediction, answer), drop_f1(prediction, answer)

@@ -125,7 +125,7 @@ def partitions(draw: st.DrawFn, size: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=SEED, blocks=partitions(3001))
 def test_blocks_of_any_size_and_order_hold_the_same_bits(
     distribution: Distribution, seed: int, blocks: list[tuple[int, int]]
@@ -158,7 +158,7 @@ def test_threads_do_not_change_a_bit(distribution: Distribution, size: int) -> N
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sizes=st.dictionaries(st.sampled_from(NAMES), st.integers(1, 700), min_size=1),
     seed=SEED,

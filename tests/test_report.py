@@ -293,7 +293,7 @@ entries = st.lists(st.dictionaries(entry_keys, values, max_size=6) | values, max
 metrics_keys = st.sampled_from(["metric_name", "metric_dev", "metric_before", "settings"])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(entries, st.dictionaries(metrics_keys, values, max_size=4))
 def test_any_json_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, log: list[Any], metrics: dict[str, Any]

@@ -111,7 +111,7 @@ DIRECTIONS = st.lists(
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(direction=DIRECTIONS)
 def test_displaced_is_theta_plus_the_displacement(
     distribution: Distribution, direction: Direction

@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -1066,7 +1066,6 @@ PASSAGE = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(st.sampled_from(SEEN), PASSAGE, st.integers(0, 60))
 def test_any_passage_is_cut_to_fit(case: tuple[str, str], passage: str, room: int) -> None:
     name, form = case
