@@ -28,6 +28,7 @@ from zo_peft.errors import UserError
 from zo_peft.loading import (
     LOAD_ERRORS,
     add_adapter,
+    check_4bit_width,
     load_config,
     public_name,
     quantization_config,
@@ -157,6 +158,10 @@ class Planner:
 
     def _measure_layers(self, base: PreTrainedModel) -> None:
         """What quantized layers need beside their codes."""
+        if self.device == "cpu":
+            for name, module in base.named_modules():
+                if isinstance(module, Linear4bit):
+                    check_4bit_width(name, module)
         layers = [m for m in base.modules() if isinstance(m, Linear8bitLt | Linear4bit)]
         self.quantized = bool(layers)
         self.largest = max((m.in_features * m.out_features for m in layers), default=0)
