@@ -24,9 +24,9 @@ from typing import Any
 from zo_peft import Direction, UserError
 from zo_peft.cli import RUN as NAMES
 from zo_peft.cli import named
-from zo_peft.runs.options import parse
 from zo_peft.core.journal import MAGIC, Record, framed, read
 from zo_peft.data import make_examples, read_rows
+from zo_peft.runs.options import parse
 
 CONFIG = b"""model_name_or_path: facebook/opt-125m
 train_file: train.tsv

@@ -1,7 +1,7 @@
 """Make the embedded default: a tiny language model and a labelled text set.
 
 A small grammar writes the text: reviews whose words agree in sentiment from the first sentence to
-the last, neutral descriptions, and chronicles. A tokenizer and a Llama of half a million parameters
+the last, neutral descriptions, and chronicles. A tokenizer and a Llama of 0.7 million parameters
 are trained on it as a language model only. The labelled texts come from the same grammar, but none
 of them, nor the task's prompt, occurs in the training text. The label words do, in chronicles
 alone, where they say nothing about sentiment.
@@ -24,7 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 PROMPT = " It was"
 LABEL_WORDS = ("terrible", "great")
 DOCUMENTS, TRAIN_ROWS, TEST_ROWS = 28_000, 1_000, 400
-VOCABULARY, HIDDEN, LAYERS, CONTEXT = 1_024, 96, 4, 256
+# Widths are multiples of 64, the block size of NF4, and heads are 32 wide, which engines support.
+VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, CONTEXT = 1_024, 128, 192, 4, 256
 BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 32, 4e-3, 40
 MAX_LENGTH = 96
 
@@ -252,7 +253,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
-        intermediate_size=8 * HIDDEN // 3,
+        intermediate_size=INTERMEDIATE,
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         max_position_embeddings=CONTEXT,

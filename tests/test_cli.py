@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from zo_peft.cli import RUN, main, named
-from zo_peft.runs.options import parse
 from zo_peft.objectives.scoring import OptionObjective
+from zo_peft.runs.options import parse
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
 METRICS = {

@@ -59,8 +59,8 @@ def llama(kind: type[PreTrainedModel] = LlamaForCausalLM, **settings: Any) -> Pr
     return kind(
         LlamaConfig(
             vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
+            hidden_size=64,
+            intermediate_size=64,
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=2,

@@ -803,7 +803,7 @@ def test_other_converters_take_the_layout_of_a_run(name: str, runs: dict[str, Pa
     tensors = load_file(runs[name] / "adapter_model.safetensors")
     assert len(tensors) == 2 * 2 * 4
     for key, tensor in tensors.items():
-        assert tensor.shape == ((8, 96) if "lora_A" in key else (96, 8))
+        assert tensor.shape == ((8, 128) if "lora_A" in key else (128, 8))
         assert tensor.dtype == torch.float32
     assert vllm_errors(config, tensors) == llama_cpp_errors(config, tensors) == set()
 

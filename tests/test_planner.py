@@ -316,7 +316,7 @@ def test_a_base_of_another_quantization_is_refused(
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_a_base_that_bitsandbytes_quantized_is_planned(bits: str, tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"hidden_size": 96, "word_embed_proj_dim": 96, "ffn_dim": 384}
+    sizes: dict[str, Any] = {"hidden_size": 192, "word_embed_proj_dim": 192, "ffn_dim": 768}
     sizes |= {"num_hidden_layers": 2, "dtype": "float32"}
     asked = ModelArguments(str(tmp_path), **{f"load_in_{bits}": True})
     config = OPTConfig(**sizes)
@@ -325,6 +325,16 @@ def test_a_base_that_bitsandbytes_quantized_is_planned(bits: str, tmp_path: Path
     given = quantization_config(asked.load_in_8bit, asked.load_in_4bit)
     OPTConfig(**sizes, quantization_config=given.to_dict()).save_pretrained(tmp_path)
     assert Planner(ModelArguments(str(tmp_path)), ZOConfig("out")).weights == mine
+
+
+def test_a_4bit_width_that_some_cpus_decode_wrongly_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = config_folder(tmp_path, hidden_size=768, ffn_dim=800, num_hidden_layers=1)
+    options = ["--model_name_or_path", folder, "--load_in_4bit", "True"]
+    assert main(["plan", *options]) == 2
+    assert "decoder.layers.0.fc2 has 800 input features" in capsys.readouterr().err
+    assert planned(capsys, *options, "--gpu_memory", "8GB")["fits"]
 
 
 def test_a_length_that_the_base_does_not_take_is_refused(

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import peft
 import pytest
 import torch
@@ -26,6 +27,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -33,7 +36,7 @@ from zo_peft import UserError, ZOConfig, ZOTrainer
 from zo_peft.core.noise import derive_seed, noise_block
 from zo_peft.data import make_examples, read_rows
 from zo_peft.data.sampler import EpochSampler
-from zo_peft.models.adapters import start_prefix_from_tokens
+from zo_peft.models.adapters import check_4bit_width, start_prefix_from_tokens
 from zo_peft.objectives.scoring import OptionObjective
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
@@ -52,8 +55,8 @@ QUANTIZATION = {
     "int8": '{"load_in_8bit": true}',
     "nf4": '{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}',
 }
-# Without the flag, bitsandbytes repacks NF4 weights on CPUs with AVX512-BF16, and fails on the
-# embedded model, whose widths are no multiples of its block size.
+# Without the flag, bitsandbytes repacks NF4 weights on CPUs with AVX512-BF16 and multiplies them in
+# bfloat16.
 PLAIN_PEFT = """
 import json, sys
 import bitsandbytes, peft, torch, transformers
@@ -490,6 +493,43 @@ def test_a_saved_head_on_a_bfloat16_encoder_is_float32(tmp_path: Path) -> None:
         ].dtype
         == torch.float32
     )
+
+
+def llama_of_widths(hidden: int, intermediate: int) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            pad_token_id=0,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "named"),
+    [(64, 96, "mlp.down_proj has 96 input"), (96, 64, "self_attn.q_proj.base_layer has 96 input")],
+)
+def test_a_4bit_width_that_some_cpus_decode_wrongly_is_refused(
+    hidden: int, intermediate: int, named: str, tmp_path: Path
+) -> None:
+    llama_of_widths(hidden, intermediate).save_pretrained(tmp_path)
+    for path in (str(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path, **BASES["nf4"])):
+        with pytest.raises(UserError, match=f"model.layers.0.{named} .* size, 64,"):
+            make(tmp_path, model=path, model_init_kwargs=BASES["nf4"])
+    # The same base loads in 8 bit.
+    make(tmp_path, model=AutoModelForCausalLM.from_pretrained(tmp_path, **BASES["int8"]))
+
+
+def test_the_block_size_is_that_of_the_layer() -> None:
+    weight = bitsandbytes.nn.Params4bit(torch.randn(64, 192), blocksize=128, quant_type="nf4")
+    layer = bitsandbytes.nn.Linear4bit(192, 64)
+    layer.weight = weight.to("cpu")
+    assert layer.weight.quant_state.absmax.numel() == 64 * 192 // 128
+    with pytest.raises(UserError, match=r"layer wide has 192 input .* size, 128,"):
+        check_4bit_width("wide", layer)
 
 
 def test_gradient_options_and_double_adapters_are_refused(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from zo_peft import Direction
 from zo_peft.core.flat_space import FlatSpace
 from zo_peft.core.noise import noise_block
+from zo_peft.core.orthogonal import orthogonalized
 from zo_peft.core.strategies import Estimate
-from zo_peft.core.updates import AUTOMATIC, RULES, Backoff, UpdateRule, orthogonalized
+from zo_peft.core.updates import AUTOMATIC, RULES, Backoff, UpdateRule
 
 SHAPES = {"wide": (4, 300), "tall": (200, 3), "bias": (7,), "scalar": ()}
 STEPS = 6

@@ -104,18 +104,41 @@ def unreadable_adapter(path: str, error: BaseException) -> UserError:
 def prepare(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make a model safe for forward-only tuning, in place.
 
-    On a CPU bitsandbytes is kept from repacking NF4 weights: a `state_dict()` afterwards, as in
-    every save, would change them. Of a PEFT model, trainable parameters become float32 (PEFT leaves
-    `modules_to_save` and layer norms in the base's dtype), and a local base is recorded by its
-    folder's name, so that no saved file holds a path of this machine.
+    On a CPU, bitsandbytes is kept from repacking NF4 weights: every save calls `state_dict()`,
+    which would change weights that were repacked. In a PEFT model the trainable parameters become
+    float32 (PEFT leaves `modules_to_save` and layer norms in the base's dtype), and a local base is
+    recorded by its folder's name, so that no saved file holds a path of this machine.
+
+    Raises:
+        UserError: a 4-bit layer on the CPU has a width that bitsandbytes may decode wrongly there.
     """
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit) and module.weight.device.type == "cpu":
+            check_4bit_width(name, module)
             module.support_avx512bf16_for_cpu = False
     if isinstance(model, PeftModel):
         _prepare_adapter(model)
+
+
+def check_4bit_width(name: str, layer: bitsandbytes.nn.Linear4bit) -> None:
+    """Refuse a 4-bit layer of a CPU whose rows are not made of whole quantization blocks.
+
+    On CPUs with AVX-512, bitsandbytes 0.50 decodes such a layer to wrong weights. It is refused on
+    every CPU, so that whether a run works does not depend on the kind of CPU.
+
+    Raises:
+        UserError: the layer's `in_features` is not a multiple of its block size.
+    """
+    block = layer.weight.blocksize
+    if layer.in_features % block:
+        raise UserError(
+            f"the 4-bit layer {name} has {layer.in_features} input features, which is not a "
+            f"multiple of its quantization block size, {block}, and on some CPUs bitsandbytes "
+            "decodes such a layer wrongly; load the base in 8 bit or in floating point, or use a "
+            "GPU"
+        )
 
 
 def _prepare_adapter(model: PeftModel) -> None:

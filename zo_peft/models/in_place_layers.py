@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zo_peft.core.direction import Direction
 from zo_peft.core.lanes import Lanes, Replacement
-from zo_peft.core.low_rank import LowRank, summed
+from zo_peft.core.low_rank import LowRank, Noise, summed
 from zo_peft.core.noise import (
     SignSums,
     derive_seed,
@@ -22,7 +22,6 @@ from zo_peft.core.noise import (
     row_words,
     uniform_rows,
 )
-from zo_peft.core.space import Noise
 from zo_peft.models.numbers import Numbers, Own
 
 

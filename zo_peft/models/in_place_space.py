@@ -13,9 +13,9 @@ from torch import Tensor
 
 from zo_peft.core.direction import Direction
 from zo_peft.core.lanes import NotInLanes, Replacement
-from zo_peft.core.low_rank import LowRank
+from zo_peft.core.low_rank import LowRank, Noise
 from zo_peft.core.noise import derive_seed
-from zo_peft.core.space import Noise, check_fit
+from zo_peft.core.space import check_fit
 from zo_peft.errors import UserError
 from zo_peft.models.in_place_layers import IN_LANES, BaseLanes, DirectionRows, Uniforms, replacement
 from zo_peft.models.numbers import Numbers, Owners

@@ -29,7 +29,7 @@ from zo_peft.core.noise import CHUNK
 from zo_peft.core.strategies import STRATEGIES
 from zo_peft.core.updates import RULES
 from zo_peft.errors import UserError
-from zo_peft.models.adapters import add_adapter
+from zo_peft.models.adapters import add_adapter, check_4bit_width
 from zo_peft.models.hub import LOAD_ERRORS, public_name, reason
 from zo_peft.models.loading import load_config, quantization_config
 from zo_peft.models.memory import Fit, layer_bytes, weight_bytes
@@ -144,6 +144,10 @@ class Planner:
 
     def _measure_layers(self, base: PreTrainedModel) -> None:
         """What quantized layers need beside their codes."""
+        if self.device == "cpu":
+            for name, module in base.named_modules():
+                if isinstance(module, Linear4bit):
+                    check_4bit_width(name, module)
         layers = [m for m in base.modules() if isinstance(m, Linear8bitLt | Linear4bit)]
         self.quantized = bool(layers)
         self.largest = max((m.in_features * m.out_features for m in layers), default=0)
