@@ -13,6 +13,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from tiny import noise_block
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -25,7 +26,7 @@ from transformers import (
 from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
 from zo_peft.core.lanes import NotInLanes
 from zo_peft.core.low_rank import LowRank, Structure
-from zo_peft.core.noise import noise_block, noise_rows, row_words, uniform_rows
+from zo_peft.core.noise import noise_rows, row_words, uniform_rows
 from zo_peft.core.rounding import round_float
 from zo_peft.data import make_examples, read_rows
 from zo_peft.models.identity import base_hash

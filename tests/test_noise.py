@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
+from tiny import noise_block
 
 from zo_peft.core.noise import (
     ALIGNMENT,
@@ -18,7 +19,6 @@ from zo_peft.core.noise import (
     Layout,
     SignSums,
     derive_seed,
-    noise_block,
     philox,
 )
 

@@ -16,6 +16,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from tiny import noise_block
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -33,7 +34,6 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from zo_peft import Direction
 from zo_peft.core.flat_space import FlatSpace
-from zo_peft.core.noise import noise_block
 from zo_peft.core.strategies import mezo, run_step
 from zo_peft.data import Collator
 from zo_peft.models.adapters import tuned_parameters

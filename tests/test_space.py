@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny import noise_block
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -19,7 +20,7 @@ from zo_peft.core import low_rank
 from zo_peft.core.batch import Batch
 from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.flat_space import FlatSpace
-from zo_peft.core.noise import Distribution, Layout, noise_block
+from zo_peft.core.noise import Distribution, Layout
 from zo_peft.core.strategies import Estimate, mezo, run_step
 from zo_peft.core.updates import SGD
 from zo_peft.models.adapters import tuned_parameters

@@ -21,6 +21,7 @@ from peft import (
     PromptTuningConfig,
     UniLoraConfig,
 )
+from tiny import noise_block
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -33,7 +34,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from zo_peft import UserError, ZOConfig, ZOTrainer
-from zo_peft.core.noise import derive_seed, noise_block
+from zo_peft.core.noise import derive_seed
 from zo_peft.data import make_examples, read_rows
 from zo_peft.data.sampler import EpochSampler
 from zo_peft.models.adapters import check_4bit_width, start_prefix_from_tokens

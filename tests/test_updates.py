@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import noise_block
 from torch import Tensor, nn
 
 from zo_peft import Direction
 from zo_peft.core.flat_space import FlatSpace
-from zo_peft.core.noise import noise_block
 from zo_peft.core.orthogonal import orthogonalized
 from zo_peft.core.strategies import Estimate
 from zo_peft.core.updates import AUTOMATIC, RULES, Backoff, UpdateRule

@@ -84,9 +84,8 @@ class EpsChoice:
                 grown = min(tolerance / error, NEIGHBOURS[-1])
                 eps, error = eps * grown, error * grown
         tried = f"of {len(ladder)} from {ladder[0]:.0e} to {ladder[-1]:.0e}"
-        message = (
-            f"zo_eps={eps:.1e}, the largest {tried} where losses are within {error:.0%} of a line"
-        )
+        near = f"where losses are within {error:.0%} of a line"
+        message = f"zo_eps={eps:.1e}, the largest {tried} {near}"
         return Calibration(evaluator.forward_passes, eps, error), message
 
     def adopt(self, calibration: Calibration) -> bool:

@@ -2,8 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from zo_peft.core.batch import Batch, Objective
 from zo_peft.core.direction import Direction
-from zo_peft.core.lanes import NotInLanes, Replacement, find_replacements
+from zo_peft.core.lanes import Host, NotInLanes
 from zo_peft.core.ranks import OneRank
 from zo_peft.core.space import Space
 
@@ -34,43 +33,15 @@ class Evaluation:
     example_spread: float
 
 
-@dataclass(frozen=True)
-class Host:
-    """What an evaluator is told about the model that it runs.
-
-    Attributes:
-        replacements: how the modules with tuned parameters work lane by lane; or the reason why
-            one of them cannot.
-        fit: the most candidates of one forward pass, for a batch and a number of parts.
-        reused: gets a forward pass on a batch; within its context the layers below everything that
-            is tuned are not run again on that batch.
-        head_is_tuned: the head that sees only scored positions owns tuned parameters.
-    """
-
-    replacements: dict[str, Replacement] | NotInLanes
-    fit: Callable[[Batch, int], int] = lambda batch, parts: 1 << 20
-    reused: Callable[[Callable[[], object]], AbstractContextManager[object]] = nullcontext
-    head_is_tuned: bool = False
-
-    @classmethod
-    def of_module(cls, model: nn.Module, space: Space) -> "Host":
-        """Of a module of plain PyTorch."""
-        try:
-            return cls(find_replacements(model, space.parameters))
-        except NotInLanes as reason:
-            return cls(reason)
-
-
 class Evaluator:
     """Evaluates displacements, as many in one forward pass as fit.
 
-    Several displacements in one forward pass are lanes of one batch (`zo_peft.core.lanes`). Where a
-    module cannot work so, or the objective is not `repeatable`, displacements are evaluated one by
-    one, and one warning says why.
+    They are lanes of one batch then (`zo_peft.core.lanes`). Where a module cannot work so, or the
+    objective is not `repeatable`, they are evaluated one by one, and one warning says why.
 
     Args:
         host: what is known of the model; default: that it is plain PyTorch.
-        candidates_per_forward: the most displacements in one forward pass; None: as `Host.fit` says.
+        candidates_per_forward: the most displacements of a forward pass; None: as `Host.fit` says.
         ranks: the processes among which the work is divided; default: this one does all.
 
     Attributes:
@@ -88,7 +59,7 @@ class Evaluator:
         ranks: OneRank | None = None,
     ) -> None:
         self.model, self.space, self.objective = model, space, objective
-        self.host, self.ranks = host or Host.of_module(model, space), ranks or OneRank()
+        self.host, self.ranks = host or Host.of_module(model, space.parameters), ranks or OneRank()
         self.candidates_per_forward = candidates_per_forward
         self.forward_passes, self.examples_forwarded, self._in_lanes = 0, 0, True
         if isinstance(self.host.replacements, NotInLanes):

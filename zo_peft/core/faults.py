@@ -61,6 +61,6 @@ class Faults:
             self.in_a_row += 1
             return
         self.in_a_row = 0
-        # Rewards and accuracies are often equal for all candidates, which is no small slope but none.
+        # Rewards are often equal for all candidates, which is not a small slope but none.
         if estimate.slope:
             self.slopes = [*self.slopes, abs(estimate.slope)][-SLOPES:]

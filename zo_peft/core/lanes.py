@@ -7,13 +7,16 @@ that own tuned parameters work lane by lane. Those of plain PyTorch are here, th
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zo_peft.core.batch import Batch
 
 #: Where a module works lane by lane: the module, its method to replace, and the replacement, which
 #: takes (module, lanes, name of the module) before the method's own arguments.
@@ -149,3 +152,30 @@ def _embedding(module: nn.Embedding, lanes: Lanes, name: str, ids: Tensor) -> Te
     weights, ids = lanes.of(module.weight), lanes.split(ids, name)
     lane = torch.arange(lanes.count, device=ids.device).view(-1, *[1] * (ids.dim() - 1))
     return weights[lane, ids].flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Host:
+    """What an evaluator is told about the model that it runs.
+
+    Attributes:
+        replacements: how the modules with tuned parameters work lane by lane; or the reason why
+            one of them cannot.
+        fit: the most candidates of one forward pass, for a batch and a number of parts.
+        reused: gets a forward pass on a batch; within its context the layers below everything that
+            is tuned are not run again on that batch.
+        head_is_tuned: the head that sees only scored positions owns tuned parameters.
+    """
+
+    replacements: dict[str, Replacement] | NotInLanes
+    fit: Callable[[Batch, int], int] = lambda batch, parts: 1 << 20
+    reused: Callable[[Callable[[], object]], AbstractContextManager[object]] = nullcontext
+    head_is_tuned: bool = False
+
+    @classmethod
+    def of_module(cls, model: nn.Module, tuned: Mapping[str, nn.Parameter]) -> "Host":
+        """Of a module of plain PyTorch."""
+        try:
+            return cls(find_replacements(model, tuned))
+        except NotInLanes as reason:
+            return cls(reason)

@@ -70,10 +70,14 @@ class LowRank:
         if self.structure == "eggroll":
             return self._own(directions, name, (rows, columns, rank), device)
         if self.structure == "lozo":
-            left = self._sum(directions, f"{name}, left", rows * rank, device)
-            right = self._noise([self._basis_seed], f"{name}, right", columns * rank, device)
+            left = summed(directions, f"{name}, left", 0, rows * rank, self.distribution, device)
+            right = noise_blocks(
+                [self._basis_seed], f"{name}, right", 0, columns * rank, self.distribution, device
+            )
             return left.view(-1, rows, rank) / math.sqrt(rank), right.view(1, columns, rank)
-        core = self._sum(directions, name, rank * rank, device).view(-1, rank, rank)
+        core = summed(directions, name, 0, rank * rank, self.distribution, device).view(
+            -1, rank, rank
+        )
         right = self._basis(f"{name}, right", columns, rank, device)
         return self._basis(f"{name}, left", rows, rank, device) @ core, right[None]
 
@@ -82,18 +86,11 @@ class LowRank:
     ) -> Tensor:
         """The directions themselves, float32 `[K, *shape]`."""
         if len(shape) != 2:
-            return self._sum(directions, name, shape.numel(), device).view(-1, *shape)
+            return summed(directions, name, 0, shape.numel(), self.distribution, device).view(
+                -1, *shape
+            )
         left, right = self.factors(directions, name, shape, device)
         return left @ right.transpose(1, 2)
-
-    def _noise(self, seeds: Sequence[int], name: str, count: int, device: torch.device) -> Tensor:
-        return noise_blocks(seeds, name, 0, count, self.distribution, device)
-
-    def _sum(
-        self, directions: Sequence[Direction], name: str, count: int, device: torch.device
-    ) -> Tensor:
-        """Full noise of the directions: [K, count]."""
-        return summed(directions, name, 0, count, self.distribution, device)
 
     def _own(
         self,
@@ -109,8 +106,10 @@ class LowRank:
         padded = [[*d.terms, *[(seeds[0], 0.0)] * (most - len(d.terms))] for d in directions]
         which = torch.tensor([[number[s] for s, _ in terms] for terms in padded], device=device)
         weights = torch.tensor([[w for _, w in terms] for terms in padded], device=device)
-        left = self._noise(seeds, f"{name}, left", rows * rank, device).view(-1, rows, rank)
-        right = self._noise(seeds, f"{name}, right", columns * rank, device)
+        left = noise_blocks(seeds, f"{name}, left", 0, rows * rank, self.distribution, device).view(
+            -1, rows, rank
+        )
+        right = noise_blocks(seeds, f"{name}, right", 0, columns * rank, self.distribution, device)
         weights = weights / math.sqrt(rank)
         lefts = left[which] * weights[..., None, None]
         rights = right.view(-1, columns, rank)[which]

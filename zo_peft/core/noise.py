@@ -107,18 +107,6 @@ def _numbers(
     return _gaussian(words) if distribution == "gaussian" else _rademacher(words)
 
 
-def noise_block(
-    seed: int,
-    name: str,
-    start: int,
-    stop: int,
-    distribution: Distribution = "gaussian",
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Numbers `start` to `stop` of parameter `name` (flattened) under `seed`: float32, 1-D."""
-    return noise_blocks([seed], name, start, stop, distribution, device)[0]
-
-
 def noise_blocks(
     seeds: Sequence[int],
     name: str,
@@ -127,7 +115,7 @@ def noise_blocks(
     distribution: Distribution = "gaussian",
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The same under several seeds: float32 [seeds, stop - start]."""
+    """Numbers `start` to `stop` of parameter `name` (flattened) under each seed: float32 [S, N]."""
     per_counter = NUMBERS_PER_COUNTER[distribution]
     first = start // per_counter
     blocks = torch.arange(first, -(-stop // per_counter), device=device)
@@ -139,7 +127,7 @@ def noise_blocks(
 class SignSums:
     """Weighted sums of Rademacher noise, for who reads a parameter from one end to the other.
 
-    The same numbers as `noise_block` has, several times as fast: many chunks' counters at once.
+    The same numbers as `noise_blocks` has, several times as fast: many chunks' counters at once.
     """
 
     #: Numbers whose bits are made at once; a multiple of those of a counter.
@@ -182,7 +170,7 @@ def noise_rows(
 ) -> Tensor:
     """Noise of some rows (int64 [R]) of the matrix `name` of that width: float32 [R, width].
 
-    The numbers that `noise_block` has for the flattened matrix.
+    The numbers that `noise_blocks` has for the flattened matrix.
     """
     per_counter = NUMBERS_PER_COUNTER[distribution]
     start = rows * width

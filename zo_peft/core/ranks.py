@@ -27,21 +27,13 @@ class OneRank:
 
     Attributes:
         count: the number of processes.
+        batches: the number of ranks whose batches make one batch of the run.
+        divided: the number of ranks among which the candidates of a step are divided.
         wire_bytes: bytes that this rank has handed to collective operations so far.
     """
 
-    count = 1
+    count = batches = divided = 1
     wire_bytes = 0
-
-    @property
-    def batches(self) -> int:
-        """The number of ranks' batches that make one batch of the run."""
-        return 1
-
-    @property
-    def points(self) -> int:
-        """The number of ranks among which the candidates of a step are divided."""
-        return 1
 
     def collator(self, collate: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
         """A collator that makes this rank's share of a whole batch."""
@@ -63,7 +55,7 @@ class OneRank:
         return evaluate(points, batch)
 
     def parts(self, parts: int) -> int:
-        """The number of parts that a batch can have on all ranks, of which this one can have so many."""
+        """The parts that a batch can have on all ranks, where on this one it can have so many."""
         return parts
 
     def least(self, number: int) -> int:
@@ -90,17 +82,8 @@ class Ranks(OneRank):
     def __init__(self, parallel: Parallel, device: torch.device) -> None:
         self.parallel, self.device = parallel, device
         self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
-        self.wire_bytes = 0
-
-    @property
-    def batches(self) -> int:
-        """As of `OneRank`."""
-        return self.count if self.parallel == "data" else 1
-
-    @property
-    def points(self) -> int:
-        """As of `OneRank`."""
-        return self.count if self.parallel == "candidates" else 1
+        self.batches = self.count if parallel == "data" else 1
+        self.divided = self.count if parallel == "candidates" else 1
 
     def shares(self, length: int) -> list[range]:
         """Which of so many things each rank has."""

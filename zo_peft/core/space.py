@@ -16,7 +16,7 @@ class Space(Protocol):
     """The numbers that are tuned, called `theta`.
 
     An evaluation sees the model at `theta + displacement` and leaves `theta` bit for bit as it was,
-    also when it raises. Only `move`, `shift` and `load` change `theta`. `FlatSpace` keeps parameters
+    also when it raises. Only `move`, `shift` and `load` change `theta`. `FlatSpace` keeps numbers
     in a buffer of their own; `InPlaceSpace` (in `zo_peft.models`) tunes a base where it lies.
 
     Attributes:
@@ -59,7 +59,7 @@ class Space(Protocol):
         """`theta` by parameter name and in its shape; no copies."""
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set `theta` from tensors by name; refuses others, with a UserError, and changes nothing."""
+        """Set `theta` from tensors by name; a UserError refuses others, and changes nothing."""
 
 
 def check_fit(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

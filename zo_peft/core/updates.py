@@ -1,8 +1,7 @@
 """Update rules: how a direction and a slope move `theta`.
 
-Each is a torch optimizer, so that transformers' schedulers and callbacks drive it; it reads no
-gradient. Set `estimate` before each `step`. The estimated gradient is
-`g = estimate.slope * estimate.direction`.
+Each is a torch optimizer, so that schedulers can drive it; it reads no gradient. Set `estimate`
+before each `step`. The estimated gradient is `g = estimate.slope * estimate.direction`.
 """
 
 import math
@@ -21,19 +20,17 @@ class UpdateRule(torch.optim.Optimizer):
     """What all rules share: weight decay, the automatic step size, and state that is saved.
 
     Args:
-        learning_rate: as the rule defines it. With `automatic`, in nats: how far a step in a random
-            direction moves the loss of an example (root mean square). It is divided by
+        learning_rate: as the rule defines it. With `automatic` it is in nats: how far a step in a
+            random direction moves the loss of an example (root mean square). It is divided by
             `Estimate.sensitivity`, averaged over about `1 / (1 - momentum)` steps.
         decayed: names of the parameters that `weight_decay` shrinks.
-        momentum: how much of the last steps' gradient is kept, in [0, 1).
-        beta2: the same of its square (`Adam`).
+        momentum, beta2: how much is kept of the last steps' gradient, and of its square; in [0, 1).
 
     Attributes:
         buffers: what the rule remembers, by name: float32, one like each of the space's buffers.
-        steps: taken so far.
         sensitivity: averaged, in nats per unit of root-mean-square displacement; 0 before a step.
-        backoff: factor on every step (see `Backoff`).
-        step_size: of the last step, schedule and automatic choice included.
+        backoff: the factor on every step (see `Backoff`).
+        step_size: the length of the last step, schedule and automatic choice included.
     """
 
     BUFFERS: ClassVar[tuple[str, ...]] = ()
@@ -87,7 +84,7 @@ class UpdateRule(torch.optim.Optimizer):
         return {"steps": self.steps, "sensitivity": self.sensitivity, "backoff": self.backoff}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is remembered, by buffer and parameter name; views, not copies."""
+        """What is remembered, by buffer and parameter name; no copies."""
         return {
             f"{buffer}.{name}": tensor
             for buffer, flats in self.buffers.items()
@@ -113,8 +110,7 @@ class SGD(UpdateRule):
 class FZOO(UpdateRule):
     """SGD with `g / spread`: a step of like length whatever the slope (arXiv:2506.09034, eq. 4).
 
-    The spread is the standard deviation of the candidates' losses over eps. The length that comes
-    out depends on the number of candidates alone; where it is chosen automatically, it is 1.
+    The length depends on the number of candidates alone; where it is chosen automatically, it is 1.
     """
 
     def _move(self, rate: float, estimate: Estimate, shrink: Mapping[str, float]) -> None:
@@ -138,7 +134,7 @@ class Momentum(UpdateRule):
             self.space.shift(index, self._step(index), -rate, shrink)
 
     def _remember(self, index: int, g: Tensor) -> None:
-        """More to keep of the gradient of a buffer than `m`."""
+        """For a subclass: what to keep of the gradient of a buffer beside `m`."""
 
     def _step(self, index: int) -> Tensor:
         """What a buffer of `theta` moves against, for a learning rate of 1."""
@@ -146,7 +142,7 @@ class Momentum(UpdateRule):
 
 
 class Normalized(Momentum):
-    """`m`, of each tensor, at a root mean square of 1: the learning rate is how far a number moves.
+    """Each tensor's `m` at a root mean square of 1, so the learning rate is how far a number moves.
 
     Normalized SGD with momentum (arXiv:2002.03305), tensor by tensor (as LARS, arXiv:1708.03888).
     """
@@ -164,8 +160,7 @@ class Normalized(Momentum):
 class Spectral(Normalized):
     """As `Normalized`, each matrix made orthogonal first: all its singular values count alike.
 
-    Muon's Newton-Schulz iteration; for zeroth-order estimates ZO-Muon (arXiv:2602.17155). Vectors
-    are left as they are. One side of an adapter's matrix is its rank, so it costs little.
+    Muon's Newton-Schulz iteration; for zeroth-order estimates ZO-Muon (arXiv:2602.17155).
     """
 
     def _unit(self, m: Tensor) -> Tensor:
@@ -198,26 +193,19 @@ RULES: dict[str, type[UpdateRule]] = {
     "fzoo": FZOO,
 }
 
-
 #: The rules whose step has a root mean square of about 1 at a learning rate of 1, whatever the
 #: gradient, so that a learning rate can be chosen by what such a step does.
 AUTOMATIC = frozenset({"normalized", "spectral", "adam", "fzoo"})
 
 
 class Backoff:
-    """Halves the steps when the loss rises: the mean of `WINDOW` steps against the best such mean.
+    """Halves the steps when the mean loss of a window of steps rises above the best such mean.
 
     A rise counts when it is above `ERRORS` standard errors of the difference, and above `RISE` of
     the loss.
-
-    Attributes:
-        losses: of the window under way.
-        best: mean and variance of the mean of the best window; None before the first is full.
     """
 
-    WINDOW = 32
-    ERRORS = 4.0
-    RISE = 0.05
+    WINDOW, ERRORS, RISE = 32, 4.0, 0.05
 
     def __init__(self) -> None:
         self.losses: list[float] = []

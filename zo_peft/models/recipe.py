@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from zo_peft.core.batch import Objective
-from zo_peft.core.evaluator import Evaluator, Host
+from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.flat_space import FlatSpace
-from zo_peft.core.lanes import NotInLanes, Replacement
+from zo_peft.core.lanes import Host, NotInLanes, Replacement
 from zo_peft.core.low_rank import LowRank, Structure
 from zo_peft.core.noise import Distribution
 from zo_peft.core.ranks import OneRank
@@ -73,7 +73,7 @@ def rule_of(
     beta2: float,
     learning_rate: float = 0.0,
 ) -> UpdateRule:
-    """The update rule, by the arguments of `UpdateRule`; a replay takes learning rates of records."""
+    """The update rule, by the arguments of `UpdateRule`. A replay gives it learning rates itself."""
     return RULES[update_rule](
         space, learning_rate, weight_decay, tuple(decayed), automatic, momentum, beta2
     )

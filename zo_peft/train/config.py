@@ -109,8 +109,8 @@ class ZOConfig(TrainingArguments):
     strategy: str = field(
         default="gv",
         metadata={
-            "help": f"How a direction is found: {', '.join(STRATEGIES)}; adam and sgd are baselines "
-            "that back-propagate."
+            "help": f"How a direction is found: {', '.join(STRATEGIES)}; adam and sgd are "
+            "baselines that back-propagate."
         },
     )
     num_candidates: int | None = field(

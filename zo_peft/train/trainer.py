@@ -272,7 +272,7 @@ class ZOTrainer(BaseTrainer):
     def floating_point_ops(self, inputs: Batch) -> int:
         """Operations of all candidates on a micro-batch; transformers counts a backward as two."""
         passes = self.args.forward_passes_per_step / self.args.gradient_accumulation_steps
-        return int(super().floating_point_ops(inputs) / 3 * passes / self.ranks.points)
+        return int(super().floating_point_ops(inputs) / 3 * passes / self.ranks.divided)
 
     # ---- The update rule, as the Trainer's optimizer --------------------------------------------
 
