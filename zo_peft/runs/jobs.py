@@ -11,7 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from zo_peft.core.journal import JOURNAL_NAME
 from zo_peft.errors import UserError
-from zo_peft.tools.push import METRICS_NAME, write_json
+from zo_peft.train.results import METRICS_NAME, write_json
 
 #: The options that a folder's run was started with.
 OPTIONS_NAME = "zo_options.json"

@@ -23,15 +23,15 @@ from zo_peft.models.loading import (
     load_tokenizer,
     quantization_config,
 )
-from zo_peft.models.memory import peak_memory_bytes
 from zo_peft.objectives.rewards import METRICS, RewardObjective, load_function
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.runs.sources import evaluation_examples, training_examples
 from zo_peft.scales import load_scales
-from zo_peft.tools.push import METRICS_NAME, write_json
 from zo_peft.train.base import BaseTrainer
-from zo_peft.train.config import GRADIENT, ZOConfig, run_settings
+from zo_peft.train.checks import GRADIENT
+from zo_peft.train.config import ZOConfig, run_settings
 from zo_peft.train.gradient import GradientTrainer
+from zo_peft.train.results import METRICS_NAME, given_settings, results, write_json
 from zo_peft.train.trainer import ZOTrainer
 
 #: Names of the Hub, or folders; and what is always a file or a folder.
@@ -63,29 +63,10 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     result = trainer.train(resume_from_checkpoint=str(resume).lower() == "true" or resume)
     after = _evaluate(trainer, test_set)
     validated = _evaluate(trainer, trainer.eval_dataset) if dev else {}
-    metric = f"eval_{trainer.metric_name}"
-    trainer.summary = {
-        "strategy": args.strategy,
-        "steps": trainer.state.global_step,
-        "forward_passes": trainer.forward_passes,
-        "examples_forwarded": trainer.examples_forwarded,
-        "wall_seconds": round(time.time() - psutil.Process().create_time(), 2),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "metric_name": trainer.metric_name,
-        "metric_before": before.get(metric),
-        "metric_after": after.get(metric),
-        "metric_dev": validated.get(metric),
-        "train_loss": result.training_loss,
-        "eval_loss_before": before.get("eval_loss"),
-        "eval_loss_after": after.get("eval_loss"),
-        "tuned_parameters": trainer.tuned_numel,
-        "non_finite": trainer.faults.non_finite,
-        "skipped": trainer.faults.skipped,
-        "processes": args.world_size,
-        "calibrations": [asdict(calibration) for calibration in trainer.calibrations],
-        "command": command(model, data, args),
-        "settings": settings(model, data, args),
-    }
+    seconds = round(time.time() - psutil.Process().create_time(), 2)
+    found = results(trainer, before, after, validated, result.training_loss, seconds)
+    said = {"command": command(model, data, args), "settings": settings(model, data, args)}
+    trainer.summary = found | said
     if args.should_save:
         write_json(Path(args.output_dir) / METRICS_NAME, trainer.summary)
     trainer.save_model()
@@ -148,12 +129,8 @@ def evaluate_text(result: dict[str, Any]) -> str:
 
 def settings(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
     """What the run was given or chose, without what is unset; paths by their last part."""
-    given = asdict(model) | asdict(data) | run_settings(args)
-    return {
-        name: _told(name, value)
-        for name, value in given.items()
-        if value is not None and value is not False
-    }
+    given = given_settings(model, data, args)
+    return {name: _told(name, value) for name, value in given.items()}
 
 
 def command(model: ModelArguments, data: DataArguments, args: ZOConfig) -> str:

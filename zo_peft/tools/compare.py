@@ -11,8 +11,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from zo_peft.core.strategies import STRATEGIES
 from zo_peft.errors import UserError
 from zo_peft.runs import jobs
-from zo_peft.tools.push import write_json
-from zo_peft.train.config import GRADIENT, PRESETS
+from zo_peft.train.checks import GRADIENT, PRESETS
+from zo_peft.train.results import write_json
 
 RESULT_NAME, PLOT_NAME = "comparison.json", "comparison.png"
 

@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from zo_peft.core.journal import JOURNAL_NAME, read
 from zo_peft.errors import UserError
-from zo_peft.tools.push import METRICS_NAME
+from zo_peft.train.results import METRICS_NAME
 
 Numbers = NDArray[np.float64]
 

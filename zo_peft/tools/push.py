@@ -18,8 +18,6 @@ from zo_peft.errors import UserError
 from zo_peft.models.hub import public_name
 from zo_peft.train.card import CARD_NAME, for_repository
 
-METRICS_NAME = "zo_metrics.json"
-
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 #: A whole model, in one file or in shards; and the scales of one.
 MODEL = r"(config|generation_config|model\.safetensors\.index)\.json"
@@ -280,13 +278,6 @@ def _check_tokens(name: str, text: str, token: str | None) -> None:
 
 def _size(content: bytes | Path) -> int:
     return content.stat().st_size if isinstance(content, Path) else len(content)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one piece: a reader sees the old file or the new one."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    unfinished.replace(path)
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ from zo_peft.data.tasks import TASKS
 from zo_peft.errors import UserError
 from zo_peft.models.hub import public_name
 from zo_peft.runs import jobs
-from zo_peft.tools.push import write_json
-from zo_peft.train.config import Preset
+from zo_peft.train.checks import Preset
+from zo_peft.train.results import write_json
 
 RESULT_NAME, TABLE_NAME = "reproduction.json", "reproduction.md"
 

@@ -39,7 +39,6 @@ from zo_peft.models.adapters import (
     start_prefix_from_tokens,
 )
 from zo_peft.models.loading import check_quantization, load_base, load_tokenizer
-from zo_peft.models.memory import peak_memory_bytes
 from zo_peft.objectives import rewards
 from zo_peft.objectives.scoring import (
     AccuracyObjective,
@@ -48,10 +47,11 @@ from zo_peft.objectives.scoring import (
     CompletionObjective,
     OptionObjective,
 )
-from zo_peft.tools.push import METRICS_NAME, create_repository, upload, write_json
+from zo_peft.tools.push import create_repository, upload
 from zo_peft.train.card import write_model_card
-from zo_peft.train.config import ZOConfig, run_settings
+from zo_peft.train.config import ZOConfig
 from zo_peft.train.progress import Clock, Progress
+from zo_peft.train.results import METRICS_NAME, results, write_json
 
 #: The columns that `tokenize_dataset` makes, all of which the collator needs.
 FEATURES = ["input_ids", "labels", "prompt_ids", "option_ids", "label", "also_right"]
@@ -240,25 +240,7 @@ class BaseTrainer(Trainer):
     def facts(self) -> dict[str, Any]:
         """What the trainer itself knows of what `zo_metrics.json` says."""
         logs = {name: value for log in self.state.log_history for name, value in log.items()}
-        return {
-            "strategy": self.args.strategy,
-            "steps": self.state.global_step,
-            "forward_passes": self.forward_passes,
-            "examples_forwarded": self.examples_forwarded,
-            "wall_seconds": logs.get("train_runtime"),
-            "peak_memory_bytes": peak_memory_bytes(),
-            "metric_name": self.metric_name,
-            "metric_before": None,
-            "metric_after": logs.get(f"eval_{self.metric_name}"),
-            "eval_loss_before": None,
-            "eval_loss_after": logs.get("eval_loss"),
-            "tuned_parameters": self.tuned_numel,
-            "settings": {
-                name: value
-                for name, value in run_settings(self.args).items()
-                if value is not None and value is not False
-            },
-        }
+        return results(self, {}, logs, wall_seconds=logs.get("train_runtime"))
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository `hub_model_id`, unless there is one.

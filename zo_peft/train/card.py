@@ -17,7 +17,7 @@ from zo_peft.data.tasks import TASKS
 from zo_peft.models.adapters import classifies, peft_config_of
 from zo_peft.models.hub import public_name
 from zo_peft.runs.arguments import ModelArguments
-from zo_peft.train.config import GRADIENT
+from zo_peft.train.checks import GRADIENT
 
 CARD_NAME = "README.md"
 

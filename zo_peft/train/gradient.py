@@ -15,7 +15,8 @@ from zo_peft.models.adapters import peft_config_of
 from zo_peft.objectives.rewards import RewardObjective
 from zo_peft.objectives.scoring import AccuracyObjective, BlackBoxObjective
 from zo_peft.train.base import BaseTrainer
-from zo_peft.train.config import GRADIENT_PASSES, ZOConfig
+from zo_peft.train.checks import GRADIENT_PASSES
+from zo_peft.train.config import ZOConfig
 
 #: Learning rates by strategy: of LoRA and its like, and of virtual tokens.
 LEARNING_RATES = {"adam": (1e-3, 1e-2), "sgd": (1e-1, 1.0)}

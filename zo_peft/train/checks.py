@@ -1,0 +1,182 @@
+"""What of a configuration is refused, and what presets and defaults make of it."""
+
+import math
+import warnings
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from zo_peft.core.low_rank import STRUCTURES, Structure
+from zo_peft.core.noise import Distribution
+from zo_peft.core.ranks import Parallel
+from zo_peft.core.strategies import STRATEGIES, Probe, Weighting
+from zo_peft.core.updates import RULES
+from zo_peft.errors import UserError
+
+if TYPE_CHECKING:
+    from zo_peft.train.config import ZOConfig
+
+#: The strategies that back-propagate, as baselines (`zo_peft.GradientTrainer`).
+GRADIENT = ("adam", "sgd")
+#: Forward passes that they count for a micro-batch: a backward pass takes about as long as two.
+GRADIENT_PASSES = 3
+Preset = Literal["paper-gv", "paper-greedy", "mezo", "subzero", "lozo"]
+Tune = Literal["adapter", "scales", "weights"]
+ObjectiveName = Literal["accuracy", "f1", "exact_match"]
+
+#: What the published algorithms have in common.
+PUBLISHED: dict[str, Any] = {
+    "noise": "gaussian",
+    "per_example_noise": False,
+    "update_rule": "sgd",
+    "lr_scheduler_type": "constant",
+    "train_sampling_strategy": "random",
+}
+
+#: What each preset fixes: the algorithms exactly as published (arXiv:2601.04710, arXiv:2305.17333).
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper-gv": {
+        "strategy": "gv",
+        "elite_fraction": 0.5,
+        "weighting": "split",
+        "probe": "central",
+        "carry_best": False,
+        **PUBLISHED,
+    },
+    "paper-greedy": {"strategy": "greedy", "probe": "central", "carry_best": False, **PUBLISHED},
+    "mezo": {"strategy": "mezo", **PUBLISHED},
+    "subzero": {"strategy": "mezo", "low_rank_noise": "subzero", **PUBLISHED},
+    "lozo": {"strategy": "mezo", "low_rank_noise": "lozo", **PUBLISHED},
+}
+
+#: Rank of each kind of low-rank noise, unless given.
+RANKS: dict[Structure, int] = {"eggroll": 1, "subzero": 24, "lozo": 2}
+
+#: TrainingArguments that act through gradients, or cast the model, and why each is refused.
+REFUSED = {
+    "fp16": "autocast is for backward passes; load the model with dtype='float16' instead",
+    "bf16": "autocast is for backward passes; load the model with dtype='bfloat16' instead",
+    "fp16_full_eval": "the dtype belongs to the model; load it with dtype='float16' instead",
+    "bf16_full_eval": "the dtype belongs to the model; load it with dtype='bfloat16' instead",
+    "gradient_checkpointing": "without a backward pass no activation is kept",
+    "activation_checkpointing": "without a backward pass no activation is kept",
+    "neftune_noise_alpha": "it acts in training mode; candidates are compared in eval mode",
+    "label_smoothing_factor": "the losses of zo_peft are plain cross entropies",
+    "deepspeed": "there are no gradients or optimizer states to shard",
+    "fsdp": "there are no gradients or optimizer states to shard; use device_map",
+    "auto_find_batch_size": "lower per_device_train_batch_size, raise gradient_accumulation_steps",
+    "optim": "choose an update_rule instead",
+}
+
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "preset": (None, *get_args(Preset)),
+    "strategy": (*STRATEGIES, *GRADIENT),
+    "weighting": get_args(Weighting),
+    "probe": get_args(Probe),
+    "noise": get_args(Distribution),
+    "update_rule": (None, *RULES),
+    "tune": get_args(Tune),
+    "low_rank_noise": (None, *STRUCTURES),
+    "objective": (None, *get_args(ObjectiveName)),
+    "parallel": get_args(Parallel),
+}
+
+
+def check_choices(config: "ZOConfig") -> None:
+    """Refuse a value that is none of the known ones."""
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            known = ", ".join(filter(None, choices))
+            raise UserError(f"{name}={getattr(config, name)!r} is not known; use one of {known}")
+
+
+def apply_preset(config: "ZOConfig") -> None:
+    """Set what the preset fixes, and refuse what contradicts it."""
+    if config.preset is None:
+        return
+    defaults = {f.name: f.default for f in fields(config)}
+    for name, value in PRESETS[config.preset].items():
+        given = getattr(config, name)
+        if given not in (value, defaults[name]):
+            raise UserError(
+                f"preset={config.preset!r} fixes {name}={value!r}, but {given!r} was given"
+            )
+        setattr(config, name, value)
+
+
+def choose_noise(config: "ZOConfig") -> None:
+    """Full noise, unless low-rank noise is asked for or weights are tuned in our own way."""
+    if config.noise_rank is None:
+        full = config.tune != "weights" or config.preset is not None
+        if config.low_rank_noise is None and full:
+            config.noise_rank = 0
+        else:
+            config.noise_rank = RANKS[config.low_rank_noise or "eggroll"]
+    if config.noise_rank < 0:
+        raise UserError(f"noise_rank={config.noise_rank}; it must be 1 or more, or 0 (full noise)")
+    if config.noise_rank == 0 and config.low_rank_noise is not None:
+        raise UserError(f"low_rank_noise={config.low_rank_noise!r} needs a noise_rank of 1 or more")
+    if config.noise_rank and config.low_rank_noise is None:
+        config.low_rank_noise = "eggroll"
+
+
+def check_values(config: "ZOConfig") -> None:
+    """Refuse single values and combinations that make no sense."""
+    for name, default in ((f.name, f.default) for f in fields(config) if f.name in REFUSED):
+        if getattr(config, name) not in (None, False, default):
+            raise UserError(f"{name} is not for forward-only tuning: {REFUSED[name]}")
+    for name in (
+        "zo_eps",
+        "learning_rate",
+        "max_forward_passes",
+        "max_length",
+        "candidates_per_forward",
+        "max_completion_length",
+        "gradient_accumulation_steps",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+    ):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name}={value}; it must be positive and finite")
+    if not 0 <= config.seed < 1 << 32:
+        raise UserError(f"seed={config.seed}; it must be at least 0 and below 2^32")
+    if not 0 <= config.momentum < 1:
+        raise UserError(f"momentum={config.momentum}; it must be at least 0 and below 1")
+    if not 0 <= config.temperature < math.inf:
+        raise UserError(f"temperature={config.temperature}; it must be 0 or more")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"top_p={config.top_p}; it must be above 0 and at most 1")
+    if config.tune_unquantized and config.tune == "adapter":
+        raise UserError("tune_unquantized=True has no meaning for tune='adapter'")
+    if config.load_best_model_at_end and config.save_only_model:
+        raise UserError("load_best_model_at_end needs whole checkpoints; drop save_only_model")
+
+
+def check_candidates(config: "ZOConfig") -> None:
+    """Refuse a number of candidates that leaves the strategy nothing to compare."""
+    selects = config.strategy in STRATEGIES and STRATEGIES[config.strategy].selects
+    assert config.num_candidates is not None
+    if config.num_candidates < (2 if selects else 1):
+        raise UserError(
+            f"num_candidates={config.num_candidates} leaves {config.strategy} nothing to compare; "
+            "use 4 or more"
+        )
+    if config.carry_best and not selects:
+        raise UserError(f"carry_best=True has no meaning for strategy={config.strategy!r}")
+    if config.carry_best and config.per_example_noise:
+        raise UserError("carry_best=True needs per_example_noise=False: one best candidate a step")
+    if config.strategy == "gv" and config.weighting == "split":
+        top = int(config.elite_fraction * config.num_candidates)
+        if not 0 < top < config.num_candidates:
+            raise UserError(
+                f"elite_fraction={config.elite_fraction} of {config.num_candidates} candidates "
+                "leaves one side of the split empty"
+            )
+    if selects and config.num_candidates == 2:
+        warnings.warn(
+            f"{config.strategy} with num_candidates=2 learns no more than MeZO per step and spends "
+            "more forward passes: with two candidates the direction is +-(z1 - z2), whichever is "
+            "better (docs/how-it-works.md). Use num_candidates of 4 or more.",
+            UserWarning,
+            stacklevel=4,
+        )
