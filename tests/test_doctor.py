@@ -1,46 +1,48 @@
-"""`zo-peft doctor`: what works is said to work; what raises, dies or hangs is survived."""
+"""`zo-peft doctor`: what works is said to work; a check that raises, dies or hangs has failed."""
 
 import json
-import os
 import platform
-import time
 
 import pytest
 
 from zo_peft.cli import main
-from zo_peft.tools.doctor import CHECKS, attempts, doctor_text, public
+from zo_peft.tools import doctor
+from zo_peft.tools.doctor import CHECKS, attempt, doctor_text, public
 
 
-def works() -> None:
-    print("nothing of this is seen")
-
-
-def raises() -> None:
-    raise ValueError("first line\nno such thing")
-
-
-def dies() -> None:
-    os._exit(3)
-
-
-def hangs() -> None:
-    time.sleep(600)
-
-
-def test_what_raises_dies_or_hangs_is_said_and_the_rest_still_tried(
-    capfd: pytest.CaptureFixture[str],
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("import sys; print('seen by'); print('nobody', file=sys.stderr)", None),
+        ("raise ValueError('no such thing')", "ValueError: no such thing"),
+        ("import sys; print('zo-peft: no', file=sys.stderr); sys.exit(2)", "zo-peft: no"),
+        ("import os; os._exit(3)", "the process died with exit code 3"),
+        ("import os; os.kill(os.getpid(), 9)", "the process died with exit code -9"),
+    ],
+)
+def test_a_check_that_raises_or_dies_has_failed(
+    code: str, error: str | None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    checks = {"a": works, "b": raises, "c": dies, "d": works, "e": hangs}
-    assert dict(attempts(checks, timeout=2)) == {
-        "a": None,
-        "b": "ValueError: no such thing",
-        "c": "the process died with exit code 3",
-        "d": None,
-        "e": "no answer within 2 s",
-    }
+    assert attempt(["-c", code]) == error
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_check_that_hangs_has_failed() -> None:
+    assert attempt(["-c", "import time; time.sleep(600)"], timeout=1) == "no answer within 1 s"
+
+
+def test_what_fails_is_reported_with_its_fix_and_the_rest_is_tried(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
+    monkeypatch.setattr(doctor, "CHECKS", {name: CHECKS[name] for name in ("distributed", "NF4")})
+    checks = doctor.doctor()["checks"]
+    assert checks["NF4"] == {"works": True}
+    assert checks["distributed"]["works"] is False
+    assert "nowhere0" in checks["distributed"]["error"]
+    assert "GLOO_SOCKET_IFNAME" in checks["distributed"]["fix"]
     out, err = capfd.readouterr()
-    assert out == ""
-    assert err.splitlines() == [f"trying {name} ..." for name in checks]
+    assert (out, err.splitlines()) == ("", ["trying distributed ...", "trying NF4 ..."])
 
 
 def test_what_works_here(capfd: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from hub_server import Hub, metadata_errors
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from test_hub import DRIVER, Result, environment, run
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
@@ -278,7 +278,7 @@ def test_a_trainer_pushes_the_same_files_at_every_save(hub: Hub, pushed: dict[st
 
 # ---- Cards ---------------------------------------------------------------------------------------
 
-USER, HOST, KEY = "zaphodb", "heart-of-gold", "k3y-of-another-service"
+USER, HOST = "zaphodb", "heart-of-gold"
 
 #: Runs by what is special about them; paths are in the home of `USER`.
 RUNS: dict[str, dict[str, Any]] = {
@@ -307,7 +307,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Output folders, of runs in an environment full of names and secrets."""
+    """Output folders of runs, made where the names of user, host and folders are known."""
     home = tmp_path_factory.mktemp("home") / USER
     data = home / "secret-client" / "reviews"
     data.mkdir(parents=True)
@@ -325,8 +325,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     with pytest.MonkeyPatch.context() as patch:
         for module, function in ((socket, "gethostname"), (platform, "node")):
             patch.setattr(module, function, lambda: HOST)
-        secrets = {"HF_TOKEN": TOKEN, "SERVICE_API_KEY": KEY}
-        for variable, value in {**secrets, "USER": USER, "HOME": str(home)}.items():
+        for variable, value in {"HF_TOKEN": TOKEN, "USER": USER, "HOME": str(home)}.items():
             patch.setenv(variable, value)
         found = {}
         for name, changes in RUNS.items():
@@ -342,7 +341,7 @@ def test_nothing_that_goes_up_knows_this_machine(name: str, runs: dict[str, Path
     files = public_files(folder, "alice/it")
     contents = [c if isinstance(c, bytes) else c.read_bytes() for c in files.values()]
     places = [str(folder.parents[2]), str(Path.cwd()), str(EMBEDDED)]
-    for private in (*places, USER, HOST, "secret-client", TOKEN, KEY):
+    for private in (*places, USER, HOST, "secret-client", TOKEN):
         assert not any(private.encode() in content for content in contents), private
     assert "README.md" in files
     assert "zo_metrics.json" in files
@@ -473,39 +472,32 @@ def test_a_card_knows_names_of_the_hub_without_an_owner(
     [
         (
             "README.md",
-            "Trained in /home/marvin/runs, it",
-            r"README\.md holds '/home/marvin/runs', a p",
+            "Köln".encode("latin-1"),
+            r"README\.md cannot be read: .*; save the run again",
         ),
-        ("README.md", "See ~/runs", r"README\.md holds '~/r', a path of this machine; take it out"),
-        ("README.md", r"In C:\Users\marvin", "a path of this machine"),
-        ("README.md", "In C:/Users/marvin", "a path of this machine"),
-        ("README.md", r"In D:\data\reviews", "a path of this machine"),
-        ("README.md", "See file:///home/marvin", "holds '/home/marvin', a path"),
-        ("README.md", "scp box:/home/marvin", "holds '/home/marvin', a path"),
-        ("README.md", r"'Look:\n/home/marvin'", "holds '/home/marvin', a path"),
-        ("zo_metrics.json", r'{"a": ["Look:\n/home/marvin"]}', "holds '/home/marvin', a path"),
-        ("README.md", "Köln".encode("latin-1"), r"README\.md is not UTF-8: .*; save it as UTF-8"),
-        ("README.md", f"Use {TOKEN}.", r"README\.md holds a token of the Hub"),
+        ("README.md", f"Use {TOKEN}.", r"README\.md holds a token of the Hub; take it out"),
         ("README.md", "Use t0ken-of-the-call.", r"README\.md holds a token of the Hub"),
-        (
-            "zo_metrics.json",
-            json.dumps({"a": {KEY: 1}}),
-            r"zo_metrics\.json holds the value of the environment variable SERVICE_API_KEY; take",
-        ),
-        ("zo_metrics.json", "{", r"zo_metrics\.json is not JSON: .*; save the run again"),
+        ("README.md", "Use t0ken-of-the-environment.", r"README\.md holds a token of the Hub"),
+        ("zo_metrics.json", json.dumps({"a": {TOKEN: 1}}), r"zo_metrics\.json holds a token"),
+        ("zo_metrics.json", "{", r"zo_metrics\.json cannot be read: .*; save the run again"),
         ("tokenizer.json", f'{{"a": "{TOKEN}"}}', r"tokenizer\.json holds a token"),
         (
             "tokenizer_config.json",
             f'{{"chat_template": "{TOKEN}"}}',
             r"tokenizer_config\.json holds a token",
         ),
-        ("adapter_model.safetensors", "no tensors", r"adapter_model\.safetensors is damaged: "),
+        ("adapter_model.safetensors", "no tensors", r"adapter_model\.safetensors cannot be read: "),
+        (
+            "adapter_model.safetensors",
+            save({"a": torch.zeros(1)}, metadata={"by": TOKEN}),
+            r"adapter_model\.safetensors holds a token",
+        ),
     ],
 )
-def test_what_is_private_is_not_pushed(
+def test_a_damaged_file_or_a_token_is_not_pushed(
     name: str, content: str | bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SERVICE_API_KEY", KEY)
+    monkeypatch.setenv("HF_TOKEN", "t0ken-of-the-environment")
     bare_adapter(tmp_path)
     assert public_files(tmp_path, "alice/it").keys() == ADAPTER
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -516,7 +508,6 @@ def test_what_is_private_is_not_pushed(
 @pytest.mark.parametrize(
     ("repo_id", "message", "refusal"),
     [
-        ("alice/it", "From /home/marvin", r"commit_message holds '/home/marvin', a path of this"),
         ("alice/it", f"By {TOKEN}", r"commit_message holds a token of the Hub"),
         ("a/b/c", "Better", r"a/b/c cannot be pushed: .*'namespace/repo_name'"),
     ],
@@ -529,57 +520,16 @@ def test_a_dry_run_refuses_what_a_push_would(
         push(PushArguments(str(tmp_path), repo_id, commit_message=message, dry_run=True))
 
 
-def test_settings_and_vocabulary_are_no_secrets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    values = {"TOKENIZER": "facebook/opt-1.3b", "MAX_TOKENS": "10000000", "DB_PASSWORD": "password"}
-    for variable, value in values.items():
-        monkeypatch.setenv(variable, value)
-    bare_adapter(tmp_path, base_model_name_or_path="facebook/opt-1.3b", tokens="10000000")
-    (tmp_path / "tokenizer.json").write_text('{"password": 7, "/home/marvin": 8}')
-    template = "Files are in '/mnt/data'; the password is /home/marvin."
-    (tmp_path / "chat_template.jinja").write_text(template)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    assert public_files(tmp_path, "alice/it").keys() == ADAPTER | {
-        "tokenizer.json",
-        "chat_template.jinja",
-        "tokenizer_config.json",
-    }
-
-
-@pytest.mark.parametrize("value", ['dou"ble quoted', "schlüssel-wort"])
-def test_a_secret_that_json_escapes_is_found(
-    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DB_PASSWORD", value)
-    bare_adapter(tmp_path, note=f"It is {value}.")
-    with pytest.raises(UserError, match="holds the value of the environment variable DB_PASSWORD"):
-        public_files(tmp_path, "alice/it")
-
-
-def test_texts_with_slashes_and_addresses_are_no_paths(tmp_path: Path) -> None:
-    bare_adapter(tmp_path)
-    text = "See https://arxiv.org/abs/2601.04710; yes/no/maybe, and/or, /x/y, ~3 h.\nQ:\\nA:\\n\n"
-    text += "Errors go to /dev/null, from http://127.0.0.1:8080/home/page.\n"
-    (tmp_path / "README.md").write_text(text)
-    assert public_files(tmp_path, "alice/it")["README.md"] == text.encode()
-
-
 def test_folders_in_json_are_known_by_their_names(tmp_path: Path) -> None:
     bare_adapter(tmp_path, base_model_name_or_path=str(tmp_path / "bases" / "opt"), revision=None)
     (tmp_path / "tokenizer_config.json").write_text('{"name_or_path": "facebook/opt-125m"}')
-    save_file(
-        {"a": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"from": str(tmp_path)}
-    )
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     files = public_files(tmp_path, "alice/it")
-    # An adapter's folder: a model that lies there, too, stays.
+    # The folder is an adapter's, so the model that lies there as well does not go up.
     assert files.keys() == ADAPTER | {"tokenizer_config.json"}
     config = json.loads(files["adapter_config.json"])
     assert config == {"base_model_name_or_path": "opt", "revision": None}
     assert json.loads(files["tokenizer_config.json"]) == {"name_or_path": "facebook/opt-125m"}
-    (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match=r"model\.safetensors holds '/.*a path of this machine"):
-        public_files(tmp_path, "alice/it")
 
 
 def bare_adapter(folder: Path, **config: Any) -> None:

@@ -1,243 +1,145 @@
-"""`zo-peft doctor`: what works on this machine, each tried on a tiny model."""
+"""`zo-peft doctor`: try on a tiny model what this machine can do."""
 
 import importlib.metadata
-import math
-import multiprocessing
-import os
 import platform
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from peft import LoraConfig
-from transformers import BitsAndBytesConfig
 
 from zo_peft.runs import jobs
-from zo_peft.tools.demo import EMBEDDED
-from zo_peft.train.config import ZOConfig
-from zo_peft.train.trainer import ZOTrainer
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
-#: What a run depends on.
-PACKAGES = (
-    "zo_peft",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "bitsandbytes",
-    "datasets",
-    "huggingface_hub",
-    "safetensors",
-    "numpy",
-)
+#: The packages whose versions decide how a run behaves.
+PACKAGES: tuple[str, ...] = ("zo_peft", "torch", "transformers", "peft", "accelerate")
+PACKAGES += ("bitsandbytes", "datasets", "huggingface_hub", "safetensors", "numpy")
 
-#: Seconds for one attempt, and for the start of a process.
-TIMEOUT, START = 120.0, 300.0
+#: Seconds that a check may take, the start of its process included.
+TIMEOUT = 300.0
 
+#: A short run on the embedded model. It fails if ten losses in a row are not finite.
+TRAIN = {
+    "model_name_or_path": EMBEDDED / "model",
+    "lora_target_modules": "q_proj",
+    "train_file": EMBEDDED / "train.jsonl",
+    "prompt_template": TEMPLATE,
+    "label_words": LABEL_WORDS,
+    "max_steps": 10,
+    "zo_eps": 1e-2,
+    "per_device_train_batch_size": 2,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 
-def train_a_step(**model_init_kwargs: Any) -> None:
-    """Tune a LoRA on the embedded model for one step.
-
-    Raises:
-        RuntimeError: the loss is not finite.
-    """
-    row = {"prompt": "A fine film. It was", "options": ["terrible", "great"], "label": 1}
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = ZOTrainer(
-            str(EMBEDDED / "model"),
-            ZOConfig(
-                folder,
-                max_steps=1,
-                zo_eps=1e-2,
-                per_device_train_batch_size=2,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                model_init_kwargs=model_init_kwargs,
-            ),
-            train_dataset=[row, row],
-            peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]),
-        )
-        loss = trainer.train().training_loss
-    if not math.isfinite(loss):
-        raise RuntimeError(f"a step's loss is {loss}")
-
-
-def quantized(**settings: Any) -> None:
-    """`train_a_step` on a base that bitsandbytes quantizes."""
-    train_a_step(quantization_config=BitsAndBytesConfig(**settings))
-
-
-def compile_a_layer() -> None:
-    """Compile a layer of four numbers.
-
-    Raises:
-        RuntimeError: it computes something else than before.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    layer, given = torch.nn.Linear(4, 4, device=device), torch.ones(2, 4, device=device)
-    with torch.no_grad():
-        if not torch.allclose(torch.compile(layer)(given), layer(given), atol=1e-5):
-            raise RuntimeError("a compiled layer computes something else")
-
-
-#: One of two processes that add up a number; it takes its rank and where they meet.
-RANK = """
-import datetime, sys
+COMPILE = """
 import torch
-rank, where = int(sys.argv[1]), sys.argv[2]
-patience = datetime.timedelta(seconds=30)
-torch.distributed.init_process_group("gloo", where, patience, world_size=2, rank=rank)
-total = torch.tensor([rank + 1.0])
+device = "cuda" if torch.cuda.is_available() else "cpu"
+layer, given = torch.nn.Linear(4, 4, device=device), torch.ones(2, 4, device=device)
+with torch.no_grad():
+    alike = torch.allclose(torch.compile(layer)(given), layer(given), atol=1e-5)
+assert alike, "a compiled layer computes something else"
+"""
+
+#: Rank 0 starts rank 1, and the two add up a number through gloo, as those of `torchrun` would.
+EXCHANGE = """
+import datetime, pathlib, subprocess, sys
+import torch
+rank, folder = sys.argv[1:]
+if rank == "0":
+    other = subprocess.Popen([*sys.orig_argv[:-2], "1", folder])
+rendezvous, patience = pathlib.Path(folder, "rendezvous").as_uri(), datetime.timedelta(seconds=30)
+torch.distributed.init_process_group("gloo", rendezvous, patience, world_size=2, rank=int(rank))
+total = torch.tensor([int(rank) + 1.0])
 torch.distributed.all_reduce(total)
 torch.distributed.destroy_process_group()
 assert total.item() == 3.0, f"1 and 2 of two processes add up to {total.item()}"
 """
 
 
-def exchange() -> None:
-    """Add up a number of two processes through gloo, as those of `torchrun` would.
-
-    Raises:
-        RuntimeError: they do not come to its sum.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        where = Path(folder, "rendezvous").as_uri()
-        command = [sys.executable, "-c", RANK]
-        ranks = [
-            subprocess.Popen([*command, str(rank), where], stderr=subprocess.PIPE, text=True)
-            for rank in range(2)
-        ]
-        errors = [rank.communicate()[1] for rank in ranks]
-    for rank, error in zip(ranks, errors):
-        if rank.returncode:
-            raise RuntimeError(error)
-
-
 @dataclass(frozen=True)
 class Check:
-    """What is tried, and what to do where it raises."""
+    """Something that is tried, and what the user can do if it fails.
 
-    attempt: Callable[[], None]
+    Attributes:
+        arguments: of Python; a temporary folder is given as one more.
+    """
+
+    arguments: Sequence[str]
     fix: str
+
+
+def _training(fix: str, **options: Any) -> Check:
+    return Check(("-m", "zo_peft", "train", *jobs.flags(TRAIN | options), "--output_dir"), fix)
 
 
 BITSANDBYTES = "pip install --upgrade bitsandbytes; it must know the CUDA of torch.version.cuda."
 
 CHECKS = {
-    "float32": Check(
-        train_a_step, "Install the package again: pip install --force-reinstall zo_peft."
-    ),
-    "bfloat16": Check(
-        partial(train_a_step, dtype=torch.bfloat16), "Load models with --dtype float32."
-    ),
-    "int8": Check(
-        partial(quantized, load_in_8bit=True),
-        f"{BITSANDBYTES} Without it: no --load_in_8bit.",
-    ),
-    "NF4": Check(
-        partial(quantized, load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-        f"{BITSANDBYTES} Without it: no --load_in_4bit.",
-    ),
+    "float32": _training("Install the package again: pip install --force-reinstall zo_peft."),
+    "bfloat16": _training("Load models with --dtype float32.", dtype="bfloat16"),
+    "int8": _training(f"{BITSANDBYTES} Without it: no --load_in_8bit.", load_in_8bit=True),
+    "NF4": _training(f"{BITSANDBYTES} Without it: no --load_in_4bit.", load_in_4bit=True),
     "compile": Check(
-        compile_a_layer,
+        ("-c", COMPILE),
         "A C++ compiler is needed (g++, as in Debian's build-essential), on CUDA Triton as well. "
         "Without: no --torch_compile.",
     ),
     "distributed": Check(
-        exchange,
+        ("-c", EXCHANGE, "0"),
         "Name the network interface that reaches the other processes: GLOO_SOCKET_IFNAME=lo on one "
         "machine (lo0 on macOS). Without: one process.",
     ),
 }
 
 
-def doctor(names: Sequence[str] = tuple(CHECKS)) -> dict[str, Any]:
-    """Versions, devices, and what works here.
+def doctor() -> dict[str, Any]:
+    """Find out which versions and devices are here, and which `CHECKS` work.
 
     Returns:
-        `versions` by package, `devices`, and `checks` by name: `works`, and where it does not,
-        `error` and `fix`.
+        `versions` by package, `devices`, and `checks` by name: `works`, and if it does not, `error`
+        and `fix`.
     """
     checks: dict[str, dict[str, Any]] = {}
-    for name, error in attempts({name: CHECKS[name].attempt for name in names}):
+    for name, check in CHECKS.items():
+        print(f"trying {name} ...", file=sys.stderr)
+        with tempfile.TemporaryDirectory() as folder:
+            error = attempt([*check.arguments, folder])
         checks[name] = {"works": error is None}
         if error is not None:
-            checks[name] |= {"error": public(error), "fix": CHECKS[name].fix}
-    return {
-        "versions": {"python": platform.python_version(), **dict(_versions())},
-        "devices": _devices(),
-        "checks": checks,
-    }
+            checks[name] |= {"error": public(error), "fix": check.fix}
+    versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    return {"versions": versions, "devices": _devices(), "checks": checks}
 
 
-def attempts(
-    checks: Mapping[str, Callable[[], None]], timeout: float = TIMEOUT
-) -> Iterator[tuple[str, str | None]]:
-    """Try each in another process, which may die or hang; yields its name and its error, if any."""
-    context = multiprocessing.get_context("spawn")
-    rest = list(checks)
-    while rest:
-        receiver, sender = context.Pipe(duplex=False)
-        own = [checks[name] for name in rest]
-        process = context.Process(target=_attempts, args=(own, sender))
-        process.start()
-        sender.close()
-        alive, patience = True, START + timeout
-        while rest and alive:
-            print(f"trying {rest[0]} ...", file=sys.stderr)
-            try:
-                alive = receiver.poll(patience)
-                error = receiver.recv() if alive else f"no answer within {timeout:.0f} s"
-            except EOFError:
-                process.join()
-                alive, error = False, f"the process died with exit code {process.exitcode}"
-            yield rest.pop(0), error
-            patience = timeout
-        _end(process)
-
-
-def _attempts(checks: Sequence[Callable[[], None]], sender: Connection) -> None:
-    """In the other process: send for each the last line of its error, or None."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
-    os.dup2(nothing, 2)
-    for attempt in checks:
-        try:
-            attempt()
-            sender.send(None)
-        except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            sender.send(f"{type(error).__name__}: {lines[-1]}")
-
-
-def _end(process: Any) -> None:
-    """End a process and those that it started."""
+def attempt(arguments: Sequence[str], timeout: float = TIMEOUT) -> str | None:
+    """Run Python, which may die or hang; returns what went wrong, None if nothing did."""
     try:
-        family = [
-            *psutil.Process(process.pid).children(recursive=True),
-            psutil.Process(process.pid),
-        ]
-    except psutil.NoSuchProcess:
-        family = []
-    process.join(1)
-    for member in family:
-        if member.is_running():
-            member.kill()
-    process.join()
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {timeout:.0f} s"
+    said = done.stderr.strip().splitlines()
+    # 1 is the exit code of an exception, 2 that of an error of zo-peft: the last line tells it.
+    if done.returncode in (1, 2) and said:
+        return said[-1]
+    return f"the process died with exit code {done.returncode}" if done.returncode else None
 
 
 def public(message: str) -> str:
-    """A message without folders of this machine or its name."""
+    """Return a message without this machine's folders and name."""
     name = platform.node()
     shown = re.sub(
         r"(?<![\w/:.])(?:[A-Za-z]:)?(?:[\\/][^\s\\/:'\"]+)*[\\/](?=[^\s\\/])", "", message
@@ -245,12 +147,11 @@ def public(message: str) -> str:
     return shown.replace(name, "this machine") if name else shown
 
 
-def _versions() -> Iterator[tuple[str, str]]:
-    for package in PACKAGES:
-        try:
-            yield package, importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            yield package, "not installed"
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _devices() -> list[str]:
@@ -259,13 +160,11 @@ def _devices() -> list[str]:
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         found.append(f"CUDA {index}: {card.name}, {card.total_memory / 2**30:.0f} GiB")
-    if torch.backends.mps.is_available():
-        found.append("MPS")
-    return found
+    return found + (["MPS"] if torch.backends.mps.is_available() else [])
 
 
 def doctor_text(result: dict[str, Any]) -> str:
-    """The result of `doctor` as tables, and what to do about what does not work."""
+    """Show the result of `doctor` as tables, then the fix of each check that does not work."""
     versions = jobs.table(["package", "version"], list(result["versions"].items()))
     rows, fixes = [], []
     for name, check in result["checks"].items():

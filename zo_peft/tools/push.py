@@ -1,8 +1,7 @@
-"""What goes up to the Hub: files of an allow-list, without secrets and paths, in one commit."""
+"""`zo-peft push`: files of an allow-list go to the Hub in one commit, unless one holds a token."""
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,29 +21,16 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 #: A whole model, in one file or in shards; and the scales of one.
 MODEL = r"(config|generation_config|model\.safetensors\.index)\.json"
 MODEL_WEIGHTS = r"(model|model-\d+-of-\d+|zo_scales)\.safetensors"
-#: JSON and text that this package or transformers writes for this run.
+#: JSON that this package or transformers writes for a run.
 SETTINGS = r"(tokenizer_config|special_tokens_map|added_tokens|zo_metrics)\.json"
-TEXTS = r"README\.md"
-#: What belongs to the base's tokenizer, as it was.
+#: Files of the base's tokenizer, which go up unchanged.
 VOCABULARY = (
     r"(tokenizer|vocab)\.json|(vocab|merges)\.txt|(tokenizer|spiece|sentencepiece.*)\.model|"
     r"chat_template\.jinja"
 )
 
-#: Values of these keys may be a folder or a file: its name is what readers are told.
+#: JSON keys with these endings may name folders or files, of which only the last part goes up.
 PLACES = ("name_or_path", "_file", "_dir", "_path")
-#: The prompt in a command has `\n`, which may stand before a path, and is no folder of a drive.
-ABSOLUTE = re.compile(
-    r"(?:(?<![\w/.~-])|(?<=file://)|(?<=\\n))(?:/[\w.@+-]+){2,}|(?<![\w/])~/\w|"
-    r"\b[A-Za-z]:\\+(?!n)[\w.@+ -]+\\+\w"
-)
-#: Folders at the top that are alike on all machines, and those of people and their disks.
-SYSTEM = {"bin", "dev", "etc", "lib", "proc", "sbin", "sys", "usr"}
-HOMES = {"home", "Users", "root", "mnt"}
-SECRET_NAMES = re.compile(
-    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API_?|ACCESS_|PRIVATE_)?KEY(_ID)?)$",
-    re.IGNORECASE,
-)
 HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
@@ -70,25 +56,25 @@ def push(given: PushArguments) -> dict[str, Any]:
     """Upload a folder's adapter, or its model, with tokenizer, card and metrics.
 
     Returns:
-        `repo_id`, `revision`, `private`, `files` (`name` and `size`), their `bytes` in all and the
-        `url` of the commit, None of a dry run.
+        `repo_id`, `revision`, `private`, `files` (each with `name` and `size` in bytes), the sum of
+        their sizes as `bytes`, and the `url` of the commit, which is None for a dry run.
 
     Raises:
-        UserError: nothing to push, something in it is private, or the Hub refuses; nothing has
+        UserError: there is nothing to push, a file holds a token, or the Hub refuses; nothing has
             been committed then.
     """
     folder = Path(given.folder)
     with hub_errors(given.repo_id):
         validate_repo_id(given.repo_id)
     files = public_files(folder, given.repo_id)
-    _check("commit_message", given.commit_message)
-    sizes = {name: _size(content) for name, content in files.items()}
+    _check_tokens("commit_message", given.commit_message)
+    sizes = [len(c) if isinstance(c, bytes) else c.stat().st_size for c in files.values()]
     result = {
         "repo_id": given.repo_id,
         "revision": given.revision or constants.DEFAULT_REVISION,
         "private": given.private,
-        "files": [{"name": name, "size": size} for name, size in sizes.items()],
-        "bytes": sum(sizes.values()),
+        "files": [{"name": name, "size": size} for name, size in zip(files, sizes)],
+        "bytes": sum(sizes),
         "url": None,
     }
     if given.dry_run:
@@ -99,7 +85,7 @@ def push(given: PushArguments) -> dict[str, Any]:
 
 
 def push_text(result: dict[str, Any]) -> str:
-    """The files and their sizes, and where they are or would be."""
+    """List the files with their sizes, and say where they are or would be."""
     files = [*result["files"], {"name": "bytes in all", "size": result["bytes"]}]
     lines = [f"{file['size']:>15,}  {file['name']}" for file in files]
     where = f"{result['repo_id']}, {result['revision']}"
@@ -109,14 +95,15 @@ def push_text(result: dict[str, Any]) -> str:
 
 
 def create_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-    """Make a repository, unless there is one; returns its whole name.
+    """Make a repository unless it exists, and return its whole name.
 
     Raises:
-        UserError: the Hub refuses, or it is to be private and is public.
+        UserError: the Hub refuses, or the repository exists and is public against `private`.
     """
+    api = HfApi(token=token)
     with hub_errors(repo_id):
-        made = HfApi().create_repo(repo_id, private=private, exist_ok=True, token=token).repo_id
-        if private and not HfApi().model_info(made, token=token).private:
+        made = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and not api.model_info(made).private:
             raise UserError(
                 f"{made} is there already and is public; make it private in its settings on the "
                 "Hub, or give another name"
@@ -134,36 +121,34 @@ def upload(
     """Commit the public files of a folder to a repository that exists.
 
     Args:
-        revision: a branch, made if there is none; default: main.
+        revision: a branch, which is made unless it exists; None: main.
+        token: of the Hub; None: the one of the environment or of `hf auth login`.
 
     Raises:
         UserError: as `push`.
     """
     files = public_files(folder, repo_id, token)
-    _check("commit_message", commit_message, token)
+    _check_tokens("commit_message", commit_message, token)
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    api = HfApi(token=token)
     with hub_errors(repo_id):
         if revision is not None and not revision.startswith("refs/"):
-            HfApi().create_branch(repo_id, branch=revision, exist_ok=True, token=token)
-        return HfApi().create_commit(
-            repo_id,
-            operations,
-            commit_message=commit_message,
-            revision=revision,
-            token=token,
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.create_commit(
+            repo_id, operations, commit_message=commit_message, revision=revision
         )
 
 
 def public_files(folder: Path, repo_id: str, token: str | None = None) -> dict[str, bytes | Path]:
-    """What of a folder goes up, by name: as it lies there, or its content where that is changed.
+    """Return what goes up by file name: the file itself, or its new content if that is changed.
 
-    Folders in JSON are known by their names, and the card loads from `repo_id`.
+    JSON names folders by their last part alone, and the card loads from `repo_id`.
 
     Args:
-        token: of the Hub, which no file may hold; nor that of the environment.
+        token: of the Hub. No file may hold it, nor the token of the environment.
 
     Raises:
-        UserError: there is no adapter and no model, or a file holds a secret or a path.
+        UserError: there is neither an adapter nor a model, or a file is damaged or holds a token.
     """
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if set(ADAPTER) <= present:
@@ -175,59 +160,34 @@ def public_files(folder: Path, repo_id: str, token: str | None = None) -> dict[s
             f"{folder.name} holds no adapter ({' and '.join(ADAPTER)}) and no model in "
             "safetensors; give the output folder of a run"
         )
-    allowed = re.compile(f"{weights}|{configs}|{SETTINGS}|{TEXTS}|{VOCABULARY}")
+    allowed = re.compile(f"{weights}|{configs}|{SETTINGS}|{re.escape(CARD_NAME)}|{VOCABULARY}")
     files: dict[str, bytes | Path] = {}
     for name in sorted(filter(allowed.fullmatch, present)):
-        path = folder / name
-        if name.endswith(".safetensors"):
-            _check(name, "\n".join(_strings(_metadata(path))), token)
-            files[name] = path
-        elif re.fullmatch(VOCABULARY, name):
-            _check_tokens(name, path.read_bytes().decode(errors="replace"), token)
-            files[name] = path
-        elif name == CARD_NAME:
-            card = for_repository(_text(path), repo_id)
-            _check(name, card, token)
-            files[name] = card.encode()
-        else:
-            files[name] = _public_json(name, _text(path), token).encode()
+        try:
+            files[name], text = _content(folder / name, repo_id)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{name} cannot be read: {error}; save the run again") from error
+        _check_tokens(name, text, token)
     return files
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path.name} is not UTF-8: {error}; save it as UTF-8") from error
-
-
-def _public_json(name: str, text: str, token: str | None) -> str:
-    """The same JSON, checked; if it names folders, with their last parts alone."""
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{name} is not JSON: {error}; save the run again") from error
-    public = _public(content)
-    _check(name, "\n".join(_strings(public)), token)
-    _check_tokens(name, text, token)
-    return text if public == content else json.dumps(public, indent=2) + "\n"
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """The strings of JSON, as they are and not escaped; a chat template is the base's."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for part in value:
-            yield from _strings(part)
-    elif isinstance(value, dict):
-        yield from value
-        for key, part in value.items():
-            if key != "chat_template":
-                yield from _strings(part)
+def _content(path: Path, repo_id: str) -> tuple[bytes | Path, str]:
+    """What goes up of a file, and the text in which a token is looked for."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            return path, json.dumps(file.metadata())
+    if re.fullmatch(VOCABULARY, path.name):
+        return path, path.read_bytes().decode(errors="replace")
+    text = path.read_text(encoding="utf-8")
+    if path.name == CARD_NAME:
+        text = for_repository(text, repo_id)
+    elif (public := _public(content := json.loads(text))) != content:
+        text = json.dumps(public, indent=2) + "\n"
+    return text.encode(), text
 
 
 def _public(value: Any, key: str = "") -> Any:
+    """The same JSON value, in which folders of this machine are named by their last part."""
     if isinstance(value, dict):
         return {name: _public(part, name) for name, part in value.items()}
     if isinstance(value, list):
@@ -237,52 +197,16 @@ def _public(value: Any, key: str = "") -> Any:
     return public_name(value) if Path(value).is_absolute() or Path(value).is_dir() else value
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    """What a file of tensors says beside them."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path.name} is damaged: {error}; save the run again") from error
-
-
-def _check(name: str, text: str, token: str | None = None) -> None:
-    """Refuse a text that says where on this machine something lies, or a secret."""
-    _check_tokens(name, text, token)
-    for variable, value in os.environ.items():
-        if SECRET_NAMES.search(variable) and len(value) >= 8 and value in text:
-            raise UserError(
-                f"{name} holds the value of the environment variable {variable}; take it out, or "
-                "unset the variable if it is no secret, and push again"
-            )
-    for found in ABSOLUTE.finditer(text):
-        place = found[0]
-        if place.startswith("/") and not _is_place(place):
-            continue
-        raise UserError(
-            f"{name} holds {place!r}, a path of this machine; take it out, and push again"
-        )
-
-
-def _is_place(path: str) -> bool:
-    """Whether it is a path here, or in somebody's home, and not just a text with slashes."""
-    top = Path(path).parts[1]
-    return top in HOMES or (top not in SYSTEM and Path("/", top).is_dir())
-
-
-def _check_tokens(name: str, text: str, token: str | None) -> None:
-    known = [value for value in (get_token(), token) if value and len(value) >= 8]
+def _check_tokens(name: str, text: str, token: str | None = None) -> None:
+    """Refuse a text that holds `token`, the token of the environment, or what looks like one."""
+    known = [value for value in (get_token(), token) if value]
     if HUB_TOKEN.search(text) or any(value in text for value in known):
         raise UserError(f"{name} holds a token of the Hub; take it out, and push again")
 
 
-def _size(content: bytes | Path) -> int:
-    return content.stat().st_size if isinstance(content, Path) else len(content)
-
-
 @contextlib.contextmanager
 def hub_errors(repo_id: str) -> Iterator[None]:
-    """Say what the Hub refuses, and what to do, in one line."""
+    """Turn a refusal of the Hub into a `UserError` of one line that says what to do."""
     try:
         yield
     except (HfHubHTTPError, httpx.HTTPError, ConnectionError, ValueError, RuntimeError) as error:
@@ -299,12 +223,10 @@ def _refusal(error: BaseException) -> str:
         return f"{constants.ENDPOINT} cannot be reached; check the network and HF_ENDPOINT"
     if not isinstance(error, HfHubHTTPError):
         return " ".join(str(error).split())
+    remedies = {
+        401: "the Hub does not know the token, or there is none; `hf auth login`, or set HF_TOKEN",
+        403: "this token may not write there; give a name of your own, or a token with the right "
+        "to write",
+    }
     status, said = error.response.status_code, error.server_message or ""
-    if status == 401:
-        return "the Hub does not know the token, or there is none; `hf auth login`, or set HF_TOKEN"
-    if status == 403:
-        return (
-            "this token may not write there; give a name of your own, or a token with the right "
-            "to write"
-        )
-    return " ".join(f"the Hub answers {status}. {said}".split())
+    return remedies.get(status) or " ".join(f"the Hub answers {status}. {said}".split())
