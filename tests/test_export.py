@@ -31,8 +31,9 @@ from zo_peft.models.loading import quantization_config
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.runs.run import settings
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
-from zo_peft.tools.push import PushArguments, public_files, push
+from zo_peft.tools.push import PushArguments, push
 from zo_peft.train.card import for_repository, write_model_card
+from zo_peft.train.upload import public_files
 
 TOKEN = "hf_" + "thisisnotatoken" * 2
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}

@@ -65,7 +65,12 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     validated = _evaluate(trainer, trainer.eval_dataset) if dev else {}
     seconds = round(time.time() - psutil.Process().create_time(), 2)
     found = results(trainer, before, after, validated, result.training_loss, seconds)
-    said = {"command": command(model, data, args), "settings": settings(model, data, args)}
+    said: dict[str, Any] = {
+        "command": command(model, data, args),
+        "settings": settings(model, data, args),
+    }
+    if data.task is not None and data.task_data_dir is None:
+        said["dataset"] = TASKS[data.task].hub[0]
     trainer.summary = found | said
     if args.should_save:
         write_json(Path(args.output_dir) / METRICS_NAME, trainer.summary)

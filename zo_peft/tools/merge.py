@@ -75,7 +75,7 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
         merged.to(dtype)
     merged.save_pretrained(given.output_dir, max_shard_size=given.max_shard_size)
     tokenizer.save_pretrained(given.output_dir)
-    write_merged_card(given.output_dir, merged, model)
+    write_merged_card(given.output_dir, merged, vars(model))
     return {
         "output_dir": given.output_dir,
         "files": sorted(path.name for path in Path(given.output_dir).glob("*.safetensors")),

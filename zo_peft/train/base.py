@@ -47,11 +47,11 @@ from zo_peft.objectives.scoring import (
     CompletionObjective,
     OptionObjective,
 )
-from zo_peft.tools.push import create_repository, upload
 from zo_peft.train.card import write_model_card
 from zo_peft.train.config import ZOConfig
 from zo_peft.train.progress import Clock, Progress
 from zo_peft.train.results import METRICS_NAME, results, write_json
+from zo_peft.train.upload import create_repository, upload
 
 #: The columns that `tokenize_dataset` makes, all of which the collator needs.
 FEATURES = ["input_ids", "labels", "prompt_ids", "option_ids", "label", "also_right"]

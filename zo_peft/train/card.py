@@ -16,10 +16,8 @@ from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from zo_peft.data.tasks import TASKS
 from zo_peft.models.adapters import classifies, peft_config_of
 from zo_peft.models.hub import public_name
-from zo_peft.runs.arguments import ModelArguments
 from zo_peft.train.checks import GRADIENT
 
 CARD_NAME = "README.md"
@@ -54,7 +52,8 @@ def write_model_card(
         summary: the contents of `zo_metrics.json`; what it lacks is left out.
     """
     settings, value = summary.get("settings", {}), summary.get("metric_after")
-    config, dataset = peft_config_of(model), _hub_dataset(settings)
+    config = peft_config_of(model)
+    dataset = summary.get("dataset") or _hub_dataset(settings)
     kind = tune if config is None else config.peft_type.value
     gradients, adapts = summary.get("strategy") in GRADIENT, isinstance(model, PeftModel)
     result = None
@@ -81,15 +80,15 @@ def write_model_card(
     _write(folder, model, settings, metadata, summary=summary, **values)
 
 
-def write_merged_card(folder: str, merged: PreTrainedModel, given: ModelArguments) -> None:
+def write_merged_card(folder: str, merged: PreTrainedModel, settings: dict[str, Any]) -> None:
     """Write `README.md` into `folder`: which base and adapter it is made of, and how it loads.
 
     Args:
-        given: names the base and the adapter that were merged.
+        settings: how the base and the adapter (`adapter_name_or_path`) were loaded.
     """
-    adapter = public_name(given.adapter_name_or_path)
+    adapter = public_name(settings["adapter_name_or_path"])
     metadata = {"library_name": "transformers", "tags": ["zo_peft"]}
-    _write(folder, merged, vars(given), metadata, merged=adapter, summary={})
+    _write(folder, merged, settings, metadata, merged=adapter, summary={})
 
 
 def for_repository(text: str, repo_id: str) -> str:
@@ -133,8 +132,6 @@ def _task(model: PreTrainedModel | PeftModel) -> str:
 
 def _hub_dataset(settings: dict[str, Any]) -> str | None:
     """The data set's id, if it came from the Hub."""
-    if "task" in settings:
-        return None if "task_data_dir" in settings else TASKS[settings["task"]].hub[0]
     name = settings.get("dataset_name", "")
     return name if _on_hub(name, CARD_NAME, repo_type="dataset") else None
 
