@@ -138,11 +138,8 @@ def styles(count: int) -> list[dict[str, Any]]:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib shows as it is: `$` starts no formula, `_` does not hide a label.
-
-    Half a surrogate pair, of which it can make nothing, becomes `?`.
-    """
-    shown = " ".join(text.split()).replace("$", r"\$").encode(errors="replace").decode()
+    """Make matplotlib show text as it is: `$` starts no formula, `_` does not hide a label."""
+    shown = " ".join(text.split()).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
