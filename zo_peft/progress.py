@@ -1,4 +1,4 @@
-"""What is seen of a run while it runs: the progress bar, and the clock of its logs."""
+"""The progress bar of a run under way, and the clock that its logs read."""
 
 import contextlib
 import sys
@@ -12,30 +12,29 @@ from transformers.trainer_callback import ProgressCallback
 
 
 class Clock(TrainerCallback):
-    """Seconds of training over all sittings of a run, evaluations in between included.
+    """Times training, with its evaluations, over all the processes of a run that was resumed.
 
     Attributes:
-        began: when training would have begun (`time.monotonic`), had there been one sitting; None
-            before it has. What a killed sitting spent after its last checkpoint does not count.
+        began: the `time.monotonic` at which training would have begun in one process; None before
+            it begins. What a killed process spent after its last checkpoint does not count.
     """
 
     began: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start, from where the logs of the last sitting end."""
+        """Start from the time at which the logs of the resumed run end."""
         spent = max((log.get("seconds", 0.0) for log in state.log_history), default=0.0)
         self.began = time.monotonic() - spent
 
 
 class Progress(ProgressCallback):
-    """transformers' bars, with loss, metric and forward passes; all of it on stderr.
+    """transformers' bars on stderr, with loss, metric and forward passes.
 
-    With `max_forward_passes` the bar counts towards it, and so does its time left; else it counts
-    steps.
+    The bar counts forward passes towards `max_forward_passes`, or steps if that is not set.
 
     Args:
-        forward_passes: how many have been made.
-        metric: name of the metric that the bar shows, as in the logs without `eval_`.
+        forward_passes: returns how many have been made so far.
+        metric: the metric that the bar shows, by its name in the logs without `eval_`.
     """
 
     def __init__(self, forward_passes: Callable[[], int], metric: str) -> None:
@@ -44,7 +43,7 @@ class Progress(ProgressCallback):
         self.shown: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar; a resumed run starts where it was."""
+        """Open the bar; that of a resumed run starts at what has been done."""
         budget = args.max_forward_passes
         counted = {"total": state.max_steps, "initial": state.global_step, "unit": " steps"}
         if budget is not None:
@@ -67,7 +66,7 @@ class Progress(ProgressCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Show loss and metric in the bar; the line of all numbers goes above it."""
+        """Show loss and metric in the bar, and all numbers in a line above it."""
         logs = logs or {}
         if "loss" in logs:
             self.shown["loss"] = f"{logs['loss']:.4f}"
@@ -76,7 +75,7 @@ class Progress(ProgressCallback):
                 self.shown[self.metric] = f"{value:.4f}"
         if self.training_bar is not None:
             self.training_bar.set_postfix(self.shown, refresh=False)
-        # The parent writes on stdout, where only results belong.
+        # The parent class prints on stdout, which is for results alone.
         with contextlib.redirect_stdout(sys.stderr):
             super().on_log(args, state, control, logs, **kwargs)
 
