@@ -1,4 +1,4 @@
-"""An adapter merged into its base: one model, that needs no PEFT."""
+"""`zo-peft merge`: put an adapter into the weights of its base, so that it loads without PEFT."""
 
 import re
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]?B", re.IGNORECASE)
 
 @dataclass
 class MergeArguments:
-    """What a merged model is made of, and where it goes."""
+    """Where a merged model goes, and how it is made."""
 
     output_dir: str = field(metadata={"help": "Folder for the merged model."})
     max_shard_size: str = field(
@@ -41,14 +41,13 @@ class MergeArguments:
 
 
 def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
-    """Write `W + change` for every weight that the adapter changes, and the rest as it was.
+    """Write the base with `W + change` for every weight that the adapter changes.
 
     The sum is made in float32 and rounded once to the base's dtype. With the model go the base's
-    tokenizer and a short card. Of the model's arguments only those of the base count, and
-    `adapter_name_or_path`.
+    tokenizer and a short card. Of `model`, `adapter_name_or_path` and what concerns the base count.
 
     Returns:
-        `output_dir`, and there the `files` of weights and their `dtype`.
+        `output_dir`, the `files` of weights in it, and their `dtype`.
 
     Raises:
         UserError: the adapter cannot be merged, or the base is quantized and `dequantize` is not
@@ -84,7 +83,7 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
 
 
 def merge_text(result: dict[str, Any]) -> str:
-    """The result of `merge` in a line."""
+    """Say in a line what was written."""
     files = len(result["files"])
     weights = f"{files} file{'' if files == 1 else 's'} of {result['dtype']} weights"
     return f"{weights} in {result['output_dir']}; load them with transformers alone"
@@ -92,11 +91,11 @@ def merge_text(result: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def merged_model(model: PeftModel) -> PreTrainedModel:
-    """The base of a model with the adapter in its weights, which are changed in place.
+    """Return the base of a model; its weights are changed in place by the adapter.
 
     Raises:
         UserError: PEFT cannot merge this kind of adapter, a weight that it changes has a second use
-            (tied embeddings), or one would not be finite.
+            (tied embeddings), or a merged weight would not be finite.
     """
     kind = model.active_peft_config.peft_type.value
     layers = [m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer)]
@@ -107,7 +106,7 @@ def merged_model(model: PeftModel) -> PreTrainedModel:
                 f"{kind} cannot be merged: it changes a weight of one layer that the base also "
                 f"uses as {name.removeprefix('base_model.model.')}; load it with PEFT"
             )
-    # PEFT rounds the change to the weight's dtype, and then their sum.
+    # In another dtype PEFT would round the change before it adds it.
     for parameter in dtypes:
         parameter.data = parameter.data.float()
     try:
@@ -120,7 +119,7 @@ def merged_model(model: PeftModel) -> PreTrainedModel:
 
 
 def _adapter(name: str) -> tuple[PeftConfig, int | None]:
-    """Its configuration, and the classes of a head that it brings along."""
+    """An adapter's configuration, and the number of classes of the head that it has, if any."""
     try:
         config = PeftConfig.from_pretrained(name)
         path = Path(name) / SAFETENSORS_WEIGHTS_NAME
@@ -135,12 +134,12 @@ def _adapter(name: str) -> tuple[PeftConfig, int | None]:
 
 
 def _dequantized(base: PreTrainedModel, name: str, wanted: bool) -> PreTrainedModel:
-    """What a quantized base stands for, in float32."""
+    """The weights that a quantized base stands for, in float32."""
     if not wanted:
         raise UserError(
             f"{public_name(name)} is quantized, and rounding to its codes may undo the adapter; "
-            "give --dequantize to merge into what they stand for, in floating point, or "
-            "merge into the base as it was before"
+            "give --dequantize to merge in floating point into the weights that the codes stand "
+            "for, or merge into the base as it was before it was quantized"
         )
     try:
         return base.dequantize(torch.float32)
