@@ -27,13 +27,13 @@ from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
 from zo_peft.core.batch import Batch
 from zo_peft.core.lanes import NotInLanes
 from zo_peft.core.low_rank import BASIS_STEPS, LowRank, Structure
-from zo_peft.core.noise import noise_rows, row_words, uniform_rows
-from zo_peft.core.rounding import round_float
+from zo_peft.core.noise import noise_rows
 from zo_peft.data import make_examples, read_rows
 from zo_peft.models.identity import base_hash
 from zo_peft.models.in_place_space import InPlaceSpace
 from zo_peft.models.numbers import Int8Codes, choose, find_scales, find_weights
 from zo_peft.models.recipe import evaluator_of
+from zo_peft.models.rounding import round_float, row_words, uniform_rows
 from zo_peft.objectives.scoring import ClassificationObjective, OptionObjective
 from zo_peft.scales import load_scales, save_scales
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE

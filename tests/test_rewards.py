@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, Pr
 from scripts import reward_tuning
 from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
 from zo_peft.cli import main
-from zo_peft.core.flat_space import FlatSpace
 from zo_peft.core.batch import Batch
+from zo_peft.core.flat_space import FlatSpace
 from zo_peft.data import Collator, make_examples, read_rows
 from zo_peft.data.collate import drawn_batch
 from zo_peft.data.tokenize import Tokenization
