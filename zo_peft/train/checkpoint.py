@@ -1,4 +1,4 @@
-"""The state of a run beside its adapter, as safetensors and JSON; nothing is pickled."""
+"""What a checkpoint holds beside the adapter, as safetensors and JSON; nothing is pickled."""
 
 import contextlib
 import json
