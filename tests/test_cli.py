@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from zo_peft.cli import RUN, main, named
+from zo_peft.cli import COMMANDS, RUN, main, named
 from zo_peft.objectives.scoring import OptionObjective
 from zo_peft.runs.options import parse
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
@@ -322,3 +323,18 @@ def test_a_config_holds_lists_objects_and_defaults(tmp_path: Path) -> None:
     assert args.model_init_kwargs == {"attn_implementation": "eager"}
     assert args.report_to == []
     assert args.reward_weights == [-1.0, 0.5]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_what_it_names(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = COMMANDS[name]
+    assert all(is_dataclass(named(argument)) for argument in command.arguments)
+    functions = [command.job, command.text, *filter(None, [command.json])]
+    assert all(callable(named(function)) for function in functions)
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(f"--{f.name}" in printed for a in command.arguments for f in fields(named(a)))
