@@ -32,6 +32,7 @@ HOOKS = {
     "_load_from_checkpoint": "resume_from_checkpoint model",
     "_load_optimizer_and_scheduler": "checkpoint",
     "_load_rng_state": "checkpoint",
+    "_prepare_inputs": "inputs",
     "_push_from_checkpoint": "checkpoint_folder",
     "_save": "output_dir state_dict",
     "_save_optimizer_and_scheduler": "output_dir",
