@@ -36,11 +36,11 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     Raises:
         UserError: PEFT cannot attach it to this base, or it would change nothing.
     """
-    kind, offloaded = peft_config.peft_type, offloaded_parameters(model)
+    kind, offloaded = peft_config.peft_type.value, offloaded_parameters(model)
     if offloaded and kind not in ON_OFFLOADED:
         raise UserError(
-            f"{kind.value} may read weights outside of their layers, and part of the base is "
-            f"offloaded; use one of {', '.join(kind.value for kind in ON_OFFLOADED)}"
+            f"{kind} may read weights outside of their layers, and part of the base is offloaded; "
+            f"use one of {', '.join(ON_OFFLOADED)}"
         )
     try:
         # PEFT fills default target modules into the configuration that it is given.
@@ -50,9 +50,8 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         modules = model.named_modules()
         linear = {n.rpartition(".")[2] for n, m in modules if isinstance(m, nn.Linear)}
         raise UserError(
-            f"{kind.value} cannot be attached to {type(model).__name__}: {first_line(error)} Its "
-            f"linear layers are: {', '.join(sorted(linear)) or 'none'}; name some of them as "
-            "target_modules"
+            f"{kind} cannot be attached to {type(model).__name__}: {first_line(error)} Its linear "
+            f"layers are: {', '.join(sorted(linear)) or 'none'}; name some as target_modules"
         ) from error
     for name, parameter in adapted.named_parameters() if offloaded else ():
         if parameter.requires_grad and (parameter.is_meta or parameter.isnan().any()):
