@@ -24,15 +24,16 @@ from transformers import (
 )
 
 from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
+from zo_peft.core.batch import Batch
 from zo_peft.core.lanes import NotInLanes
-from zo_peft.core.low_rank import LowRank, Structure
-from zo_peft.core.noise import noise_rows, row_words, uniform_rows
-from zo_peft.core.rounding import round_float
+from zo_peft.core.low_rank import BASIS_STEPS, LowRank, Structure
+from zo_peft.core.noise import noise_rows
 from zo_peft.data import make_examples, read_rows
 from zo_peft.models.identity import base_hash
 from zo_peft.models.in_place_space import InPlaceSpace
 from zo_peft.models.numbers import Int8Codes, choose, find_scales, find_weights
 from zo_peft.models.recipe import evaluator_of
+from zo_peft.models.rounding import round_float, row_words, uniform_rows
 from zo_peft.objectives.scoring import ClassificationObjective, OptionObjective
 from zo_peft.scales import load_scales, save_scales
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
@@ -383,7 +384,8 @@ def test_full_noise_of_weights_is_one_by_one(tiny: Path) -> None:
     with pytest.raises(NotInLanes, match="q_proj"):
         space.replacements()
     with pytest.warns(UserWarning, match="one by one"):
-        assert not evaluator_of(model, space, OptionObjective())._in_lanes
+        evaluator = evaluator_of(model, space, OptionObjective())
+    assert evaluator.candidates_per_forward == 1
 
 
 class TwoLayers(nn.Module):
@@ -407,7 +409,7 @@ def test_norms_and_biases_have_values_of_each_candidate() -> None:
     model = TwoLayers()
     space = InPlaceSpace(find_weights(model), LowRank(2))  # type: ignore[arg-type]
     assert space.numbers.keys() == dict(model.named_parameters()).keys()
-    batch = {"input_ids": torch.arange(12).view(4, 3), "attention_mask": torch.ones(4, 3)}
+    batch = Batch(input_ids=torch.arange(12).view(4, 3), attention_mask=torch.ones(4, 3))
     batch["labels"] = torch.tensor([0, 1, 2, 0])
     objective = ClassificationObjective()
     points = [0.1 * Direction.of(seed) for seed in range(3)]
@@ -416,7 +418,7 @@ def test_norms_and_biases_have_values_of_each_candidate() -> None:
         with space.displaced(point):
             one.append(objective.losses(model, batch))
     with space.lanes(points).active(space.replacements(), 4, 4):
-        many = objective.losses(model, objective.repeated(batch, 3)).view(3, 4)
+        many = objective.losses(model, batch.repeated(3)).view(3, 4)
     torch.testing.assert_close(many, torch.stack(one), rtol=1e-5, atol=1e-5)
 
 
@@ -502,13 +504,18 @@ def load_tuned(folder: Path) -> PreTrainedModel:
     [
         ("int8", "scales", {}),
         ("int8", "weights", {"noise_rank": 0, "per_example_noise": False}),
-        ("float32", "weights", {"preset": "lozo", "basis_steps": 3, "learning_rate": 1e-4}),
+        ("float32", "weights", {"preset": "lozo", "learning_rate": 1e-4}),
         ("nf4", "scales", {"update_rule": "adam"}),
     ],
 )
 def test_resuming_gives_the_tensors_of_not_stopping(
-    tmp_path: Path, base: str, tune: str, changes: dict[str, Any]
+    tmp_path: Path,
+    base: str,
+    tune: str,
+    changes: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setitem(BASIS_STEPS, "lozo", 3)
     short = {"zo_eps": 1e-2, "max_steps": 8, "per_device_train_batch_size": 4, **changes}
     whole = trainer(tmp_path / "a", base, tune, **short)
     whole.train()

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts import black_box
 from zo_peft import ZOConfig, ZOTrainer
+from zo_peft.core.batch import Batch
 from zo_peft.data import read_rows
 from zo_peft.objectives.scoring import BlackBoxObjective
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
@@ -113,7 +114,7 @@ def test_it_needs_no_data_and_is_given_the_tensors_of_the_file(tmp_path: Path) -
     assert len(seen) == trainer.forward_passes == 3 * trainer.args.num_candidates
     trainer.save_model()
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    trainer.objective.losses(trainer.model, {})
+    trainer.objective.losses(trainer.model, Batch())
     assert seen[-1].keys() == saved.keys()
     assert all(torch.equal(seen[-1][name], saved[name]) for name in saved)
     perturbed = seen[0]

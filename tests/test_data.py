@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from zo_peft import UserError
+from zo_peft.core.batch import Batch
 from zo_peft.data import Collator, Tokenization, make_examples, read_rows, tokenize_dataset
 from zo_peft.data.examples import fill_template, label_index
-from zo_peft.data.tokenize import _spaced
 
 SPECIAL = {"<pad>": 0, "<s>": 1, "</s>": 2}
 MERGES = [("Ċ", "n"), ("Ġ", "y"), ("o", "k"), ("a", "b")]
@@ -321,7 +321,8 @@ def test_rows_that_make_no_example_are_the_users_error(
     ],
 )
 def test_one_space_goes_between(prompt: str, ending: str, spaced: str) -> None:
-    assert _spaced(prompt, ending) == spaced
+    found = completion(prompt, ending, make_tokenizer(start="<s>"))["input_ids"]
+    assert found == [1, *TOKENIZER(prompt + spaced)["input_ids"], 2]
 
 
 def tokenized(example: dict[str, Any], tokenizer: Any = TOKENIZER, **settings: Any) -> Any:
@@ -378,7 +379,8 @@ def test_prompt_and_ending_are_the_whole_text(rest: str, answer: str, options: l
     prompt = "q" + rest  # a letter that merges with nothing
 
     def whole(ending: str, end: str = "") -> list[int]:
-        return TOKENIZER(prompt + _spaced(prompt, ending) + end)["input_ids"]
+        space = "" if prompt[-1] in " \n" or ending[:1] in ("", " ", "\n") else " "
+        return TOKENIZER(prompt + space + ending + end)["input_ids"]
 
     row = completion(prompt, answer)
     assert row["input_ids"] == whole(answer, "</s>")
@@ -536,7 +538,7 @@ def test_a_data_set_that_does_not_fit_is_the_users_error(
 IDS = st.lists(st.integers(1, 99), min_size=1, max_size=6)
 
 
-def rows_of(batch: dict[str, torch.Tensor]) -> list[list[int]]:
+def rows_of(batch: Batch) -> list[list[int]]:
     """The sequences without padding, which stands on the right and holds zeros."""
     lengths = batch["attention_mask"].sum(dim=1).tolist()
     steps = torch.arange(batch["input_ids"].shape[1])

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from scripts import make_demo_model
 from zo_peft.data import read_rows
-from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE, demo
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE, DemoArguments, demo
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -46,7 +46,7 @@ def test_it_is_small_and_real() -> None:
 
 
 def test_the_demo_learns_on_int8(tmp_path: Path) -> None:
-    result = demo(str(tmp_path), seed=4, max_forward_passes=1200, disable_tqdm=True)
+    result = demo(DemoArguments(str(tmp_path), seed=4, max_forward_passes=1200))
     assert result["metric_before"] <= 0.65
     assert result["metric_after"] >= 0.9
     assert result["settings"]["load_in_8bit"]

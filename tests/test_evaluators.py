@@ -266,7 +266,7 @@ def test_an_objective_of_the_users_goes_one_by_one() -> None:
 
     model = tune(llama(), ADAPTERS["lora"])
     space, batch = FlatSpace(tuned_parameters(model)), Collator(PAD)(COMPLETIONS)
-    with pytest.warns(UserWarning, match=r"one by one: objective Own .*`repeated`"):
+    with pytest.warns(UserWarning, match=r"one by one: objective Own .*`repeatable`"):
         evaluator = evaluator_of(model, space, Own())  # type: ignore[arg-type]
     assert evaluator(POINTS, [batch]) == plain_losses(model, space, CompletionObjective(), batch)
 
@@ -473,10 +473,8 @@ def test_one_candidate_that_does_not_fit_is_an_error() -> None:
 
 
 def sizes(model: PeftModel, rows: int, length: int, numel: int = 1000) -> int:
-    batch = {
-        "input_ids": torch.zeros(rows, length, dtype=torch.long),
-        "rows": torch.arange(rows),
-    }
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    batch = Batch(input_ids=ids, rows=torch.arange(rows))
     return Fit(model, numel)(batch)
 
 

@@ -126,10 +126,10 @@ def test_spends_are_logged_and_plain_peft_loads_the_adapter(tmp_path: Path) -> N
     base = AutoModelForCausalLM.from_pretrained(MODEL)
     base.load_adapter(str(tmp_path))
     batch = tuned.data_collator(list(tuned.eval_dataset)[:4])
-    batch = {"input_ids": batch["input_ids"]}
+    ids = batch["input_ids"]
     with torch.no_grad():
-        ours = tuned.model.eval()(**batch).logits
-        torch.testing.assert_close(base.eval()(**batch).logits, ours)
+        ours = tuned.model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(base.eval()(input_ids=ids).logits, ours)
 
 
 @pytest.mark.parametrize("objective", ["accuracy", "black box", "reward"])

@@ -25,7 +25,7 @@ from zo_peft.objectives.metrics import (
 
 Scores = tuple[float, float]
 
-# ---- The official definitions, written independently of zo_peft.objectives.metrics -----------------------
+# ---- The official definitions, written independently of zo_peft.objectives.metrics --------------
 
 ARTICLE = re.compile(r"\b(a|an|the)\b", re.UNICODE)
 

@@ -277,7 +277,7 @@ def test_the_head_sees_the_labelled_positions_only() -> None:
     # Afterwards the head is as it was, also when the model raises.
     batch = Collator(PAD)(COMPLETIONS)
     with pytest.raises(IndexError):
-        CompletionObjective().losses(model, {**batch, "input_ids": batch["input_ids"] + VOCABULARY})
+        CompletionObjective().losses(model, batch | {"input_ids": batch["input_ids"] + VOCABULARY})
     assert model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.shape[1] == 3 + 3
 
 

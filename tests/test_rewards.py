@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, Pr
 from scripts import reward_tuning
 from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
 from zo_peft.cli import main
+from zo_peft.core.batch import Batch
 from zo_peft.core.flat_space import FlatSpace
 from zo_peft.data import Collator, make_examples, read_rows
+from zo_peft.data.collate import drawn_batch
 from zo_peft.data.tokenize import Tokenization
 from zo_peft.models.adapters import tuned_parameters
 from zo_peft.models.recipe import evaluator_of
@@ -44,13 +46,13 @@ def model() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(MODEL).eval()
 
 
-def prompts_batch(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def prompts_batch(rows: Sequence[dict[str, Any]]) -> Batch:
     tokenization = Tokenization(TOKENIZER, generates=True, max_completion_length=8)
     features = [tokenization(row, index) for index, row in enumerate(rows)]
     return Collator(TOKENIZER.pad_token_id)(features)
 
 
-def plain(prompts: Sequence[str] = PROMPTS) -> dict[str, Any]:
+def plain(prompts: Sequence[str] = PROMPTS) -> Batch:
     return prompts_batch([{"prompt": prompt} for prompt in prompts])
 
 
@@ -246,7 +248,7 @@ def test_the_noise_follows_the_seed(model: PreTrainedModel) -> None:
     found = []
     for seed in (1, 2, 1):
         rewards.seed = seed
-        found.append(rewards.losses(model, rewards.repeated(plain(), 2)).view(2, -1))
+        found.append(rewards.losses(model, plain().repeated(2)).view(2, -1))
     assert torch.equal(found[0][0], found[0][1])  # candidates that are the same
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], found[1])
@@ -273,7 +275,7 @@ def test_a_run_draws_anew_in_every_step(tmp_path: Path) -> None:
 
 def test_drawn_completions_are_a_batch_of_their_whole_likelihood(model: PreTrainedModel) -> None:
     rewards = objective(temperature=0.0, max_completion_length=70)
-    batch = rewards.drawn(model, plain())
+    batch = drawn_batch(rewards, model, plain())
     with torch.no_grad():
         losses = SequenceObjective().losses(model, batch)
     ended = 0
@@ -324,14 +326,14 @@ class Fixed(nn.Module):
 
 def test_accuracy_counts_wrong_labels() -> None:
     fixed: Any = Fixed(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 0, 1]))
-    assert AccuracyObjective(fixed).losses(fixed, {}).tolist() == [0, 0, 1, 1]
+    assert AccuracyObjective(fixed).losses(fixed, Batch()).tolist() == [0, 0, 1, 1]
 
 
 def test_accuracy_of_completions_is_a_share_of_their_tokens() -> None:
     references = torch.tensor([[-100, 5, 6, 7, 8], [-100, -100, -100, 9, -100]])
     predictions = torch.tensor([[5, 5, 0, 7, 0], [-100, 3, 3, 9, 3]])
     fixed: Any = Fixed(predictions, references)
-    assert AccuracyObjective(fixed).losses(fixed, {}).tolist() == [0.5, 0.0]
+    assert AccuracyObjective(fixed).losses(fixed, Batch()).tolist() == [0.5, 0.0]
 
 
 def test_accuracy_agrees_with_the_model_token_by_token(model: PreTrainedModel) -> None:

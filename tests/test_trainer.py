@@ -34,6 +34,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from zo_peft import UserError, ZOConfig, ZOTrainer
+from zo_peft.core.batch import Batch
 from zo_peft.core.noise import derive_seed
 from zo_peft.data import make_examples, read_rows
 from zo_peft.data.sampler import EpochSampler
@@ -298,7 +299,7 @@ def test_accumulated_micro_batches_are_one_larger_batch(tmp_path: Path) -> None:
 def test_the_update_is_the_formula_with_the_noise_that_was_measured(tmp_path: Path) -> None:
     trainer = make(tmp_path, preset="mezo", max_steps=1, learning_rate=1e-2)
     start = adapter(trainer)
-    batches: list[dict[str, torch.Tensor]] = []
+    batches: list[Batch] = []
     losses = trainer.objective.losses
     trainer.objective.losses = lambda model, batch: batches.append(batch) or losses(model, batch)
     trainer.train()
@@ -331,10 +332,10 @@ def test_each_example_moves_theta_by_its_own_slope_along_its_own_noise(tmp_path:
         warmup_steps=0,
     )
     start = adapter(trainer)
-    batches: list[dict[str, torch.Tensor]] = []
-    repeated = trainer.objective.repeated
-    trainer.objective.repeated = lambda batch, times: (
-        batches.append(batch) or repeated(batch, times)
+    batches: list[Batch] = []
+    objective_losses = trainer.objective.losses
+    trainer.objective.losses = lambda model, batch: (  # type: ignore[method-assign]
+        batches.append(batch) or objective_losses(model, batch)
     )
     trainer.train()
     after, expected = adapter(trainer), dict(start)
@@ -349,7 +350,8 @@ def test_each_example_moves_theta_by_its_own_slope_along_its_own_noise(tmp_path:
             for name, tensor in start.items():
                 parameters[name].data.copy_(tensor + scale * noise[name].view(tensor.shape))
             with torch.no_grad():
-                losses.append(trainer.objective.losses(trainer.model, batches[0])[example].item())
+                # Two candidates share the batch; their rows are alike.
+                losses.append(objective_losses(trainer.model, batches[0])[example].item())
         slope = (losses[0] - losses[1]) / 2e-2
         for name, tensor in expected.items():
             expected[name] = tensor - 1e-2 * slope * noise[name].view(tensor.shape) / 8
@@ -409,12 +411,14 @@ def test_an_adapter_that_would_do_nothing_is_refused(base: str, tmp_path: Path) 
 def test_a_rising_loss_shortens_the_steps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = make(tmp_path, max_steps=1)
+    trainer = make(tmp_path, max_steps=64, per_device_train_batch_size=2)
+    losses = trainer.objective.losses
+    trainer.objective.losses = lambda model, batch: (  # type: ignore[method-assign]
+        losses(model, batch) + 0.02 * trainer.state.global_step
+    )
     trainer.train()
-    for step in range(320):
-        trainer._shorten(1.0 + 0.01 * step)
-    assert trainer.update_rule.backoff < 1
-    assert "the loss rises" in capsys.readouterr().err
+    assert trainer.tuner.rule.backoff == 0.5
+    assert "step 63: the loss rises" in capsys.readouterr().err
 
 
 def test_a_prefix_starts_from_the_activations_of_real_tokens(
@@ -577,15 +581,10 @@ def test_learns_the_gradient_direction(tmp_path: Path) -> None:
     parameters = dict(trainer.model.named_parameters())
     gradient = torch.cat([parameters[n].grad.flatten() for n in trainer.space.tensors()])
     trainer.model.zero_grad()
-    trainer._micro_batches = [batch]
-    trainer._open_journal(None)
     cosines = []
     for step in range(20):
-        trainer.state.global_step = step
-        trainer.create_optimizer()
         before = torch.cat([t.flatten() for t in adapter(trainer).values()])
-        trainer.training_step(trainer.model, batch)
-        trainer.update_rule.step()
+        trainer.tuner.step([batch], step)
         after = torch.cat([t.flatten() for t in adapter(trainer).values()])
         cosines.append(torch.cosine_similarity(before - after, gradient, dim=0))
         trainer.space.load({n: torch.zeros_like(t) for n, t in adapter(trainer).items()})

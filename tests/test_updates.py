@@ -10,10 +10,11 @@ from tiny import noise_block
 from torch import Tensor, nn
 
 from zo_peft import Direction
+from zo_peft.core.backoff import Backoff
 from zo_peft.core.flat_space import FlatSpace
 from zo_peft.core.orthogonal import orthogonalized
 from zo_peft.core.strategies import Estimate
-from zo_peft.core.updates import AUTOMATIC, RULES, Backoff, UpdateRule
+from zo_peft.core.updates import AUTOMATIC, RULES, UpdateRule
 
 SHAPES = {"wide": (4, 300), "tall": (200, 3), "bias": (7,), "scalar": ()}
 STEPS = 6

@@ -15,14 +15,9 @@ from torch import Tensor, nn
 from zo_peft.core.direction import Direction
 from zo_peft.core.lanes import Lanes, Replacement
 from zo_peft.core.low_rank import LowRank, Noise, summed
-from zo_peft.core.noise import (
-    SignSums,
-    derive_seed,
-    noise_rows,
-    row_words,
-    uniform_rows,
-)
+from zo_peft.core.noise import SignSums, derive_seed, noise_rows
 from zo_peft.models.numbers import Numbers, Own
+from zo_peft.models.rounding import row_words, uniform_rows
 
 
 class DirectionRows:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zo_peft.core.noise import CHUNK
-from zo_peft.core.rounding import MAX_CODE, round_codes, round_float
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import matching
+from zo_peft.models.rounding import MAX_CODE, round_codes, round_float
 
 
 class Numbers:

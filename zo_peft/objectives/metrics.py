@@ -1,7 +1,7 @@
 """F1 and exact match of generated answers, as SQuAD and DROP define them officially.
 
 SQuAD: Rajpurkar et al., arXiv:1606.05250, evaluation script v1.1. DROP: Dua et al.,
-arXiv:1903.00161, `drop_eval.py`. An answer that is generated is one span of text.
+arXiv:1903.00161, `drop_eval.py`. A generated answer counts as one span of text.
 """
 
 import re
@@ -24,21 +24,21 @@ def squad_words(text: str) -> list[str]:
 
 
 def squad_exact_match(prediction: str, answer: str) -> float:
-    """1.0 where the two have the same words in the same order, else 0.0."""
+    """1.0 if the two have the same words in the same order, else 0.0."""
     return float(squad_words(prediction) == squad_words(answer))
 
 
 def squad_f1(prediction: str, answer: str) -> float:
-    """Harmonic mean of precision and recall of words, each as often as it occurs."""
+    """The harmonic mean of precision and recall of words; a repeated word counts repeatedly."""
     predicted, right = squad_words(prediction), squad_words(answer)
     common = sum((Counter(predicted) & Counter(right)).values())
     return 2 * common / (len(predicted) + len(right)) if common else 0.0
 
 
 def drop_words(text: str) -> list[str]:
-    """The words that DROP compares: as SQuAD's, but numbers keep their signs and points.
+    """The words that DROP compares: SQuAD's, but numbers keep their sign and their point.
 
-    A word is what stands between spaces or hyphens; a number is written as Python's float.
+    Words are separated by spaces and hyphens; a number is written like a float of Python.
     """
     words: list[str] = []
     for token in re.split("[ -]", text.lower()):
@@ -49,20 +49,20 @@ def drop_words(text: str) -> list[str]:
 
 
 def drop_exact_match(prediction: str, answer: Spans) -> float:
-    """1.0 where the answer is one span and has the prediction's words in its order, else 0.0."""
+    """1.0 if the answer is one span with the prediction's words in the same order, else 0.0."""
     spans = [answer] if isinstance(answer, str) else answer
     return float([drop_words(span) for span in spans] == [drop_words(prediction)])
 
 
 def drop_f1(prediction: str, answer: Spans) -> float:
-    """F1 of sets of words with the best of the answer's spans, over the number of its spans.
+    """The best F1 of sets of words over the answer's spans, divided by the number of spans.
 
-    A span with numbers counts only where the prediction has one of them. To two decimals.
+    A span with numbers scores 0 unless the prediction has one of them. Rounded to two decimals.
     """
     spans = [answer] if isinstance(answer, str) else answer
     predicted = set(drop_words(prediction))
     best = max(_bag_f1(predicted, set(drop_words(span))) for span in spans)
-    # The official script's rounding is numpy's: 0.075 becomes 0.08, where Python has 0.07.
+    # The official script rounds by numpy, to 0.08 from 0.075, where Python's `round` has 0.07.
     return float(np.round(best / len(spans), 2))
 
 
@@ -85,20 +85,20 @@ def _is_number(text: str) -> bool:
 
 
 def best_of(score: Callable[[str, Any], float], completions: Sequence[Any], answers: Any) -> Any:
-    """For each completion, the score with the one of its answers that it fits best."""
+    """For each completion, its best score among its answers."""
     return [max(score(text_of(c), a) for a in own) for c, own in zip(completions, answers)]
 
 
 def f1(prompts: Any, completions: Any, answers: Any, **columns: Any) -> list[float]:
-    """A reward: SQuAD's F1 with the best of an example's `answers`."""
+    """A reward: SQuAD's F1, the best among an example's `answers`."""
     return best_of(squad_f1, completions, answers)
 
 
 def exact_match(prompts: Any, completions: Any, answers: Any, **columns: Any) -> list[float]:
-    """A reward: SQuAD's exact match with any of an example's `answers`."""
+    """A reward: 1.0 if SQuAD's exact match holds for any of an example's `answers`, else 0.0."""
     return best_of(squad_exact_match, completions, answers)
 
 
 def text_of(completion: Any) -> str:
-    """A completion's text, also where it is a list of messages."""
+    """A completion's text; of a list of messages, the last one's."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
