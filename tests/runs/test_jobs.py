@@ -21,7 +21,7 @@ from zo_peft.tools.reproduce import ReproduceArguments, figure, settings
 from zo_peft.train.config import ZOConfig
 
 MODEL = str(EMBEDDED / "model")
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 class Recorded:

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hub_client import DRIVER, Result, environment, run
 from hub_server import Hub, metadata_errors
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save, save_file
-from test_hub import DRIVER, Result, environment, run
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
