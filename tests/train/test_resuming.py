@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,15 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig
 from safetensors.torch import load_file
+from tiny import LORA, MODEL, assert_same, command_line, make_trainer, theta
 from transformers import TrainerCallback
 
-from zo_peft import Direction, NonFiniteLossError, UserError, ZOConfig, ZOTrainer
+from zo_peft import Direction, NonFiniteLossError, UserError, ZOTrainer
 from zo_peft.cli import main
 from zo_peft.core.journal import INITIAL_NAME, JOURNAL_NAME, Journal, Record, read
 from zo_peft.core.low_rank import BASIS_STEPS
-from zo_peft.data import make_examples, read_rows
-from zo_peft.runs.jobs import flags
-from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.tools.demo import EMBEDDED
 
-MODEL = str(EMBEDDED / "model")
-LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
 ADAPTERS: dict[str, PeftConfig] = {
     "lora": LORA,
     "saved head": LoraConfig(
@@ -39,31 +37,7 @@ ADAPTERS: dict[str, PeftConfig] = {
 }
 
 
-def make(folder: Path, peft_config: PeftConfig | None = LORA, **changes: Any) -> ZOTrainer:
-    defaults = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 8,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "seed": 3,
-        "zo_eps": 1e-2,
-        "logging_steps": 1,
-    }
-    rows = read_rows(EMBEDDED / "train.jsonl")[:40]
-    examples = make_examples(rows, "train", TEMPLATE, label_words=LABEL_WORDS.split(","))
-    args = ZOConfig(str(folder), **{**defaults, **changes})
-    return ZOTrainer(MODEL, args, train_dataset=examples, peft_config=peft_config)
-
-
-def theta(trainer: ZOTrainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer.space.tensors().items()}
-
-
-def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
+make = partial(make_trainer, max_steps=6, seed=3, logging_steps=1)
 
 
 class Killed(BaseException):
@@ -201,19 +175,9 @@ def test_replay_rebuilds_the_adapter_bit_for_bit(adapter: str, tmp_path: Path) -
     ids=["float32", "bfloat16", "int8 codes", "int8 scales"],
 )
 def test_replay_rebuilds_a_base(changes: dict[str, Any], base: list[str], tmp_path: Path) -> None:
-    argv = {
-        "model_name_or_path": MODEL,
-        "train_file": EMBEDDED / "test.jsonl",
-        "prompt_template": TEMPLATE,
-        "label_words": LABEL_WORDS,
-        "max_steps": 4,
-        "zo_eps": 1e-2,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "output_dir": tmp_path / "run",
-        **changes,
-    }
-    assert main(["train", *flags(argv), *base]) == 0
+    options = {"lora_target_modules": None, "eval_file": None, "max_steps": 4, **changes}
+    argv = command_line(tmp_path / "run", save_strategy="no", **options)
+    assert main(["train", *argv, *base]) == 0
     out = replayed(tmp_path, *base)
     first, second = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", out))
     assert_same(first, second)
@@ -405,22 +369,7 @@ class _StopAfter(TrainerCallback):
 
 
 def command(folder: Path) -> list[str]:
-    options = {
-        "model_name_or_path": MODEL,
-        "train_file": EMBEDDED / "test.jsonl",
-        "prompt_template": TEMPLATE,
-        "label_words": LABEL_WORDS,
-        "lora_target_modules": "q_proj",
-        "max_steps": 6,
-        "zo_eps": 1e-2,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "output_dir": folder,
-    }
-    return [
-        "train",
-        *(part for name, value in options.items() for part in (f"--{name}", str(value))),
-    ]
+    return ["train", *command_line(folder, eval_file=None, max_steps=6, save_strategy="no")]
 
 
 def test_sigterm_ends_as_ctrl_c_does_and_the_run_goes_on(
