@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tiny import command_line
 
 from zo_peft.cli import COMMANDS, RUN, main, named
 from zo_peft.objectives.scoring import OptionObjective
@@ -33,29 +34,7 @@ METRICS = {
 
 
 def options(tmp_path: Path, **changes: Any) -> list[str]:
-    """A command line for a short run on the embedded model; None removes an option."""
-    chosen = {
-        "model_name_or_path": EMBEDDED / "model",
-        "lora_target_modules": "q_proj v_proj",
-        "train_file": EMBEDDED / "train.jsonl",
-        "eval_file": EMBEDDED / "test.jsonl",
-        "prompt_template": TEMPLATE,
-        "label_words": LABEL_WORDS,
-        "max_forward_passes": 32,
-        "zo_eps": 1e-2,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 100,
-        "output_dir": tmp_path / "out",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **changes,
-    }
-    argv = []
-    for name, value in chosen.items():
-        if value is not None:
-            split = str(value).split() if name == "lora_target_modules" else [str(value)]
-            argv += [f"--{name}", *split]
-    return argv
+    return command_line(tmp_path / "out", **{"max_forward_passes": 32, **changes})
 
 
 def test_train_writes_adapter_card_and_metrics_and_evaluate_agrees(

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
+from tiny import command_line
 
-from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.tools.demo import EMBEDDED
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,23 +52,10 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(package: Path, tmp_path: Path, command: str, **options: Any) -> dict[str, Any]:
     """The JSON result of a command, on the embedded model, with the package in that folder."""
-    given = {
-        "model_name_or_path": EMBEDDED / "model",
-        "lora_target_modules": "q_proj",
-        "train_file": EMBEDDED / "train.jsonl",
-        "prompt_template": TEMPLATE,
-        "label_words": LABEL_WORDS,
-        "per_device_train_batch_size": 2,
-        "zo_eps": 1e-2,
-        "use_cpu": True,
-        "output_dir": tmp_path / command,
-        **options,
-    }
-    argv = [sys.executable, "-m", "zo_peft", command, "--json"]
-    for name, value in given.items():
-        argv += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    given = {"lora_target_modules": "q_proj", "per_device_train_batch_size": 2, "eval_file": None}
+    argv = command_line(tmp_path / command, **{**given, **options})
     done = subprocess.run(
-        argv,
+        [sys.executable, "-m", "zo_peft", command, "--json", *argv],
         env={**os.environ, "PYTHONPATH": str(package)},
         cwd=tmp_path,
         capture_output=True,

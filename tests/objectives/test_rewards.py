@@ -10,24 +10,24 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
+from tiny import MODEL, command_line, examples, make_trainer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, PreTrainedModel
 
 from scripts import reward_tuning
-from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
+from zo_peft import Direction, UserError
 from zo_peft.cli import main
 from zo_peft.core.batch import Batch
 from zo_peft.core.flat_space import FlatSpace
-from zo_peft.data import Collator, make_examples, read_rows
+from zo_peft.data import Collator, read_rows
 from zo_peft.data.collate import drawn_batch
 from zo_peft.data.tokenize import Tokenization
 from zo_peft.models.adapters import tuned_parameters
 from zo_peft.models.recipe import evaluator_of
 from zo_peft.objectives.rewards import CommonNoise, RewardObjective, load_function
 from zo_peft.objectives.scoring import AccuracyObjective, CompletionObjective, SequenceObjective
-from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS
 
-MODEL = str(EMBEDDED / "model")
 TOKENIZER = AutoTokenizer.from_pretrained(MODEL)
 LORA = LoraConfig(
     task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False
@@ -356,32 +356,17 @@ def test_accuracy_agrees_with_the_model_token_by_token(model: PreTrainedModel) -
 
 
 def test_accuracy_alone_is_learned(tmp_path: Path) -> None:
-    train, test = (
-        make_examples(
-            read_rows(EMBEDDED / f"{part}.jsonl"),
-            part,
-            TEMPLATE,
-            label_words=LABEL_WORDS.split(","),
-        )
-        for part in ("train", "test")
-    )
-    trainer = ZOTrainer(
-        MODEL,
-        ZOConfig(
-            str(tmp_path),
-            objective="accuracy",
-            max_forward_passes=1000,
-            per_device_train_batch_size=16,
-            per_device_eval_batch_size=100,
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
-        ),
-        train_dataset=train,
-        eval_dataset=test,
-        peft_config=LoraConfig(
-            task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]
-        ),
+    trainer = make_trainer(
+        tmp_path,
+        LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]),
+        train=examples(count=1000),
+        test=examples("test", 400),
+        objective="accuracy",
+        max_steps=-1,
+        max_forward_passes=1000,
+        zo_eps=None,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=100,
     )
     assert trainer.evaluate()["eval_accuracy"] == 0.5
     trainer.train()
@@ -432,24 +417,11 @@ def test_steps_without_a_slope_make_no_other_slope_an_outlier(tmp_path: Path) ->
 
 
 def command(tmp_path: Path, **options: Any) -> list[str]:
-    chosen = {
-        "model_name_or_path": MODEL,
-        "lora_target_modules": "q_proj",
-        "train_file": tmp_path / "rows.jsonl",
-        "eval_file": tmp_path / "rows.jsonl",
-        "prompt_template": TEMPLATE,
-        "max_steps": 2,
-        "zo_eps": 1e-2,
-        "max_completion_length": 4,
-        "per_device_train_batch_size": 4,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "output_dir": tmp_path / "out",
-        **options,
-    }
-    rows = read_rows(EMBEDDED / "train.jsonl")[:12]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ["train", "--json", *(part for k, v in chosen.items() for part in (f"--{k}", str(v)))]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join((EMBEDDED / "train.jsonl").read_text().splitlines(True)[:12]))
+    short = {"max_steps": 2, "max_completion_length": 4, "lora_target_modules": "q_proj"}
+    given = {"train_file": rows, "eval_file": rows, "label_words": None, **short, **options}
+    return ["train", "--json", *command_line(tmp_path / "out", **given)]
 
 
 @pytest.mark.parametrize("name", ["accuracy", "f1", "exact_match"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import MODEL, command_line
 from transformers import HfArgumentParser
 
 from zo_peft import UserError
@@ -16,12 +17,11 @@ from zo_peft.data import read_rows
 from zo_peft.runs import jobs
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.tools import reproduce
-from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.tools.demo import EMBEDDED
 from zo_peft.tools.reproduce import ReproduceArguments, figure, settings
 from zo_peft.train.config import ZOConfig
 
-MODEL = str(EMBEDDED / "model")
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 class Recorded:
@@ -61,14 +61,10 @@ def test_compare_spends_the_same_on_each_strategy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "options.yaml").write_text("lora_target_modules: [q_proj, v_proj]\nuse_cpu: true\n")
-    argv = [
-        *("compare", "--strategies", "mezo", "adam", "--max_forward_passes", "48"),
-        *("--model_name_or_path", MODEL, "--config", str(tmp_path / "options.yaml")),
-        *("--train_file", str(EMBEDDED / "train.jsonl"), "--prompt_template", TEMPLATE),
-        *("--eval_file", str(EMBEDDED / "test.jsonl"), "--label_words", LABEL_WORDS),
-        *("--zo_eps", "1e-2", "--per_device_train_batch_size", "4", "--logging_steps", "4"),
-        *("--per_device_eval_batch_size", "100", "--output_dir", str(tmp_path / "out")),
-    ]
+    short = {"logging_steps": 4, "max_forward_passes": 48}
+    given = {"lora_target_modules": None, "use_cpu": None, "disable_tqdm": None, **short}
+    argv = ["compare", "--strategies", "mezo", "adam", "--config", str(tmp_path / "options.yaml")]
+    argv += command_line(tmp_path / "out", **given)
     assert main([*argv, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "out/comparison.json").read_text())

@@ -13,22 +13,19 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from tiny import noise_block
+from tiny import MODEL, examples, llama, make_trainer, noise_block
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
 )
 
-from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
+from zo_peft import Direction, UserError, ZOTrainer
 from zo_peft.core.batch import Batch
 from zo_peft.core.lanes import NotInLanes
 from zo_peft.core.low_rank import BASIS_STEPS, LowRank, Structure
 from zo_peft.core.noise import noise_rows
-from zo_peft.data import make_examples, read_rows
 from zo_peft.models.identity import base_hash
 from zo_peft.models.in_place_space import InPlaceSpace
 from zo_peft.models.numbers import Int8Codes, choose, find_scales, find_weights
@@ -36,9 +33,7 @@ from zo_peft.models.recipe import evaluator_of
 from zo_peft.models.rounding import round_float, row_words, uniform_rows
 from zo_peft.objectives.scoring import ClassificationObjective, OptionObjective
 from zo_peft.scales import load_scales, save_scales
-from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
-MODEL = str(EMBEDDED / "model")
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 QUANTIZED: dict[str, BitsAndBytesConfig | None] = {
     "float32": None,
@@ -82,18 +77,9 @@ CASES: list[Case] = [
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of one layer with tied embeddings, on disk."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-    )
     folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes = {"intermediate_size": 128, "num_hidden_layers": 1}
+    llama(**sizes, tie_word_embeddings=True).save_pretrained(folder)
     return folder
 
 
@@ -443,31 +429,21 @@ def test_weight_decay_shrinks_codes_in_their_own_unit(tiny: Path) -> None:
 # ---- Whole runs ---------------------------------------------------------------------------------
 
 
-def examples(part: str, count: int) -> list[dict[str, Any]]:
-    rows = read_rows(EMBEDDED / f"{part}.jsonl")[:count]
-    return make_examples(rows, part, TEMPLATE, label_words=LABEL_WORDS.split(","))
-
-
 def trainer(tmp_path: Path, base: str, tune: str, **changes: Any) -> ZOTrainer:
     kwargs: dict[str, Any] = {}
     if QUANTIZED[base] is not None:
         kwargs["quantization_config"] = copy.deepcopy(QUANTIZED[base])
     given = {
-        "output_dir": str(tmp_path / "out"),
+        "max_steps": -1,
+        "zo_eps": None,
         "per_device_train_batch_size": 16,
         "per_device_eval_batch_size": 100,
-        "save_strategy": "no",
         "logging_strategy": "no",
-        "disable_tqdm": True,
         "model_init_kwargs": kwargs,
         **changes,
     }
-    return ZOTrainer(
-        MODEL,
-        ZOConfig(tune=tune, **given),
-        train_dataset=examples("train", 2000),
-        eval_dataset=examples("test", 200),
-    )
+    data = {"train": examples(count=1000), "test": examples("test", 200)}
+    return make_trainer(tmp_path / "out", None, tune=tune, **data, **given)
 
 
 @pytest.mark.parametrize(

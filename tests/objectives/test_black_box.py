@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load, load_file
+from tiny import LORA, MODEL
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,9 +20,6 @@ from zo_peft.core.batch import Batch
 from zo_peft.data import read_rows
 from zo_peft.objectives.scoring import BlackBoxObjective
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
-
-MODEL = str(EMBEDDED / "model")
-LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
 
 
 class Server(HTTPServer):

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hub_client import DRIVER, Result, environment, run
 from hub_server import Hub, metadata_errors
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save, save_file
-from test_hub import DRIVER, Result, environment, run
+from tiny import command_line
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
@@ -30,7 +31,7 @@ from zo_peft.errors import UserError
 from zo_peft.models.loading import quantization_config
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.runs.run import settings
-from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS
 from zo_peft.tools.push import PushArguments, push
 from zo_peft.train.card import for_repository, write_model_card
 from zo_peft.train.upload import public_files
@@ -41,29 +42,8 @@ PUBLIC = {*ADAPTER, "README.md", "tokenizer.json", "tokenizer_config.json", "zo_
 
 
 def options(folder: Path, **changes: Any) -> list[str]:
-    """A short run on the embedded model; None removes an option, a list has several values."""
-    chosen: dict[str, Any] = {
-        "model_name_or_path": EMBEDDED / "model",
-        "lora_target_modules": ["q_proj", "v_proj"],
-        "train_file": EMBEDDED / "train.jsonl",
-        "eval_file": EMBEDDED / "test.jsonl",
-        "prompt_template": TEMPLATE,
-        "label_words": LABEL_WORDS,
-        "max_forward_passes": 16,
-        "zo_eps": 1e-2,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 100,
-        "save_strategy": "no",
-        "output_dir": folder,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **changes,
-    }
-    argv = []
-    for name, value in chosen.items():
-        if value is not None:
-            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return argv
+    short = {"max_forward_passes": 16, "save_strategy": "no"}
+    return command_line(folder, **{**short, **changes})
 
 
 # ---- The round trip ------------------------------------------------------------------------------

@@ -23,19 +23,14 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from tiny import PAD, VOCABULARY, WIDTH, bert, gpt2, llama, opt
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
-    BertForSequenceClassification,
     BertLMHeadModel,
     BitsAndBytesConfig,
     BloomConfig,
     BloomForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     LlamaForSequenceClassification,
     OPTConfig,
     OPTForCausalLM,
@@ -52,44 +47,6 @@ from zo_peft.models.recipe import evaluator_of
 from zo_peft.models.trunk import compile_frozen_parts, find_trunk
 from zo_peft.objectives.scoring import ClassificationObjective, CompletionObjective, OptionObjective
 
-VOCABULARY, PAD = 64, 0
-
-
-def llama(kind: type[PreTrainedModel] = LlamaForCausalLM, **settings: Any) -> PreTrainedModel:
-    return kind(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            pad_token_id=PAD,
-            **settings,
-        )
-    )
-
-
-def opt() -> PreTrainedModel:
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            ffn_dim=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            word_embed_proj_dim=32,
-            max_position_embeddings=64,
-        )
-    )
-
-
-def gpt2() -> PreTrainedModel:
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64)
-    )
-
 
 def bloom() -> PreTrainedModel:
     return BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4))
@@ -97,18 +54,7 @@ def bloom() -> PreTrainedModel:
 
 def bert_lm() -> PreTrainedModel:
     """A language-model head on a bidirectional encoder."""
-    return BertLMHeadModel(bert_config())
-
-
-def bert_config() -> BertConfig:
-    return BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
+    return bert(BertLMHeadModel)
 
 
 LORA = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"], "r": 4}
@@ -238,7 +184,7 @@ class Mixture(nn.Module):
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
-        self.q_proj = nn.Linear(32, 32)
+        self.q_proj = nn.Linear(WIDTH, WIDTH)
         self.mlp = mlp
 
     def forward(self, x: Tensor) -> Tensor:
@@ -336,7 +282,7 @@ def test_half_precision_gives_about_the_losses_of_one_by_one(dtype: torch.dtype)
 
 
 CLASSIFIERS: dict[str, tuple[Callable[[], PreTrainedModel], list[str], str]] = {
-    "bert": (lambda: BertForSequenceClassification(bert_config()), ["query"], "classifier"),
+    "bert": (bert, ["query"], "classifier"),
     "llama": (lambda: llama(LlamaForSequenceClassification), ["q_proj"], "score"),
 }
 

@@ -22,7 +22,7 @@ from zo_peft.models.memory import weight_bytes
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.tools.plan import PlanArguments, Planner, largest, plan
 
-EMBEDDED = Path(__file__).parent.parent / "zo_peft" / "embedded" / "model"
+EMBEDDED = Path(__file__).parents[2] / "zo_peft" / "embedded" / "model"
 BASES = {"float32": {}, "int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True}}
 TARGETS = ["q_proj", "v_proj"]
 

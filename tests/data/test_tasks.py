@@ -24,7 +24,7 @@ from zo_peft.tools.demo import EMBEDDED
 Row = dict[str, Any]
 
 TOKENIZER = AutoTokenizer.from_pretrained(EMBEDDED / "model")
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 
 # ---- Prompts, on rows of the Hub's columns ----------------------------------------------------
 

@@ -10,15 +10,12 @@ import torch
 from accelerate.hooks import AlignDevicesHook
 from peft import DeloraConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
+from tiny import LORA, MODEL, examples, make_trainer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
-from zo_peft.data import make_examples, read_rows
+from zo_peft import Direction, UserError, ZOTrainer
 from zo_peft.models.adapters import add_adapter, load_adapter
-from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
-MODEL = str(EMBEDDED / "model")
-LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
 LAYERS_ON_DISK = {
     **dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu"),
     **{f"model.layers.{index}": "disk" for index in range(4)},
@@ -36,23 +33,9 @@ def load(device_map: dict[str, str] | None, folder: Path) -> PreTrainedModel:
 def make(
     model: Any, folder: Path, peft_config: PeftConfig | None = LORA, **settings: Any
 ) -> ZOTrainer:
-    args = ZOConfig(
-        str(folder),
-        **{
-            "max_steps": 3,
-            "per_device_train_batch_size": 4,
-            "num_candidates": 4,
-            "zo_eps": 1e-2,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "report_to": "none",
-            **settings,
-        },
-    )
-    rows = read_rows(EMBEDDED / "train.jsonl")[:16]
-    examples = make_examples(rows, "train", TEMPLATE, label_words=LABEL_WORDS.split(","))
-    return ZOTrainer(model, args, train_dataset=examples, peft_config=peft_config)
+    defaults = {"max_steps": 3, "per_device_train_batch_size": 4, "report_to": "none"}
+    data = {"model": model, "train": examples(count=16)}
+    return make_trainer(folder, peft_config, **data, **{**defaults, **settings})
 
 
 @pytest.fixture

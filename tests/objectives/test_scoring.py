@@ -16,18 +16,11 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from tiny import noise_block
+from tiny import PAD, VOCABULARY, bert, gpt2, llama, noise_block, opt
 from torch import Tensor, nn
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    OPTConfig,
-    OPTForCausalLM,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutput
@@ -40,16 +33,7 @@ from zo_peft.models.adapters import tuned_parameters
 from zo_peft.models.recipe import evaluator_of
 from zo_peft.objectives.scoring import ClassificationObjective, CompletionObjective, OptionObjective
 
-VOCABULARY, WIDTH, PAD = 61, 16, 0
-LLAMA: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "initializer_range": 0.3,
-    "max_position_embeddings": 64,
-}
+SMALL = {"num_hidden_layers": 2, "initializer_range": 0.15}
 
 
 class WithoutHeadModule(LlamaForCausalLM):
@@ -60,39 +44,11 @@ class WithoutHeadModule(LlamaForCausalLM):
         return CausalLMOutput(logits=F.linear(hidden, self.lm_head.weight))
 
 
-def llama() -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**LLAMA))
-
-
-def opt() -> PreTrainedModel:
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            word_embed_proj_dim=WIDTH,
-            ffn_dim=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-            init_std=0.3,
-        )
-    )
-
-
-def gpt2() -> PreTrainedModel:
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY,
-            n_embd=WIDTH,
-            n_layer=2,
-            n_head=2,
-            n_positions=64,
-            initializer_range=0.3,
-        )
-    )
-
-
-FAMILIES = {"llama": llama, "opt": opt, "gpt2": gpt2}
+FAMILIES = {
+    "llama": lambda: llama(**SMALL),
+    "opt": lambda: opt(num_hidden_layers=2, init_std=0.15),
+    "gpt2": lambda: gpt2(**SMALL),
+}
 ADAPTERS: dict[str, PeftConfig | None] = {
     "none": None,
     "lora": LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False),
@@ -283,7 +239,7 @@ def test_the_head_sees_the_labelled_positions_only() -> None:
 
 def test_a_head_that_is_no_module_call_gives_the_same() -> None:
     ordinary = make("llama")
-    other = WithoutHeadModule(LlamaConfig(**LLAMA)).eval()
+    other = llama(WithoutHeadModule, **SMALL).eval()
     other.load_state_dict(ordinary.state_dict())
     for objective, features in (
         (CompletionObjective(), COMPLETIONS),
@@ -308,22 +264,11 @@ def test_losses_are_float32_whatever_the_model(dtype: torch.dtype) -> None:
 
 
 def bert_classifier() -> PreTrainedModel:
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_labels=3,
-            initializer_range=0.3,
-            max_position_embeddings=64,
-        )
-    )
+    return bert(num_labels=3, **SMALL)
 
 
 def llama_classifier() -> PreTrainedModel:
-    return LlamaForSequenceClassification(LlamaConfig(**LLAMA, num_labels=3, pad_token_id=PAD))
+    return llama(LlamaForSequenceClassification, num_labels=3, **SMALL)
 
 
 @pytest.mark.parametrize("build", [bert_classifier, llama_classifier])

@@ -16,14 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tiny import command_line
 
 from zo_peft.cli import main
 from zo_peft.core.direction import Direction
 from zo_peft.core.journal import JOURNAL_NAME, Journal, Record, read
 from zo_peft.errors import UserError
-from zo_peft.runs.jobs import flags
 from zo_peft.tools.charts import COLOURS, DASHES, SMOOTHED, WINDOW, draw, plain, smooth, styles
-from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.tools.demo import EMBEDDED
 from zo_peft.tools.history import load, names
 
 CHROMIUM = shutil.which("chromium")
@@ -32,28 +32,21 @@ CHROMIUM = shutil.which("chromium")
 def trained(folder: Path, strategy: str) -> Path:
     few = folder / "few.jsonl"
     few.write_text("".join((EMBEDDED / "test.jsonl").read_text().splitlines(True)[:32]))
-    options = {
-        "model_name_or_path": EMBEDDED / "model",
-        "lora_target_modules": "q_proj",
-        "train_file": EMBEDDED / "train.jsonl",
-        "eval_file": few,
-        "prompt_template": TEMPLATE,
-        "label_words": LABEL_WORDS,
-        "strategy": strategy,
-        "max_forward_passes": 240,
-        "zo_eps": 1e-2 if strategy == "gv" else None,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 32,
-        "logging_steps": 4,
-        "eval_strategy": "steps",
-        "eval_steps": 20,
-        "save_strategy": "steps",
-        "save_steps": 20,
-        "output_dir": folder / strategy,
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    assert main(["train", *flags(options)]) == 0
+    options = command_line(
+        folder / strategy,
+        lora_target_modules="q_proj",
+        eval_file=few,
+        strategy=strategy,
+        max_forward_passes=240,
+        zo_eps=1e-2 if strategy == "gv" else None,
+        per_device_eval_batch_size=32,
+        logging_steps=4,
+        eval_strategy="steps",
+        eval_steps=20,
+        save_strategy="steps",
+        save_steps=20,
+    )
+    assert main(["train", *options]) == 0
     return folder / strategy
 
 

@@ -5,54 +5,24 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PrefixTuningConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from peft import PeftConfig, PrefixTuningConfig
+from tiny import BASES, LORA, MODEL, examples, make_trainer
+from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from zo_peft import BlackBoxObjective, GradientTrainer, UserError, ZOConfig
-from zo_peft.data import make_examples, read_rows
 from zo_peft.models.adapters import tuned_parameters
 from zo_peft.objectives.scoring import OptionObjective
-from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
-MODEL = str(EMBEDDED / "model")
-LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
 PREFIX = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-BASES: dict[str, dict[str, Any]] = {
-    "float32": {},
-    "int8": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
-    "nf4": {
-        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    },
-}
-
-
-def examples(part: str = "train", count: int = 64) -> list[dict[str, Any]]:
-    rows = read_rows(EMBEDDED / f"{part}.jsonl")[:count]
-    return make_examples(rows, part, TEMPLATE, label_words=LABEL_WORDS.split(","))
 
 
 def trainer(
     tmp_path: Path, peft_config: PeftConfig = LORA, base: str = "float32", **settings: Any
 ) -> GradientTrainer:
-    args = {
-        "output_dir": str(tmp_path),
-        "strategy": "adam",
-        "per_device_train_batch_size": 8,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "model_init_kwargs": BASES[base],
-        **settings,
-    }
-    return GradientTrainer(
-        MODEL,
-        ZOConfig(**args),
-        train_dataset=examples(),
-        eval_dataset=examples("test", 100),
-        peft_config=peft_config,
-    )
+    defaults = {"strategy": "adam", "logging_steps": 1, "model_init_kwargs": BASES[base]}
+    data = {"train": examples(count=64), "test": examples("test", 100)}
+    return make_trainer(tmp_path, peft_config, GradientTrainer, **data, **{**defaults, **settings})
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -82,12 +52,14 @@ def test_a_step_of_sgd_follows_the_mean_gradient(accumulation: int, tmp_path: Pa
     assert tuned.examples_forwarded == 3 * 64
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", ["float32", "int8", "nf4"])
 @pytest.mark.parametrize("adapter", [LORA, PREFIX], ids=["lora", "prefix"])
 def test_learns_on_every_base_and_leaves_it_alone(
     base: str, adapter: PeftConfig, tmp_path: Path
 ) -> None:
-    tuned = trainer(tmp_path, adapter, base, max_forward_passes=120, learning_rate=1e-2)
+    tuned = trainer(
+        tmp_path, adapter, base, max_steps=40, learning_rate=1e-2 if adapter is LORA else 3e-2
+    )
     frozen = {
         n: p.detach().clone() for n, p in tuned.model.named_parameters() if not p.requires_grad
     }
@@ -103,7 +75,7 @@ def test_learns_on_every_base_and_leaves_it_alone(
     assert {layer.gradient_checkpointing for layer in layers} == {adapter is LORA}
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", ["float32", "int8", "nf4"])
 def test_checkpointing_changes_no_gradient(base: str, tmp_path: Path) -> None:
     adapters = []
     for checkpointed in (True, False):

@@ -21,38 +21,33 @@ from peft import (
     PromptTuningConfig,
     UniLoraConfig,
 )
-from tiny import noise_block
+from tiny import (
+    BASES,
+    LORA,
+    MODEL,
+    assert_same,
+    examples,
+    llama,
+    make_trainer,
+    noise_block,
+    theta,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
-    BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from zo_peft import UserError, ZOConfig, ZOTrainer
 from zo_peft.core.batch import Batch
 from zo_peft.core.noise import derive_seed
-from zo_peft.data import make_examples, read_rows
 from zo_peft.data.sampler import EpochSampler
 from zo_peft.models.adapters import check_4bit_width, start_prefix_from_tokens
 from zo_peft.objectives.scoring import OptionObjective
-from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.tools.demo import EMBEDDED
 
-MODEL = str(EMBEDDED / "model")
-LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
-BASES: dict[str, dict[str, Any]] = {
-    "float32": {},
-    "bfloat16": {"dtype": "bfloat16"},
-    "float16": {"dtype": "float16"},
-    "int8": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
-    "nf4": {
-        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    },
-}
 QUANTIZATION = {
     "int8": '{"load_in_8bit": true}',
     "nf4": '{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}',
@@ -89,42 +84,9 @@ ADAPTERS: dict[str, PeftConfig] = {
 }
 
 
-def examples(part: str = "train", count: int = 40) -> list[dict[str, Any]]:
-    rows = read_rows(EMBEDDED / f"{part}.jsonl")[:count]
-    return make_examples(rows, part, TEMPLATE, label_words=LABEL_WORDS.split(","))
-
-
 def make(tmp_path: Path, peft_config: PeftConfig | None = LORA, **settings: Any) -> ZOTrainer:
-    model = settings.pop("model", MODEL)
-    callbacks = settings.pop("callbacks", None)
-    train = settings.pop("train", None)
-    defaults = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 8,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "num_candidates": 4,
-        "zo_eps": 1e-2,
-        "seed": 3,
-    }
-    return ZOTrainer(
-        model,
-        ZOConfig(str(tmp_path / "run"), **{**defaults, **settings}),
-        train_dataset=train or examples(),
-        eval_dataset=examples("test"),
-        processing_class=AutoTokenizer.from_pretrained(MODEL),
-        peft_config=peft_config,
-        callbacks=callbacks,
-    )
-
-
-def adapter(trainer: ZOTrainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer.space.tensors().items()}
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+    defaults = {"num_candidates": 4, "seed": 3}
+    return make_trainer(tmp_path / "run", peft_config, **{**defaults, **settings})
 
 
 def base_hash(model: PeftModel) -> str:
@@ -143,14 +105,18 @@ def raises(*_: Any, **__: Any) -> Any:
     raise AssertionError("a backward pass")
 
 
+def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
 def test_trains_without_autograd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.autograd, "backward", raises)
     monkeypatch.setattr(torch.autograd, "grad", raises)
     monkeypatch.setattr(torch.Tensor, "backward", raises)
     trainer = make(tmp_path)
-    before = adapter(trainer)
+    before = theta(trainer)
     trainer.train()
-    assert not same(before, adapter(trainer))
+    assert not torch.equal(flat(before), flat(theta(trainer)))
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
@@ -158,9 +124,9 @@ def test_trains_without_autograd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("base", BASES)
 def test_tunes_the_adapter_and_never_the_base(base: str, kind: str, tmp_path: Path) -> None:
     trainer = make(tmp_path, ADAPTERS[kind], model_init_kwargs=BASES[base])
-    start, hashed = adapter(trainer), base_hash(trainer.model)
+    start, hashed = theta(trainer), base_hash(trainer.model)
     trainer.train()
-    trained = adapter(trainer)
+    trained = theta(trainer)
     assert not any(torch.equal(start[name], trained[name]) for name in start)
     assert all(tensor.dtype == torch.float32 for tensor in trained.values())
     assert base_hash(trainer.model) == hashed
@@ -230,8 +196,8 @@ def test_resuming_is_not_stopping_bit_for_bit(
         if parameter.requires_grad:
             parameter.data.fill_(0.5)
     second.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-{stop}")
-    assert same(adapter(whole), adapter(first))
-    assert same(adapter(whole), adapter(second))
+    assert_same(theta(whole), theta(first))
+    assert_same(theta(whole), theta(second))
     assert second.evaluator.forward_passes == whole.evaluator.forward_passes
     trainable = [dict(t.model.named_parameters()) for t in (whole, second)]
     assert all(
@@ -290,15 +256,15 @@ def test_accumulated_micro_batches_are_one_larger_batch(tmp_path: Path) -> None:
     )
     one.train()
     two.train()
-    for name, tensor in adapter(one).items():
-        torch.testing.assert_close(adapter(two)[name], tensor, rtol=1e-3, atol=1e-6)
+    for name, tensor in theta(one).items():
+        torch.testing.assert_close(theta(two)[name], tensor, rtol=1e-3, atol=1e-6)
     assert two.evaluator.forward_passes == 2 * one.evaluator.forward_passes
     assert two.evaluator.examples_forwarded == one.evaluator.examples_forwarded
 
 
 def test_the_update_is_the_formula_with_the_noise_that_was_measured(tmp_path: Path) -> None:
     trainer = make(tmp_path, preset="mezo", max_steps=1, learning_rate=1e-2)
-    start = adapter(trainer)
+    start = theta(trainer)
     batches: list[Batch] = []
     losses = trainer.objective.losses
     trainer.objective.losses = lambda model, batch: batches.append(batch) or losses(model, batch)
@@ -317,7 +283,7 @@ def test_the_update_is_the_formula_with_the_noise_that_was_measured(tmp_path: Pa
             return losses(trainer.model, batches[0]).double().mean().item()
 
     slope = (loss_at(eps) - loss_at(-eps)) / (2 * eps)
-    for name, tensor in adapter(trainer).items():
+    for name, tensor in theta(trainer).items():
         expected = start[name] - 1e-2 * slope * noise[name]
         torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-7)
 
@@ -331,14 +297,14 @@ def test_each_example_moves_theta_by_its_own_slope_along_its_own_noise(tmp_path:
         learning_rate=1e-2,
         warmup_steps=0,
     )
-    start = adapter(trainer)
+    start = theta(trainer)
     batches: list[Batch] = []
     objective_losses = trainer.objective.losses
     trainer.objective.losses = lambda model, batch: (  # type: ignore[method-assign]
         batches.append(batch) or objective_losses(model, batch)
     )
     trainer.train()
-    after, expected = adapter(trainer), dict(start)
+    after, expected = theta(trainer), dict(start)
     parameters = dict(trainer.model.named_parameters())
     for example in range(8):
         noise = {
@@ -393,7 +359,7 @@ def test_a_given_learning_rate_and_eps_are_used_as_they_are(tmp_path: Path) -> N
         zo_eps=2e-2,
         lr_scheduler_type="constant",
     )
-    before = adapter(trainer)
+    before = theta(trainer)
     trainer.train()
     assert trainer.calibrations == []
     for name, tensor in trainer.space.tensors().items():
@@ -486,30 +452,17 @@ def test_a_saved_head_on_a_bfloat16_encoder_is_float32(tmp_path: Path) -> None:
     rows = [{"text": row["prompt"], "label": row["label"]} for row in examples()]
     args = ZOConfig(str(tmp_path), max_steps=3, use_cpu=True, save_strategy="no", disable_tqdm=True)
     trainer = ZOTrainer(model, args, None, rows, rows, tokenizer, peft_config=lora)
-    start = adapter(trainer)
+    start = theta(trainer)
     trainer.train()
     heads = [name for name in start if "classifier" in name]
     assert heads
-    assert all(tensor.dtype == torch.float32 for tensor in adapter(trainer).values())
-    assert not any(torch.equal(start[name], adapter(trainer)[name]) for name in start)
+    assert all(tensor.dtype == torch.float32 for tensor in theta(trainer).values())
+    assert not any(torch.equal(start[name], theta(trainer)[name]) for name in start)
     assert (
         trainer.objective.predict(trainer.model, trainer.data_collator([trainer.train_dataset[0]]))[
             0
         ].dtype
         == torch.float32
-    )
-
-
-def llama_of_widths(hidden: int, intermediate: int) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            pad_token_id=0,
-        )
     )
 
 
@@ -520,7 +473,7 @@ def llama_of_widths(hidden: int, intermediate: int) -> LlamaForCausalLM:
 def test_a_4bit_width_that_some_cpus_decode_wrongly_is_refused(
     hidden: int, intermediate: int, named: str, tmp_path: Path
 ) -> None:
-    llama_of_widths(hidden, intermediate).save_pretrained(tmp_path)
+    llama(hidden_size=hidden, intermediate_size=intermediate).save_pretrained(tmp_path)
     for path in (str(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path, **BASES["nf4"])):
         with pytest.raises(UserError, match=f"model.layers.0.{named} .* size, 64,"):
             make(tmp_path, model=path, model_init_kwargs=BASES["nf4"])
@@ -583,11 +536,11 @@ def test_learns_the_gradient_direction(tmp_path: Path) -> None:
     trainer.model.zero_grad()
     cosines = []
     for step in range(20):
-        before = torch.cat([t.flatten() for t in adapter(trainer).values()])
+        before = flat(theta(trainer))
         trainer.tuner.step([batch], step)
-        after = torch.cat([t.flatten() for t in adapter(trainer).values()])
+        after = flat(theta(trainer))
         cosines.append(torch.cosine_similarity(before - after, gradient, dim=0))
-        trainer.space.load({n: torch.zeros_like(t) for n, t in adapter(trainer).items()})
+        trainer.space.load({n: torch.zeros_like(t) for n, t in theta(trainer).items()})
     alignment = torch.stack(cosines).square().mean() * len(gradient)
     # Weighting by the loss: c = M - 1 = 15 for small eps; 20 draws leave it within a third.
     assert 10 < alignment < 20
@@ -634,8 +587,8 @@ def test_compiled_frozen_parts_train_the_same(
     )
     plain.train()
     compiled.train()
-    for name, tensor in adapter(plain).items():
-        torch.testing.assert_close(adapter(compiled)[name], tensor, rtol=1e-3, atol=1e-5)
+    for name, tensor in theta(plain).items():
+        torch.testing.assert_close(theta(compiled)[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_batches_of_like_length_come_in_an_order_of_seed_and_epoch_alone() -> None:

@@ -10,7 +10,7 @@ from scripts import make_demo_model
 from zo_peft.data import read_rows
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE, DemoArguments, demo
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

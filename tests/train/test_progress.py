@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig
 from tensorboardX.proto.event_pb2 import Event
+from tiny import examples, make_trainer
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from zo_peft import GradientTrainer, ZOConfig, ZOTrainer
+from zo_peft import GradientTrainer, ZOTrainer
 from zo_peft.core.journal import JOURNAL_NAME, read
-from zo_peft.data import make_examples, read_rows
-from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 from zo_peft.train.progress import Progress
 
 SERIES = {"loss", "slope", "spread", "zo_eps", "step_size", "learning_rate", "seconds"}
@@ -22,27 +20,16 @@ SERIES |= {"non_finite", "skipped", "forward_passes", "examples_forwarded"}
 
 
 def make(folder: Path, kind: type = ZOTrainer, **settings: Any) -> Any:
-    rows = read_rows(EMBEDDED / "train.jsonl")[:24]
-    examples = make_examples(rows, "train", TEMPLATE, label_words=LABEL_WORDS.split(","))
-    callbacks = settings.pop("callbacks", None)
     defaults = {
+        "max_steps": -1,
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 8,
         "num_candidates": 4,
         "logging_steps": 2,
-        "save_strategy": "no",
-        "use_cpu": True,
+        "disable_tqdm": None,
     }
-    if kind is ZOTrainer:
-        defaults["zo_eps"] = 1e-2
-    return kind(
-        str(EMBEDDED / "model"),
-        ZOConfig(str(folder / "run"), **{**defaults, **settings}),
-        train_dataset=examples,
-        eval_dataset=examples[:8],
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]),
-        callbacks=callbacks,
-    )
+    data = {"train": examples(count=24), "test": examples("test", 8)}
+    return make_trainer(folder / "run", kind=kind, **data, **{**defaults, **settings})
 
 
 def test_the_bar_counts_forward_passes_towards_the_budget(

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import noise_block
+from tiny import llama, noise_block
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from zo_peft import Direction, UserError
 from zo_peft.core import low_rank
@@ -336,14 +335,7 @@ def test_the_state_dict_is_theta_and_can_be_saved(tmp_path: Path) -> None:
 
 def test_peft_saves_the_views_as_its_own_tensors(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules=["q_proj"]))
+    model = get_peft_model(llama(num_hidden_layers=1), LoraConfig(target_modules=["q_proj"]))
     space = FlatSpace(tuned_parameters(model))
     space.move(0.1 * Direction.of(1))
     model.save_pretrained(tmp_path)
