@@ -8,7 +8,6 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from zo_peft.objectives.rewards import RewardFunction
 
 YES_NO, NO_YES = ("Yes", "No"), ("No", "Yes")
 
-#: Tokens that an answer is generated with (MeZO's setting).
+#: The most tokens that an answer is generated with, as in MeZO.
 ANSWER_TOKENS = 50
 
 
@@ -33,17 +32,18 @@ class Task:
     """A benchmark task.
 
     Attributes:
-        hub: data set of the Hub, and its configuration.
-        example: a row of the Hub's columns to an example of `zo_peft.data` with `prompt` and
-            `passage`; with `options` and `label`, or `answers`.
-        files: name of the training and the evaluation file of a local folder, without what kind of
-            file it is; the first that exists is read.
-        flatten: for an original release that is nested: a column that it lacks, and how one of its
-            rows becomes rows of the Hub's columns.
-        num_dev: validation examples in the paper's runs.
-        completes: trained as language modelling on the right answer, whatever evaluation does.
-        rewards: of generated answers, where evaluation generates.
-        choose: the text for a sequence-classification head, where the options differ by example.
+        hub: the Hub's data set, and its configuration.
+        example: makes an example of `zo_peft.data` from a row of the Hub's columns. It has
+            `prompt`, `passage` if there is one, and either `options` and `label` or `answers`.
+        files: for training and for evaluation, the names that a local file may have, without their
+            ending; the first that exists is read.
+        flatten: for an original release that is nested: a column that only the Hub's rows have, and
+            a function that yields such rows from a row of the release.
+        num_dev: the number of validation examples in the paper's runs.
+        completes: whether training is language modelling of the right answer.
+        rewards: of generated answers, for a task that is evaluated by generating.
+        choose: makes the text for a sequence-classification head from a row, for a task whose
+            options differ between examples.
     """
 
     hub: tuple[str, str | None]
@@ -56,20 +56,20 @@ class Task:
     choose: Callable[[Row], str] | None = None
 
     def training_example(self, row: Row) -> Row:
-        """What is trained on: as evaluated, or the right answer as a completion."""
+        """Make the example that is trained on; if the task `completes`, it has a `completion`."""
         example = self.example(row)
         if not self.completes:
             return example
-        prompt: Row = {k: example[k] for k in ("prompt", "passage") if k in example}
         if "answers" in example:
             first = example["answers"][0]
             right = first if isinstance(first, str) else ", ".join(first)
         else:
             right = example["options"][example["label"]]
-        return {**prompt, "completion": right}
+        kept: Row = {key: example[key] for key in ("prompt", "passage") if key in example}
+        return {**kept, "completion": right}
 
     def classified(self, row: Row) -> Row:
-        """`text` (and `passage`) and `label` for a sequence-classification head.
+        """Make an example for a sequence-classification head: `text`, `label`, maybe `passage`.
 
         Raises:
             UserError: the task has no classes.
@@ -83,11 +83,11 @@ class Task:
 
 
 def _options(prompt: str, words: tuple[str, ...], label: object, passage: str = "") -> Row:
-    right = {"options": list(words), "label": _label(label, words)}
-    return {"prompt": prompt, **({"passage": passage} if passage else {}), **right}
+    example = {"prompt": prompt, "options": list(words), "label": _label(label, words)}
+    return {**example, "passage": passage} if passage else example
 
 
-#: Labels as the original releases write them, by their index on the Hub.
+#: The labels of the original releases, and their index on the Hub.
 NAMES = {"entailment": 0, "not_entailment": 1, "contradiction": 1, "neutral": 2}
 
 
@@ -187,12 +187,7 @@ def _record_rows(row: Row) -> Iterator[Row]:
     entities = [text[e["start"] : e["end"] + 1] for e in passage["entities"]]
     for asked in row["qas"]:
         answers = [answer["text"] for answer in asked["answers"]]
-        yield {
-            "passage": text,
-            "query": asked["query"],
-            "entities": entities,
-            "answers": answers,
-        }
+        yield {"passage": text, "query": asked["query"], "entities": entities, "answers": answers}
 
 
 def _squad(row: Row) -> Row:
@@ -215,8 +210,8 @@ def _squad_rows(row: Row) -> Iterator[Row]:
 
 def _drop(row: Row) -> Row:
     prompt = f"Passage: {row['passage']}\nQuestion: {row['question']}\nAnswer:"
-    # Alternatives, each a list of spans. The Hub's rows do not say which spans belong together:
-    # there each is an answer of its own, as in MeZO's code.
+    # An answer is a list of spans. The Hub's rows do not say which spans belong together, so each
+    # span is an answer of its own, as in MeZO's code.
     spans = row["answers_spans"]["spans"]
     answers = [[span] if isinstance(span, str) else list(span) for span in spans]
     return {"prompt": prompt, "passage": row["passage"], "answers": answers}
@@ -226,16 +221,13 @@ def _drop_rows(row: Row) -> Iterator[Row]:
     for passage in row.values():
         for asked in passage["qa_pairs"]:
             given = [asked["answer"], *asked.get("validated_answers", ())]
-            spans = [found for answer in given if (found := _drop_spans(answer))]
-            yield {
-                "passage": passage["passage"],
-                "question": asked["question"],
-                "answers_spans": {"spans": spans},
-            }
+            spans = {"spans": [found for answer in given if (found := _drop_spans(answer))]}
+            text, question = passage["passage"], asked["question"]
+            yield {"passage": text, "question": question, "answers_spans": spans}
 
 
 def _drop_spans(answer: Row) -> list[str]:
-    """A number, spans, or a date as one span of day, month and year; none where it is empty."""
+    """The spans of an answer: one of a number or a date, or several; empty if the answer is."""
     if answer.get("number"):
         return [str(answer["number"])]
     if answer.get("spans"):
@@ -246,9 +238,8 @@ def _drop_spans(answer: Row) -> list[str]:
 
 
 def _first_line(name: str, score: Callable[[str, Any], float]) -> RewardFunction:
-    """A reward of a completion's first line, where MeZO's generation ends."""
+    """Make a reward of a completion's first line, since MeZO stops generating at its end."""
 
-    @wraps(score)
     def reward(prompts: Any, completions: Any, answers: Any, **columns: Any) -> list[float]:
         lines = [metrics.text_of(c).split("\n")[0].strip() for c in completions]
         return metrics.best_of(score, lines, answers)
@@ -263,7 +254,7 @@ def _answered(f1: Callable[..., float], exact: Callable[..., float]) -> tuple[Re
 
 _SUPER = "aps/super_glue"
 
-#: By name; the Hub's copies are those that need no loading script.
+#: Tasks by name. The Hub's data sets are copies that need no loading script.
 TASKS: dict[str, Task] = {
     "sst2": Task(("nyu-mll/glue", "sst2"), _sst2, (("train",), ("dev", "validation"))),
     "rte": Task((_SUPER, "rte"), _rte),
@@ -294,14 +285,14 @@ TASKS: dict[str, Task] = {
 
 
 def task_rows(name: str, folder: str | None, part: int) -> list[Row]:
-    """All rows of a task in the Hub's columns; part 0: to train on, 1: to evaluate on.
+    """Read all rows of a task in the Hub's columns.
 
     Args:
-        folder: a local copy in the original release's layout, or of the Hub's rows as JSON lines;
-            None: from the Hub.
+        folder: of the original release, or of the Hub's rows as JSON lines; None: the Hub.
+        part: 0 for the rows to train on, 1 for those to evaluate on.
 
     Raises:
-        UserError: the task or its data cannot be found or read.
+        UserError: the data cannot be found or read.
     """
     task = TASKS[name]
     if folder is None:
@@ -324,7 +315,7 @@ def task_rows(name: str, folder: str | None, part: int) -> list[Row]:
 
 
 def _whole_json(path: Path) -> list[Row]:
-    """The one object of an original release's file, or the rows of JSON lines."""
+    """Read an original release's file as one row, or JSON lines as their rows."""
     if path.suffix != ".json":
         return read_rows(path)
     try:
@@ -337,10 +328,10 @@ def _whole_json(path: Path) -> list[Row]:
 
 
 def hub_rows(name: str, config: str | None, split: str) -> list[Row]:
-    """All rows of a split of a data set of the Hub.
+    """Read all rows of a split of a data set of the Hub.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the data set cannot be loaded.
     """
     try:
         return datasets.load_dataset(name, config, split=split).to_list()
@@ -355,9 +346,10 @@ def hub_rows(name: str, config: str | None, split: str) -> list[Row]:
 def train_parts(
     name: str, rows: list[Row], num_train: int, num_dev: int | None, seed: int
 ) -> tuple[list[Row], list[Row]]:
-    """Random rows to train on and to validate on, disjoint; fewer where there are too few.
+    """Choose random rows to train on and `num_dev` others (None: the task's own) to validate on.
 
-    Validation then keeps its number if that is at most 0.4 of the rows, else gets a third.
+    If there are too few, those to validate on keep their number if it is at most 0.4 of all rows,
+    and are a third of all rows otherwise; the rest is trained on.
     """
     wanted = dev = TASKS[name].num_dev if num_dev is None else num_dev
     if num_train + dev > len(rows) and dev > 0.4 * len(rows):
@@ -371,31 +363,33 @@ def train_parts(
 
 
 def sample(rows: list[Row], count: int) -> list[Row]:
-    """The same `count` random rows for every run; all where there are no more."""
+    """Choose `count` random rows, the same for every run; all rows if there are no more."""
     return random.Random(0).sample(rows, count) if count < len(rows) else rows
 
 
 def examples(name: str, rows: list[Row], convert: Callable[[Row], Row]) -> list[Row]:
-    """Rows to examples, by a task's `example`, `training_example` or `classified`.
+    """Make examples of rows.
+
+    Args:
+        convert: a task's `example`, `training_example` or `classified`.
 
     Raises:
-        UserError: a row is not what the task's data set has.
+        UserError: a row lacks a column, or has a value that the task's data set cannot have.
     """
     made = []
     for number, row in enumerate(rows, start=1):
         try:
             made.append(convert(row))
         except KeyError as error:
-            raise UserError(
-                f"{name}, row {number} has no column {error}; it has {', '.join(row)}"
-            ) from None
+            found = ", ".join(row)
+            raise UserError(f"{name}, row {number} has no column {error}; it has {found}") from None
         except (ValueError, IndexError, TypeError, AttributeError) as error:
             raise UserError(f"{name}, row {number} cannot be used: {error}") from None
     return made
 
 
 def with_demonstrations(task: Task, example: Row, shown: Sequence[Row]) -> Row:
-    """The example with answered rows before its prompt, joined by blank lines (in-context)."""
+    """Put answered rows before an example's prompt, separated by blank lines (in-context)."""
     answered = []
     for row in shown:
         complete = task.training_example(row)
@@ -404,7 +398,7 @@ def with_demonstrations(task: Task, example: Row, shown: Sequence[Row]) -> Row:
         space = "" if prompt[-1].isspace() or answer[:1].isspace() else " "
         answered.append(f"{prompt}{space}{answer}")
     before = "".join(f"{shot}\n\n" for shot in answered)
-    start = {}
+    shifted = {**example, "prompt": before + example["prompt"]}
     if "passage" in example:
-        start = {"passage_start": len(before) + example["prompt"].index(example["passage"])}
-    return {**example, "prompt": before + example["prompt"], **start}
+        shifted["passage_start"] = len(before) + example["prompt"].index(example["passage"])
+    return shifted
