@@ -107,7 +107,7 @@ class Tokenization:
             return {"input_ids": ids, "labels": _index(labels, self.num_labels, "classes")}
         if not isinstance(labels, list) or len(labels) != len(ids) or _unscored(labels):
             raise UserError(
-                "labels must be as long as input_ids, and after the first, one other than -100"
+                "labels must be as long as input_ids, with one other than -100 behind the first"
             )
         return {"input_ids": ids, "labels": labels}
 
@@ -153,7 +153,7 @@ class Tokenization:
     def _text(self, text: str) -> Row:
         ids = self._open(self.tokenizer(self._ended(text))["input_ids"])[: self.max_length]
         if len(ids) < 2:
-            raise UserError("its text has less than two tokens")
+            raise UserError("its text has fewer than two tokens")
         self._check_fit(len(ids))
         return {"input_ids": ids, "labels": ids}
 
@@ -219,8 +219,9 @@ class Tokenization:
         alone, *joined = (
             self._open(self.tokenizer(prompt + ending)["input_ids"]) for ending in ("", *endings)
         )
-        # At least one token is left for each ending, and one before it to predict it from.
-        seam = min(min(_shared(alone, whole), len(whole) - 1) for whole in joined)
+        # The prompt ends where the texts begin to differ. An ending has at least one token.
+        seam = len(list(takewhile(lambda ids: len(set(ids)) == 1, zip(alone, *joined))))
+        seam = min(seam, *(len(whole) - 1 for whole in joined))
         if seam < 1:
             raise UserError("the prompt is empty or one token with its completion; put text before")
         ending_ids = [whole[seam:] for whole in joined]
@@ -257,11 +258,6 @@ def _index(label: object, count: int, what: str) -> int:
     if isinstance(label, int) and 0 <= label < count:
         return int(label)
     raise UserError(f"label {label!r} is no index into its {what}, from 0 to {count - 1}")
-
-
-def _shared(first: list[int], second: list[int]) -> int:
-    """How many ids two lists begin with in common."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
 
 
 def spaced(prompt: str, ending: str) -> str:
