@@ -78,8 +78,3 @@ class Progress(ProgressCallback):
         # The parent writes on stdout, where only results belong.
         with contextlib.redirect_stdout(sys.stderr):
             super().on_log(args, state, control, logs, **kwargs)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
