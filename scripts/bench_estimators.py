@@ -1,10 +1,10 @@
-"""How well each strategy's direction follows the gradient, against its closed form.
+"""How well each strategy's direction follows the gradient, against what theory expects.
 
-Alignment: `c = d * E[cos^2(v, gradient)]`, with the gradient of the same batch by back-propagation;
-1 is one random direction. All strategies see the same noise and losses. The expectation beside it
-is for a linear loss in many dimensions, by formula or by simulation of the candidates' slopes. In
-the last rows each example has candidates of its own; there the expectation also depends on how far
-the gradients of the batch's examples agree.
+The alignment is `c = d * E[cos^2(v, gradient)]`, with the gradient of the same batch by
+back-propagation; one random direction has 1. All strategies see the same noise and losses. The
+expectation beside it is that of a linear loss in many dimensions, by formula or by simulation of
+the candidates' slopes. In the last rows each example has candidates of its own; there the
+expectation also depends on how far the gradients of the batch's examples agree.
 
     python scripts/bench_estimators.py
     python scripts/bench_estimators.py --work encoder --draws 300 --data_dir ../shared/data
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import disable_progress_bars
+from measuring import print_header, print_row
 from torch import Tensor
 from workloads import embedded, encoder, lora
 
@@ -44,17 +45,17 @@ SIMULATED = 200_000
 
 
 def split(m: int) -> Callable[[Sequence[int]], Asking]:
-    """Published GV."""
+    """A step of GV as it was published."""
     return lambda seeds: gv(seeds[:m], EPS, 0.5, "split", "central")
 
 
 def weighted(m: int) -> Callable[[Sequence[int]], Asking]:
-    """GV, loss weights, slope from the same losses."""
+    """A step of GV with loss weights and the slope from the same losses."""
     return lambda seeds: gv(seeds[:m], EPS, 0.5, "loss", "reuse")
 
 
 def lowest(m: int, probe: str) -> Callable[[Sequence[int]], Asking]:
-    """Greedy."""
+    """A step of Greedy."""
     return lambda seeds: greedy(seeds[:m], EPS, probe)  # type: ignore[arg-type]
 
 
@@ -73,7 +74,7 @@ def of_lowest(m: int) -> float:
     return float(np.mean(np.random.default_rng(0).normal(size=(SIMULATED, m)).min(1) ** 2))
 
 
-#: By name: the step, from seeds, and the expectation.
+#: Of each strategy: what makes a step from seeds, and the expected alignment.
 STRATEGIES: dict[str, tuple[Callable[[Sequence[int]], Asking], float]] = {
     "mezo": (lambda seeds: mezo(seeds[0], EPS), 1.0),
     "n-spsa, q=4": (lambda seeds: n_spsa(seeds[:4], EPS), 4.0),
@@ -88,7 +89,7 @@ STRATEGIES: dict[str, tuple[Callable[[Sequence[int]], Asking], float]] = {
 
 
 def example_gradients(trainer: ZOTrainer, batch: Batch) -> Tensor:
-    """By back-propagation: [examples, d]."""
+    """The gradient of each example's loss by back-propagation, float64 [examples, d]."""
     parameters = list(trainer.space.parameters.values())
     losses = trainer.objective.losses(trainer.model, batch)
     rows = []
@@ -101,7 +102,7 @@ def example_gradients(trainer: ZOTrainer, batch: Batch) -> Tensor:
 
 
 class Alignment:
-    """Draws of every strategy on one batch."""
+    """Has every strategy find directions on one batch, and compares them with its gradient."""
 
     def __init__(self, trainer: ZOTrainer, batch: Batch) -> None:
         trainer.model.eval()
@@ -111,7 +112,7 @@ class Alignment:
         self.known: dict[Direction, float] = {}
 
     def losses(self, points: Sequence[Direction]) -> list[float]:
-        """As the evaluator gives them; a point that two strategies ask for is evaluated once."""
+        """The losses at points; a point that two strategies ask for is evaluated once."""
         new = [point for point in dict.fromkeys(points) if point not in self.known]
         if new:
             self.known.update(zip(new, self.trainer.evaluator(new, [self.batch])))
@@ -125,7 +126,7 @@ class Alignment:
         return len(v) * float((v @ self.gradient) ** 2 / (v @ v) / (self.gradient @ self.gradient))
 
     def draw(self, number: int) -> dict[str, tuple[float, int]]:
-        """Alignment and forward passes of every strategy on the same noise."""
+        """The alignment and the forward passes of every strategy on the same noise."""
         self.known = {}
         seeds = [derive_seed(number, index) for index in range(16)]
         found = {}
@@ -135,7 +136,7 @@ class Alignment:
         return found
 
     def draw_by_example(self, number: int, m: int) -> float:
-        """Alignment where each example has m candidates of its own, loss weights."""
+        """The alignment of GV with loss weights where each example has m candidates of its own."""
         parts = range(len(self.gradients))
         steps = [weighted(m)([derive_seed(number, part, i) for i in range(m)]) for part in parts]
         evaluate = self.trainer.evaluator.evaluate
@@ -168,15 +169,17 @@ def main() -> None:
     bench = Alignment(trainer, trainer.data_collator(rows))
     draws = [bench.draw(number) for number in range(given.draws)]
     print(f"{given.work}, {trainer.space.numel:,} numbers, {given.draws:,} draws, eps {EPS:g}")
-    print("| strategy | forward passes | alignment | expected | ratio | per forward pass |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print_header("strategy", "forward passes", "alignment", "expected", "ratio", "per forward pass")
 
     def report(name: str, passes: int, values: Sequence[float], expected: float) -> None:
         c, error = float(np.mean(values)), float(np.std(values) / len(values) ** 0.5)
-        print(
-            f"| {name} | {passes} | {c:.2f} +- {error:.2f} | {expected:.2f} | {c / expected:.2f} "
-            f"| {c / passes:.2f} |",
-            flush=True,
+        print_row(
+            name,
+            f"{passes}",
+            f"{c:.2f} +- {error:.2f}",
+            f"{expected:.2f}",
+            f"{c / expected:.2f}",
+            f"{c / passes:.2f}",
         )
 
     for name, (_, expected) in STRATEGIES.items():

@@ -1,12 +1,13 @@
 """Forward passes to reach a loss: zo_peft's defaults against published methods at their best.
 
 A published method gets a grid of learning rates and eps. All learning rates are tried at the first
-eps, then the other eps at the best learning rate; with `--whole_grid` every pair is. The best
-point, by train loss at the end, is run on all seeds. zo_peft runs with its defaults, nothing
-tuned, with several budgets. Every run is a line of `results.jsonl`; a run that is there is not
-made again. The losses over forward passes are drawn beside it, in `learning.png`.
+eps, then the other eps at the best learning rate; with `--whole_grid` every pair is tried. The best
+point, by the train loss at the end, is run on all seeds. zo_peft runs with its defaults, with no
+setting tuned, on several budgets. Every run is a line of `results.jsonl`, and a run that is there
+is not made again. The losses over forward passes are drawn beside it, in `learning.png`.
 
     python scripts/bench_learning.py --data_dir ../shared/data
+    python scripts/bench_learning.py --learning_rates 1e-3 --eps 1e-2 --forward_passes 200
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import geometric_mean, mean
 from typing import Any
@@ -22,11 +24,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from datasets import disable_progress_bars
-from workloads import workloads
+from measuring import print_header, print_row
+from workloads import Workload, workloads
 
 from zo_peft import NonFiniteLossError, ZOTrainer
 
-#: Learning rates, then eps (the first is tried with every learning rate).
+#: Learning rates, and eps of which the first is tried with every learning rate.
 Grid = tuple[Sequence[float], Sequence[float]]
 LORA_GRID: Grid = ([1e-3, 3e-3, 1e-2, 3e-2, 1e-1], [1e-2, 1e-3, 3e-2])
 GRIDS: dict[str, Grid] = {
@@ -42,34 +45,34 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Greedy, M=4": {"preset": "paper-greedy", "num_candidates": 4},
 }
 OURS = "defaults"
-#: Shares of a workload's budget that the defaults are given.
+#: Shares of a workload's budget, which the defaults are given one after the other.
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 ADAM_RATES = (1e-3, 3e-3, 1e-2)
 
 
 def train_loss(trainer: ZOTrainer) -> float:
-    """On the workload's training rows."""
+    """The loss on the workload's training rows."""
     return trainer.evaluate(trainer.eval_dataset["train"])["eval_loss"]
 
 
 def zo_run(trainer: ZOTrainer) -> dict[str, Any]:
-    """Train with forward passes; the loss is infinite where the run broke off."""
+    """Train with forward passes; the loss is infinite if the run breaks off."""
     start = time.perf_counter()
     try:
         trainer.train()
     except NonFiniteLossError:
-        return {"train_loss": float("inf")}
+        return {"train_loss": float("inf"), "forward_passes": trainer.forward_passes}
     seconds = time.perf_counter() - start
     return {
         "train_loss": train_loss(trainer),
         "dev_accuracy": trainer.evaluate(trainer.eval_dataset["dev"])["eval_accuracy"],
-        "forward_passes": trainer.evaluator.forward_passes,
+        "forward_passes": trainer.forward_passes,
         "seconds": seconds,
     }
 
 
 def adam_run(trainer: ZOTrainer, learning_rate: float, steps: int) -> dict[str, Any]:
-    """Adam by back-propagation on the same adapter, batches and loss."""
+    """Train with Adam by back-propagation on the same adapter, batches and loss."""
     parameters = list(trainer.space.parameters.values())
     optimizer = torch.optim.Adam(parameters, learning_rate)
     start, done = time.perf_counter(), 0
@@ -89,17 +92,30 @@ def adam_run(trainer: ZOTrainer, learning_rate: float, steps: int) -> dict[str, 
 
 
 class Bench:
-    """Runs that are remembered in a file of JSON lines."""
+    """Runs that are remembered in a file of JSON lines.
 
-    def __init__(self, path: Path, data_dir: Path) -> None:
-        self.path, self.workloads = path, workloads(data_dir)
+    Args:
+        path: the file.
+        workloads: what is learned, by name.
+        grids: what the published methods try, by workload.
+        shares: the shares of a workload's budget that the defaults are given, in rising order.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        workloads: dict[str, Workload],
+        grids: dict[str, Grid],
+        shares: Sequence[float],
+    ) -> None:
+        self.path, self.workloads, self.grids, self.shares = path, workloads, grids, shares
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines() if path.exists() else []
         self.done = {self.key(record): record for record in map(json.loads, lines)}
 
     @staticmethod
     def key(record: dict[str, Any]) -> str:
-        """What makes two records the same run."""
+        """What two records of the same run have in common."""
         return json.dumps([record[k] for k in ("workload", "method", "settings", "seed")])
 
     def run(self, workload: str, method: str, settings: dict[str, Any], seed: int) -> float:
@@ -110,11 +126,9 @@ class Bench:
             work = self.workloads[workload]
             with contextlib.redirect_stdout(sys.stderr):
                 if method == "Adam":
-                    trainer = work.build(seed=seed, strategy="gv")
-                    found = adam_run(trainer, **settings)
+                    found = adam_run(work.build(seed=seed), **settings)
                 else:
-                    budget = {"max_forward_passes": work.forward_passes}
-                    found = zo_run(work.build(seed=seed, **(budget | settings)))
+                    found = zo_run(work.build(seed=seed, **settings))
             self.done[key] = record | found
             with self.path.open("a") as file:
                 file.write(json.dumps(self.done[key]) + "\n")
@@ -124,12 +138,15 @@ class Bench:
 
     def best(self, workload: str, method: str, whole_grid: bool) -> dict[str, Any]:
         """The settings of the method's best grid point, on seed 0."""
-        rates, all_eps = GRIDS[workload]
+        rates, all_eps = self.grids[workload]
         tried: dict[tuple[float, float], float] = {}
 
+        def point(rate: float, eps: float) -> dict[str, Any]:
+            budget = {"max_forward_passes": self.workloads[workload].forward_passes}
+            return PUBLISHED[method] | {"learning_rate": rate, "zo_eps": eps} | budget
+
         def attempt(rate: float, eps: float) -> None:
-            settings = PUBLISHED[method] | {"learning_rate": rate, "zo_eps": eps}
-            tried[rate, eps] = self.run(workload, method, settings, 0)
+            tried[rate, eps] = self.run(workload, method, point(rate, eps), 0)
 
         for rate in rates:
             attempt(rate, all_eps[0])
@@ -137,8 +154,7 @@ class Bench:
         for eps in all_eps[1:]:
             for rate in rates if whole_grid else [best_rate]:
                 attempt(rate, eps)
-        rate, eps = min(tried, key=tried.__getitem__)
-        return PUBLISHED[method] | {"learning_rate": rate, "zo_eps": eps}
+        return point(*min(tried, key=tried.__getitem__))
 
     def mean_loss(
         self, workload: str, method: str, settings: dict[str, Any], seeds: Sequence[int]
@@ -147,12 +163,13 @@ class Bench:
         return mean(self.run(workload, method, settings, seed) for seed in seeds)
 
     def passes_to(self, workload: str, target: float, seeds: Sequence[int]) -> float:
-        """Forward passes that the defaults need for a mean loss of `target`; inf: more than all.
+        """Forward passes that the defaults need for a mean loss of `target`.
 
-        The smallest budget whose runs end there; between two budgets by log-linear interpolation.
+        It is the smallest budget whose runs end there, between two budgets by log-linear
+        interpolation, and infinite where the largest budget is not enough.
         """
         before: tuple[float, float] | None = None
-        for share in SHARES:
+        for share in self.shares:
             passes = share * self.workloads[workload].forward_passes
             settings = {"max_forward_passes": int(passes)}
             loss = self.mean_loss(workload, OURS, settings, seeds)
@@ -165,13 +182,12 @@ class Bench:
         return float("inf")
 
     def plot(self, names: Sequence[str], seeds: Sequence[int]) -> None:
-        """Each workload's losses at the end of a run over its forward passes, means over seeds."""
+        """Draw each workload's losses at the end of runs over forward passes, means over seeds."""
         figure, all_axes = plt.subplots(1, len(names), figsize=(4 * len(names), 4), squeeze=False)
         for axes, name in zip(all_axes[0], names):
             for method in (*PUBLISHED, OURS):
-                points = self._means(name, method, seeds)
-                line = "o-" if method == OURS else "s"
-                axes.plot(*zip(*points), line, label=method)
+                if points := self._means(name, method, seeds):
+                    axes.plot(*zip(*points), "o-" if method == OURS else "s", label=method)
             adam = min((self.done[k]["train_loss"] for k in self._keys(name, "Adam")), default=None)
             if adam is not None:
                 axes.axhline(adam, color="grey", linestyle=":", label="Adam, a tenth of the steps")
@@ -184,9 +200,9 @@ class Bench:
         return [k for k in self.done if json.loads(k)[:2] == [workload, method]]
 
     def _means(self, workload: str, method: str, seeds: Sequence[int]) -> list[tuple[float, float]]:
-        """(forward passes, mean loss) of the settings that all seeds were run with.
+        """Forward passes and mean loss of the settings that all seeds were run with.
 
-        Of a published method, which has its seeds at the best grid point alone, that is one.
+        A published method has one such point, as all seeds are run at its best grid point alone.
         """
         runs: dict[str, list[dict[str, Any]]] = {}
         for key in self._keys(workload, method):
@@ -204,32 +220,45 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, default=Path("../shared/data"))
     parser.add_argument("--results", type=Path, default=Path("out/learning/results.jsonl"))
     parser.add_argument("--workloads", nargs="*", default=[*GRIDS], choices=[*GRIDS])
-    parser.add_argument("--methods", nargs="*", default=[*PUBLISHED, OURS, "Adam"])
+    methods = [*PUBLISHED, OURS, "Adam"]
+    parser.add_argument("--methods", nargs="*", default=methods, choices=methods)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--whole_grid", action="store_true", help="every pair of the grid")
+    parser.add_argument("--whole_grid", action="store_true", help="try every pair of the grid")
+    parser.add_argument("--learning_rates", nargs="*", type=float, help="in place of the grid's")
+    parser.add_argument("--eps", nargs="*", type=float, help="in place of the grid's")
+    parser.add_argument("--forward_passes", type=int, help="in place of a workload's budget")
+    parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of the budget")
     given = parser.parse_args()
     disable_progress_bars()
     torch.set_num_threads(1)  # more only wait for each other on models this small
-    bench = Bench(given.results, given.data_dir)
+    works = {
+        name: replace(work, forward_passes=given.forward_passes or work.forward_passes)
+        for name, work in workloads(given.data_dir).items()
+    }
+    grids = {
+        name: (given.learning_rates or rates, given.eps or all_eps)
+        for name, (rates, all_eps) in GRIDS.items()
+    }
+    bench = Bench(given.results, works, grids, given.shares)
     ratios: dict[str, list[float]] = {}
     rows = []
     for workload in given.workloads:
+        budget = works[workload].forward_passes
         for method in (name for name in PUBLISHED if name in given.methods):
             settings = bench.best(workload, method, given.whole_grid)
             loss = bench.mean_loss(workload, method, settings, given.seeds)
-            rows.append([workload, method, f"{loss:.4f}"])
+            rows.append([workload, method, f"{loss:.4f}", "", ""])
             if OURS in given.methods:
                 passes = bench.passes_to(workload, loss, given.seeds)
-                ratio = passes / bench.workloads[workload].forward_passes
-                ratios.setdefault(method, []).append(ratio)
-                rows[-1] += [f"{passes:,.0f}", f"{ratio:.2f}"]
+                ratios.setdefault(method, []).append(passes / budget)
+                rows[-1][3:] = f"{passes:,.0f}", f"{passes / budget:.2f}"
         if "Adam" in given.methods:
-            steps = bench.workloads[workload].forward_passes // 10
             for rate in ADAM_RATES:
-                bench.run(workload, "Adam", {"learning_rate": rate, "steps": steps}, 0)
+                bench.run(workload, "Adam", {"learning_rate": rate, "steps": budget // 10}, 0)
     bench.plot(given.workloads, given.seeds)
+    print_header("workload", "method", "train loss", "defaults reach it after", "share")
     for row in rows:
-        print(" | ".join(row))
+        print_row(*row)
     for method, values in ratios.items():
         print(f"{method}: geometric mean {geometric_mean(values):.2f}")
 

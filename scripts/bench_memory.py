@@ -1,9 +1,10 @@
-"""Memory and time of tuning a base's own numbers: OPT shapes, random weights, batches of tokens.
+"""Memory and time of tuning a base's own numbers, on shapes with random weights.
 
-Each row is a process of its own: it builds the quantized model layer by layer (never in float),
-runs plain inference (all logits) and then training steps, and reports the peak resident set during
-each (VmHWM, Linux); `plain, alone` is a process without a trainer and its libraries' memory.
-A step's time stands beside that of as many plain forwards as it has candidates, in one process.
+Each row is measured in a process of its own. It builds the quantized model layer by layer, never as
+a whole in floating point, runs plain inference with the logits of all positions, then takes
+training steps, and reports the peak of the resident set during each (Linux only). The row `plain,
+alone` is of a process that only infers, without a trainer and what its libraries hold. The seconds
+of a step stand beside those of as many plain forwards as the step has candidates.
 
     python scripts/bench_memory.py    # OPT-1.3B, int8, batch 16 x 48
     python scripts/bench_memory.py --shape opt-13b --batch_size 2 --steps 1
@@ -11,44 +12,72 @@ A step's time stands beside that of as many plain forwards as it has candidates,
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
-from bench_cost import StepClock, tokenizer
+from accelerate import init_empty_weights
 from bitsandbytes.functional import QuantState, get_4bit_type
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from measuring import (
+    SHAPES,
+    SILENT,
+    StepClock,
+    add_shape_option,
+    in_a_process,
+    peak_mib,
+    print_header,
+    print_row,
+    quiet,
+    random_rows,
+    reset_peak,
+    tokenizer,
+)
 from peft import LoraConfig, PeftConfig
 from torch import nn
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from zo_peft import ZOConfig, ZOTrainer
 
-VOCABULARY = 50272
-SHAPES: dict[str, dict[str, int]] = {
-    "opt-125m": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "opt-1.3b": {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32},
-    "opt-13b": {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40},
-}
+#: What is tuned, by settings of `ZOConfig`.
 MODES: dict[str, dict[str, Any]] = {
-    "plain": {},
     "adapter": {},
     "scales": {"tune": "scales"},
     "weights": {"tune": "weights"},
     "dense": {"tune": "weights", "noise_rank": 0, "per_example_noise": False},
 }
+#: The mode of a process that only infers.
+ALONE = "plain"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The model, the batch and the steps of all rows of a table."""
+
+    shape: str
+    base: str
+    batch_size: int
+    length: int
+    candidates: int
+    steps: int
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The batch: each prompt has one labelled token."""
+        return random_rows(self.batch_size, self.length)
 
 
 def int8_layer(layer: nn.Linear) -> Linear8bitLt:
-    """A layer of that shape with random codes."""
+    """A layer of that shape with random int8 codes."""
     quantized = Linear8bitLt(
-        layer.in_features, layer.out_features, has_fp16_weights=False, threshold=6.0, device="meta"
+        layer.in_features,
+        layer.out_features,
+        layer.bias is not None,
+        has_fp16_weights=False,
+        threshold=6.0,
+        device="meta",
     )
     codes = torch.randint(-127, 128, layer.weight.shape, dtype=torch.int8)
     scales = torch.full((layer.out_features,), 0.05)
@@ -59,10 +88,11 @@ def int8_layer(layer: nn.Linear) -> Linear8bitLt:
 
 
 def nf4_layer(layer: nn.Linear) -> Linear4bit:
-    """The same in NF4."""
+    """A layer of that shape with random NF4 codes."""
     quantized = Linear4bit(
         layer.in_features,
         layer.out_features,
+        layer.bias is not None,
         compute_dtype=torch.bfloat16,
         quant_type="nf4",
         device="meta",
@@ -86,21 +116,13 @@ def nf4_layer(layer: nn.Linear) -> Linear4bit:
     return quantized
 
 
-def build(shape: str, base: str) -> OPTForCausalLM:
-    """The model, its layers quantized and the rest in bfloat16."""
+def build(shape: str, base: str) -> PreTrainedModel:
+    """The model with random weights: its layers are quantized, the rest is bfloat16."""
     torch.manual_seed(0)
-    sizes = SHAPES[shape]
-    config = OPTConfig(
-        vocab_size=VOCABULARY,
-        ffn_dim=4 * sizes["hidden_size"],
-        word_embed_proj_dim=sizes["hidden_size"],
-        dtype="bfloat16",
-        **sizes,
-    )
-    with torch.device("meta"):
-        model = OPTForCausalLM(config).to(torch.bfloat16)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.bfloat16)
     quantize = {"int8": int8_layer, "nf4": nf4_layer}[base]
-    for module in model.model.decoder.layers.modules():
+    for module in model.base_model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, quantize(child))
@@ -113,127 +135,106 @@ def build(shape: str, base: str) -> OPTForCausalLM:
     return model.eval()
 
 
-def rows(batch_size: int, length: int) -> list[dict[str, Any]]:
-    """One batch of prompts of random tokens, each followed by one labelled token."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(4, VOCABULARY, (batch_size, length), generator=generator).tolist()
-    return [{"input_ids": row, "labels": [-100] * (length - 1) + row[-1:]} for row in ids]
-
-
-def reset_peak() -> None:
-    """Forget the peak of the resident set so far."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_mib() -> float:
-    """The peak of the resident set since `reset_peak`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
-
-
-def plain(model: OPTForCausalLM, examples: list[dict[str, Any]]) -> dict[str, float]:
-    """Inference on the batch: all logits."""
-    ids = torch.tensor([row["input_ids"] for row in examples])
+@torch.no_grad()
+def plain_peak(model: PreTrainedModel, rows: list[dict[str, Any]]) -> float:
+    """The peak of the process during inference on the batch with all logits, MiB."""
+    ids = torch.tensor([row["input_ids"] for row in rows])
     reset_peak()
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
-    return {"peak": peak_mib()}
+    model(input_ids=ids, use_cache=False)
+    return peak_mib()
 
 
-def trained(
-    model: OPTForCausalLM, examples: list[dict[str, Any]], mode: str, steps: int, candidates: int
-) -> dict[str, float]:
-    """Training steps, with plain forwards of the trained positions before and behind them."""
+def measure_alone(work: Work) -> float:
+    """The peak of a process that only infers, MiB."""
+    return plain_peak(build(work.shape, work.base), work.rows())
+
+
+def make_trainer(work: Work, mode: str, folder: str) -> ZOTrainer:
+    """A trainer of what the mode tunes."""
     adapter: PeftConfig | None = None
     if mode == "adapter":
         adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
-    with tempfile.TemporaryDirectory() as folder:
-        args = ZOConfig(
-            folder,
-            per_device_train_batch_size=len(examples),
-            num_candidates=candidates,
-            max_steps=steps,
-            zo_eps=1e-3,
-            save_strategy="no",
-            report_to=[],
-            **MODES[mode],
-        )
-        trainer = ZOTrainer(
-            model,
-            args,
-            train_dataset=examples * steps,
-            processing_class=tokenizer(),
-            peft_config=adapter,
-        )
-        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(examples))])
+    args = ZOConfig(
+        folder,
+        per_device_train_batch_size=work.batch_size,
+        num_candidates=work.candidates,
+        max_steps=work.steps,
+        zo_eps=1e-3,
+        **SILENT,
+        **MODES[mode],
+    )
+    return ZOTrainer(
+        build(work.shape, work.base),
+        args,
+        train_dataset=work.rows(),
+        processing_class=tokenizer(),
+        peft_config=adapter,
+    )
 
+
+def measure(work: Work, mode: str) -> dict[str, float]:
+    """Peaks (MiB) of steps and of inference, and seconds of a step and of its forwards alone.
+
+    The forwards are those of the trained positions, timed before and after the steps. Where there
+    is only one step they are not timed, and take 0 seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(work, mode, folder)
+        (batch,) = trainer.get_train_dataloader()
+
+        @torch.no_grad()
         def forwards() -> float:
             start = time.perf_counter()
-            with torch.no_grad():
-                for _ in range(candidates):
-                    trainer.objective.losses(trainer.model, batch)
+            for _ in range(work.candidates):
+                trainer.objective.losses(trainer.model, batch)
             return time.perf_counter() - start
 
-        forwards_before = forwards() if steps > 1 else 0.0
-        clock = StepClock(model)
+        timed = work.steps > 1
+        before = forwards() if timed else 0.0
+        clock = StepClock(trainer.model)
         trainer.add_callback(clock)
-        base = plain(model, examples)["peak"]
+        plain = plain_peak(trainer.model, work.rows())
         reset_peak()
         trainer.train()
-        peak = peak_mib()
-        after = forwards() if steps > 1 else 0.0
-    return {
-        "peak": peak,
-        "plain": base,
-        "step": median(clock.steps[1:] or clock.steps),
-        "forwards": (forwards_before + after) / 2,
-    }
+        return {
+            "peak": peak_mib(),
+            "plain": plain,
+            "step": median(clock.steps[1:] or clock.steps),
+            "forwards": (before + forwards()) / 2 if timed else 0.0,
+        }
 
 
-def measure(given: argparse.Namespace, mode: str) -> dict[str, float]:
-    """A row, in a process of its own."""
-    settings = {**vars(given), "modes": None, "mode": mode}
-    argv = [part for k, v in settings.items() if v is not None for part in (f"--{k}", str(v))]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, *argv], stdout=subprocess.PIPE, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+def cells(found: dict[str, float]) -> list[str]:
+    """The cells of what `measure` found."""
+    peak, plain, step, forwards = found.values()
+    made = [f"{peak:,.0f}", f"{plain:,.0f}", f"{peak / plain:.2f}", f"{step:.1f}"]
+    return made + ([f"{forwards:.1f}", f"{step / forwards:.2f}"] if forwards else ["", ""])
 
 
 def main() -> None:
-    """Print the table; with `--mode`, measure one row."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=[*SHAPES], default="opt-1.3b")
+    add_shape_option(parser, "OPT-1.3B", "the model; its weights are random")
     parser.add_argument("--base", choices=["int8", "nf4"], default="int8")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=48)
+    parser.add_argument("--length", type=int, default=48, help="tokens of a prompt")
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--modes", nargs="*", choices=[*MODES], default=None)
-    parser.add_argument("--mode", choices=[*MODES], help=argparse.SUPPRESS)
+    modes = [ALONE, *MODES]
+    parser.add_argument("--modes", nargs="*", choices=modes, default=modes, help="rows to measure")
     given = parser.parse_args()
-    if given.mode is not None:
-        model, examples = build(given.shape, given.base), rows(given.batch_size, given.length)
-        if given.mode == "plain":
-            print(json.dumps(plain(model, examples)))
-        else:
-            found = trained(model, examples, given.mode, given.steps, given.candidates)
-            print(json.dumps(found))
-        return
-    modes = given.modes or [m for m in MODES if given.base == "int8" or MODES[m] != "weights"]
-    if given.base == "nf4":
-        modes = [mode for mode in modes if MODES[mode].get("tune") != "weights"]
-    print("| what | peak MiB | plain inference, MiB | ratio | step, s | its forwards, s | ratio |")
-    print("|" + " --- |" * 7)
-    base = measure(given, "plain")["peak"]
-    print(f"| plain, alone | | {base:,.0f} | | | | |", flush=True)
-    for mode in (mode for mode in modes if mode != "plain"):
-        row = measure(given, mode)
-        cells = [mode, f"{row['peak']:,.0f}", f"{row['plain']:,.0f}"]
-        cells += [f"{row['peak'] / row['plain']:.2f}", f"{row['step']:.1f}"]
-        if row["forwards"]:
-            cells += [f"{row['forwards']:.1f}", f"{row['step'] / row['forwards']:.2f}"]
-        print(f"| {' | '.join(cells)} |", flush=True)
+    quiet()
+    settings = {name: value for name, value in vars(given).items() if name != "modes"}
+    work = Work(**settings)
+    print_header(
+        "what", "peak MiB", "plain inference, MiB", "ratio", "step, s", "its forwards, s", "ratio"
+    )
+    for name in given.modes:
+        if name == ALONE:
+            peak = in_a_process(measure_alone, work)
+            print_row("plain, alone", "", f"{peak:,.0f}", "", "", "", "")
+        elif given.base == "int8" or MODES[name].get("tune") != "weights":  # NF4 codes stay
+            print_row(name, *cells(in_a_process(measure, work, name)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The benchmark tasks at hand, trained with forward passes and evaluated, nothing tuned.
+"""The benchmark tasks at hand, trained with forward passes and evaluated, with no setting tuned.
 
-Each task of `--data_dir` with the embedded model (prompts) and with the pretrained 22M encoder
-(sequence classification, LoRA on query and value and a new head). The training loss is of all
-training examples, before and after, beside the loss of the best constant prediction: the entropy of
-their labels.
+The embedded model sees each task of `--data_dir` as prompts, and the pretrained encoder of 22M
+parameters sees it as sequence classification (LoRA on query and value and a new head). The training
+loss is that of all training examples, before and after. Beside it stands the loss of the best
+constant prediction, which is the entropy of their labels.
 
     python scripts/bench_tasks.py --data_dir ../shared/data
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from measuring import SILENT
 from peft import LoraConfig
 from workloads import MeanPooledClassifier, encoder_folder
 
@@ -31,7 +32,7 @@ from zo_peft.tools.demo import EMBEDDED
 
 
 def embedded(data: DataArguments, args: ZOConfig) -> ZOTrainer:
-    """The embedded model on prompts."""
+    """A trainer of the embedded model on prompts."""
     train, _ = training_examples(data, False, False, args.seed)
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
     test = evaluation_examples(data, False, False)
@@ -41,7 +42,7 @@ def embedded(data: DataArguments, args: ZOConfig) -> ZOTrainer:
 
 
 def encoder(data: DataArguments, args: ZOConfig) -> ZOTrainer:
-    """The encoder with a head on the mean of its tokens."""
+    """A trainer of the encoder with a head on the mean of its tokens."""
     train, _ = training_examples(data, True, False, args.seed)
     torch.manual_seed(args.seed)
     classes = 1 + max(example["label"] for example in train)
@@ -81,19 +82,17 @@ def training_loss(trainer: ZOTrainer) -> float:
     return torch.cat(losses).mean().item()
 
 
-def row(task: str, model: str, data_dir: Path, passes: int, seed: int, length: int) -> list[str]:
-    """Train on a task and measure before and after."""
-    data = DataArguments(task=task, task_data_dir=str(data_dir / task), num_eval=500)
+def row(task: str, model: str, given: argparse.Namespace) -> list[str]:
+    """Train on a task and measure before and after; the cells of the row."""
+    data = DataArguments(task=task, task_data_dir=str(given.data_dir / task), num_eval=500)
     args = ZOConfig(
         "out/tasks",
-        max_forward_passes=passes,
+        max_forward_passes=given.max_forward_passes,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=32,
-        max_length=length,
-        seed=seed,
-        logging_strategy="no",
-        save_strategy="no",
-        disable_tqdm=True,
+        max_length=given.max_length,
+        seed=given.seed,
+        **SILENT,
     )
     with contextlib.redirect_stdout(sys.stderr):
         trainer = MODELS[model](data, args)
@@ -106,7 +105,7 @@ def row(task: str, model: str, data_dir: Path, passes: int, seed: int, length: i
         task,
         model,
         f"{len(trainer.train_dataset):,}",
-        f"{passes:,}",
+        f"{given.max_forward_passes:,}",
         f"{before[0]:.4f} -> {after[0]:.4f}",
         "" if constant is None else f"{constant:.4f}",
         f"{before[1]:.3f} -> {after[1]:.3f}",
@@ -130,16 +129,7 @@ def main() -> None:
     rows = []
     for model in given.models:
         for task in given.tasks:
-            rows.append(
-                row(
-                    task,
-                    model,
-                    given.data_dir,
-                    given.max_forward_passes,
-                    given.seed,
-                    given.max_length,
-                )
-            )
+            rows.append(row(task, model, given))
             print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
     print(table([*header, "test accuracy", "seconds"], rows))
 

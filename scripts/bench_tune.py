@@ -1,8 +1,9 @@
 """What to tune, at equal forward passes: adapters, scales or weights of the embedded model.
 
-Each row is `zo-peft train` with defaults, in a process of its own.
+Each row is a run of `zo-peft train` with its defaults, in a process of its own.
 
     python scripts/bench_tune.py
+    python scripts/bench_tune.py --rows "LoRA, int8"    # only these rows
 """
 
 import argparse
@@ -12,6 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from measuring import print_header, print_row
+
+from zo_peft.runs.jobs import flags
 from zo_peft.scales import SCALES_NAME
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
@@ -30,15 +34,15 @@ ROWS: dict[str, list[str]] = {
 
 
 def result_bytes(folder: Path) -> int:
-    """Bytes of the smallest file that carries the result."""
+    """The bytes of the smallest file that carries the result."""
     names = ("adapter_model.safetensors", SCALES_NAME, "model.safetensors")
     return next(path.stat().st_size for name in names if (path := folder / name).is_file())
 
 
-def row(name: str, options: list[str], forward_passes: int, seed: int) -> list[str]:
-    """Train and evaluate."""
+def row(name: str, forward_passes: int, seed: int) -> list[str]:
+    """Train and evaluate; the cells of the row."""
     with tempfile.TemporaryDirectory() as folder:
-        argv = {
+        options = {
             "model_name_or_path": EMBEDDED / "model",
             "train_file": EMBEDDED / "train.jsonl",
             "eval_file": EMBEDDED / "test.jsonl",
@@ -51,12 +55,12 @@ def row(name: str, options: list[str], forward_passes: int, seed: int) -> list[s
             "save_strategy": "no",
             "output_dir": folder,
         }
-        given = [part for key, value in argv.items() for part in (f"--{key}", str(value))]
-        main = "import sys; from zo_peft.cli import main; sys.exit(main())"
-        command = [sys.executable, "-W", "ignore", "-c", main, "train", "--json", *given, *options]
+        command = [sys.executable, "-m", "zo_peft", "train", "--json"]
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True
+            [*command, *flags(options), *ROWS[name]], capture_output=True, text=True
         )
+        if done.returncode:
+            sys.exit(f"{name}: {done.stderr}")
         found = json.loads(done.stdout)
         return [
             name,
@@ -73,13 +77,14 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--max_forward_passes", type=int, default=2000)
+    parser.add_argument("--rows", nargs="*", default=[*ROWS], choices=[*ROWS])
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    print("| what | numbers | accuracy | loss | peak MiB | seconds | bytes of the result |")
-    print("|" + " --- |" * 7)
-    for name, options in ROWS.items():
-        print(f"| {' | '.join(row(name, options, given.max_forward_passes, given.seed))} |")
-        sys.stdout.flush()
+    print_header(
+        "what", "numbers", "accuracy", "loss", "peak MiB", "seconds", "bytes of the result"
+    )
+    for name in given.rows:
+        print_row(*row(name, given.max_forward_passes, given.seed))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Tune an adapter against a server that serves it and says how well it does: a black box.
 
-The server stands for vLLM's or llama.cpp's with LoRA: it has its own copy of the base, and its own
-idea of a loss. What goes over HTTP: `POST URL/v1/load_lora_adapter` with the adapter as safetensors
+The server stands for one like vLLM's or llama.cpp's with LoRA: it has its own copy of the base, and
+its own idea of a loss. It is sent `POST URL/v1/load_lora_adapter` with the adapter as safetensors
 (the tensors of `adapter_model.safetensors`), then `POST URL/v1/score` with `{}`, to which it
-answers `{"loss": NUMBER}`. Here only the shapes of the adapter come from the base.
+answers `{"loss": NUMBER}`. Here the base only says what shapes the adapter has.
 
     python scripts/black_box.py --url http://127.0.0.1:8000
 """
@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from zo_peft import ZOConfig, ZOTrainer
+from zo_peft.core.batch import Batch
 from zo_peft.objectives.scoring import BlackBoxObjective
 from zo_peft.tools.demo import EMBEDDED
 
@@ -39,7 +40,7 @@ def loss_at(url: str, adapter: dict[str, Tensor]) -> float:
 
 
 def tune(url: str, output_dir: Path, max_forward_passes: int, seed: int = 0) -> tuple[float, float]:
-    """Tune a LoRA at the server; the loss before and after. The adapter is saved in a folder."""
+    """Tune a LoRA at the server and save it in a folder; the loss before and after."""
     trainer = ZOTrainer(
         str(EMBEDDED / "model"),
         ZOConfig(
@@ -55,7 +56,7 @@ def tune(url: str, output_dir: Path, max_forward_passes: int, seed: int = 0) -> 
     )
 
     def loss() -> float:
-        return float(trainer.objective.losses(trainer.model, {}))
+        return float(trainer.objective.losses(trainer.model, Batch()))
 
     before = loss()
     trainer.train()
@@ -66,7 +67,7 @@ def tune(url: str, output_dir: Path, max_forward_passes: int, seed: int = 0) -> 
 def main() -> None:
     """Print the loss before and after."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--url", required=True, help="Of the server, without a path.")
+    parser.add_argument("--url", required=True, help="the server's, without a path")
     parser.add_argument("--output_dir", type=Path, default=Path("out/black_box"))
     parser.add_argument("--max_forward_passes", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)

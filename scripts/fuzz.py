@@ -1,8 +1,8 @@
 """Mutated journals, configurations and data files: each is read, or refused with a `UserError`.
 
-Anything else is a finding: another exception, more than a second, a file that is opened for writing
-outside the scratch folder, a process, a connection, or a pickle. Findings are printed with their
-input; the exit code is 1 if there is any.
+Anything else is a finding: another exception, an input that takes more than a second, a file that
+is opened for writing outside the scratch folder, a process, a connection, or a pickle. Findings are
+printed with their input, and the exit code is 1 if there is any.
 
     python scripts/fuzz.py --inputs 100000
 """
@@ -46,7 +46,7 @@ DATA = {
     ".csv": b'text,label\n"a fine, warm film",1\ndull,0\n',
     ".tsv": b'text\tlabel\na fine "film"\t1\ndull\t0\n',
 }
-#: What mutations put in.
+#: What mutations insert.
 PIECES = [
     b"",
     b"\0",
@@ -73,7 +73,7 @@ class Hang(Exception):
 
 
 def mutated(content: bytes, random_: random.Random) -> bytes:
-    """The content with one to six changes."""
+    """The content with one to six random changes."""
     data = bytearray(content)
     for _ in range(random_.randint(1, 6)):
         place = random_.randrange(len(data) + 1)
@@ -100,7 +100,7 @@ VALUES = (
 
 
 def mutated_config(content: bytes, random_: random.Random) -> bytes:
-    """Half of them well-formed, with one to three more options of any value."""
+    """A changed configuration; half of them are well-formed, with one to three more options."""
     if random_.random() < 0.5:
         return mutated(content, random_)
     for option in random_.sample(OPTIONS, random_.randint(1, 3)):
@@ -112,7 +112,7 @@ HEADER = b'{"space": {"tune": "adapter"}}'
 
 
 def records() -> list[bytes]:
-    """The contents of a journal's first frames."""
+    """The contents of a journal's frames behind its header."""
     direction = Direction(((3, 0.5), (9, -0.5)))
     made = [Record(n, 0.1, 1.0, 0.2, 0.3, 0.4, 0.5, 0.01, 4, 64, direction) for n in range(2)]
     chosen = Record(2, 0.1, 1.0, 0.2, 0.3, 0.4, 0.5, 0.01, 4, 64, direction, 3, 0, {"skipped": ""})
@@ -120,7 +120,7 @@ def records() -> list[bytes]:
 
 
 def mutated_journal(content: bytes, random_: random.Random) -> bytes:
-    """Half of them with checksums that are right, so that what is behind them is read."""
+    """A changed journal; half of them have right checksums, so that their frames are read."""
     if random_.random() < 0.5:
         return mutated(content, random_)
     frames = [HEADER, *records()]
@@ -133,18 +133,18 @@ MUTATIONS = {"journal": mutated_journal, "config": mutated_config}
 
 
 def read_journal(path: Path) -> None:
-    """To its end."""
+    """Read a journal to its end."""
     for _ in read(path)[1]:
         pass
 
 
 def read_config(path: Path) -> None:
-    """As `zo-peft train --config`."""
+    """Read a configuration as `zo-peft train --config` does."""
     parse("train", RUN, ["--config", str(path)])
 
 
 def read_data(path: Path) -> None:
-    """As training data with a template and label words."""
+    """Read training data, with a template and label words and without them."""
     make_examples(read_rows(path), path.name, "{text} It was", label_words=["terrible", "great"])
     make_examples(read_rows(path), path.name)
 
@@ -155,7 +155,7 @@ Parser = Callable[[Path], None]
 def fuzz(
     name: str, parser: Parser, seeds: dict[str, bytes], folder: Path, inputs: int, seed: int
 ) -> list[str]:
-    """Findings, by parser and error with an input each."""
+    """Give a parser so many mutated inputs; its findings, one input for each kind of error."""
     random_, outcomes, found = random.Random(seed), Counter[str](), dict[str, bytes]()
     start = time.monotonic()
     for number in range(inputs):
@@ -180,7 +180,7 @@ def fuzz(
 
 
 def _guard(folder: Path) -> None:
-    """Make what no parser may do an error."""
+    """Have everything that no parser may do raise an error."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in FORBIDDEN:
@@ -199,7 +199,7 @@ def _guard(folder: Path) -> None:
 
 
 def main() -> int:
-    """Print what happened; returns 1 if there is a finding."""
+    """Print how inputs were taken; returns 1 if there is a finding."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--inputs", type=int, default=100_000, help="for each parser")
     parser.add_argument("--parsers", nargs="*", default=["journal", "config", "data"])

@@ -1,4 +1,4 @@
-"""Hashes of what short runs write, to compare before and after a change that must change nothing.
+"""Hashes of what short runs write, to compare them before and after a change to the code.
 
     python scripts/golden.py --model_dir zo_peft/embedded/model > before.txt
 

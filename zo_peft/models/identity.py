@@ -1,4 +1,4 @@
-"""What a base is known by."""
+"""How a base is recognised, so that a run goes on with the base that it started from."""
 
 import hashlib
 from pathlib import Path
@@ -8,11 +8,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from zo_peft.models.loading import bits_of
+
 
 def base_hash(model: nn.Module) -> str:
-    """A hash of the tensors of the model's state dict, names and bits, wherever they lie.
+    """A hash of names and bits of all tensors in the model's state dict, on whatever device.
 
-    Those of an adapter that are trained are left out.
+    The trained tensors of an adapter are left out.
     """
     digest = hashlib.blake2b(digest_size=16)
     named = model.named_parameters() if isinstance(model, PeftModel) else ()
@@ -27,15 +29,14 @@ def base_hash(model: nn.Module) -> str:
 
 
 def identity(model: PreTrainedModel | PeftModel) -> dict[str, str]:
-    """What a base is known by: a hash of its files, its commit on the Hub, or a hash of tensors.
+    """A hash of the base's files, its commit on the Hub or a hash of its tensors; and its format.
 
-    And how it was loaded: int8, 4-bit, or its dtype.
+    The format, `loaded`, is int8, 4-bit, or the dtype.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    quantization = getattr(base.config, "quantization_config", None)
-    bits = {"int8": "load_in_8bit", "4-bit": "load_in_4bit"}
-    loaded = [name for name, key in bits.items() if getattr(quantization, key, False)]
-    return {**_source(model), "loaded": (loaded or [str(base.dtype)])[0]}
+    bits = bits_of(base.config)
+    loaded = {8: "int8", 4: "4-bit"}[bits] if bits else str(base.dtype)
+    return {**_source(model), "loaded": loaded}
 
 
 def _source(model: PreTrainedModel | PeftModel) -> dict[str, str]:

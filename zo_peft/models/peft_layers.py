@@ -1,4 +1,4 @@
-"""How PEFT's modules work lane by lane: many candidates of an adapter in one forward pass."""
+"""How the modules of PEFT work lane by lane, so that candidates share a forward pass."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,10 +17,10 @@ from zo_peft.core.lanes import Lanes, NotInLanes, Replacement, lane_product, pla
 def find_replacements(
     model: PeftModel, tuned: Mapping[str, nn.Parameter]
 ) -> dict[str, Replacement]:
-    """How each module that owns parameters of the adapter works lane by lane, by module name.
+    """How each module that owns tuned parameters of the adapter works lane by lane, by its name.
 
     Raises:
-        NotInLanes: a module cannot.
+        NotInLanes: a module cannot work so.
     """
 
     def replacement_of(module: nn.Module, name: str) -> Replacement:
@@ -39,7 +39,7 @@ def find_replacements(
 
 
 def _is_plain(layer: BaseTunerLayer) -> bool:
-    """One adapter, as its method was first published."""
+    """Whether the layer has one adapter, of the form that its method was first published in."""
     varied = getattr(layer, "lora_variant", {}) or any(getattr(layer, "lora_bias", {}).values())
     return len(layer.active_adapters) == 1 and not varied and not layer.merged
 
@@ -72,7 +72,11 @@ def _low_rank(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """The base's output plus `scaling * x A^T B^T`, with A [K or 1, r, in] and B [K, out, r]."""
+    """The output of the base layer plus `scaling * x A^T B^T`.
+
+    Args:
+        factors: gives A [K or 1, r, in], B [K, out, r] and the scaling of an adapter.
+    """
     result = layer.base_layer(x, *args, **kwargs)
     a, b, scaling = factors(layer, lanes, layer.active_adapters[0])
     hidden = lane_product(lanes.split(x, name).flatten(1, -2).to(a.dtype), a)
