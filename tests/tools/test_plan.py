@@ -25,6 +25,12 @@ from zo_peft.tools.plan import PlanArguments, Planner, largest, plan
 EMBEDDED = Path(__file__).parents[2] / "zo_peft" / "embedded" / "model"
 BASES = {"float32": {}, "int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True}}
 TARGETS = ["q_proj", "v_proj"]
+OPT_13B = {
+    "hidden_size": 5120,
+    "ffn_dim": 20480,
+    "num_attention_heads": 40,
+    "word_embed_proj_dim": 5120,
+}
 
 
 def config_folder(folder: Path, **sizes: Any) -> str:
@@ -35,14 +41,7 @@ def config_folder(folder: Path, **sizes: Any) -> str:
 
 @pytest.fixture(scope="module")
 def opt_13b(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return config_folder(
-        tmp_path_factory.mktemp("opt-13b"),
-        hidden_size=5120,
-        ffn_dim=20480,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        word_embed_proj_dim=5120,
-    )
+    return config_folder(tmp_path_factory.mktemp("opt-13b"), num_hidden_layers=40, **OPT_13B)
 
 
 @pytest.fixture(scope="module")
@@ -234,14 +233,7 @@ def test_the_largest_fit_and_one_more_does_not(
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Four of the 40 layers of an OPT-13B."""
-    return config_folder(
-        tmp_path_factory.mktemp("wide"),
-        hidden_size=5120,
-        ffn_dim=20480,
-        num_hidden_layers=4,
-        num_attention_heads=40,
-        word_embed_proj_dim=5120,
-    )
+    return config_folder(tmp_path_factory.mktemp("wide"), num_hidden_layers=4, **OPT_13B)
 
 
 @pytest.mark.parametrize(
