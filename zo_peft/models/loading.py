@@ -1,10 +1,12 @@
-"""Base models (in floating point, int8 or NF4) and tokenizers."""
+"""Base models (in floating point, int8 or NF4), with or without their weights, and tokenizers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from transformers import (
     AutoConfig,
@@ -16,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers import AutoHfQuantizer
 
 from zo_peft.errors import UserError
 from zo_peft.models.hub import LOAD_ERRORS, public_name, reason
@@ -107,6 +110,67 @@ def _loading(what: str) -> Iterator[None]:
             f"{what} cannot be loaded: {why.rstrip('.')}. Give a folder that holds config.json and "
             "safetensors, or a model id of the Hub"
         ) from error
+
+
+def meta_base(
+    name: str, dtype: str, quantization: BitsAndBytesConfig | None, has_classes: bool, **source: Any
+) -> PreTrainedModel:
+    """The base as `load_base` would load it, on the meta device: its tensors hold no bytes.
+
+    Args:
+        dtype: that of what is not quantized; auto: as it was saved.
+        quantization: None: as it was saved.
+        source: `revision` and `trust_remote_code` of `from_pretrained`.
+
+    Raises:
+        UserError: the base cannot be found or built, or was quantized by others than bitsandbytes.
+    """
+    config = load_config(name, **source)
+    saved = quantization_of(config)
+    method = saved.get("quant_method", "bitsandbytes")
+    if not method.startswith("bitsandbytes"):
+        raise UserError(
+            f"{public_name(name)} was saved quantized by {method}, which is not planned; give its "
+            "base in floating point, with load_in_8bit or load_in_4bit, or one that bitsandbytes "
+            "quantized"
+        )
+    auto = AutoModelForSequenceClassification if has_classes else AutoModelForCausalLM
+    settings = {"dtype": (config.dtype or "float32") if dtype == "auto" else dtype}
+    settings["trust_remote_code"] = source.get("trust_remote_code", False)
+    with _loading(f"model {name!r}"), torch.device("meta"):
+        base = auto.from_config(config, **settings)
+        if quantization or saved:
+            _quantize(base, quantization or saved)
+    return base.requires_grad_(False)
+
+
+def _quantize(base: PreTrainedModel, quantization: BitsAndBytesConfig | dict[str, Any]) -> None:
+    """Quantize a base on the meta device in place, as `from_pretrained` does."""
+    # With `pre_quantized` the new layers hold codes, not numbers that are still to be quantized.
+    quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=True)
+    base.config.quantization_config = quantizer.quantization_config
+    quantizer.preprocess_model(base, dtype=base.dtype, device_map=None)
+    quantizer.postprocess_model(base)
+    base.tie_weights()
+    for layer in base.modules():
+        if isinstance(layer, Linear8bitLt | Linear4bit) and layer.bias is not None:
+            layer.bias.data = layer.bias.data.to(base.dtype)
+        if isinstance(layer, Linear8bitLt):
+            layer.state.SCB = torch.empty(layer.out_features)
+        elif isinstance(layer, Linear4bit):
+            count = layer.in_features * layer.out_features
+            layer.weight.data = torch.empty(count // 2, 1, dtype=torch.uint8)
+            layer.weight.quant_state = _scales(count // 64, layer.weight.compress_statistics)
+
+
+def _scales(count: int, nested: bool) -> QuantState:
+    """So many scales of NF4 weights; nested ones are quantized to 8 bits in blocks of 256."""
+    if not nested:
+        return QuantState(torch.empty(count))
+    outer, code = torch.empty(count // 256), torch.empty(256)
+    outer_state = QuantState(outer, code=code, blocksize=256, dtype=torch.float32)
+    codes = torch.empty(count, dtype=torch.uint8)
+    return QuantState(codes, offset=torch.empty(()), state2=outer_state)
 
 
 def check_quantization(name: str, tune: str, quantization: Any, **kwargs: Any) -> None:
