@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zo_peft.errors import UserError
 from zo_peft.models.hub import LOAD_ERRORS, first_line, public_name, reason
+from zo_peft.models.loading import check_4bit_widths
 from zo_peft.models.offload import ON_OFFLOADED, input_device, offloaded_parameters, stand_ins
 
 
@@ -115,31 +116,12 @@ def prepare(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBa
     """
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    for name, module in model.named_modules():
+    check_4bit_widths(model)
+    for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit) and module.weight.device.type == "cpu":
-            check_4bit_width(name, module)
             module.support_avx512bf16_for_cpu = False
     if isinstance(model, PeftModel):
         _prepare_adapter(model)
-
-
-def check_4bit_width(name: str, layer: bitsandbytes.nn.Linear4bit) -> None:
-    """Refuse a 4-bit layer of a CPU whose rows are not made of whole quantization blocks.
-
-    On CPUs with AVX-512, bitsandbytes 0.50 decodes such a layer to wrong weights. It is refused on
-    every CPU, so that whether a run works does not depend on the kind of CPU.
-
-    Raises:
-        UserError: the layer's `in_features` is not a multiple of its block size.
-    """
-    block = layer.weight.blocksize
-    if layer.in_features % block:
-        raise UserError(
-            f"the 4-bit layer {name} has {layer.in_features} input features, which is not a "
-            f"multiple of its quantization block size, {block}, and on some CPUs bitsandbytes "
-            "decodes such a layer wrongly; load the base in 8 bit or in floating point, or use a "
-            "GPU"
-        )
 
 
 def _prepare_adapter(model: PeftModel) -> None:

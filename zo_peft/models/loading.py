@@ -67,12 +67,38 @@ def load_base(name: str, num_labels: int | None = None, **kwargs: Any) -> PreTra
         kwargs: arguments of `from_pretrained`.
 
     Raises:
-        UserError: the base cannot be found or read.
+        UserError: the base cannot be found or read, or has 4-bit layers of a wrong width.
     """
     head = {} if num_labels is None else {"num_labels": num_labels}
     auto = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
     with _loading(f"model {name!r}"):
-        return auto.from_pretrained(name, **{"use_safetensors": True, **head, **kwargs})
+        model = auto.from_pretrained(name, **{"use_safetensors": True, **head, **kwargs})
+    check_4bit_widths(model)
+    return model
+
+
+def check_4bit_widths(model: PreTrainedModel, device: str = "cpu") -> None:
+    """Refuse 4-bit layers on a CPU whose rows are not made of whole quantization blocks.
+
+    On CPUs with AVX-512, bitsandbytes 0.50 decodes such a layer to wrong weights. It is refused on
+    every CPU, so that whether a run works does not depend on the kind of CPU.
+
+    Args:
+        device: where the checked layers are; meta for a model that stands for one on a CPU.
+
+    Raises:
+        UserError: a layer's `in_features` is not a multiple of its block size.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Linear4bit) or layer.weight.device.type != device:
+            continue
+        width, block = layer.in_features, layer.weight.blocksize
+        if width % block:
+            raise UserError(
+                f"the 4-bit layer {name} has {width} input features, which is not a multiple of "
+                f"its quantization block size, {block}, and on some CPUs bitsandbytes decodes such "
+                "a layer wrongly; load the base in 8 bit or in floating point, or use a GPU"
+            )
 
 
 def load_config(name: str, **kwargs: Any) -> PreTrainedConfig:

@@ -25,9 +25,9 @@ from zo_peft.core.noise import CHUNK
 from zo_peft.core.strategies import STRATEGIES
 from zo_peft.core.updates import RULES
 from zo_peft.errors import UserError
-from zo_peft.models.adapters import add_adapter, check_4bit_width
+from zo_peft.models.adapters import add_adapter
 from zo_peft.models.hub import LOAD_ERRORS, public_name, reason
-from zo_peft.models.loading import meta_base, quantization_config
+from zo_peft.models.loading import check_4bit_widths, meta_base, quantization_config
 from zo_peft.models.memory import Fit, layer_bytes, weight_bytes
 from zo_peft.models.recipe import SPACE_FIELDS, replacements_of, space_of
 from zo_peft.objectives.rewards import METRICS
@@ -145,11 +145,11 @@ class Planner:
         # Without AVX-512, bitsandbytes multiplies int8 weights as float32.
         has_int8 = torch.backends.cpu.get_cpu_capability() == "AVX512" or not on_cpu
         self.scratch = 0 if has_int8 else 4 * self.largest
-        for name, layer in layers.items():
+        if on_cpu:
+            check_4bit_widths(base, "meta")
+        for layer in layers.values():
             if isinstance(layer, Linear4bit):
                 self.scratch = self.largest * (layer.compute_dtype or base.dtype).itemsize
-                if on_cpu:
-                    check_4bit_width(name, layer)
 
     def on_base(self, options: dict[str, Any]) -> "Planner":
         """The planner of the same runs on a base with these options of `ModelArguments`."""
