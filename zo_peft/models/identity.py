@@ -29,23 +29,19 @@ def base_hash(model: nn.Module) -> str:
 
 
 def identity(model: PreTrainedModel | PeftModel) -> dict[str, str]:
-    """A hash of the base's files, its commit on the Hub or a hash of its tensors; and its format.
+    """A hash of the base's files, or of its tensors if it is of the Hub; and its format.
 
     The format, `loaded`, is int8, 4-bit, or the dtype.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     bits = bits_of(base.config)
     loaded = {8: "int8", 4: "4-bit"}[bits] if bits else str(base.dtype)
-    return {**_source(model), "loaded": loaded}
-
-
-def _source(model: PreTrainedModel | PeftModel) -> dict[str, str]:
-    name, commit = model.config.name_or_path, getattr(model.config, "_commit_hash", None)
+    name = model.config.name_or_path
     files = sorted(Path(name).glob("*.safetensors")) if name else []
-    if files:
-        digest = hashlib.blake2b(digest_size=16)
-        for path in files:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "blake2b").digest())
-        return {"files": digest.hexdigest()}
-    return {"tensors": base_hash(model)} if commit is None else {"commit": commit}
+    if not files:
+        return {"tensors": base_hash(model), "loaded": loaded}
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return {"files": digest.hexdigest(), "loaded": loaded}
