@@ -1,4 +1,4 @@
-"""`zo-peft reproduce`: train for a row of the paper's tables (arXiv:2601.04710), as published."""
+"""`zo-peft reproduce`: a row of the tables of arXiv:2601.04710, with the published settings."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,19 +17,19 @@ RESULT_NAME, TABLE_NAME = "reproduction.json", "reproduction.md"
 Kind = Literal["full", "LoRA", "prefix"]
 KINDS: dict[str, Kind] = {"LORA": "LoRA", "PREFIX_TUNING": "prefix"}
 
-#: MeZO's options, eps and learning rates to try, by what is tuned (arXiv:2305.17333, appendix on
-#: hyperparameters).
+#: For each kind: options, zo_eps, and the learning rates that are tried (MeZO, arXiv:2305.17333,
+#: appendix on hyperparameters).
 MEZO: dict[Kind, tuple[dict[str, Any], float, tuple[float, ...]]] = {
     "full": ({"tune": "weights"}, 1e-3, (1e-6, 1e-7)),
     "LoRA": ({"peft_type": "LORA", "lora_r": 8, "lora_alpha": 16}, 1e-2, (1e-4, 5e-5)),
     "prefix": ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5}, 1e-1, (1e-2, 1e-3)),
 }
-#: What differs from MeZO for GV and Greedy: the learning rates of full weights (the first for OPT,
-#: the second for Llama), the candidates and the steps.
+#: What is different for GV and Greedy. The learning rates, for full weights only, are those of OPT
+#: and of Llama.
 GUIDED_FULL_RATES = (2e-7, 5e-7)
 GUIDED = {"num_candidates": 2, "max_steps": 10_000}
 
-#: The options of every published run. It is evaluated five times, and its best checkpoint kept.
+#: Options of every published run. It is evaluated five times, and the best checkpoint is kept.
 COMMON: dict[str, Any] = {
     "dtype": "float16",
     "per_device_train_batch_size": 16,
@@ -42,7 +42,7 @@ COMMON: dict[str, Any] = {
     "load_best_model_at_end": True,
 }
 
-#: arXiv:2601.04710, Table V, in percent: OPT-13B by method and what is tuned, for each of `TASKS`.
+#: arXiv:2601.04710, Table V, OPT-13B: for each method and kind a value for each of `TASKS`.
 TABLE_V: dict[tuple[str, Kind], tuple[float, ...]] = {
     ("MeZO", "full"): (91.4, 66.1, 67.9, 67.6, 63.5, 61.1, 60.1, 88.0, 81.7, 84.7, 30.9),
     ("MeZO", "LoRA"): (89.6, 67.9, 66.1, 73.8, 64.4, 59.7, 61.5, 84.0, 81.2, 83.8, 31.4),
@@ -53,7 +53,7 @@ TABLE_V: dict[tuple[str, Kind], tuple[float, ...]] = {
     ("SubZero-GV", "full"): (94.7, 74.8, 73.9, 76.8, 64.4, 62.7, 63.2, 89.0, 83.1, 84.9, 31.3),
     ("SubZero-GV", "LoRA"): (94.0, 75.8, 73.8, 77.6, 65.4, 63.9, 64.1, 90.0, 83.8, 85.3, 32.4),
 }
-#: The same paper, Table IX, in percent: OPT-13B with Greedy, by what is tuned and task.
+#: Table IX, OPT-13B with Greedy: for each kind the values of some tasks.
 TABLE_IX: dict[Kind, dict[str, float]] = {
     "full": {"wic": 61.9, "rte": 72.2, "boolq": 72.6},
     "LoRA": {"wic": 62.7, "rte": 75.8, "boolq": 75.9},
@@ -69,7 +69,7 @@ METHODS: dict[str, str] = {
 
 @dataclass
 class ReproduceArguments:
-    """A row of the table; all further options are those of `zo-peft train`."""
+    """The row of the table. All other options are those of `zo-peft train`."""
 
     model_name_or_path: str = field(metadata={"help": "Base model: Hub id or folder."})
     task: str = field(metadata={"help": f"One of {', '.join(TASKS)}."})
@@ -93,48 +93,47 @@ class ReproduceArguments:
 
     @property
     def kind(self) -> Kind:
-        """What is tuned, as the table calls it."""
+        """What is tuned, in the words of the table."""
         return "full" if self.peft_type is None else KINDS[self.peft_type]
 
     @property
     def method(self) -> str:
-        """The method, as the table calls it."""
+        """The method, in the words of the table."""
         if self.preset == "paper-gv" and self.low_rank_noise is not None:
-            return {"subzero": "SubZero-GV", "lozo": "LOZO-GV"}[self.low_rank_noise]
+            return f"{METHODS[self.low_rank_noise]}-GV"
         return METHODS[self.preset]
 
 
 def settings(given: ReproduceArguments) -> tuple[dict[str, Any], tuple[float, ...]]:
-    """Return the published options of `zo-peft train`, and the learning rates to try."""
+    """The published options of `zo-peft train`, and the learning rates to try."""
     own, eps, rates = MEZO[given.kind]
     if given.preset in ("paper-gv", "paper-greedy"):
         own = own | GUIDED
         rates = GUIDED_FULL_RATES if given.kind == "full" else rates
-    metric = "f1" if TASKS[given.task].rewards else "accuracy"
     chosen = {
         "model_name_or_path": given.model_name_or_path,
         "task": given.task,
         "preset": given.preset,
         "low_rank_noise": given.low_rank_noise,
         "zo_eps": eps,
-        "metric_for_best_model": metric,
+        "metric_for_best_model": "f1" if TASKS[given.task].rewards else "accuracy",
     }
     return COMMON | own | chosen, rates
 
 
 def reproduce(given: ReproduceArguments, options: list[str]) -> dict[str, Any]:
-    """Try the learning rates on the first seed, then run the best by validation on all seeds.
+    """Try each learning rate with the first seed, and then the best one with all other seeds.
 
-    A run that is in `output_dir` already is not made again.
+    Which is best is decided on validation examples. Runs that are there are not made again.
 
     Args:
-        options: of `zo-peft train`; they override the published ones.
+        options: further options of `zo-peft train`, which replace published ones.
 
     Returns:
-        The contents of `reproduction.json`; beside it, `reproduction.md` has them as a table.
+        The contents of `reproduction.json`. Beside it, `reproduction.md` is the table.
 
     Raises:
-        UserError: the runs with all learning rates fail, or another seed of the best one does.
+        UserError: the runs of all learning rates fail, or a run with another seed.
     """
     folder = Path(given.output_dir)
     published, rates = settings(given)
@@ -145,12 +144,14 @@ def reproduce(given: ReproduceArguments, options: list[str]) -> dict[str, Any]:
 
     first, *others = given.seeds
     grid: dict[float, dict[str, Any]] = {}
+    failed: list[UserError] = []
     for rate in rates:
         try:
             grid[rate] = run(rate, first)
-        except UserError:
-            if rate == rates[-1] and not grid:
-                raise
+        except UserError as error:
+            failed.append(error)
+    if not grid:
+        raise failed[0]
     best = max(grid, key=lambda rate: grid[rate]["metric_dev"])
     runs = [grid[best], *(run(best, seed) for seed in others)]
     result = {
@@ -173,16 +174,15 @@ def reproduce(given: ReproduceArguments, options: list[str]) -> dict[str, Any]:
 
 
 def figure(method: str, kind: Kind, task: str) -> str | None:
-    """Return the published figure in percent with its model and table; None if there is none."""
+    """The published figure in percent with its model and table, if there is one."""
+    table, row = "V", dict(zip(TASKS, TABLE_V.get((method, kind), ())))
     if method == "MeZO-Greedy":
-        found, table = TABLE_IX.get(kind, {}).get(task), "IX"
-    else:
-        found, table = dict(zip(TASKS, TABLE_V.get((method, kind), ()))).get(task), "V"
-    return None if found is None else f"{found} (OPT-13B, Table {table})"
+        table, row = "IX", TABLE_IX.get(kind, {})
+    return f"{row[task]} (OPT-13B, Table {table})" if task in row else None
 
 
 def reproduce_text(result: dict[str, Any]) -> str:
-    """Show the result as a table, with its metric in percent."""
+    """The result as a table; figures in percent."""
     values = [100 * value for value in result["metrics"]]
     spread = f" +- {stdev(values):.1f}" if len(values) > 1 else ""
     cells = {
