@@ -214,7 +214,8 @@ class Tokenization:
     def _split(self, prompt: str, endings: list[str]) -> tuple[list[int], list[list[int]]]:
         """Token ids of the prompt and of each ending, from tokenizing both as one text.
 
-        Where a token reaches from the prompt into an ending, it belongs to the ending.
+        A token that reaches from the prompt into an ending belongs to the ending. The prompt is cut
+        from the left until it and the longest ending fit `max_length`.
         """
         alone, *joined = (
             self._open(self.tokenizer(prompt + ending)["input_ids"]) for ending in ("", *endings)
@@ -224,21 +225,18 @@ class Tokenization:
         seam = min(seam, *(len(whole) - 1 for whole in joined))
         if seam < 1:
             raise UserError("the prompt is empty or one token with its completion; put text before")
-        ending_ids = [whole[seam:] for whole in joined]
-        return self._cut(joined[0][:seam], max(map(len, ending_ids))), ending_ids
-
-    def _cut(self, prompt_ids: list[int], behind: int) -> list[int]:
-        """The prompt, cut from the left to leave room for `behind` tokens within `max_length`."""
+        prompt_ids, ending_ids = joined[0][:seam], [whole[seam:] for whole in joined]
+        longest = max(map(len, ending_ids))
         if self.max_length is not None:
-            room = self.max_length - behind
+            room = self.max_length - longest
             if room < 1:
                 raise UserError(
-                    f"its completion of {behind} tokens leaves no room for a prompt within "
+                    f"its completion of {longest} tokens leaves no room for a prompt within "
                     f"max_length={self.max_length}; raise it"
                 )
             prompt_ids = prompt_ids[-room:]
-        self._check_fit(len(prompt_ids) + behind)
-        return prompt_ids
+        self._check_fit(len(prompt_ids) + longest)
+        return prompt_ids, ending_ids
 
     def _check_fit(self, length: int) -> None:
         if self.context is not None and length > self.context:

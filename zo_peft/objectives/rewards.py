@@ -4,8 +4,9 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ def generates(reward_funcs: Sequence[Any] | None, objective: str | None) -> bool
     return bool(reward_funcs) or objective in METRICS
 
 
+@dataclass(eq=False)
 class CommonNoise(LogitsProcessor):
     """Makes greedy decoding sample, with the same random numbers for every candidate.
 
@@ -45,30 +47,26 @@ class CommonNoise(LogitsProcessor):
     (the Gumbel-max trick). All candidates have the same noise for an example, so two completions
     differ because the candidates do, and not because a sampler drew differently.
 
-    Args:
+    Attributes:
         seed: the noise depends on it and on the position of the token.
         copies: how many times the whole batch is repeated.
         temperature, top_p: as in transformers' sampling.
         share: the examples that these are of a larger batch (`Batch.share`). None: all of them.
+        position: how many tokens have been drawn.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        copies: int,
-        temperature: float,
-        top_p: float,
-        share: tuple[int, int, int] | None = None,
-    ) -> None:
-        self.seed, self.copies, self.share = seed, copies, share
-        self.temperature, self.position = temperature, 0
-        self.top_p = TopPLogitsWarper(top_p) if top_p < 1 else None
+    seed: int
+    copies: int
+    temperature: float
+    top_p: float
+    share: tuple[int, int, int] | None = None
+    position: int = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The scores [copies * B, V] with the same noise [B, V] on each copy."""
         scores = scores.float() / self.temperature
-        if self.top_p is not None:
-            scores = self.top_p(input_ids, scores)
+        if self.top_p < 1:
+            scores = TopPLogitsWarper(self.top_p)(input_ids, scores)
         seed = derive_seed(self.seed, self.position)
         generator = torch.Generator(scores.device).manual_seed(seed)
         self.position += 1
@@ -79,6 +77,7 @@ class CommonNoise(LogitsProcessor):
         return scores - exponential[first : first + rows].log_().repeat(self.copies, 1)
 
 
+@dataclass(eq=False)
 class RewardObjective:
     """Minus the weighted sum of the rewards of generated completions.
 
@@ -89,14 +88,12 @@ class RewardObjective:
     Batch: `labels` [B] (zeros), `input_ids`, `attention_mask` [B, L] (padded on the left),
     `columns` (a dictionary for each example), and `copies` if the batch is repeated.
 
-    Args:
+    Attributes:
         reward_funcs: functions to maximise.
         tokenizer: the base's tokenizer.
         reward_weights: a weight for each function; default: 1.
         max_completion_length: the most tokens of a completion.
         temperature, top_p: as in transformers' sampling.
-
-    Attributes:
         seed: the sampler's seed, which the trainer sets for each step.
         metric_name: the name of the only function with a weight, or `reward` for the weighted sum.
 
@@ -104,28 +101,26 @@ class RewardObjective:
         UserError: there are more or fewer weights than functions.
     """
 
-    repeatable = True
+    repeatable: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        reward_funcs: Sequence[RewardFunction],
-        tokenizer: PreTrainedTokenizerBase,
-        reward_weights: Sequence[float] | None = None,
-        max_completion_length: int = 64,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-    ) -> None:
-        weights = [1.0] * len(reward_funcs) if reward_weights is None else reward_weights
-        if len(weights) != len(reward_funcs):
+    reward_funcs: Sequence[RewardFunction]
+    tokenizer: PreTrainedTokenizerBase
+    reward_weights: Sequence[float] | None = None
+    max_completion_length: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        count = len(self.reward_funcs)
+        weights = [1.0] * count if self.reward_weights is None else self.reward_weights
+        if len(weights) != count:
             raise UserError(
-                f"reward_weights has {len(weights)} values for {len(reward_funcs)} reward "
-                "functions; give one for each"
+                f"reward_weights has {len(weights)} values for {count} reward functions; give one "
+                "for each"
             )
-        self.reward_funcs, self.weights = reward_funcs, torch.tensor(weights)
-        self.tokenizer, self.max_completion_length = tokenizer, max_completion_length
-        self.temperature, self.top_p = temperature, top_p
-        self.seed = 0
-        self.names = [_name(function) for function in reward_funcs]
+        self.weights = torch.tensor(weights)
+        self.names = [_name(function) for function in self.reward_funcs]
         alone = [name for name, weight in zip(self.names, weights) if weight]
         self.metric_name = alone[0] if len(alone) == 1 else "reward"
 

@@ -27,22 +27,17 @@ def labelled_logits(model: nn.Module, batch: Batch) -> Tensor:
         where = positions + hidden.shape[1] - length
         return (hidden[rows.to(hidden.device), where.to(hidden.device)], *args[1:])
 
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    with head.register_forward_pre_hook(gather):
-        logits = model(**_inputs(model, batch), use_cache=False).logits
-    if logits.dim() == 3:  # a model that applies its head without calling the module
-        logits = logits[rows, positions + logits.shape[1] - length]
-    return logits.float()
-
-
-def _inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """The model's arguments; `zo_peft.data.Collator` describes the forms of a batch."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    names = ("input_ids", "attention_mask", "position_ids")
+    inputs = {name: batch[name] for name in names if name in batch}
     if "segments" in batch:
         dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
         inputs["attention_mask"] = _segment_mask(batch["segments"], dtype)
-        inputs["position_ids"] = batch["position_ids"]
-    return inputs
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    with head.register_forward_pre_hook(gather):
+        logits = model(**inputs, use_cache=False).logits
+    if logits.dim() == 3:  # a model that applies its head without calling the module
+        logits = logits[rows, positions + logits.shape[1] - length]
+    return logits.float()
 
 
 def _segment_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:

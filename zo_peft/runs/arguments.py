@@ -20,23 +20,16 @@ class ModelArguments:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
         default="auto", help="The base's dtype; auto is the one that it was saved in."
     )
-    load_in_8bit: bool = HfArg(
-        default=False, help="Quantize the base with bitsandbytes' LLM.int8()."
-    )
-    load_in_4bit: bool = HfArg(default=False, help="Quantize the base with bitsandbytes' NF4.")
+    load_in_8bit: bool = HfArg(default=False, help="Quantize the base to int8 with bitsandbytes.")
+    load_in_4bit: bool = HfArg(default=False, help="Quantize the base to NF4 with bitsandbytes.")
     device_map: str | None = HfArg(
         default=None, help="As in transformers, for example auto for several devices."
     )
-    trust_remote_code: bool = HfArg(
-        default=False, help="Run the Python code that comes with a model on the Hub."
-    )
+    trust_remote_code: bool = HfArg(default=False, help="Run the Python code of a Hub model.")
     task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = HfArg(
-        default="CAUSAL_LM",
-        help="SEQ_CLS is a sequence-classification head on a decoder or an encoder.",
+        default="CAUSAL_LM", help="SEQ_CLS: a classification head on a decoder or an encoder."
     )
-    adapter_name_or_path: str | None = HfArg(
-        default=None, help="An adapter to evaluate, or to tune further."
-    )
+    adapter_name_or_path: str | None = HfArg(default=None, help="An adapter to evaluate or tune.")
     peft_type: str = HfArg(
         default="LORA", help="PEFT's name: LORA, PREFIX_TUNING, PROMPT_TUNING, IA3, VERA ..."
     )
@@ -78,13 +71,11 @@ class DataArguments:
 
     task: str | None = HfArg(default=None, help=f"A benchmark of the paper: {', '.join(TASKS)}.")
     task_data_dir: str | None = HfArg(
-        default=None,
-        help="Folder with the task's data, as released or as JSON lines. Default: from the Hub.",
+        default=None, help="The task's data, as released or as JSON lines. Default: from the Hub."
     )
     num_train: int = HfArg(default=1000, help="How many of a task's examples to train on.")
     num_dev: int | None = HfArg(
-        default=None,
-        help="How many of a task's examples to validate on. Default: 500, or 100 for cb and copa.",
+        default=None, help="The same, to validate on. Default: 500, or 100 for cb and copa."
     )
     num_eval: int = HfArg(default=1000, help="How many of a task's test examples to evaluate on.")
     shots: int = HfArg(
