@@ -160,7 +160,7 @@ STUDIES = {"knobs": knobs, "robust": robust, "adapters": adapters}
 def main() -> None:
     """Run the studies and print a table of each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("studies", nargs="*", default=[*STUDIES], choices=[*STUDIES])
+    parser.add_argument("studies", nargs="*", default="all", choices=[*STUDIES, "all"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--passes", type=int, default=500, help="the budget of a run")
     parser.add_argument("--rows", nargs="*", default=[], help="only rows with these in their name")
@@ -169,11 +169,12 @@ def main() -> None:
     disable_progress_bars()
     torch.set_num_threads(1)  # more only wait for each other on models this small
     scope = Scope(given.data_dir, given.rows, given.passes, given.seeds)
-    for study in given.studies:
-        rows = STUDIES[study](scope)
-        print_header(*next(rows))
-        for row in rows:
-            print_row(*row)
+    for name, study in STUDIES.items():
+        if name in given.studies or "all" in given.studies:
+            rows = study(scope)
+            print_header(*next(rows))
+            for row in rows:
+                print_row(*row)
 
 
 if __name__ == "__main__":

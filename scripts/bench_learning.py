@@ -224,8 +224,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=methods, choices=methods)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--whole_grid", action="store_true", help="try every pair of the grid")
-    parser.add_argument("--learning_rates", nargs="*", type=float, help="in place of the grid's")
-    parser.add_argument("--eps", nargs="*", type=float, help="in place of the grid's")
+    parser.add_argument("--learning_rates", nargs="*", type=float, help="in place of all grids'")
+    parser.add_argument("--eps", nargs="*", type=float, help="in place of all grids'")
     parser.add_argument("--forward_passes", type=int, help="in place of a workload's budget")
     parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of the budget")
     given = parser.parse_args()
@@ -253,7 +253,7 @@ def main() -> None:
                 ratios.setdefault(method, []).append(passes / budget)
                 rows[-1][3:] = f"{passes:,.0f}", f"{passes / budget:.2f}"
         if "Adam" in given.methods:
-            for rate in ADAM_RATES:
+            for rate in given.learning_rates or ADAM_RATES:
                 bench.run(workload, "Adam", {"learning_rate": rate, "steps": budget // 10}, 0)
     bench.plot(given.workloads, given.seeds)
     print_header("workload", "method", "train loss", "defaults reach it after", "share")

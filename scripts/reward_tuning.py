@@ -197,7 +197,7 @@ class Curve(TrainerCallback):
             self.add()
 
 
-def row(adapter: str, folder: Path, points: int, **settings: Any) -> dict[str, Any]:
+def row(adapter: str, folder: Path, points: int, pairs: int, **settings: Any) -> dict[str, Any]:
     """Train an adapter and measure it as it goes; what is written of it."""
     reward = Counted()
     trainer = make(adapter, folder, reward, **settings)
@@ -212,7 +212,7 @@ def row(adapter: str, folder: Path, points: int, **settings: Any) -> dict[str, A
     eps = [calibration.zo_eps for calibration in trainer.calibrations]
     # Rewards differ most where they are neither all 0 nor all 1: before training.
     fresh = make(adapter, folder, seed=trainer.args.seed, max_steps=1)
-    ratio = variance_ratio(fresh, eps[0])
+    ratio = variance_ratio(fresh, eps[0], pairs)
     return {
         "adapter": adapter,
         "base": ADAPTERS[adapter][0],
@@ -248,6 +248,7 @@ def main() -> None:
     parser.add_argument("--max_forward_passes", type=int, default=1200)
     parser.add_argument("--learning_rate", type=float, help="the default is automatic")
     parser.add_argument("--points", type=int, default=6, help="how many each curve has")
+    parser.add_argument("--pairs", type=int, default=8, help="of candidates, for the variance")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/reward_tuning"))
     given = parser.parse_args()
@@ -263,6 +264,7 @@ def main() -> None:
                 adapter,
                 given.out,
                 given.points,
+                given.pairs,
                 max_forward_passes=given.max_forward_passes,
                 learning_rate=given.learning_rate,
                 seed=given.seed,
