@@ -106,9 +106,7 @@ class InPlaceSpace:
             numbers.write(rows, change, rounding(rows))
 
     def shares(self) -> dict[str, float]:
-        """The shares of all numbers that the last move changed, and that it could not move on
-        because they are at the end of their range.
-        """
+        """The shares of all numbers that the last move changed, and that it stopped at an end."""
         return {
             "moved": sum(int(n.moved) for n in self._by_index) / self.numel,
             "saturated": sum(int(n.saturated) for n in self._by_index) / self.numel,

@@ -146,7 +146,7 @@ Owners = dict[str, tuple[nn.Module, Own]]
 
 
 def find_scales(model: PreTrainedModel, unquantized: bool = False) -> Owners:
-    """The scales of every bitsandbytes layer. Nested ones are dequantized to float32 for good.
+    """The scales of every quantized layer; nested ones become float32.
 
     Args:
         unquantized: also find all float parameters: embeddings, norms, biases, a head.
@@ -155,16 +155,13 @@ def find_scales(model: PreTrainedModel, unquantized: bool = False) -> Owners:
         UserError: the base has no quantized layer.
     """
     owners: Owners = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear8bitLt):
-            _settle(module)
-            scales = Scales(f"{name}.SCB", module.weight, module.state.SCB)
-            owners[name] = module, {"SCB": scales}
-        elif isinstance(module, Linear4bit):
-            state = module.weight.quant_state
-            _unnest(model, state)
-            scales = Scales(f"{name}.weight.absmax", module.weight, state.absmax)
-            owners[name] = module, {"absmax": scales}
+    for name, layer in _quantized(model):
+        if isinstance(layer, Linear8bitLt):
+            own: Own = {"SCB": Scales(f"{name}.SCB", layer.weight, layer.state.SCB)}
+        else:
+            scales = _unnested(model, layer.weight.quant_state)
+            own = {"absmax": Scales(f"{name}.weight.absmax", layer.weight, scales)}
+        owners[name] = layer, own
     if not owners:
         raise UserError(
             "tune='scales' needs a base with quantized layers, and this one has none; load it with "
@@ -174,7 +171,7 @@ def find_scales(model: PreTrainedModel, unquantized: bool = False) -> Owners:
 
 
 def find_weights(model: PreTrainedModel, unquantized: bool = False) -> Owners:
-    """The codes of every int8 layer. Of a base without such layers, all float parameters.
+    """The codes of every int8 layer, or all float parameters of a base without quantized layers.
 
     Args:
         unquantized: find the float parameters beside int8 layers, too.
@@ -183,15 +180,13 @@ def find_weights(model: PreTrainedModel, unquantized: bool = False) -> Owners:
         UserError: the base has NF4 layers.
     """
     owners: Owners = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
+    for name, layer in _quantized(model):
+        if isinstance(layer, Linear4bit):
             raise UserError(
                 "tune='weights' cannot move the codes of 4-bit layers; load the base with "
                 "load_in_8bit or unquantized, or use tune='scales'"
             )
-        if isinstance(module, Linear8bitLt):
-            _settle(module)
-            owners[name] = module, {"weight": Int8Codes(f"{name}.weight", module)}
+        owners[name] = layer, {"weight": Int8Codes(f"{name}.weight", layer)}
     return _with_floats(model, owners) if unquantized or not owners else owners
 
 
@@ -215,10 +210,7 @@ def named(owners: Owners, names: Collection[str]) -> Owners:
 
 
 def _with_floats(model: nn.Module, owners: Owners) -> Owners:
-    """The owners and every float parameter of the model. Modules share the numbers of a tied one.
-
-    A tied parameter has the name under which `named_parameters` lists it.
-    """
+    """The owners and every float parameter of the model. Tied parameters are one `Numbers`."""
     names = {id(p): name for name, p in model.named_parameters() if p.is_floating_point()}
     shared: dict[int, Numbers] = {}
     for module_name, module in model.named_modules():
@@ -230,16 +222,21 @@ def _with_floats(model: nn.Module, owners: Owners) -> Owners:
     return owners
 
 
-def _settle(layer: Linear8bitLt) -> None:
-    """Put codes and scales where the layer's first forward would put them."""
-    if layer.weight.CB is not None:
-        layer.init_8bit_state()
+def _quantized(model: nn.Module) -> Iterator[tuple[str, Linear8bitLt | Linear4bit]]:
+    """The quantized layers with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, Linear8bitLt) and module.weight.CB is not None:
+            # This puts codes and scales where the first forward pass would put them.
+            module.init_8bit_state()
+        if isinstance(module, Linear8bitLt | Linear4bit):
+            yield name, module
 
 
-def _unnest(model: PreTrainedModel, state: QuantState) -> None:
-    """Replace scales that are quantized themselves by their float32 values."""
+def _unnested(model: PreTrainedModel, state: QuantState) -> Tensor:
+    """The scales of NF4 weights. Those that are quantized themselves are dequantized for good."""
     if state.nested:
         absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
         state.absmax, state.offset, state.state2 = absmax.float(), None, None
         state.nested = False
         model.config.quantization_config.bnb_4bit_use_double_quant = False
+    return state.absmax

@@ -60,24 +60,15 @@ def _ia3(layer: Any, lanes: Lanes, name: str, x: Tensor, *args: Any, **kwargs: A
     return scaled(layer.base_layer(x, *args, **kwargs))
 
 
-Factors = tuple[Tensor, Tensor, float]
+#: Gives A [K or 1, r, in], B [K, out, r] and the scaling of a layer's adapter of some name.
+Factors = Callable[[Any, Lanes, str], tuple[Tensor, Tensor, float]]
 
 
 def _low_rank(
-    factors: Callable[[Any, Lanes, str], Factors],
-    layer: Any,
-    lanes: Lanes,
-    name: str,
-    x: Tensor,
-    *args: Any,
-    **kwargs: Any,
+    factors: Factors, layer: Any, lanes: Lanes, name: str, x: Tensor, *args: Any, **kw: Any
 ) -> Tensor:
-    """The output of the base layer plus `scaling * x A^T B^T`.
-
-    Args:
-        factors: gives A [K or 1, r, in], B [K, out, r] and the scaling of an adapter.
-    """
-    result = layer.base_layer(x, *args, **kwargs)
+    """The output of the base layer plus `scaling * x A^T B^T`."""
+    result = layer.base_layer(x, *args, **kw)
     a, b, scaling = factors(layer, lanes, layer.active_adapters[0])
     hidden = lane_product(lanes.split(x, name).flatten(1, -2).to(a.dtype), a)
     b = b.transpose(1, 2).expand(lanes.count, -1, -1)
@@ -89,26 +80,26 @@ def _low_rank(
     return result
 
 
-def _lora_factors(layer: lora.LoraLayer, lanes: Lanes, adapter: str) -> Factors:
+def _lora_factors(layer: Any, lanes: Lanes, adapter: str) -> tuple[Tensor, Tensor, float]:
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     return lanes.of(a), lanes.of(b), layer.scaling[adapter]
 
 
-def _vera_factors(layer: Any, lanes: Lanes, adapter: str) -> Factors:
+def _vera_factors(layer: Any, lanes: Lanes, adapter: str) -> tuple[Tensor, Tensor, float]:
     a = layer.vera_A[adapter][:, : layer.in_features]
     b = layer.vera_B[adapter][: layer.out_features]
     d, scale = lanes.of(layer.vera_lambda_d[adapter]), lanes.of(layer.vera_lambda_b[adapter])
     return a[None], scale[:, :, None] * b * d[:, None], 1.0
 
 
-def _unilora_factors(layer: Any, lanes: Lanes, adapter: str) -> Factors:
+def _unilora_factors(layer: Any, lanes: Lanes, adapter: str) -> tuple[Tensor, Tensor, float]:
     theta = lanes.of(layer.unilora_theta_d[adapter])
     a = theta[:, layer.unilora_indices_A[adapter]] * layer.unilora_scales_A[adapter]
     b = theta[:, layer.unilora_indices_B[adapter]] * layer.unilora_scales_B[adapter]
     return a, b, 1.0
 
 
-def _tinylora_factors(layer: Any, lanes: Lanes, adapter: str) -> Factors:
+def _tinylora_factors(layer: Any, lanes: Lanes, adapter: str) -> tuple[Tensor, Tensor, float]:
     v = lanes.of(layer.tinylora_v[adapter][layer._tinylora_v_key[adapter]])
     r = torch.einsum("ki,ijl->kjl", v, layer.tinylora_P[adapter].to(v))
     return layer.tinylora_A[adapter][None].to(v), layer.tinylora_B[adapter].to(v) @ r, 1.0

@@ -144,16 +144,11 @@ class Trunk:
 def compile_frozen_parts(
     model: nn.Module, tuned: Iterable[nn.Parameter], **options: Any
 ) -> list[nn.Module]:
-    """Compile the parts of each layer that own no tuned parameter, in place.
+    """Compile the parts of each layer that own no tuned parameter, in place, and return them.
 
     Where only attention is tuned these are MLPs and norms. Modules of PyTorch itself and single
-    linear layers are left alone, because there is nothing to fuse.
-
-    Args:
-        options: arguments of `torch.compile`.
-
-    Returns:
-        The compiled parts.
+    linear layers are left alone, because there is nothing to fuse. `options` are arguments of
+    `torch.compile`.
     """
     ids = {id(parameter) for parameter in tuned}
     parts = [
