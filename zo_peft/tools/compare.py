@@ -1,11 +1,12 @@
 """`zo-peft compare`: train with several strategies on the same budget of forward passes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from transformers import TrainerState
+from transformers.hf_argparser import HfArg
 from transformers.trainer import TRAINER_STATE_NAME
 
 from zo_peft.core.strategies import STRATEGIES
@@ -35,16 +36,14 @@ COMPARED = (
 class CompareArguments:
     """What is compared; all further options are those of `zo-peft train`."""
 
-    max_forward_passes: int = field(
-        metadata={"help": "The budget of each; a backward pass counts as two forward passes."}
+    max_forward_passes: int = HfArg(
+        help="The budget of each; a backward pass counts as two forward passes."
     )
-    strategies: list[str] = field(
+    strategies: list[str] = HfArg(
         default_factory=lambda: ["mezo", "greedy", "gv", "adam"],
-        metadata={"help": "Strategies of zo-peft train, adam and sgd with gradients; or presets."},
+        help="Strategies of zo-peft train, adam and sgd with gradients; or presets.",
     )
-    output_dir: str = field(
-        default="zo_peft_compare", metadata={"help": "Folder of the result and of each run."}
-    )
+    output_dir: str = HfArg(default="zo_peft_compare", help="Folder of the result and of each run.")
 
 
 def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """`zo-peft merge`: put an adapter into the weights of its base, so that it loads without PEFT."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.hf_argparser import HfArg
 
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter
@@ -24,13 +25,12 @@ SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]?B", re.IGNORECASE)
 class MergeArguments:
     """Where a merged model goes, and how it is made."""
 
-    output_dir: str = field(metadata={"help": "Folder for the merged model."})
-    max_shard_size: str = field(
-        default="5GB", metadata={"help": "The largest file of weights, as in transformers."}
+    output_dir: str = HfArg(help="Folder for the merged model.")
+    max_shard_size: str = HfArg(
+        default="5GB", help="The largest file of weights, as in transformers."
     )
-    dequantize: bool = field(
-        default=False,
-        metadata={"help": "Merge into what a quantized base stands for, in floating point."},
+    dequantize: bool = HfArg(
+        default=False, help="Merge into what a quantized base stands for, in floating point."
     )
 
 

@@ -16,6 +16,7 @@ from accelerate.utils import convert_file_size_to_int
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftConfig
 from transformers import PreTrainedModel
+from transformers.hf_argparser import HfArg
 
 from zo_peft.core import eps
 from zo_peft.core.batch import Batch
@@ -52,16 +53,13 @@ MOST = 1 << 20
 class PlanArguments:
     """What a plan needs to know beside the options of a run."""
 
-    gpu_memory: str | None = field(
+    gpu_memory: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "A GPU's memory, e.g. 24GB or 24GiB: plan for it, and say what fits. Default: "
-            "plan for this machine."
-        },
+        help="A GPU's memory, e.g. 24GB or 24GiB: plan for it, and say what fits. Default: "
+        "plan for this machine.",
     )
-    completion_length: int = field(
-        default=1,
-        metadata={"help": "Tokens of an example that are scored; 1: label words of one token."},
+    completion_length: int = HfArg(
+        default=1, help="Tokens of an example that are scored; 1: label words of one token."
     )
 
 

@@ -5,7 +5,7 @@ A replay needs neither data nor forward passes.
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 from peft import PeftModel
 from peft.mapping import get_peft_config
 from transformers import PreTrainedModel, set_seed
+from transformers.hf_argparser import HfArg
 
 from zo_peft.core.journal import INITIAL_NAME, read
 from zo_peft.core.noise import GENERATOR
@@ -34,19 +35,17 @@ from zo_peft.train.checkpoint import load_tensors
 class ReplayArguments:
     """Which run is rebuilt, and where to."""
 
-    journal: str = field(metadata={"help": "The run's zo_journal, beside zo_initial.safetensors."})
-    output_dir: str = field(metadata={"help": "Folder for the adapter, the scales or the model."})
-    until_step: int | None = field(
-        default=None, metadata={"help": "Stop after this many steps. Default: all."}
-    )
+    journal: str = HfArg(help="The run's zo_journal, beside zo_initial.safetensors.")
+    output_dir: str = HfArg(help="Folder for the adapter, the scales or the model.")
+    until_step: int | None = HfArg(default=None, help="Stop after this many steps. Default: all.")
 
 
 @dataclass
 class ShowArguments:
     """Which journal is shown."""
 
-    action: Literal["show"] = field(metadata={"help": "show: print the journal."})
-    journal: str = field(metadata={"help": "A run's zo_journal."})
+    action: Literal["show"] = HfArg(help="show: print the journal.")
+    journal: str = HfArg(help="A run's zo_journal.")
 
 
 def replay(model: ModelArguments, given: ReplayArguments) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Template
 from matplotlib.figure import Figure
+from transformers.hf_argparser import HfArg
 
 from zo_peft.errors import UserError
 from zo_peft.tools.charts import draw
@@ -24,10 +25,8 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 class ReportArguments:
     """Which runs are shown, and where the page goes."""
 
-    runs: list[str] = field(metadata={"help": "Output folders of zo-peft train, finished or not."})
-    output_dir: str = field(
-        default="zo_peft_report", metadata={"help": "Folder for the page and the charts."}
-    )
+    runs: list[str] = HfArg(help="Output folders of zo-peft train, finished or not.")
+    output_dir: str = HfArg(default="zo_peft_report", help="Folder for the page and the charts.")
 
 
 def report(given: ReportArguments) -> dict[str, Any]:

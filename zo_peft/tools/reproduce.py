@@ -1,9 +1,11 @@
 """`zo-peft reproduce`: a row of the tables of arXiv:2601.04710, with the published settings."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
+
+from transformers.hf_argparser import HfArg
 
 from zo_peft.data.tasks import TASKS
 from zo_peft.errors import UserError
@@ -71,20 +73,18 @@ METHODS: dict[str, str] = {
 class ReproduceArguments:
     """The row of the table. All other options are those of `zo-peft train`."""
 
-    model_name_or_path: str = field(metadata={"help": "Base model: Hub id or folder."})
-    task: str = field(metadata={"help": f"One of {', '.join(TASKS)}."})
-    preset: Preset = field(
-        default="paper-gv", metadata={"help": "The method: paper-gv, paper-greedy, mezo, ..."}
+    model_name_or_path: str = HfArg(help="Base model: Hub id or folder.")
+    task: str = HfArg(help=f"One of {', '.join(TASKS)}.")
+    preset: Preset = HfArg(default="paper-gv", help="The method: paper-gv, paper-greedy, mezo, ...")
+    peft_type: Literal["LORA", "PREFIX_TUNING"] | None = HfArg(
+        default=None, help="The adapter. Default: none, full weights."
     )
-    peft_type: Literal["LORA", "PREFIX_TUNING"] | None = field(
-        default=None, metadata={"help": "The adapter. Default: none, full weights."}
+    low_rank_noise: Literal["subzero", "lozo"] | None = HfArg(
+        default=None, help="With paper-gv, subzero gives the rows of SubZero-GV."
     )
-    low_rank_noise: Literal["subzero", "lozo"] | None = field(
-        default=None, metadata={"help": "With paper-gv, subzero gives the rows of SubZero-GV."}
-    )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
-    output_dir: str = field(
-        default="zo_peft_reproduce", metadata={"help": "Folder of the table and of each run."}
+    seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="Seeds.")
+    output_dir: str = HfArg(
+        default="zo_peft_reproduce", help="Folder of the table and of each run."
     )
 
     def __post_init__(self) -> None:
