@@ -126,7 +126,7 @@ LONG = json.dumps({"text": "good " * 500, "label": 1})
         ({}, ['{"text": "a", "label": "fine"}'], "label 'fine' is not among the label words"),
         ({}, ['{"text": "a", "label": 2}'], "nor an index from 0 to 1"),
         ({}, [LONG], "context holds 256; shorten it, or set max_length"),
-        ({"strategy": "spsa"}, None, "invalid choice: 'spsa'"),
+        ({"strategy": "spsa"}, None, "strategy='spsa' is not known; use one of mezo, n-spsa"),
         ({"lora_target_modules": "nothing"}, None, "linear layers are: .*q_proj"),
         ({"model_name_or_path": "no/such-model"}, None, "no/such-model"),
         ({"peft_type": "LAURA"}, None, "PEFT has .*LORA"),
@@ -244,15 +244,6 @@ def test_a_short_demo_saves_base_and_adapter(
     metrics = json.loads((tmp_path / "demo" / "adapter" / "zo_metrics.json").read_text())
     assert metrics["strategy"] == strategy
     assert f"{metrics['metric_after']:.4f}" in printed
-
-
-def test_a_config_of_nested_brackets_is_refused_at_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for text in ("a: " + "[" * 3000, "a: " + "[" * 20000):
-        (tmp_path / "c.yaml").write_text(text)
-        assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 2
-        assert "c.yaml" in capsys.readouterr().err
 
 
 REFUSED_LINES = {

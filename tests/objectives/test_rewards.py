@@ -274,15 +274,15 @@ def test_a_run_draws_anew_in_every_step(tmp_path: Path) -> None:
 
 
 def test_drawn_completions_are_a_batch_of_their_whole_likelihood(model: PreTrainedModel) -> None:
-    rewards = objective(temperature=0.0, max_completion_length=70)
+    rewards = objective(temperature=0.0, max_completion_length=100)
     batch = drawn_batch(rewards, model, plain())
     with torch.no_grad():
         losses = SequenceObjective().losses(model, batch)
     ended = 0
     for prompt, loss in zip(PROMPTS, losses):
-        start, ids = TOKENIZER(prompt)["input_ids"], greedy(model, prompt, 70)
-        ended += len(ids) < 70
-        ids = ids + [TOKENIZER.eos_token_id] * (len(ids) < 70)
+        start, ids = TOKENIZER(prompt)["input_ids"], greedy(model, prompt, 100)
+        ended += len(ids) < 100
+        ids = ids + [TOKENIZER.eos_token_id] * (len(ids) < 100)
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([start + ids])).logits[0, len(start) - 1 : -1]
         nll = -torch.log_softmax(logits, dim=1)[torch.arange(len(ids)), ids].sum()

@@ -328,6 +328,7 @@ def test_mezos_slope_is_the_back_propagated_gradient_along_z(
             g.flatten() @ noise_block(seed, name, 0, g.numel()) for name, g in gradient.items()
         )
         found = run_step(mezo(seed, 1e-4), lambda points: evaluator(points, batches))
-        # |g| is the standard deviation of g . z; what is left is float32 rounding over 2 eps.
-        assert abs(found.slope - projected) < 5e-3 * length
+        # |g| is the standard deviation of g . z; what is left is float32 rounding over 2 eps. The
+        # loss of OPT is no smooth function: its activation, a ReLU, has a kink.
+        assert abs(found.slope - projected) < (2e-2 if family == "opt" else 5e-3) * length
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -564,11 +564,11 @@ def test_a_merged_weight_is_the_sum_rounded_once(dtype: torch.dtype, tmp_path: P
     AutoTokenizer.from_pretrained(EMBEDDED / "model").save_pretrained(base)
     _, tensors = lora(tmp_path / "lora", base, r=3, lora_alpha=5)
     out = tmp_path / "merged"
-    assert merge(base, tmp_path / "lora", out, "--max_shard_size", "400KB") == 0
+    assert merge(base, tmp_path / "lora", out, "--max_shard_size", "600KB") == 0
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     shards = {name: load_file(out / name) for name in set(index.values())}
     assert len(shards) > 2
-    assert all((out / name).stat().st_size <= 410_000 for name in shards)
+    assert all((out / name).stat().st_size <= 610_000 for name in shards)
     weights, added = load_file(base / "model.safetensors"), changes(tensors)
     assert weights.keys() == index.keys()
     assert len(added) == 8

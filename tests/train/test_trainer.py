@@ -381,7 +381,7 @@ def test_a_rising_loss_shortens_the_steps(
     trainer = make(tmp_path, max_steps=64, per_device_train_batch_size=2)
     losses = trainer.objective.losses
     trainer.objective.losses = lambda model, batch: (  # type: ignore[method-assign]
-        losses(model, batch) + 0.02 * trainer.state.global_step
+        losses(model, batch) + 0.1 * trainer.state.global_step
     )
     trainer.train()
     assert trainer.tuner.rule.backoff == 0.5

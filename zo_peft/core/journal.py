@@ -216,6 +216,7 @@ class Journal(Follower):
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             self._file.truncate(self._end)
+            self._file.seek(self._end)
             raise UserError(
                 f"{self.path.name} cannot be written: {error.strerror}. All earlier steps are "
                 "safe; make room and go on with --resume_from_checkpoint True"
