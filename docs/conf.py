@@ -4,7 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from zo_peft import ZOConfig, __version__
-from zo_peft.arguments import DataArguments, ModelArguments
+from zo_peft.runs.arguments import DataArguments, ModelArguments
 
 project = "zo_peft"
 version = release = __version__

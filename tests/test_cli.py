@@ -2,14 +2,16 @@
 
 import json
 import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from tiny import command_line
 
-from zo_peft.cli import RUN, main, named
+from zo_peft.cli import COMMANDS, RUN, main, named
 from zo_peft.objectives.scoring import OptionObjective
 from zo_peft.runs.options import parse
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
@@ -32,29 +34,7 @@ METRICS = {
 
 
 def options(tmp_path: Path, **changes: Any) -> list[str]:
-    """A command line for a short run on the embedded model; None removes an option."""
-    chosen = {
-        "model_name_or_path": EMBEDDED / "model",
-        "lora_target_modules": "q_proj v_proj",
-        "train_file": EMBEDDED / "train.jsonl",
-        "eval_file": EMBEDDED / "test.jsonl",
-        "prompt_template": TEMPLATE,
-        "label_words": LABEL_WORDS,
-        "max_forward_passes": 32,
-        "zo_eps": 1e-2,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 100,
-        "output_dir": tmp_path / "out",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **changes,
-    }
-    argv = []
-    for name, value in chosen.items():
-        if value is not None:
-            split = str(value).split() if name == "lora_target_modules" else [str(value)]
-            argv += [f"--{name}", *split]
-    return argv
+    return command_line(tmp_path / "out", **{"max_forward_passes": 32, **changes})
 
 
 def test_train_writes_adapter_card_and_metrics_and_evaluate_agrees(
@@ -322,3 +302,18 @@ def test_a_config_holds_lists_objects_and_defaults(tmp_path: Path) -> None:
     assert args.model_init_kwargs == {"attn_implementation": "eager"}
     assert args.report_to == []
     assert args.reward_weights == [-1.0, 0.5]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_what_it_names(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = COMMANDS[name]
+    assert all(is_dataclass(named(argument)) for argument in command.arguments)
+    functions = [command.job, command.text, *filter(None, [command.json])]
+    assert all(callable(named(function)) for function in functions)
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(f"--{f.name}" in printed for a in command.arguments for f in fields(named(a)))

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
+from hub_client import environment, parquet, written
 from hub_server import Hub
 from markdown_it import MarkdownIt
-from test_hub import environment, parquet, written
 
 from zo_peft.tools.demo import EMBEDDED
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 #: Runs; shown, as output or a formula; and what a block may need that is not here.

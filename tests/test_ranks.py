@@ -1,11 +1,10 @@
 """Several processes: the same run, and next to nothing on the wire."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import socket
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import distributed
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
 from zo_peft.core.flat_space import FlatSpace
@@ -32,16 +31,25 @@ from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 MODEL = str(EMBEDDED / "model")
 CPU = torch.device("cpu")
 
+#: Its processes have what this one has loaded.
+FORK = multiprocessing.get_context("fork")
 
-def on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What a function returns, or raises, on each of so many processes."""
+
+def on_ranks(count: int, function: Callable[..., Any], *args: Any, exit_code: int = 0) -> list[Any]:
+    """What a function returns, or the UserError it raises, on each of so many processes.
+
+    A process that is killed gives nothing. However slow the machine is, all are waited for: where
+    one dies, those that wait for it in a collective operation get an error.
+
+    Args:
+        exit_code: that of every process; `-signal.SIGKILL` for one that is killed.
+    """
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    pipes = []
+    processes, pipes = [], []
     for rank in range(count):
-        receiving, sending = context.Pipe(duplex=False)
+        receiving, sending = FORK.Pipe(duplex=False)
         environment = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -49,19 +57,23 @@ def on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             "LOCAL_WORLD_SIZE": str(count),
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": str(port),
+            # Without it accelerate gives each process its share of all cores, also of those that
+            # other tests are using.
+            "OMP_NUM_THREADS": "1",
         }
-        process = context.Process(target=child, args=(environment, sending, function, args))
+        process = FORK.Process(target=child, args=(environment, sending, function, args))
         process.start()
         sending.close()
-        pipes.append((process, receiving))
+        processes.append(process)
+        pipes.append(receiving)
     results = []
-    for process, receiving in pipes:
-        try:
-            results.append(receiving.recv() if receiving.poll(120) else None)
-        except EOFError:  # It was killed.
-            results.append(None)
-        process.join(20)
-        process.kill()
+    for receiving in pipes:
+        # The pipe of a process that dies ends without a result.
+        with contextlib.suppress(EOFError):
+            results.append(receiving.recv())
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [exit_code] * count
     return results
 
 
@@ -71,10 +83,9 @@ def child(environment: dict[str, str], pipe: Any, function: Callable[..., Any], 
         pipe.send(function(*args))
     except UserError as error:
         pipe.send(error)
-    except BaseException:
-        traceback.print_exc(file=sys.stderr)
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def examples(count: int) -> list[dict[str, Any]]:
@@ -93,7 +104,6 @@ def trainer(folder: Path, rows: int = 200, **settings: Any) -> ZOTrainer:
             "disable_tqdm": True,
             "use_cpu": True,
             "report_to": "none",
-            "rank_check_steps": 1,
             **settings,
         },
     )
@@ -102,7 +112,7 @@ def trainer(folder: Path, rows: int = 200, **settings: Any) -> ZOTrainer:
 
 
 def trained(folder: Path, resume: Any = None, **settings: Any) -> dict[str, Any]:
-    """A run; on several processes all check at every step that they hold the same."""
+    """A run; several processes compare what they hold at its start and its end."""
     run = trainer(folder, **settings)
     run.train(resume_from_checkpoint=resume)
     run.save_model()
@@ -163,23 +173,36 @@ def test_goes_on_after_all_processes_were_killed(parallel: str, tmp_path: Path) 
         "zo_eps": None,
     }
     whole = on_ranks(2, trained_with, tmp_path / "whole", settings)
-    assert on_ranks(2, killed_at, tmp_path / "killed", settings, 8) == [None, None]
+    all_there = FORK.Barrier(2)
+    killed = (tmp_path / "killed", settings, 8, all_there)
+    assert on_ranks(2, killed_at, *killed, exit_code=-signal.SIGKILL) == []
+    # The record of step 8 is written before its update, which was never made.
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[:9]
     resumed = on_ranks(2, trained_with, tmp_path / "killed", settings, True)
     assert same(whole[0]["adapter"], resumed[0]["adapter"])
     assert same(resumed[0]["adapter"], resumed[1]["adapter"])
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
-def killed_at(folder: Path, settings: dict[str, Any], step: int) -> None:
+class BeforeUpdate(TrainerCallback):
+    """Calls a function after a step's losses are known and before its update is made."""
+
+    def __init__(self, step: int, function: Callable[[], None]) -> None:
+        self.step, self.function = step, function
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.function()
+
+
+def killed_at(folder: Path, settings: dict[str, Any], step: int, all_there: Any) -> None:
+    def kill() -> None:
+        # A process that dies while another still waits for its losses would give that one an error.
+        all_there.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+
     run = trainer(folder, **settings)
-    measured = run._measured
-
-    def measure() -> Any:
-        if run.state.global_step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return measured()
-
-    run._measured = measure  # type: ignore[method-assign]
+    run.add_callback(BeforeUpdate(step, kill))
     run.train()
 
 
@@ -191,16 +214,14 @@ def test_a_process_that_differs_is_named(tmp_path: Path) -> None:
 
 
 def disturbed(folder: Path) -> None:
-    run = trainer(folder, max_steps=5, per_device_train_batch_size=2)
-    measured = run._measured
+    # The end of the run is where the processes are compared.
+    run = trainer(folder, max_steps=3, per_device_train_batch_size=2)
 
-    def measure() -> Any:
-        result = measured()
-        if run.state.global_step == 2 and run.args.process_index == 1:
+    def disturb() -> None:
+        if run.args.process_index == 1:
             next(iter(run.space.tensors().values())).view(-1)[3] += 1e-7
-        return result
 
-    run._measured = measure  # type: ignore[method-assign]
+    run.add_callback(BeforeUpdate(2, disturb))
     run.train()
 
 

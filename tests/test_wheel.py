@@ -10,7 +10,7 @@ import pytest
 
 from zo_peft import __version__
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 
 #: The demo, and before it where the package was found.
 DEMO = """\

@@ -1,4 +1,4 @@
-"""The scales of a tuned quantized base as a file of their own, for the same base, known by hash."""
+"""The scales of a tuned quantized base in a file of their own, to set on the same base again."""
 
 from pathlib import Path
 
@@ -9,22 +9,22 @@ from transformers import PreTrainedModel
 from zo_peft.errors import UserError
 from zo_peft.models.identity import base_hash
 from zo_peft.models.in_place_space import InPlaceSpace
-from zo_peft.models.numbers import find_scales
+from zo_peft.models.numbers import find_scales, named
 
 SCALES_NAME = "zo_scales.safetensors"
 
 
 def save_scales(folder: str, space: InPlaceSpace, base: str) -> None:
-    """Write the tuned tensors into `folder`, for the base of that hash."""
+    """Write the tuned tensors into `folder`; `base` is the `base_hash` of the untuned base."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in space.tensors().items()}
     save_file(tensors, Path(folder) / SCALES_NAME, metadata={"format": "pt", "base": base})
 
 
 def load_scales(model: PreTrainedModel, folder: str) -> None:
-    """Set the scales of a base, just loaded, to those that were saved in `folder`.
+    """Set the scales of a base that was just loaded to those that were saved in `folder`.
 
     Raises:
-        UserError: the file cannot be read, or is of another base; nothing is changed then.
+        UserError: the file cannot be read, or belongs to another base; then nothing is changed.
     """
     path = Path(folder) / SCALES_NAME
     try:
@@ -42,11 +42,5 @@ def load_scales(model: PreTrainedModel, folder: str) -> None:
             "tuned on, quantized in the same way"
         )
     unquantized = any(not name.endswith((".SCB", ".absmax")) for name in tensors)
-    owners = find_scales(model, unquantized)
-    kept = {
-        name: (module, {a: n for a, n in own.items() if n.name in tensors})
-        for name, (module, own) in owners.items()
-    }
-    InPlaceSpace({name: owner for name, owner in kept.items() if owner[1]}, "gaussian").load(
-        tensors
-    )
+    owners = named(find_scales(model, unquantized), tensors)
+    InPlaceSpace(owners, "gaussian").load(tensors)

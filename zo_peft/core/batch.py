@@ -16,8 +16,7 @@ Prediction = tuple[Tensor, Tensor, Tensor]
 class Batch(UserDict[str, Any]):
     """The tensors of a batch by name, and the sizes that can be read off them.
 
-    `zo_peft.data.Collator` says which names there are. Code that needs the size of a batch, or the
-    batch several times over, asks here and looks for no names itself.
+    `zo_peft.data.Collator` says which names there are; code that needs sizes asks here.
 
     >>> Batch({"input_ids": torch.ones(2, 5), "labels": torch.ones(2)}).repeated(3).rows
     6

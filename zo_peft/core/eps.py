@@ -8,6 +8,7 @@ from zo_peft.core.batch import Batch
 from zo_peft.core.direction import Direction
 from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.noise import derive_seed
+from zo_peft.core.strategies import EvaluateParts
 
 #: The eps that a run starts with, half a decade apart, and the factors that it tries later.
 LADDER = tuple(10.0 ** (exponent / 2) for exponent in range(-8, 1))
@@ -30,9 +31,6 @@ AGAIN, AGAIN_STEPS = (1 / 8, 1 / 4, 1 / 2), 100
 #: Batches in; out come an evaluator whose losses do not jump, and its batches.
 Smooth = Callable[[Sequence[Batch]], tuple[Evaluator, Sequence[Batch]]]
 
-#: [G][M] displacements in, [G][M] losses out.
-EvaluateParts = Callable[[Sequence[Sequence[Direction]]], Sequence[Sequence[float]]]
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -48,12 +46,10 @@ class EpsChoice:
 
     Args:
         given: eps; None: it is chosen in the first step, and again in a few later ones.
-        smooth: where losses jump, as rewards do: gets batches, and gives an evaluator of drawn
-            completions' likelihood with its batches, by which eps is chosen in their place.
+        smooth: where losses jump, as rewards do: what gives an evaluator of the likelihood of drawn
+            completions, by which eps is chosen in their place.
 
-    Attributes:
-        eps: at present; 0.0 before the first choice.
-        calibrations: the choices so far.
+    `eps` is 0.0 before the first choice; `calibrations` has the choices so far.
     """
 
     def __init__(self, given: float | None = None, smooth: Smooth | None = None) -> None:
@@ -83,9 +79,8 @@ class EpsChoice:
                 # The error grows with eps; so does what a jump says of the slope, over its noise.
                 grown = min(tolerance / error, NEIGHBOURS[-1])
                 eps, error = eps * grown, error * grown
-        tried = f"of {len(ladder)} from {ladder[0]:.0e} to {ladder[-1]:.0e}"
-        near = f"where losses are within {error:.0%} of a line"
-        message = f"zo_eps={eps:.1e}, the largest {tried} {near}"
+        tried = f"the largest of {len(ladder)} from {ladder[0]:.0e} to {ladder[-1]:.0e}"
+        message = f"zo_eps={eps:.1e}, {tried} where losses are within {error:.0%} of a line"
         return Calibration(evaluator.forward_passes, eps, error), message
 
     def adopt(self, calibration: Calibration) -> bool:
@@ -95,15 +90,15 @@ class EpsChoice:
         return before != self.eps
 
 
-def directions(parts: int) -> int:
-    """The number of random directions that each of the parts of a batch tries."""
-    return math.ceil(DIRECTIONS / parts)
-
-
 def steps(total_steps: int) -> set[int]:
     """The steps of a run that begin with a choice of eps."""
     again = {int(share * total_steps) for share in AGAIN} if total_steps >= AGAIN_STEPS else set()
     return {0} | again
+
+
+def directions(parts: int) -> int:
+    """The number of random directions that each of the parts of a batch tries."""
+    return math.ceil(DIRECTIONS / parts)
 
 
 def points(parts: int, ladder: Sequence[float] = LADDER) -> int:
@@ -121,24 +116,17 @@ def errors(
 ) -> list[float]:
     """How far the loss is from a line along random noise, for each eps of the ladder.
 
-    `|l(+) + l(-) - 2 l(0)| / |l(+) - l(-)|`, both root mean square over parts and directions. It is
-    0 for a line, and infinite where no displacement makes a difference or a loss is not finite.
-    `points(parts, ladder)` forward passes.
-
-    Args:
-        seeds: of the noise: [G][directions].
+    `|l(+) + l(-) - 2 l(0)| / |l(+) - l(-)|`, both root mean square over parts and directions, of
+    which there is a seed each. Infinite where no loss differs, or one is not finite.
     """
     signed = [sign * eps for eps in ladder for sign in (1.0, -1.0)]
-    tried = [
-        [Direction()] + [scale * Direction.of(seed) for seed in own for scale in signed]
-        for own in seeds
-    ]
+    noise = [[Direction.of(seed) for seed in own] for own in seeds]
+    tried = [[Direction()] + [scale * z for z in own for scale in signed] for own in noise]
     even, odd = [0.0] * len(ladder), [0.0] * len(ladder)
     for start, *losses in evaluate(tried):
         for index, (plus, minus) in enumerate(zip(losses[::2], losses[1::2])):
-            rung = index % len(ladder)
-            even[rung] += (plus + minus - 2 * start) ** 2
-            odd[rung] += (plus - minus) ** 2
+            even[index % len(ladder)] += (plus + minus - 2 * start) ** 2
+            odd[index % len(ladder)] += (plus - minus) ** 2
     ratios = (math.sqrt(e / o) if o else math.inf for e, o in zip(even, odd))
     return [ratio if math.isfinite(ratio) else math.inf for ratio in ratios]
 
@@ -148,9 +136,8 @@ def choose(
 ) -> tuple[float, float]:
     """The largest eps whose error is tolerable, and its error.
 
-    An error is tolerable up to `tolerance`, or up to `ABOVE_LEAST` times the least error where none
-    is that small. From an error of 1 on there is no slope to see (accuracies, which jump, are such
-    losses): there only the least error is tolerable.
+    Where no error is within `tolerance`, up to `ABOVE_LEAST` times the least one is tolerable. From
+    an error of 1 on there is no slope to see, as with accuracies: there only the least one is.
     """
     least = min(found)
     limit = max(tolerance, least, min(ABOVE_LEAST * least, 1.0))

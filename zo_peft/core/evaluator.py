@@ -19,13 +19,10 @@ from zo_peft.core.space import Space
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The losses of M displacements for each of G parts of a batch.
+    """The losses [G][M] of M displacements for each of G parts of a batch: means over examples.
 
-    Attributes:
-        losses: mean over a part's examples, [G][M].
-        spread: standard deviation of a part's losses over the displacements, root mean square over
-            the parts (whose losses are finite); 0 for one displacement.
-        example_spread: the same of one example's losses.
+    `spread` is their standard deviation over displacements, root mean square over parts;
+    `example_spread` is that of one example's losses. Both are 0 for one displacement.
     """
 
     losses: list[list[float]]
@@ -75,8 +72,7 @@ class Evaluator:
     def parts(self, batches: Sequence[Batch]) -> int:
         """The number of equal parts of the batches that can have displacements of their own.
 
-        That is the number of examples, where rows are examples, the tuned modules work lane by lane
-        and micro-batches are of one size; else 1.
+        Each example is one where lanes, rows and the sizes of micro-batches allow it; else all are.
         """
         sizes = {batch.examples for batch in batches}
         fit = self._in_lanes and len(sizes) == 1 and all(map(self._told_apart, batches))
@@ -101,9 +97,6 @@ class Evaluator:
 
         Args:
             points: [G][M]; G is 1 or what `parts` says.
-
-        Raises:
-            torch.OutOfMemoryError: one displacement alone does not fit.
         """
         by_candidate = list(zip(*points))
         parts, count = len(points), len(by_candidate)
@@ -115,9 +108,8 @@ class Evaluator:
         if count == 1:
             return Evaluation(means.T.tolist(), 0.0, 0.0)
         spreads = [values.var(dim=0).mean().sqrt() for values in (means, losses)]
-        *flat, spread, example_spread = torch.cat(
-            [means.T.flatten(), torch.stack(spreads)]
-        ).tolist()
+        read = torch.cat([means.T.flatten(), torch.stack(spreads)])
+        *flat, spread, example_spread = read.tolist()
         if not math.isfinite(spread + example_spread):
             spread, example_spread = (_finite_spread(values) for values in (means, losses))
         by_part = [flat[start : start + count] for start in range(0, count * parts, count)]
@@ -129,7 +121,8 @@ class Evaluator:
         done = 0
         with self.host.reused(partial(self.objective.losses, self.model, batch)):
             while done < len(points):
-                wave = points[done : done + self._wave_size(points, batch)]
+                limit = self.candidates_per_forward or self.host.fit(batch, len(points[0]))
+                wave = points[done : done + wave_size(len(points), limit)]
                 try:
                     losses.append(self._wave_losses(wave, batch))
                     done += len(wave)
@@ -166,24 +159,16 @@ class Evaluator:
             losses.append(whole.view(len(candidate), -1)[part])
         return torch.cat(losses)
 
-    def _wave_size(self, points: Sequence[Sequence[Direction]], batch: Batch) -> int:
-        limit = self.candidates_per_forward or self.host.fit(batch, len(points[0]))
-        return wave_size(len(points), limit)
-
     def _one_by_one(self, reason: NotInLanes) -> None:
         self.candidates_per_forward, self._in_lanes = 1, False
-        _warn(f"candidates are evaluated one by one: {reason} cannot work on several at once")
+        message = f"candidates are evaluated one by one: {reason} cannot work on several at once"
+        warnings.warn(message, UserWarning, stacklevel=2)
 
     def _halve(self, size: int) -> None:
         self.candidates_per_forward = size // 2
-        _warn(
-            f"{size} candidates do not fit into the GPU's memory at once; going on with "
-            f"candidates_per_forward={size // 2}"
-        )
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=3)
+        message = f"{size} candidates do not fit into the GPU's memory at once; going on with "
+        message += f"candidates_per_forward={size // 2}"
+        warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def wave_size(count: int, limit: int) -> int:

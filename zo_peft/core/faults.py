@@ -11,23 +11,16 @@ from zo_peft.core.strategies import Estimate
 #: So many skipped updates in a row end a run.
 IN_A_ROW = 10
 
-#: An update is skipped if its slope is more than so many times the median of the last slopes, which
-#: late in training are a thousand times apart (docs/efficiency.md).
-MAX_SLOPE = 1e6
-
-#: That median is over the last so many slopes, once there are at least so many.
-SLOPES, FEWEST_SLOPES = 101, 20
+#: An update is skipped if its slope is more than so many times the median of the last `SLOPES`,
+#: once there are at least so many. Late in training they are a thousand times apart.
+MAX_SLOPE, SLOPES, FEWEST_SLOPES = 1e6, 101, 20
 
 
 @dataclass
 class Faults:
-    """The faults of a run so far.
+    """How many losses were not finite, and how many updates were skipped, in all and in a row.
 
-    Attributes:
-        non_finite: how many losses were NaN or infinite, and dropped.
-        skipped: how many updates were skipped.
-        in_a_row: how many were skipped since the last update that was made.
-        slopes: sizes of the last slopes that were followed, except those of zero.
+    `slopes` are the sizes of the last slopes that were followed, except those of zero.
     """
 
     non_finite: int = 0
@@ -36,10 +29,8 @@ class Faults:
     slopes: list[float] = field(default_factory=list)
 
     def found(self, estimate: Estimate, losses: Sequence[float]) -> dict[str, Any]:
-        """What is wrong with an estimate from these losses, as its record in the journal says it.
-
-        `non_finite` is the number of losses that are not finite; `skipped` is the reason why the
-        estimate is not followed.
+        """What is wrong with an estimate, as its record says it: how many losses are `non_finite`,
+        and why the estimate is `skipped`.
         """
         bad = sum(not math.isfinite(loss) for loss in losses)
         wrong: dict[str, Any] = {"non_finite": bad} if bad else {}

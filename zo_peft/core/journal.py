@@ -12,7 +12,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from io import FileIO
 from itertools import count
 from pathlib import Path
@@ -28,19 +28,6 @@ MAGIC = b"zo_peft journal 1\n"
 
 _FRAME = struct.Struct("<III")
 _NUMBERS = struct.Struct("<Q7dQQQQII")
-#: The numbers that come first, in their order.
-_FIELDS = (
-    "step",
-    "learning_rate",
-    "backoff",
-    "slope",
-    "spread",
-    "sensitivity",
-    "loss",
-    "eps",
-    "forward_passes",
-    "examples_forwarded",
-)
 _NO_SEED = 2**64 - 1
 
 #: Bytes of the longest frame that is read: a header, or a record of about a million seeds.
@@ -113,20 +100,24 @@ class Record:
         if len(content) != _NUMBERS.size + 16 * count + length:
             raise ValueError("its length is not what it says")
         terms = struct.unpack_from(f"<{count}Q{count}d", content, _NUMBERS.size)
-        fields = dict(zip(_FIELDS, numbers))
-        wanted = (value for name, value in fields.items() if name != "loss")
-        if math.isnan(fields["loss"]) or not all(map(math.isfinite, (*wanted, *terms[count:]))):
+        first = dict(zip(_FIELDS, numbers))
+        wanted = (value for name, value in first.items() if name != "loss")
+        if math.isnan(first["loss"]) or not all(map(math.isfinite, (*wanted, *terms[count:]))):
             raise ValueError("a number in it is not finite")
         chosen = json.loads(content[len(content) - length :]) if length else {}
         if not isinstance(chosen, dict):
             raise ValueError("what was chosen is no JSON object")
         return cls(
-            **fields,
+            **first,
             direction=Direction(tuple(zip(terms[:count], terms[count:]))),
             elite=None if elite == _NO_SEED else elite,
             basis_seed=basis_seed,
             chosen=chosen,
         )
+
+
+#: The numbers that come first in a packed record, in their order.
+_FIELDS = tuple(f.name for f in fields(Record))[:10]
 
 
 class Follower:

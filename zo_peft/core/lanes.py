@@ -89,17 +89,29 @@ def replaced(methods: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
                 setattr(module, method, own)
 
 
+def plain_replacement(module: nn.Module, name: str) -> Replacement:
+    """The replacement of a linear layer or an embedding of plain PyTorch.
+
+    Raises:
+        NotInLanes: the module is neither.
+    """
+    known: dict[type, Callable[..., Tensor]] = {nn.Linear: _linear, nn.Embedding: _embedding}
+    replacement = known.get(type(module))
+    if replacement is None:
+        raise NotInLanes(f"{name} (a {type(module).__name__} of {type(module).__module__})")
+    return module, "forward", replacement
+
+
 def find_replacements(
     model: nn.Module,
     tuned: Mapping[str, nn.Parameter],
-    replacement_of: Callable[[nn.Module, str], Replacement] | None = None,
+    replacement_of: Callable[[nn.Module, str], Replacement] = plain_replacement,
     layers: tuple[type, ...] = (),
 ) -> dict[str, Replacement]:
     """How each module that owns tuned parameters works lane by lane, by the module's name.
 
     Args:
-        replacement_of: gives the replacement of a module and its name, or raises `NotInLanes`;
-            default: linear layers and embeddings of plain PyTorch.
+        replacement_of: gives the replacement of a module and its name, or raises `NotInLanes`.
         layers: kinds of modules that own all parameters inside of them.
 
     Raises:
@@ -113,25 +125,12 @@ def find_replacements(
         own = names.keys() & {id(parameter) for parameter in module.parameters(recurse=inner)}
         inside = any(name.startswith(f"{layer}.") for layer in found)
         if own and not inside and not isinstance(module, nn.ParameterDict):
-            found[name] = (replacement_of or plain_replacement)(module, name)
+            found[name] = replacement_of(module, name)
             covered |= own
     for parameter, name in names.items():
         if parameter not in covered:
             raise NotInLanes(name)
     return found
-
-
-def plain_replacement(module: nn.Module, name: str) -> Replacement:
-    """The replacement of a linear layer or an embedding of plain PyTorch.
-
-    Raises:
-        NotInLanes: the module is neither.
-    """
-    known: dict[type, Callable[..., Tensor]] = {nn.Linear: _linear, nn.Embedding: _embedding}
-    replacement = known.get(type(module))
-    if replacement is None:
-        raise NotInLanes(f"{name} (a {type(module).__name__} of {type(module).__module__})")
-    return module, "forward", replacement
 
 
 def lane_product(x: Tensor, weights: Tensor) -> Tensor:

@@ -32,31 +32,16 @@ class LowRank:
     """Noise of that rank, less where a matrix is smaller.
 
     Attributes:
-        basis_seed: of the factors that seeds share; set it anew to draw them anew.
+        basis_seed: of the factors that seeds share.
+        basis_steps: steps after which a run draws them anew, from another seed.
     """
 
     def __init__(
         self, rank: int, structure: Structure = "eggroll", distribution: Distribution = "gaussian"
     ) -> None:
         self.rank, self.structure, self.distribution = rank, structure, distribution
-        self._basis_seed = 0
-        self._orthonormal: dict[str, Tensor] = {}
-
-    @property
-    def basis_seed(self) -> int:
-        """Of the factors that all seeds share."""
-        return self._basis_seed
-
-    @basis_seed.setter
-    def basis_seed(self, seed: int) -> None:
-        if seed != self._basis_seed:
-            self._basis_seed = seed
-            self._orthonormal.clear()
-
-    @property
-    def basis_steps(self) -> int:
-        """Steps after which the basis is drawn anew."""
-        return BASIS_STEPS[self.structure]
+        self.basis_seed, self.basis_steps = 0, BASIS_STEPS[structure]
+        self._orthonormal: dict[str, tuple[int, Tensor]] = {}
 
     def factors(
         self, directions: Sequence[Direction], name: str, shape: torch.Size, device: torch.device
@@ -72,7 +57,7 @@ class LowRank:
         if self.structure == "lozo":
             left = summed(directions, f"{name}, left", 0, rows * rank, self.distribution, device)
             right = noise_blocks(
-                [self._basis_seed], f"{name}, right", 0, columns * rank, self.distribution, device
+                [self.basis_seed], f"{name}, right", 0, columns * rank, self.distribution, device
             )
             return left.view(-1, rows, rank) / math.sqrt(rank), right.view(1, columns, rank)
         core = summed(directions, name, 0, rank * rank, self.distribution, device).view(
@@ -116,10 +101,12 @@ class LowRank:
         return _side_by_side(lefts), _side_by_side(rights)
 
     def _basis(self, name: str, rows: int, rank: int, device: torch.device) -> Tensor:
-        if name not in self._orthonormal:
-            noise = noise_blocks([self._basis_seed], name, 0, rows * rank, "gaussian", device)
-            self._orthonormal[name] = torch.linalg.qr(noise.view(rows, rank)).Q
-        return self._orthonormal[name]
+        seed, basis = self._orthonormal.get(name, (None, torch.empty(0)))
+        if seed != self.basis_seed:
+            noise = noise_blocks([self.basis_seed], name, 0, rows * rank, "gaussian", device)
+            basis = torch.linalg.qr(noise.view(rows, rank)).Q
+            self._orthonormal[name] = self.basis_seed, basis
+        return basis
 
 
 #: What the numbers of a seed are: independent ones of a distribution, or low-rank noise.

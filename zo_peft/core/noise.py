@@ -41,7 +41,7 @@ def derive_seed(*parts: int) -> int:
     return int.from_bytes(digest.digest()[:8], "little") >> 1
 
 
-def _name_words(name: str) -> tuple[int, int]:
+def name_words(name: str) -> tuple[int, int]:
     """The two 32-bit counter words that stand for a parameter's name."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
@@ -119,7 +119,7 @@ def noise_blocks(
     per_counter = NUMBERS_PER_COUNTER[distribution]
     first = start // per_counter
     blocks = torch.arange(first, -(-stop // per_counter), device=device)
-    low, high = (torch.full_like(blocks, word) for word in _name_words(name))
+    low, high = (torch.full_like(blocks, word) for word in name_words(name))
     numbers = _numbers(blocks, low, high, seeds, distribution)
     return numbers[:, start - first * per_counter : stop - first * per_counter]
 
@@ -160,7 +160,7 @@ class SignSums:
         ahead = max(stop, min(start + self.AHEAD, self.numel))
         first, last = start // per_counter, -(-ahead // per_counter)
         blocks = torch.arange(first, last, device=self.device)
-        low, high = (torch.full_like(blocks, word) for word in _name_words(self.name))
+        low, high = (torch.full_like(blocks, word) for word in name_words(self.name))
         self._octets = _octets(philox((blocks & _MASK, blocks >> 32, low, high), self.seeds))
         self._first, self._stop = first * per_counter, last * per_counter
 
@@ -177,39 +177,10 @@ def noise_rows(
     first = start // per_counter
     span = torch.arange(-(-width // per_counter) + 1, device=rows.device)
     blocks = (first[:, None] + span).flatten()
-    low, high = (torch.full_like(blocks, word) for word in _name_words(name))
+    low, high = (torch.full_like(blocks, word) for word in name_words(name))
     numbers = _numbers(blocks, low, high, [seed], distribution)[0].view(len(rows), -1)
     columns = torch.arange(width, device=rows.device)
     return numbers.gather(1, (start - first * per_counter)[:, None] + columns)
-
-
-def row_words(seed: int, name: str, rows: Tensor) -> Tensor:
-    """What `uniform_rows` starts some rows (int64 [R]) of `name` with: int32 [R].
-
-    Philox words of another stream than the noise's.
-    """
-    low, high = (torch.full_like(rows, word) for word in _name_words(f"{name}, rounding"))
-    return philox((rows & _MASK, rows >> 32, low, high), [seed])[0][0].int()
-
-
-def uniform_rows(words: Tensor, width: int) -> Tensor:
-    """Uniform numbers in [0, 1), multiples of 2^-24, a row for each word: float32 [R, width].
-
-    For rounding, where speed counts: pairs of a row are the halves of a Weyl sequence through the
-    finalizer lowbias32 (Wellons), which has next to no bias; their last 8 bits are the row's own.
-    """
-    # int32 arithmetic wraps; shifts are arithmetic, so what they bring in on the left is masked.
-    pairs = -(-width // 2)
-    weyl = torch.arange(pairs, dtype=torch.int32, device=words.device).mul_(-1640531527)
-    x = words[:, None] + weyl
-    shifted = torch.empty_like(x)
-    for shift, factor in ((16, 0x7FEB352D), (15, -2073254261), (16, 1)):
-        torch.bitwise_right_shift(x, shift, out=shifted)
-        x.bitwise_xor_(shifted.bitwise_and_((1 << (32 - shift)) - 1))
-        if factor != 1:
-            x.mul_(factor)
-    ends = (words >> 24).bitwise_and_(0xFF).float().mul_(2.0**-8).add_(2.0**15)
-    return x.view(torch.int16)[:, :width].float().add_(ends[:, None]).mul_(2.0**-16)
 
 
 class Layout:
@@ -229,7 +200,7 @@ class Layout:
         for name, shape in shapes.items():
             self.slices[name] = slice(self.numel, self.numel + shape.numel())
             runs.append(-(-shape.numel() // ALIGNMENT))
-            words.append((self.numel, *_name_words(name)))
+            words.append((self.numel, *name_words(name)))
             self.numel += runs[-1] * ALIGNMENT
         per_run = torch.tensor(words).reshape(-1, 3).repeat_interleave(torch.tensor(runs), dim=0)
         self._start, self._low, self._high = per_run.to(device).unbind(1)

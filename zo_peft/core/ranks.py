@@ -47,10 +47,7 @@ class OneRank:
         Args:
             points: [M][G] for the whole batch; G is 1 or the number of its examples.
             batch: this rank's share of it, where it has one.
-            evaluate: losses [m, n] of m points on the n examples of a batch.
-
-        Raises:
-            UserError: the objective gave more or fewer losses.
+            evaluate: gives the losses [m, n] of m points on the n examples of a batch.
         """
         return evaluate(points, batch)
 
@@ -63,11 +60,7 @@ class OneRank:
         return number
 
     def check(self, what: str, *content: Tensor | Any) -> None:
-        """Stop all ranks where one holds other tensors, or other JSON, than most of them.
-
-        Raises:
-            UserError: it names the ranks that differ.
-        """
+        """Stop all ranks, with a UserError, where one holds other tensors or JSON than most."""
 
 
 class Ranks(OneRank):

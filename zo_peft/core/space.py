@@ -19,15 +19,12 @@ class Space(Protocol):
     also when it raises. Only `move`, `shift` and `load` change `theta`. `FlatSpace` keeps numbers
     in a buffer of their own; `InPlaceSpace` (in `zo_peft.models`) tunes a base where it lies.
 
-    Attributes:
-        noise: what a seed stands for.
-        parameters: the tuned parameters of the model, by name.
-        numel: how many numbers are tuned.
+    `noise` is what a seed stands for, `numel` how many numbers are tuned.
     """
 
     noise: Noise
-    parameters: dict[str, nn.Parameter]
     numel: int
+    parameters: dict[str, nn.Parameter]
 
     @property
     def buffers(self) -> list[Tensor]:

@@ -29,8 +29,7 @@ class Estimate:
         losses: every loss of the step, in the order it was asked for.
         elite: seed of the candidate with the lowest loss; None where nothing is selected.
         spread: standard deviation of the candidates' batch losses, over eps.
-        sensitivity: the same of the loss of one example (root mean square over the batch): how far
-            a displacement of root mean square 1 would move it.
+        sensitivity: the same of one example's losses, root mean square over the batch.
     """
 
     direction: Direction
@@ -59,8 +58,9 @@ def _finite(values: Sequence[float]) -> list[int]:
 
 #: A strategy under way: it asks for losses of displacements until it returns its estimate.
 Asking = Generator[list[Direction], Sequence[float], Estimate]
+#: One list of displacements in, their losses out; and the same for each part of a batch.
 Evaluate = Callable[[Sequence[Direction]], Sequence[float]]
-EvaluateGroups = Callable[[Sequence[Sequence[Direction]]], Sequence[Sequence[float]]]
+EvaluateParts = Callable[[Sequence[Sequence[Direction]]], Sequence[Sequence[float]]]
 
 
 def run_step(step: Asking, evaluate: Evaluate) -> Estimate:
@@ -68,7 +68,7 @@ def run_step(step: Asking, evaluate: Evaluate) -> Estimate:
     return run_steps([step], lambda points: [evaluate(points[0])])[0]
 
 
-def run_steps(steps: Sequence[Asking], evaluate: EvaluateGroups) -> list[Estimate]:
+def run_steps(steps: Sequence[Asking], evaluate: EvaluateParts) -> list[Estimate]:
     """The same for several parts of a batch at once, each with points and losses of its own."""
     points = [next(step) for step in steps]
     while True:
@@ -110,25 +110,23 @@ def mezo(seed: int, eps: float) -> Asking:
 def n_spsa(seeds: Sequence[int], eps: float) -> Asking:
     """The mean of q central differences (arXiv:2601.04710, eq. 1). 2q passes.
 
-    `slope * direction` equals `mean_i(g_i z_i)`; the slope itself is the root mean square of the
-    g_i, so that it can be read beside MeZO's. A g_i that is not finite is dropped.
+    `slope * direction` equals `mean_i(g_i z_i)`, with the root mean square of the g_i as the slope.
+    A g_i that is not finite is dropped.
     """
     points = [sign * eps * Direction.of(seed) for seed in seeds for sign in (1.0, -1.0)]
     losses = yield points
     all_slopes = [(plus - minus) / (2 * eps) for plus, minus in zip(losses[::2], losses[1::2])]
-    kept = _finite(all_slopes)
-    slopes, q = [all_slopes[index] for index in kept], len(kept)
-    slope = math.sqrt(sum(g * g for g in slopes) / q) if q else math.nan
-    weights = [g / (q * slope) if slope else 0.0 for g in slopes]
-    v = Direction.combine([seeds[index] for index in kept], weights)
-    return Estimate(v, slope, tuple(losses))
+    kept = [(seed, g) for seed, g in zip(seeds, all_slopes) if math.isfinite(g)]
+    slope = math.sqrt(sum(g * g for _, g in kept) / len(kept)) if kept else math.nan
+    weighted = ((seed, g / (len(kept) * slope) if slope else 0.0) for seed, g in kept)
+    return Estimate(Direction(tuple(weighted)), slope, tuple(losses))
 
 
 def greedy(seeds: Sequence[int], eps: float, probe: Probe) -> Asking:
     """MeZO-Greedy: the candidate with the lowest loss (arXiv:2601.04710, Alg. 3, 4; eq. 7, 8).
 
     M + 2 passes as published (`probe="central"`). `probe="reuse"` takes `L(theta + eps z*)` from
-    the selection, where it is already known: M + 1 passes, the same numbers.
+    the selection: M + 1 passes, the same numbers.
     """
     losses = yield [eps * Direction.of(seed) for seed in seeds]
     best = min(_finite(losses) or range(len(seeds)), key=losses.__getitem__)
@@ -200,19 +198,15 @@ class Options:
 class Strategy:
     """A strategy, as the trainer, the planner and the command line know it.
 
-    Attributes:
-        start: begins a step, from a seed for each candidate, eps and the options.
-        selects: it compares candidates, so it needs at least two of them.
+    `start` begins a step, from a seed for each candidate, eps and the options. A strategy that
+    `selects` compares candidates, so it needs at least two of them.
     """
 
     start: Callable[[Sequence[int], float, Options], Asking]
     selects: bool = False
 
     def asks(self, options: Options) -> list[int]:
-        """How many losses a step asks for, each time; their sum is a step's forward passes.
-
-        A step is driven with made-up losses and counted.
-        """
+        """How many losses a step asks for, each time; found by driving one with made-up losses."""
         counts: list[int] = []
 
         def evaluate(points: Sequence[Direction]) -> Sequence[float]:

@@ -6,8 +6,8 @@
     record     the step is written to the journal, as seeds and numbers             journal
     move       theta follows the estimate                                           updates, space
 
-A few steps begin with a choice of eps (`eps`). A step that the journal already holds is taken from
-there without a forward pass, and goes through the same code from `judge` on.
+A few steps begin with a choice of eps (`eps`). A step that the journal already holds needs no
+forward pass, and goes through the same code from `judge` on.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from zo_peft.core.backoff import Backoff
 from zo_peft.core.batch import Batch
 from zo_peft.core.direction import Direction
 from zo_peft.core.eps import Calibration, EpsChoice
@@ -26,7 +27,7 @@ from zo_peft.core.low_rank import LowRank
 from zo_peft.core.noise import derive_seed
 from zo_peft.core.ranks import CHECK_STEPS
 from zo_peft.core.strategies import STRATEGIES, Estimate, Options, combine, run_steps
-from zo_peft.core.updates import Backoff, UpdateRule
+from zo_peft.core.updates import UpdateRule
 from zo_peft.errors import NonFiniteLossError, UserError
 
 
@@ -46,9 +47,7 @@ class Tuner:
     Attributes:
         journal: where records go to, and past steps come from.
         total_steps: of the run; it decides when eps is chosen again.
-        eps, faults, backoff: what the run has chosen and met so far.
-        estimate: of the last step; None before the first.
-        elite: the last step's best candidate, as a seed.
+        estimate, elite: of the last step, and the seed of its best candidate; None before it.
     """
 
     def __init__(
@@ -97,10 +96,8 @@ class Tuner:
             )
         move(self.rule, record)
         if self.faults.in_a_row >= IN_A_ROW:
-            raise NonFiniteLossError(
-                f"{IN_A_ROW} updates in a row were skipped, the last one at step {number} with "
-                f"zo_eps={record.eps:g}: {record.skipped}"
-            )
+            last = f"the last one at step {number} with zo_eps={record.eps:g}: {record.skipped}"
+            raise NonFiniteLossError(f"{IN_A_ROW} updates in a row were skipped, {last}")
         return estimate
 
     def _measure(self, batches: Sequence[Batch], number: int) -> tuple[Estimate, dict[str, Any]]:
@@ -177,11 +174,7 @@ class Tuner:
         )
 
     def compare_ranks(self, number: int) -> None:
-        """Stop all processes where one holds other numbers than most.
-
-        Raises:
-            UserError: it names the processes that differ.
-        """
+        """Stop all processes, with a UserError, where one holds other numbers than most."""
         self._compared = True
         self.evaluator.ranks.check(f"at step {number}, what is tuned", *self.trained().values())
 

@@ -17,7 +17,7 @@ from zo_peft.core.strategies import Estimate
 
 
 class UpdateRule(torch.optim.Optimizer):
-    """What all rules share: weight decay, the automatic step size, and state that is saved.
+    """What all rules share: weight decay and the automatic step size.
 
     Args:
         learning_rate: as the rule defines it. With `automatic` it is in nats: how far a step in a
@@ -28,6 +28,7 @@ class UpdateRule(torch.optim.Optimizer):
 
     Attributes:
         buffers: what the rule remembers, by name: float32, one like each of the space's buffers.
+        steps: taken so far.
         sensitivity: averaged, in nats per unit of root-mean-square displacement; 0 before a step.
         backoff: the factor on every step (see `Backoff`).
         step_size: the length of the last step, schedule and automatic choice included.
@@ -60,44 +61,20 @@ class UpdateRule(torch.optim.Optimizer):
         if self.estimate is None:
             return
         self.steps += 1
-        if self.automatic:
-            self._track(self.estimate.sensitivity)
         rate = self.param_groups[0]["lr"] * self.backoff
-        if self.automatic and self.sensitivity:
-            rate /= self.sensitivity
+        if self.automatic:
+            kept = min(self.momentum, 1.0 - 1.0 / self.steps)
+            square = kept * self.sensitivity**2 + (1.0 - kept) * self.estimate.sensitivity**2
+            self.sensitivity = math.sqrt(square)
+            rate /= self.sensitivity or 1.0
         self.step_size = rate
         keep = 1.0 - rate * self.param_groups[0]["weight_decay"]
         shrink = dict.fromkeys(self.decayed, keep) if keep != 1.0 else {}
         self._move(rate, self.estimate, shrink)
         self.estimate = None
 
-    def _track(self, sensitivity: float) -> None:
-        keep = min(self.momentum, 1.0 - 1.0 / self.steps)
-        square = keep * self.sensitivity**2 + (1.0 - keep) * sensitivity**2
-        self.sensitivity = math.sqrt(square)
-
     def _move(self, rate: float, estimate: Estimate, shrink: Mapping[str, float]) -> None:
         raise NotImplementedError
-
-    def scalars(self) -> dict[str, float]:
-        """The numbers to save beside the tensors."""
-        return {"steps": self.steps, "sensitivity": self.sensitivity, "backoff": self.backoff}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is remembered, by buffer and parameter name; no copies."""
-        return {
-            f"{buffer}.{name}": tensor
-            for buffer, flats in self.buffers.items()
-            for index, flat in enumerate(flats)
-            for name, tensor in self.space.views(index, flat).items()
-        }
-
-    def load(self, scalars: Mapping[str, float], tensors: Mapping[str, Tensor]) -> None:
-        """Take up what `scalars` and `tensors` gave."""
-        self.steps = int(scalars["steps"])
-        self.sensitivity, self.backoff = scalars["sensitivity"], scalars["backoff"]
-        for name, tensor in self.tensors().items():
-            tensor.copy_(tensors[name])
 
 
 class SGD(UpdateRule):
@@ -196,33 +173,3 @@ RULES: dict[str, type[UpdateRule]] = {
 #: The rules whose step has a root mean square of about 1 at a learning rate of 1, whatever the
 #: gradient, so that a learning rate can be chosen by what such a step does.
 AUTOMATIC = frozenset({"normalized", "spectral", "adam", "fzoo"})
-
-
-class Backoff:
-    """Halves the steps when the mean loss of a window of steps rises above the best such mean.
-
-    A rise counts when it is above `ERRORS` standard errors of the difference, and above `RISE` of
-    the loss.
-    """
-
-    WINDOW, ERRORS, RISE = 32, 4.0, 0.05
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.best: tuple[float, float] | None = None
-
-    def __call__(self, loss: float) -> float:
-        """The factor on the step size that this loss calls for: 1 or 1/2."""
-        self.losses.append(loss)
-        if len(self.losses) < self.WINDOW:
-            return 1.0
-        n, losses = len(self.losses), self.losses
-        mean = sum(losses) / n
-        variance = sum((loss - mean) ** 2 for loss in losses) / (n - 1) / n
-        self.losses = []
-        if self.best is None or mean <= self.best[0]:
-            self.best = mean, variance
-            return 1.0
-        rise = mean - self.best[0]
-        error = math.sqrt(variance + self.best[1])
-        return 0.5 if rise > max(self.ERRORS * error, self.RISE * abs(self.best[0])) else 1.0

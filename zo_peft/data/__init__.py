@@ -1,21 +1,23 @@
 """User data: files to rows, rows to examples, examples to token ids, token ids to batches.
 
-An example has one of these forms (the columns of the data set that `ZOTrainer` takes):
+`ZOTrainer` takes a data set of examples. The columns of an example make one of these forms:
 
-* `prompt`, `completion`: language modelling on the completion;
-* `messages`: the same through the tokenizer's chat template, on all turns of the assistant;
-* `text`: language modelling on all of it;
+* `prompt`, `completion`: language modelling, with the loss on the completion;
+* `messages`: a conversation, which the tokenizer's chat template turns into text; the loss is on
+  all turns of the assistant;
+* `text`: language modelling on the whole text;
 * `prompt`, `options`, `label`: classification by the likelihood of each option after the prompt;
 * `prompt`, `answers`: a completion is generated and compared with the answers;
-* `prompt` and any other columns: a completion is generated, and reward functions get it with the
-  columns;
+* `prompt` and any other columns: a completion is generated and passed to reward functions, with
+  the columns;
 * `text`, `label`: classification by the head of a sequence-classification model;
-* `input_ids`, `labels`: already tokenized, with -100 (or one class index) as transformers has it.
+* `input_ids`, `labels`: tokenized already. As in transformers, a label of -100 is ignored. For a
+  classification head, `labels` is one class index.
 
-Beside `options`, `also_right` lists the indices of options that are right, too, in evaluation. A
-`passage` beside them names the part of `prompt` or `text` whose end is cut where the whole is too
-long. Pairs of a preferred and a rejected answer are no form here: their losses (as DPO's) need a
-reference model beside the one that is tuned.
+In evaluation several options may be right: `also_right` lists the indices of those beside `label`.
+A `passage` names the part of `prompt` or `text` that is cut at its end where the whole is too long.
+Pairs of a preferred and a rejected answer are not supported, because their losses, such as DPO's,
+need a reference model in addition to the model that is tuned.
 """
 
 from zo_peft.data.collate import Collator, collator_for

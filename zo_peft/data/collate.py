@@ -1,4 +1,4 @@
-"""Features to padded batches."""
+"""Pad features into batches, in the cheapest form that the model can take."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,18 +22,20 @@ Tensors = dict[str, Any]
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads features, to the longest of the batch, into a batch of their objective.
+    """Pads features to the longest of the batch, and makes the batch of their objective.
 
-    The inputs of a batch are `input_ids` [R, L], and `attention_mask` [R, L] unless `is_causal`.
-    With `shares_prompts`, options of several tokens stand behind their one prompt, as `input_ids`,
-    `position_ids` and `segments` [B, L] (0: the prompt; 1 and on: an option).
+    The inputs are `input_ids` [R, L], and `attention_mask` [R, L] unless `is_causal`. With
+    `shares_prompts`, options of several tokens stand in one sequence behind the prompt that they
+    share. Such a batch has `input_ids`, `position_ids` and `segments` [B, L]; segment 0 is the
+    prompt, and segment 1 the first option.
 
-    `labels` comes first in every batch and has one row per example, so that transformers counts
-    examples and not rows.
+    `labels` comes first in every batch and has one row for each example, because transformers
+    counts the rows of the first tensor as examples.
 
     Attributes:
         is_causal: the model's outputs do not depend on later tokens, so padding needs no mask.
-        shares_prompts: it takes position ids and masks of four dimensions (and `is_causal`).
+        shares_prompts: the model takes position ids and masks of four dimensions. Only a causal
+            model may share prompts.
     """
 
     pad_token_id: int
@@ -41,120 +43,91 @@ class Collator:
     shares_prompts: bool = False
 
     def __call__(self, features: Features) -> Batch:
-        """A batch of the objective that the features call for (`zo_peft.objectives`)."""
-        return Batch(self._tensors(features))
-
-    def _tensors(self, features: Features) -> Tensors:
+        """The batch of the objective that the features are for; see `zo_peft.objectives`."""
         if "columns" in features[0]:
-            return self._prompts(features)
+            return Batch(self._prompts(features))
         if "option_ids" in features[0]:
-            right = torch.tensor([feature["label"] for feature in features])
-            counts = {len(feature["option_ids"]) for feature in features}
-            known = {"labels": right, **_rights(features, max(counts))}
-            if len(counts) == 1 and all(len(o) == 1 for f in features for o in f["option_ids"]):
-                return {**known, **self._one_token_options(features)}
-            return {**known, **self._options(features, max(counts))}
+            return Batch(self._options(features))
         inputs = self._inputs([feature["input_ids"] for feature in features])
         labels = [torch.as_tensor(feature["labels"]) for feature in features]
         if labels[0].dim() == 0:
-            return {"labels": torch.stack(labels), **inputs}
+            return Batch({"labels": torch.stack(labels), **inputs})
         padded = pad_sequence(labels, True, padding_value=IGNORE_INDEX)
         rows, positions = (padded[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
         scored = {"rows": rows, "positions": positions, "tokens": padded[rows, positions + 1]}
-        return {"labels": padded, **inputs, **scored}
+        return Batch({"labels": padded, **inputs, **scored})
 
     def _prompts(self, features: Features) -> Tensors:
-        """Padded on the left: completions go on at the right."""
-        ids = [torch.tensor(feature["prompt_ids"]) for feature in features]
-        pad: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
+        """Prompts are padded on the left, because completions are appended on the right."""
+        ids = [feature["prompt_ids"] for feature in features]
         return {
             "labels": torch.zeros(len(features), dtype=torch.long),
-            "input_ids": pad_sequence(ids, padding_value=self.pad_token_id, **pad),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], **pad),
+            "input_ids": _padded(ids, self.pad_token_id, "left"),
+            "attention_mask": _padded([[1] * len(row) for row in ids], 0, "left"),
             "columns": [feature["columns"] for feature in features],
         }
 
     def _inputs(self, sequences: Sequence[Sequence[int]]) -> Tensors:
-        ids = [torch.as_tensor(sequence) for sequence in sequences]
-        inputs = {"input_ids": pad_sequence(ids, True, padding_value=self.pad_token_id)}
+        inputs = {"input_ids": _padded(sequences, self.pad_token_id)}
         if not self.is_causal:
-            inputs["attention_mask"] = pad_sequence([torch.ones_like(row) for row in ids], True)
+            inputs["attention_mask"] = _padded([[1] * len(row) for row in sequences])
         return inputs
 
-    def _one_token_options(self, features: Features) -> Tensors:
+    def _options(self, features: Features) -> Tensors:
         prompts = [feature["prompt_ids"] for feature in features]
-        options = [[option[0] for option in feature["option_ids"]] for feature in features]
+        options = [feature["option_ids"] for feature in features]
+        width = max(map(len, options))
+        batch: Tensors = {"labels": torch.tensor([feature["label"] for feature in features])}
+        if "also_right" in features[0]:
+            rights = [{feature["label"], *feature["also_right"]} for feature in features]
+            is_right = [[index in right for index in range(width)] for right in rights]
+            batch["is_right"] = torch.tensor(is_right)
+        if any(len(own) < width or max(map(len, own)) > 1 for own in options):
+            return batch | self._long_options(prompts, options, width)
         return {
+            **batch,
             **self._inputs(prompts),
             "rows": torch.arange(len(prompts)),
             "positions": torch.tensor([len(prompt) - 1 for prompt in prompts]),
-            "option_tokens": torch.tensor(options),
+            "option_tokens": torch.tensor(options)[..., 0],
         }
 
-    def _options(self, features: Features, width: int) -> Tensors:
-        """Options behind their prompts, without their last tokens, which predict nothing."""
-        sequences: list[_Sequence] = []
-        scored: list[tuple[int, int, int, int]] = []
-        for number, feature in enumerate(features):
-            prompt = feature["prompt_ids"]
-            for index, option in enumerate(feature["option_ids"]):
+    def _long_options(
+        self, prompts: list[list[int]], options: list[list[list[int]]], width: int
+    ) -> Tensors:
+        """Options stand behind their prompts without their last tokens, which predict nothing."""
+        sequences: list[tuple[list[int], list[int], list[int]]] = []
+        scored = []
+        for number, (prompt, own) in enumerate(zip(prompts, options)):
+            for index, option in enumerate(own):
                 if index == 0 or not self.shares_prompts:
-                    sequences.append(_Sequence(prompt))
-                sequence, row = sequences[-1], len(sequences) - 1
-                positions = sequence.append(option[:-1], index + 1)
-                where = number * width + index
-                scored += [
-                    (row, position, token, where)
-                    for position, token in zip([len(prompt) - 1, *positions], option)
-                ]
+                    sequences.append((list(prompt), list(range(len(prompt))), [0] * len(prompt)))
+                ids, position_ids, segments = sequences[-1]
+                length = len(option) - 1
+                positions = [len(prompt) - 1, *range(len(ids), len(ids) + length)]
+                ids += option[:-1]
+                position_ids += range(len(prompt), len(prompt) + length)
+                segments += [index + 1] * length
+                row, place = len(sequences) - 1, number * width + index
+                scored += [(row, where, token, place) for where, token in zip(positions, option)]
+        all_ids, all_position_ids, all_segments = zip(*sequences)
+        batch = self._inputs(all_ids)
+        if self.shares_prompts:
+            batch |= {"position_ids": _padded(all_position_ids), "segments": _padded(all_segments)}
         names = ("rows", "positions", "tokens", "token_options")
-        counts = torch.tensor([len(feature["option_ids"]) for feature in features])
-        return {
-            **self._sequences(sequences),
-            **dict(zip(names, torch.tensor(scored).unbind(1))),
-            "is_option": torch.arange(width) < counts[:, None],
-        }
-
-    def _sequences(self, sequences: Sequence["_Sequence"]) -> Tensors:
-        inputs = self._inputs([sequence.ids for sequence in sequences])
-        if not self.shares_prompts:
-            return inputs
-        for name in ("position_ids", "segments"):
-            rows = [torch.tensor(getattr(sequence, name)) for sequence in sequences]
-            inputs[name] = pad_sequence(rows, True)
-        return inputs
+        batch |= zip(names, torch.tensor(scored).unbind(1))
+        is_option = [[index < len(own) for index in range(width)] for own in options]
+        return batch | {"is_option": torch.tensor(is_option)}
 
 
-def _rights(features: Features, width: int) -> Tensors:
-    """Where examples may have several right options: which are [B, width]."""
-    if "also_right" not in features[0]:
-        return {}
-    rights = [{feature["label"], *feature["also_right"]} for feature in features]
-    return {"is_right": torch.tensor([[i in right for i in range(width)] for right in rights])}
-
-
-class _Sequence:
-    """Token ids of a prompt, with the options behind it that share it."""
-
-    def __init__(self, prompt: Sequence[int]) -> None:
-        self.prompt_length = len(prompt)
-        self.ids = list(prompt)
-        self.position_ids = list(range(len(prompt)))
-        self.segments = [0] * len(prompt)
-
-    def append(self, option: Sequence[int], segment: int) -> range:
-        """The positions that the option takes."""
-        first = len(self.ids)
-        self.ids += option
-        self.position_ids += range(self.prompt_length, self.prompt_length + len(option))
-        self.segments += [segment] * len(option)
-        return range(first, len(self.ids))
+def _padded(rows: Sequence[Sequence[int]], value: int = 0, side: str = "right") -> Tensor:
+    return pad_sequence([torch.as_tensor(row) for row in rows], True, value, side)
 
 
 def drawn_batch(
     objective: RewardObjective, model: PreTrainedModel | PeftModel, batch: Batch
 ) -> Batch:
-    """Prompts with completions as the objective draws them: a batch of `SequenceObjective`."""
+    """The prompts with completions as the objective draws them, as a `SequenceObjective` batch."""
     features = []
     drawn = zip(batch["input_ids"], batch["attention_mask"], objective.drawn(model, batch))
     for row, mask, ids in drawn:
@@ -173,22 +146,22 @@ _SOME_IDS = [5, 6, 7, 8, 9, 10]
 def collator_for(
     model: PreTrainedModel | PeftModel, pad_token_id: int, *objectives: Objective
 ) -> Collator:
-    """The collator that spares a model what it does not need, as tried on a few tokens.
+    """The collator whose batches leave out what the model does not need.
 
-    Whether its logits depend on later tokens, and whether options that stand behind one prompt
-    score as they do behind one each, is found out by forwards of a dozen tokens.
+    Forward passes of a dozen tokens find out whether the model's logits depend on later tokens, and
+    whether options that share one prompt score as they do with a prompt each.
     """
     collator = Collator(pad_token_id)
     if isinstance(objectives[0], ClassificationObjective) or not _is_causal(model):
         return collator
     collator = replace(collator, is_causal=True)
     sharing = replace(collator, shares_prompts=True)
-    for objective in objectives:
-        if isinstance(objective, OptionObjective) and _scores_alike(
-            model, objective, collator, sharing
-        ):
-            return sharing
-    return collator
+    shares = any(
+        isinstance(objective, OptionObjective)
+        and _scores_alike(model, objective, collator, sharing)
+        for objective in objectives
+    )
+    return sharing if shares else collator
 
 
 def _is_causal(model: PreTrainedModel | PeftModel) -> bool:
@@ -202,22 +175,20 @@ def _is_causal(model: PreTrainedModel | PeftModel) -> bool:
 def _scores_alike(
     model: PreTrainedModel | PeftModel, objective: OptionObjective, *collators: Collator
 ) -> bool:
-    # PEFT puts a mask of two dimensions before that of the batch.
+    # For a learned prompt, PEFT puts a mask of two dimensions before the one of four.
     config = peft_config_of(model)
     if config is not None and config.is_prompt_learning:
         return False
     options = [_SOME_IDS[:3], _SOME_IDS[2:], _SOME_IDS[4:]]
     features = [{"prompt_ids": _SOME_IDS, "option_ids": options, "label": 0}]
-    batches = [collator(features) for collator in collators]
     try:
         first, second = (
             objective.scores(
-                model, Batch({name: t.to(input_device(model)) for name, t in batch.items()})
+                model,
+                Batch({n: t.to(input_device(model)) for n, t in collator(features).items()}),
             )
-            for batch in batches
+            for collator in collators
         )
     except (TypeError, ValueError, RuntimeError):
         return False
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    exact = base.dtype == torch.float32
-    return torch.allclose(first, second, rtol=1e-4 if exact else 2e-2)
+    return torch.allclose(first, second, rtol=1e-4 if model.dtype == torch.float32 else 2e-2)

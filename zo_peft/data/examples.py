@@ -1,4 +1,4 @@
-"""Files to rows, and rows to examples by a prompt template and label words."""
+"""Read files into rows, and make examples of rows with a prompt template and label words."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from zo_peft.errors import UserError
 
 Row = dict[str, Any]
 
-#: The forms an example may have, by its columns; see `zo_peft.data`.
+#: The columns of each form of example that `zo_peft.data` describes.
 FORMS = (
     ("input_ids", "labels"),
     ("prompt", "options", "label"),
@@ -28,10 +28,11 @@ FORMS = (
 def read_rows(path: str | Path) -> list[Row]:
     """The rows of a JSON lines (.jsonl, .json), CSV (.csv) or TSV (.tsv) file, in order.
 
-    CSV and TSV have a header line and give strings; quotes are literal in TSV, as in GLUE's files.
+    CSV and TSV files begin with a header line, and all their values are strings. In TSV files
+    quotes are ordinary characters, as in GLUE's files.
 
     Raises:
-        UserError: the file is missing, empty, of another kind, or a line cannot be read.
+        UserError: the file is missing, empty or of another kind, or a line cannot be read.
     """
     path = Path(path)
     readers = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}
@@ -50,28 +51,23 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def _read_json(text: str, path: Path) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path.name}, line {number} is not JSON: {error}") from None
-        if not isinstance(row, dict):
+        if not isinstance(rows[-1], dict):
             raise UserError(f"{path.name}, line {number} is not a JSON object of columns")
-        rows.append(row)
     return rows
 
 
 def _read_csv(text: str, path: Path) -> list[Row]:
-    tabs = path.suffix == ".tsv"
-    reader = csv.DictReader(
-        io.StringIO(text, newline=""),
-        delimiter="\t" if tabs else ",",
-        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
-        strict=True,
-    )
+    tsv: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    dialect = tsv if path.suffix == ".tsv" else {}
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, **dialect)
     rows = []
     try:
         for row in reader:
@@ -81,7 +77,7 @@ def _read_csv(text: str, path: Path) -> list[Row]:
                 )
             rows.append(row)
     except csv.Error as error:
-        # The outer reader's own count lags behind where the inner one raises.
+        # DictReader has not counted the line that its inner reader failed on.
         raise UserError(f"{path.name}, line {reader.reader.line_num}: {error}") from None
     return rows
 
@@ -95,44 +91,37 @@ def make_examples(
     classifies: bool = False,
     generates: bool = False,
 ) -> list[Row]:
-    """Rows to examples of one of the forms of `zo_peft.data`.
+    """Make an example of each row, in one of the forms of `zo_peft.data`.
 
-    With a template, the prompt is the template filled in with the row's columns. With `label_words`
-    they are its options, and the label is one of them or an index; without, the label column is its
-    completion. Without a template, the rows already have a form of their own.
+    With a template, the prompt is the template with the row's values in it. If there are label
+    words, they are the options, and the row's label is one of them or an index. If not, the label
+    column is the completion. Without a template, rows must have one of the forms already.
 
     Args:
-        source: what the rows came from, for error messages.
-        classifies: for a sequence-classification head: the filled-in template (or the column
-            `text`) is its text, and the label an index or one of the label words.
-        generates: for rewards: the row's other columns are kept, and no label is needed.
+        source: where the rows come from, for error messages.
+        classifies: make examples for a sequence-classification head. Their text is the filled-in
+            template (default: the column `text`), and the label an index or one of the words.
+        generates: make examples for rewards. They keep the row's other columns and need no label.
 
     Raises:
         UserError: a row lacks a column, or its label is not among the label words.
     """
-    examples = []
-    for number, row in enumerate(rows, start=1):
-        where = f"{source}, row {number}"
+
+    def example(row: Row, where: str) -> Row:
+        if prompt_template is None and not classifies:
+            return _own_form(row, where, generates)
+        text = fill_template(prompt_template or "{text}", row, where)
+        if generates and not classifies and row.get(label_column) is None:
+            return {**row, "prompt": text}
+        label = _column(row, label_column, where)
         if classifies:
-            text = fill_template(prompt_template or "{text}", row, where)
-            label = label_index(_column(row, label_column, where), label_words, where)
-            examples.append({"text": text, "label": label})
-            continue
-        if prompt_template is None:
-            examples.append(_own_form(row, where, generates))
-            continue
-        prompt = fill_template(prompt_template, row, where)
-        if generates and row.get(label_column) is None:
-            examples.append({**row, "prompt": prompt})
-            continue
+            return {"text": text, "label": label_index(label, label_words, where)}
         if label_words:
-            label = label_index(_column(row, label_column, where), label_words, where)
-            examples.append({"prompt": prompt, "options": list(label_words), "label": label})
-        else:
-            completion = str(_column(row, label_column, where))
-            others = row if generates else {}
-            examples.append({**others, "prompt": prompt, "completion": completion})
-    return examples
+            index = label_index(label, label_words, where)
+            return {"prompt": text, "options": list(label_words), "label": index}
+        return {**(row if generates else {}), "prompt": text, "completion": str(label)}
+
+    return [example(row, f"{source}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
 def fill_template(template: str, row: Row, where: str) -> str:
@@ -141,12 +130,12 @@ def fill_template(template: str, row: Row, where: str) -> str:
 
 
 def label_index(label: object, label_words: Sequence[str] | None, where: str) -> int:
-    """The index of a row's label: one of the label words, an index (into them), or a bool."""
+    """The index of a label, which is one of the label words, an index into them, or a bool."""
     words = [word.strip() for word in label_words or ()]
     text = str(label).strip()
     if isinstance(label, bool):
-        lower = [word.lower() for word in words]
-        text = words[lower.index(text.lower())] if text.lower() in lower else str(int(label))
+        by_lower = {word.lower(): word for word in reversed(words)}
+        text = by_lower.get(text.lower(), str(int(label)))
     if text in words:
         return words.index(text)
     if text.isdecimal() and (label_words is None or int(text) < len(words)):
@@ -168,7 +157,7 @@ def _column(row: Row, name: str, where: str) -> Any:
 
 
 def form_of(columns: Iterable[str]) -> tuple[str, ...] | None:
-    """The form of `FORMS` that these columns make, the first that is complete."""
+    """The first of `FORMS` whose columns are all there."""
     present = set(columns)
     return next((form for form in FORMS if present.issuperset(form)), None)
 

@@ -1,4 +1,4 @@
-"""The order of examples."""
+"""The order in which training sees examples."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -11,17 +11,18 @@ from zo_peft.core.noise import derive_seed
 
 
 class EpochSampler(Sampler[int]):
-    """Batches of like length, in an order that depends on seed and epoch alone.
+    """Batches of examples of like length, in an order that depends on seed and epoch alone.
 
-    So a resumed epoch has it too. The sampler's own order runs from long to short batches, over and
-    over, which losses and momentum would follow; here batches come in random order.
+    An epoch that is resumed therefore has the same order. `LengthGroupedSampler` by itself goes
+    from long to short batches over and over, and losses and momentum would follow; here the
+    batches come in random order.
     """
 
     def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
         self.sampler, self.seed, self.epoch = sampler, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate at the start of each epoch."""
+        """Choose the order of an epoch; accelerate calls this when the epoch starts."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
-"""The benchmark tasks of the paper: data, prompts, label words and metrics.
+"""The benchmark tasks of the paper: their data, prompts, label words and metrics.
 
-Prompts are MeZO's (arXiv:2305.17333, appendix on prompts), as arXiv:2601.04710 uses them.
+The prompts are MeZO's (arXiv:2305.17333, appendix on prompts), as arXiv:2601.04710 uses them.
 """
 
 import json
@@ -8,15 +8,14 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
-from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from zo_peft.data import read_rows
 from zo_peft.data.examples import Row
+from zo_peft.data.tokenize import spaced
 from zo_peft.errors import UserError
 from zo_peft.models.hub import LOAD_ERRORS, reason
 from zo_peft.objectives import metrics
@@ -24,7 +23,7 @@ from zo_peft.objectives.rewards import RewardFunction
 
 YES_NO, NO_YES = ("Yes", "No"), ("No", "Yes")
 
-#: Tokens that an answer is generated with (MeZO's setting).
+#: The most tokens of a generated answer, as in MeZO's runs.
 ANSWER_TOKENS = 50
 
 
@@ -33,17 +32,18 @@ class Task:
     """A benchmark task.
 
     Attributes:
-        hub: data set of the Hub, and its configuration.
-        example: a row of the Hub's columns to an example of `zo_peft.data` with `prompt` and
-            `passage`; with `options` and `label`, or `answers`.
-        files: name of the training and the evaluation file of a local folder, without what kind of
-            file it is; the first that exists is read.
-        flatten: for an original release that is nested: a column that it lacks, and how one of its
-            rows becomes rows of the Hub's columns.
-        num_dev: validation examples in the paper's runs.
-        completes: trained as language modelling on the right answer, whatever evaluation does.
-        rewards: of generated answers, where evaluation generates.
-        choose: the text for a sequence-classification head, where the options differ by example.
+        hub: the data set's name on the Hub, and its configuration.
+        example: makes an example of `zo_peft.data` of a row with the Hub's columns. It has a
+            `prompt`, most often a `passage`, and either `options` and `label` or `answers`.
+        files: names of the training file and of the evaluation file in a local folder, without
+            their endings; the first file that exists is read.
+        flatten: for a nested original release: a column of the Hub that the release lacks, and a
+            function that makes rows with the Hub's columns of one of its rows.
+        num_dev: how many validation examples the paper's runs have.
+        completes: whether training is language modelling on the right answer, also where
+            evaluation compares options or generates.
+        rewards: how evaluation judges generated answers.
+        choose: makes the text for a classification head, where each example has its own options.
     """
 
     hub: tuple[str, str | None]
@@ -56,20 +56,17 @@ class Task:
     choose: Callable[[Row], str] | None = None
 
     def training_example(self, row: Row) -> Row:
-        """What is trained on: as evaluated, or the right answer as a completion."""
+        """The example that is trained on: the one that is evaluated, or the right completion."""
         example = self.example(row)
         if not self.completes:
             return example
-        prompt: Row = {k: example[k] for k in ("prompt", "passage") if k in example}
-        if "answers" in example:
-            first = example["answers"][0]
-            right = first if isinstance(first, str) else ", ".join(first)
-        else:
-            right = example["options"][example["label"]]
-        return {**prompt, "completion": right}
+        right = example["answers"][0] if "answers" in example else right_option(example)
+        completion = right if isinstance(right, str) else ", ".join(right)
+        kept: Row = {name: example[name] for name in ("prompt", "passage") if name in example}
+        return {**kept, "completion": completion}
 
     def classified(self, row: Row) -> Row:
-        """`text` (and `passage`) and `label` for a sequence-classification head.
+        """The example for a classification head: `text`, `label` and, if there is one, `passage`.
 
         Raises:
             UserError: the task has no classes.
@@ -78,26 +75,30 @@ class Task:
         if self.choose is None and (self.completes or "options" not in example):
             raise UserError("this task has no classes; train it as a language model, CAUSAL_LM")
         text = example["prompt"] if self.choose is None else self.choose(row)
-        passage = {"passage": example["passage"]} if "passage" in example else {}
-        return {"text": text, **passage, "label": example["label"]}
+        kept: Row = {name: example[name] for name in ("passage", "label") if name in example}
+        return {"text": text, **kept}
+
+
+def right_option(example: Row) -> str:
+    """The text of the option that is right."""
+    return example["options"][example["label"]]
 
 
 def _options(prompt: str, words: tuple[str, ...], label: object, passage: str = "") -> Row:
-    right = {"options": list(words), "label": _label(label, words)}
-    return {"prompt": prompt, **({"passage": passage} if passage else {}), **right}
+    cut = {"passage": passage} if passage else {}
+    return {"prompt": prompt, **cut, "options": list(words), "label": _label(label, words)}
 
 
-#: Labels as the original releases write them, by their index on the Hub.
+#: The labels that the original releases write as words, as their indices on the Hub.
 NAMES = {"entailment": 0, "not_entailment": 1, "contradiction": 1, "neutral": 2}
 
 
 def _label(label: object, words: tuple[str, ...]) -> int:
-    if isinstance(label, str) and NAMES.get(label, len(words)) < len(words):
-        return NAMES[label]
     if isinstance(label, bool):
         return words.index("Yes" if label else "No")
-    if str(label).isdecimal() and int(str(label)) < len(words):
-        return int(str(label))
+    index = str(NAMES.get(label, label) if isinstance(label, str) else label)
+    if index.isdecimal() and int(index) < len(words):
+        return int(index)
     raise UserError(f"label {label!r} is none of this task's; expected 0 to {len(words) - 1}")
 
 
@@ -187,12 +188,7 @@ def _record_rows(row: Row) -> Iterator[Row]:
     entities = [text[e["start"] : e["end"] + 1] for e in passage["entities"]]
     for asked in row["qas"]:
         answers = [answer["text"] for answer in asked["answers"]]
-        yield {
-            "passage": text,
-            "query": asked["query"],
-            "entities": entities,
-            "answers": answers,
-        }
+        yield {"passage": text, "query": asked["query"], "entities": entities, "answers": answers}
 
 
 def _squad(row: Row) -> Row:
@@ -205,18 +201,15 @@ def _squad_rows(row: Row) -> Iterator[Row]:
     for article in row["data"]:
         for paragraph in article["paragraphs"]:
             for asked in paragraph["qas"]:
-                yield {
-                    "title": article["title"],
-                    "context": paragraph["context"],
-                    "question": asked["question"],
-                    "answers": {"text": [answer["text"] for answer in asked["answers"]]},
-                }
+                answers = {"text": [answer["text"] for answer in asked["answers"]]}
+                about = {"title": article["title"], "context": paragraph["context"]}
+                yield {**about, "question": asked["question"], "answers": answers}
 
 
 def _drop(row: Row) -> Row:
     prompt = f"Passage: {row['passage']}\nQuestion: {row['question']}\nAnswer:"
-    # Alternatives, each a list of spans. The Hub's rows do not say which spans belong together:
-    # there each is an answer of its own, as in MeZO's code.
+    # Each answer is a list of spans. The Hub's rows do not say which spans belong together, so
+    # there each span is an answer of its own, as in MeZO's code.
     spans = row["answers_spans"]["spans"]
     answers = [[span] if isinstance(span, str) else list(span) for span in spans]
     return {"prompt": prompt, "passage": row["passage"], "answers": answers}
@@ -226,16 +219,13 @@ def _drop_rows(row: Row) -> Iterator[Row]:
     for passage in row.values():
         for asked in passage["qa_pairs"]:
             given = [asked["answer"], *asked.get("validated_answers", ())]
-            spans = [found for answer in given if (found := _drop_spans(answer))]
-            yield {
-                "passage": passage["passage"],
-                "question": asked["question"],
-                "answers_spans": {"spans": spans},
-            }
+            spans = [own for answer in given if (own := _drop_spans(answer))]
+            found = {"question": asked["question"], "answers_spans": {"spans": spans}}
+            yield {"passage": passage["passage"], **found}
 
 
 def _drop_spans(answer: Row) -> list[str]:
-    """A number, spans, or a date as one span of day, month and year; none where it is empty."""
+    """The answer's number or its spans, or its date as one span; an empty list if it has none."""
     if answer.get("number"):
         return [str(answer["number"])]
     if answer.get("spans"):
@@ -245,25 +235,15 @@ def _drop_spans(answer: Row) -> list[str]:
     return [text] if text else []
 
 
-def _first_line(name: str, score: Callable[[str, Any], float]) -> RewardFunction:
-    """A reward of a completion's first line, where MeZO's generation ends."""
-
-    @wraps(score)
-    def reward(prompts: Any, completions: Any, answers: Any, **columns: Any) -> list[float]:
-        lines = [metrics.text_of(c).split("\n")[0].strip() for c in completions]
-        return metrics.best_of(score, lines, answers)
-
-    reward.__name__ = name
-    return reward
-
-
-def _answered(f1: Callable[..., float], exact: Callable[..., float]) -> tuple[RewardFunction, ...]:
-    return _first_line("f1", f1), _first_line("exact_match", exact)
+def _rewards(f1: Callable[..., float], exact: Callable[..., float]) -> tuple[RewardFunction, ...]:
+    """Both metrics of a completion's first line, because MeZO's generation ends with the line."""
+    scores = {"f1": f1, "exact_match": exact}
+    return tuple(metrics.answer_reward(name, score, True) for name, score in scores.items())
 
 
 _SUPER = "aps/super_glue"
 
-#: By name; the Hub's copies are those that need no loading script.
+#: The tasks by name. Their data on the Hub are copies that need no loading script.
 TASKS: dict[str, Task] = {
     "sst2": Task(("nyu-mll/glue", "sst2"), _sst2, (("train",), ("dev", "validation"))),
     "rte": Task((_SUPER, "rte"), _rte),
@@ -280,7 +260,7 @@ TASKS: dict[str, Task] = {
         (("train-v1.1", "train"), ("dev-v1.1", "validation")),
         ("context", _squad_rows),
         completes=True,
-        rewards=_answered(metrics.squad_f1, metrics.squad_exact_match),
+        rewards=_rewards(metrics.squad_f1, metrics.squad_exact_match),
     ),
     "drop": Task(
         ("ucinlp/drop", None),
@@ -288,20 +268,21 @@ TASKS: dict[str, Task] = {
         (("drop_dataset_train", "train"), ("drop_dataset_dev", "validation")),
         ("question", _drop_rows),
         completes=True,
-        rewards=_answered(metrics.drop_f1, metrics.drop_exact_match),
+        rewards=_rewards(metrics.drop_f1, metrics.drop_exact_match),
     ),
 }
 
 
 def task_rows(name: str, folder: str | None, part: int) -> list[Row]:
-    """All rows of a task in the Hub's columns; part 0: to train on, 1: to evaluate on.
+    """All rows of a task, with the Hub's columns.
 
     Args:
-        folder: a local copy in the original release's layout, or of the Hub's rows as JSON lines;
-            None: from the Hub.
+        folder: holds the original release, or the Hub's rows as JSON lines. None: load the data
+            from the Hub.
+        part: 0 for the rows to train on, 1 for those to evaluate on.
 
     Raises:
-        UserError: the task or its data cannot be found or read.
+        UserError: the data cannot be found or read.
     """
     task = TASKS[name]
     if folder is None:
@@ -324,7 +305,7 @@ def task_rows(name: str, folder: str | None, part: int) -> list[Row]:
 
 
 def _whole_json(path: Path) -> list[Row]:
-    """The one object of an original release's file, or the rows of JSON lines."""
+    """The one object of an original release's .json file, or the rows of another file."""
     if path.suffix != ".json":
         return read_rows(path)
     try:
@@ -340,7 +321,7 @@ def hub_rows(name: str, config: str | None, split: str) -> list[Row]:
     """All rows of a split of a data set of the Hub.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the split cannot be loaded.
     """
     try:
         return datasets.load_dataset(name, config, split=split).to_list()
@@ -355,9 +336,10 @@ def hub_rows(name: str, config: str | None, split: str) -> list[Row]:
 def train_parts(
     name: str, rows: list[Row], num_train: int, num_dev: int | None, seed: int
 ) -> tuple[list[Row], list[Row]]:
-    """Random rows to train on and to validate on, disjoint; fewer where there are too few.
+    """Different random rows to train on and to validate on.
 
-    Validation then keeps its number if that is at most 0.4 of the rows, else gets a third.
+    If there are too few rows, validation gets a third of them, or its full number where that is at
+    most 0.4 of the rows; training gets the others. A line on stderr says so.
     """
     wanted = dev = TASKS[name].num_dev if num_dev is None else num_dev
     if num_train + dev > len(rows) and dev > 0.4 * len(rows):
@@ -371,15 +353,15 @@ def train_parts(
 
 
 def sample(rows: list[Row], count: int) -> list[Row]:
-    """The same `count` random rows for every run; all where there are no more."""
+    """The same `count` random rows for every run, or all rows where there are not more."""
     return random.Random(0).sample(rows, count) if count < len(rows) else rows
 
 
 def examples(name: str, rows: list[Row], convert: Callable[[Row], Row]) -> list[Row]:
-    """Rows to examples, by a task's `example`, `training_example` or `classified`.
+    """Make examples of rows with a task's `example`, `training_example` or `classified`.
 
     Raises:
-        UserError: a row is not what the task's data set has.
+        UserError: a row lacks a column of the task, or its values make no sense.
     """
     made = []
     for number, row in enumerate(rows, start=1):
@@ -395,16 +377,16 @@ def examples(name: str, rows: list[Row], convert: Callable[[Row], Row]) -> list[
 
 
 def with_demonstrations(task: Task, example: Row, shown: Sequence[Row]) -> Row:
-    """The example with answered rows before its prompt, joined by blank lines (in-context)."""
-    answered = []
+    """The example with answered rows before its prompt, as in in-context learning.
+
+    Blank lines separate the rows.
+    """
+    before = ""
     for row in shown:
         complete = task.training_example(row)
-        answer = complete.get("completion") or complete["options"][complete["label"]]
-        prompt = complete["prompt"]
-        space = "" if prompt[-1].isspace() or answer[:1].isspace() else " "
-        answered.append(f"{prompt}{space}{answer}")
-    before = "".join(f"{shot}\n\n" for shot in answered)
-    start = {}
+        answer = complete.get("completion") or right_option(complete)
+        before += f"{complete['prompt']}{spaced(complete['prompt'], answer)}\n\n"
+    made = {**example, "prompt": before + example["prompt"]}
     if "passage" in example:
-        start = {"passage_start": len(before) + example["prompt"].index(example["passage"])}
-    return {**example, "prompt": before + example["prompt"], **start}
+        made["passage_start"] = len(before) + example["prompt"].index(example["passage"])
+    return made

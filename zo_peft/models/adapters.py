@@ -1,4 +1,4 @@
-"""Adapters: made, loaded and prepared for forward-only tuning."""
+"""Adapters: how one is made, loaded and prepared for forward-only tuning."""
 
 import re
 from collections.abc import Collection
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zo_peft.errors import UserError
 from zo_peft.models.hub import LOAD_ERRORS, first_line, public_name, reason
+from zo_peft.models.loading import check_4bit_widths
 from zo_peft.models.offload import ON_OFFLOADED, input_device, offloaded_parameters, stand_ins
 
 
@@ -34,23 +35,24 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """A new adapter on the base, as `peft.get_peft_model` makes it.
 
     Raises:
-        UserError: PEFT finds nothing to attach it to, or it would do nothing.
+        UserError: PEFT cannot attach it to this base, or it would change nothing.
     """
-    offloaded = offloaded_parameters(model)
-    if offloaded and peft_config.peft_type not in ON_OFFLOADED:
+    kind, offloaded = peft_config.peft_type.value, offloaded_parameters(model)
+    if offloaded and kind not in ON_OFFLOADED:
         raise UserError(
-            f"{peft_config.peft_type.value} may read weights outside of their layers, and part of "
-            f"the base is offloaded; use one of {', '.join(kind.value for kind in ON_OFFLOADED)}"
+            f"{kind} may read weights outside of their layers, and part of the base is offloaded; "
+            f"use one of {', '.join(ON_OFFLOADED)}"
         )
     try:
         # PEFT fills default target modules into the configuration that it is given.
         with stand_ins(offloaded):
             adapted = get_peft_model(model, deepcopy(peft_config))
     except (ValueError, AttributeError, KeyError, RuntimeError) as error:
+        modules = model.named_modules()
+        linear = {n.rpartition(".")[2] for n, m in modules if isinstance(m, nn.Linear)}
         raise UserError(
-            f"{peft_config.peft_type.value} cannot be attached to {type(model).__name__}: "
-            f"{first_line(error)} Its linear layers are: {', '.join(_linear_names(model))}; name "
-            "some of them as target_modules"
+            f"{kind} cannot be attached to {type(model).__name__}: {first_line(error)} Its linear "
+            f"layers are: {', '.join(sorted(linear)) or 'none'}; name some as target_modules"
         ) from error
     for name, parameter in adapted.named_parameters() if offloaded else ():
         if parameter.requires_grad and (parameter.is_meta or parameter.isnan().any()):
@@ -58,7 +60,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
                 f"{name} starts from weights that are offloaded; keep them on a device "
                 "(device_map), or choose an adapter that starts without them, such as a plain LORA"
             )
-    # PEFT casts these to the dtype of the weights, in which codes leave nothing of them.
+    # PEFT casts these to the dtype of the weights, which turns them to zero where that is int8.
     scales = (t for m in adapted.modules() for t in getattr(m, "unilora_scales_A", {}).values())
     if not all(tensor.is_floating_point() for tensor in scales):
         raise UserError("UNILORA does nothing on a quantized base; use VERA, IA3 or LORA")
@@ -66,20 +68,20 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
 
 
 def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) -> PeftModel:
-    """An adapter from a folder or the Hub on its base, from safetensors only.
+    """Put an adapter from a folder or the Hub on its base; only safetensors are read.
 
     Raises:
-        UserError: it cannot be found, or does not fit the base.
+        UserError: the adapter cannot be found, or does not fit the base.
     """
     try:
         if not Path(path).is_dir():
             hf_hub_download(path, SAFETENSORS_WEIGHTS_NAME)
         elif not (Path(path) / SAFETENSORS_WEIGHTS_NAME).is_file():
-            # PEFT would fall back to a pickle.
+            # PEFT would read a pickle instead.
             raise FileNotFoundError(f"it holds no {SAFETENSORS_WEIGHTS_NAME}.")
         if not any(parameter.is_meta for parameter in model.parameters()):
             return PeftModel.from_pretrained(model, path, is_trainable=is_trainable)
-        # PEFT would offload the adapter as well.
+        # PEFT's own loading would offload the adapter as well.
         config = PeftConfig.from_pretrained(path)
         config.inference_mode = not is_trainable
         adapted = add_adapter(model, config)
@@ -94,7 +96,7 @@ def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) 
 
 
 def unreadable_adapter(path: str, error: BaseException) -> UserError:
-    """What to say where an adapter cannot be loaded."""
+    """The error that tells a user why an adapter cannot be loaded."""
     return UserError(
         f"adapter {path!r} cannot be loaded: {reason(error)} Give an adapter for this base in "
         "PEFT's layout (adapter_config.json, adapter_model.safetensors), a folder or a Hub id"
@@ -105,7 +107,7 @@ def prepare(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBa
     """Make a model safe for forward-only tuning, in place.
 
     On a CPU, bitsandbytes is kept from repacking NF4 weights: every save calls `state_dict()`,
-    which would change weights that were repacked. In a PEFT model the trainable parameters become
+    which would change weights that were repacked. The trainable parameters of a PEFT model become
     float32 (PEFT leaves `modules_to_save` and layer norms in the base's dtype), and a local base is
     recorded by its folder's name, so that no saved file holds a path of this machine.
 
@@ -114,31 +116,12 @@ def prepare(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBa
     """
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    for name, module in model.named_modules():
+    check_4bit_widths(model)
+    for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit) and module.weight.device.type == "cpu":
-            check_4bit_width(name, module)
             module.support_avx512bf16_for_cpu = False
     if isinstance(model, PeftModel):
         _prepare_adapter(model)
-
-
-def check_4bit_width(name: str, layer: bitsandbytes.nn.Linear4bit) -> None:
-    """Refuse a 4-bit layer of a CPU whose rows are not made of whole quantization blocks.
-
-    On CPUs with AVX-512, bitsandbytes 0.50 decodes such a layer to wrong weights. It is refused on
-    every CPU, so that whether a run works does not depend on the kind of CPU.
-
-    Raises:
-        UserError: the layer's `in_features` is not a multiple of its block size.
-    """
-    block = layer.weight.blocksize
-    if layer.in_features % block:
-        raise UserError(
-            f"the 4-bit layer {name} has {layer.in_features} input features, which is not a "
-            f"multiple of its quantization block size, {block}, and on some CPUs bitsandbytes "
-            "decodes such a layer wrongly; load the base in 8 bit or in floating point, or use a "
-            "GPU"
-        )
 
 
 def _prepare_adapter(model: PeftModel) -> None:
@@ -147,36 +130,34 @@ def _prepare_adapter(model: PeftModel) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
+    dtype = model.get_base_model().dtype
     for name, module in model.named_modules():
-        for copy in _float32_copies(module).values():
+        # These hold float32 copies of base modules, whose inputs and outputs PEFT does not cast.
+        if isinstance(module, ModulesToSaveWrapper):
+            copies = module.modules_to_save
+        elif isinstance(module, LNTuningLayer):
+            copies = module.ln_tuning_layers
+        else:
+            continue
+        for copy in copies.values():
             copy.register_forward_pre_hook(_inputs_to_float32)
-            # A head's logits stay float32: only the loss reads them.
+            # The logits of a head stay float32, because only the loss reads them.
             if name.rpartition(".")[2] not in (*SEQ_CLS_HEAD_NAMES, "lm_head"):
-                copy.register_forward_hook(_output_to(model.get_base_model().dtype))
-
-
-def _float32_copies(module: nn.Module) -> dict[str, nn.Module]:
-    """The copies of base modules that PEFT trains as a whole and does not cast for."""
-    if isinstance(module, ModulesToSaveWrapper):
-        return dict(module.modules_to_save.items())
-    if isinstance(module, LNTuningLayer):
-        return dict(module.ln_tuning_layers.items())
-    return {}
+                copy.register_forward_hook(lambda module, args, output: output.to(dtype))
 
 
 def _inputs_to_float32(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
-def _output_to(dtype: torch.dtype) -> Any:
-    return lambda module, args, output: output.to(dtype)
-
-
 def tuned_parameters(model: PeftModel, tunable: str | None = None) -> dict[str, nn.Parameter]:
-    """The parameters PEFT made trainable, by name; `tunable` (a regular expression) narrows them.
+    """The parameters that PEFT made trainable, by name.
+
+    Args:
+        tunable: a regular expression; only names in which it is found count.
 
     Raises:
-        UserError: `tunable` is no regular expression, or matches none of them.
+        UserError: `tunable` is no regular expression, or is found in no name.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     chosen = matching(trainable, tunable)
@@ -184,10 +165,10 @@ def tuned_parameters(model: PeftModel, tunable: str | None = None) -> dict[str, 
 
 
 def matching(names: Collection[str], tunable: str | None) -> set[str]:
-    """The names in which `tunable`, a regular expression, is found; all for None.
+    """The names in which `tunable`, a regular expression, is found; all names for None.
 
     Raises:
-        UserError: it is no regular expression, or found in none.
+        UserError: `tunable` is no regular expression, or is found in no name.
     """
     if tunable is None:
         return set(names)
@@ -207,7 +188,7 @@ def matching(names: Collection[str], tunable: str | None) -> set[str]:
 def start_prefix_from_tokens(model: PeftModel, token_ids: Tensor) -> None:
     """Set a prefix to the keys and values that the base computes for real tokens, in place.
 
-    A random prefix does not train this way (MeZO, arXiv:2305.17333, appendix on prefix tuning).
+    A random prefix does not learn in this way (MeZO, arXiv:2305.17333, appendix on prefix tuning).
 
     Args:
         token_ids: one for each virtual token, int64 [T].
@@ -225,7 +206,7 @@ def start_prefix_from_tokens(model: PeftModel, token_ids: Tensor) -> None:
 
 
 def peft_config_of(model: PreTrainedModel | PeftModel) -> PeftConfig | None:
-    """The active adapter's configuration; None without one."""
+    """The configuration of the active adapter; None for a base."""
     return model.active_peft_config if isinstance(model, PeftModel) else None
 
 
@@ -240,14 +221,12 @@ def classifies(model: PreTrainedModel | PeftModel) -> bool:
 def context_length(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> int | None:
-    """Tokens that an example may have: the model's positions less the adapter's virtual tokens."""
+    """The most tokens of an example: the model's positions less the adapter's virtual tokens.
+
+    None where the model's configuration does not say how many positions it has.
+    """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
         return None
     virtual = getattr(peft_config_of(model), "num_virtual_tokens", None) or 0
     return min(positions, tokenizer.model_max_length) - virtual
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    names = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    return sorted(names) or ["none"]

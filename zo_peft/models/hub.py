@@ -1,4 +1,4 @@
-"""Names of models, and what the Hub or a folder says when it does not give one."""
+"""Names of models, and why a folder or the Hub did not give one."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ LOAD_ERRORS = (OSError, ValueError, SafetensorError, httpx.HTTPError)
 
 
 def public_name(name_or_path: str | None) -> str:
-    """A model's Hub id, or the name of its folder without the way there."""
+    """The Hub id of a model, or the name of its folder without the path to it."""
     path = Path(name_or_path or "base")
     return path.name if path.is_absolute() or path.is_dir() else path.as_posix()
 
 
 def reason(error: BaseException) -> str:
-    """Why a folder or the Hub did not give what was asked for, in one line that ends a sentence."""
+    """Why a folder or the Hub did not give what was asked for, in a line that ends a sentence."""
     causes = [error]
     while (cause := causes[-1].__cause__) is not None:
         causes.append(cause)

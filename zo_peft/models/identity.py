@@ -1,4 +1,4 @@
-"""What a base is known by."""
+"""How a base is recognised, so that a run goes on with the base that it started from."""
 
 import hashlib
 from pathlib import Path
@@ -8,11 +8,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from zo_peft.models.loading import bits_of
+
 
 def base_hash(model: nn.Module) -> str:
-    """A hash of the tensors of the model's state dict, names and bits, wherever they lie.
+    """A hash of names and bits of all tensors in the model's state dict, on whatever device.
 
-    Those of an adapter that are trained are left out.
+    The trained tensors of an adapter are left out.
     """
     digest = hashlib.blake2b(digest_size=16)
     named = model.named_parameters() if isinstance(model, PeftModel) else ()
@@ -27,24 +29,19 @@ def base_hash(model: nn.Module) -> str:
 
 
 def identity(model: PreTrainedModel | PeftModel) -> dict[str, str]:
-    """What a base is known by: a hash of its files, its commit on the Hub, or a hash of tensors.
+    """A hash of the base's files, or of its tensors if it is of the Hub; and its format.
 
-    And how it was loaded: int8, 4-bit, or its dtype.
+    The format, `loaded`, is int8, 4-bit, or the dtype.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    quantization = getattr(base.config, "quantization_config", None)
-    bits = {"int8": "load_in_8bit", "4-bit": "load_in_4bit"}
-    loaded = [name for name, key in bits.items() if getattr(quantization, key, False)]
-    return {**_source(model), "loaded": (loaded or [str(base.dtype)])[0]}
-
-
-def _source(model: PreTrainedModel | PeftModel) -> dict[str, str]:
-    name, commit = model.config.name_or_path, getattr(model.config, "_commit_hash", None)
+    bits = bits_of(base.config)
+    loaded = {8: "int8", 4: "4-bit"}[bits] if bits else str(base.dtype)
+    name = model.config.name_or_path
     files = sorted(Path(name).glob("*.safetensors")) if name else []
-    if files:
-        digest = hashlib.blake2b(digest_size=16)
-        for path in files:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "blake2b").digest())
-        return {"files": digest.hexdigest()}
-    return {"tensors": base_hash(model)} if commit is None else {"commit": commit}
+    if not files:
+        return {"tensors": base_hash(model), "loaded": loaded}
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return {"files": digest.hexdigest(), "loaded": loaded}

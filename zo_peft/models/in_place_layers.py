@@ -1,8 +1,14 @@
-"""How modules of a base read their tuned numbers at a displacement, or at many in one forward."""
+"""How a base's modules read their tuned numbers: at one point, or at many in one forward pass.
+
+The functions that stand in for a module's forward take first what is bound to them (the module's
+tuned numbers by attribute, and its own forward), then what `zo_peft.core.lanes` gives (the module,
+the lanes and the module's name), and at last the arguments of the forward itself.
+"""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import bitsandbytes
@@ -13,23 +19,23 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
 from zo_peft.core.direction import Direction
-from zo_peft.core.lanes import Lanes, Replacement
+from zo_peft.core.lanes import Lanes, Replacement, replaced
 from zo_peft.core.low_rank import LowRank, Noise, summed
-from zo_peft.core.noise import (
-    SignSums,
-    derive_seed,
-    noise_rows,
-    row_words,
-    uniform_rows,
-)
+from zo_peft.core.noise import SignSums, derive_seed, noise_rows
 from zo_peft.models.numbers import Numbers, Own
+from zo_peft.models.rounding import row_words, uniform_rows
+
+Forward = Callable[..., Tensor]
+
+#: Gives some rows of a matrix: float32 [R, width].
+Rows = Callable[[slice | Tensor], Tensor]
 
 
 class DirectionRows:
-    """A direction's numbers for some rows of a matrix, made when asked for."""
+    """Rows of a direction for one tuned matrix; they are computed when they are asked for."""
 
     def __init__(self, direction: Direction, numbers: Numbers, noise: Noise) -> None:
-        self.direction, self.name, self.noise = direction, numbers.name, noise
+        self.direction, self.name = direction, numbers.name
         self.width, self.device = numbers.matrix.shape[1], numbers.stored.device
         self.kind = noise.distribution if isinstance(noise, LowRank) else noise
         self.signs = SignSums(direction.terms, self.name, numbers.stored.numel(), self.device)
@@ -55,129 +61,95 @@ class DirectionRows:
         return sums.view(-1, self.width)
 
 
-class Uniforms:
-    """What rounds the rows of a matrix; of float32, which is not rounded, nothing."""
+def rounding_rows(numbers: Numbers, seed: int) -> Rows:
+    """The random numbers in [0, 1) that round rows of a matrix.
 
-    def __init__(self, numbers: Numbers, seed: int) -> None:
-        self.matrix = numbers.matrix
-        self.words = torch.empty(0)
-        if self.matrix.dtype != torch.float32:
-            rows = torch.arange(len(self.matrix), device=self.matrix.device)
-            self.words = row_words(seed, numbers.name, rows)
-
-    def __call__(self, rows: slice | Tensor) -> Tensor:
-        """Float32 [R, width] in [0, 1)."""
-        if not len(self.words):
-            return self.words
-        return uniform_rows(self.words[rows], self.matrix.shape[1])
+    A float32 matrix is not rounded, so its numbers are an empty tensor.
+    """
+    matrix = numbers.matrix
+    if matrix.dtype == torch.float32:
+        return lambda rows: torch.empty(0)
+    words = row_words(seed, numbers.name, torch.arange(len(matrix), device=matrix.device))
+    return lambda rows: uniform_rows(words[rows], matrix.shape[1])
 
 
 class BaseLanes(Lanes):
-    """K displacements of the base, of which each module makes its own part when it runs."""
+    """Lanes of a base. Each module computes its numbers at the K displacements when it runs."""
 
     def __init__(self, displacements: Sequence[Direction], noise: Noise) -> None:
         super().__init__({}, len(displacements))
         self.displacements, self.noise = displacements, noise
 
     def steps(self, numbers: Numbers) -> Tensor:
-        """Of a vector: float32 [K, size]."""
+        """The displacements of a vector: float32 [K, size]."""
         kind = self.noise.distribution if isinstance(self.noise, LowRank) else self.noise
         stored = numbers.stored
         ends = 0, stored.numel()
         return summed(self.displacements, numbers.name, *ends, kind, stored.device)
 
     def values(self, numbers: Numbers) -> Tensor:
-        """A vector at every displacement: [K, size], in its own dtype."""
-        rows = slice(0, 1)
-        steps = self.steps(numbers)
-        points = zip(steps, self.displacements)
-        return torch.cat(
-            [
-                numbers.stepped(rows, step[None], Uniforms(numbers, _seed_of(point))(rows))
-                for step, point in points
-            ]
-        )
+        """A vector at every point: [K, size], in its own dtype."""
+        rows, steps = slice(0, 1), self.steps(numbers)[:, None]
+        seeds = map(_rounding_seed, self.displacements)
+        rounding = [rounding_rows(numbers, seed)(rows) for seed in seeds]
+        return torch.cat([numbers.stepped(rows, s, u) for s, u in zip(steps, rounding)])
 
     def factors(self, numbers: Numbers) -> tuple[Tensor, Tensor]:
-        """Of a matrix with low-rank noise: left [K, m, R], right [K or 1, n, R]."""
+        """The displacements of a matrix as factors: left [K, m, R] and right [K or 1, n, R]."""
         assert isinstance(self.noise, LowRank)
         stored = numbers.stored
         return self.noise.factors(self.displacements, numbers.name, stored.shape, stored.device)
 
-    def copy(self, numbers: Numbers) -> Tensor:
-        """A scratch copy of the numbers at the only displacement."""
+    def rows_of(self, numbers: Numbers) -> Rows:
+        """Gives rows of a matrix at the only point, in its own dtype."""
         (point,) = self.displacements
-        steps, uniforms = (
-            DirectionRows(point, numbers, self.noise),
-            Uniforms(numbers, _seed_of(point)),
-        )
-        scratch = torch.empty_like(numbers.matrix)
+        steps = DirectionRows(point, numbers, self.noise)
+        rounding = rounding_rows(numbers, _rounding_seed(point))
+        return lambda rows: numbers.stepped(rows, steps(rows), rounding(rows))
+
+    def copy(self, numbers: Numbers) -> Tensor:
+        """A copy of the numbers at the only point."""
+        rows_of, scratch = self.rows_of(numbers), torch.empty_like(numbers.matrix)
         for rows in numbers.chunks():
-            scratch[rows] = numbers.stepped(rows, steps(rows), uniforms(rows))
+            scratch[rows] = rows_of(rows)
         return scratch.view(numbers.stored.shape)
 
-    def rows(self, numbers: Numbers, rows: Tensor) -> Tensor:
-        """Some rows (int64 [R]) of a matrix at the only displacement."""
-        (point,) = self.displacements
-        steps = DirectionRows(point, numbers, self.noise)(rows)
-        return numbers.stepped(rows, steps, Uniforms(numbers, _seed_of(point))(rows))
 
-
-def _seed_of(point: Direction) -> int:
-    """What rounds the numbers at a point; the same for its negative."""
-    return derive_seed(*(seed for seed, _ in point.terms))
-
-
-Forward = Callable[..., Tensor]
+def _rounding_seed(displacement: Direction) -> int:
+    """The seed that rounds the numbers at a point. A displacement and its negative share it."""
+    return derive_seed(*(seed for seed, _ in displacement.terms))
 
 
 def replacement(module: nn.Module, own: Own, noise: Noise) -> Replacement:
-    """How a module with tuned numbers reads them: it, its method, and what stands in for that."""
+    """What stands in for the forward of a module with tuned numbers."""
+    function = _function_of(module, own, isinstance(noise, LowRank))
+    return module, "forward", partial(function, own, module.forward)
 
-    def bound(function: Callable[..., Tensor]) -> Replacement:
-        return module, "forward", _Reading(function, own, module.forward)
 
-    low_rank = isinstance(noise, LowRank)
+def _function_of(module: nn.Module, own: Own, low_rank: bool) -> Callable[..., Tensor]:
     if "absmax" in own:
-        return bound(_blocks)
+        return _blocks
     if isinstance(module, Linear8bitLt):
-        weight = own.get("weight")
-        return bound(_int8 if weight is None or low_rank else _int8_codes)
+        return _int8 if low_rank or "weight" not in own else _int8_codes
     if isinstance(module, nn.Linear):
-        return bound(_linear if low_rank or "weight" not in own else _swapped)
+        return _linear if low_rank or "weight" not in own else _swapped
     if type(module) is nn.Embedding:
-        return bound(_embedding if low_rank else _embedding_rows)
+        return _embedding if low_rank else _embedding_rows
     vectors = all(p.dim() == 1 for p in module.parameters(recurse=False))
-    return bound(_affine if vectors and own.keys() <= {"weight", "bias"} else _swapped)
-
-
-class _Reading:
-    """A replacement: a function with the module's tuned numbers and its own forward."""
-
-    def __init__(self, func: Callable[..., Tensor], own: Own, forward: Forward) -> None:
-        self.func, self.own, self.forward = func, own, forward
-
-    def __call__(self, module: Any, lanes: BaseLanes, name: str, *args: Any, **kwargs: Any) -> Any:
-        return self.func(module, lanes, name, self.own, self.forward, *args, **kwargs)
+    return _affine if vectors and own.keys() <= {"weight", "bias"} else _swapped
 
 
 def _swapped(
-    module: nn.Module,
-    lanes: BaseLanes,
-    _: str,
-    own: Own,
-    forward: Forward,
-    *args: Any,
-    **kwargs: Any,
+    own: Own, forward: Forward, module: nn.Module, lanes: BaseLanes, _: str, *args: Any, **kw: Any
 ) -> Tensor:
-    """Any module, with a scratch copy in place of its parameters."""
+    """Any module: its parameters are replaced by copies at the point."""
     copies = {attribute: lanes.copy(numbers) for attribute, numbers in own.items()}
-    with _in_place(module, copies):
-        return forward(*args, **kwargs)
+    with _parameters(module, copies):
+        return forward(*args, **kw)
 
 
 @contextmanager
-def _in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def _parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Within the context the module's parameters are these tensors."""
     before = {name: module._parameters[name] for name in tensors}
     try:
@@ -189,18 +161,18 @@ def _in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None
 
 
 def _affine(
-    module: nn.Module, lanes: BaseLanes, name: str, own: Own, forward: Forward, x: Tensor
+    own: Own, forward: Forward, module: nn.Module, lanes: BaseLanes, name: str, x: Tensor
 ) -> Tensor:
-    """A module whose output is linear in each number of its vectors, as those of all norms are."""
+    """A module that owns vectors and whose output is linear in each of them, such as a norm."""
     if lanes.count == 1:
-        return _swapped(module, lanes, name, own, forward, x)
+        return _swapped(own, forward, module, lanes, name, x)
     vectors = {attribute: numbers.stored for attribute, numbers in own.items()}
     zeros = {attribute: torch.zeros_like(vector) for attribute, vector in vectors.items()}
-    with _in_place(module, zeros):
+    with _parameters(module, zeros):
         y = forward(x)
     y = lanes.split(y, name).flatten(1, -2)
     if "weight" in own:
-        with _in_place(module, zeros | {"weight": torch.ones_like(vectors["weight"])}):
+        with _parameters(module, zeros | {"weight": torch.ones_like(vectors["weight"])}):
             scaled = forward(x).view_as(y) - y
         y = y + scaled * lanes.values(own["weight"])[:, None]
     if "bias" in own:
@@ -209,7 +181,7 @@ def _affine(
 
 
 def _add_bias(y: Tensor, lanes: BaseLanes, name: str, own: Own) -> Tensor:
-    """A linear layer's output that has its bias, with the bias displaced."""
+    """The output of a linear layer, whose bias is already added, with the displaced bias."""
     if "bias" not in own:
         return y
     change = lanes.values(own["bias"]) - own["bias"].stored
@@ -217,9 +189,9 @@ def _add_bias(y: Tensor, lanes: BaseLanes, name: str, own: Own) -> Tensor:
 
 
 def _linear(
-    module: nn.Module, lanes: BaseLanes, name: str, own: Own, forward: Forward, x: Tensor
+    own: Own, forward: Forward, module: nn.Module, lanes: BaseLanes, name: str, x: Tensor
 ) -> Tensor:
-    """`x W^T` once for all lanes, and each lane's low-rank term beside it (arXiv:2511.16652)."""
+    """`x W^T` once for all lanes, plus the low-rank term of each lane (arXiv:2511.16652)."""
     y = _add_bias(forward(x), lanes, name, own)
     if "weight" not in own:
         return y
@@ -231,11 +203,14 @@ def _linear(
 
 
 def _int8(
-    module: Linear8bitLt, lanes: BaseLanes, name: str, own: Own, forward: Forward, x: Tensor
+    own: Own, forward: Forward, module: Linear8bitLt, lanes: BaseLanes, name: str, x: Tensor
 ) -> Tensor:
-    """int8 codes as they are: row scales multiply the output, low-rank noise is added to it."""
+    """int8 codes are read as they are.
+
+    Row scales multiply the output of the layer, and low-rank noise is added to it.
+    """
     if "SCB" not in own:
-        return _linear(module, lanes, name, own, forward, x)
+        return _linear(own, forward, module, lanes, name, x)
     y = _matmul(module, x, module.state.CB, None)
     y = lanes.split(y, name).flatten(1, -2) * lanes.steps(own["SCB"]).exp_()[:, None].to(y.dtype)
     if "bias" in own:
@@ -246,9 +221,9 @@ def _int8(
 
 
 def _int8_codes(
-    module: Linear8bitLt, lanes: BaseLanes, name: str, own: Own, forward: Forward, x: Tensor
+    own: Own, _: Forward, module: Linear8bitLt, lanes: BaseLanes, name: str, x: Tensor
 ) -> Tensor:
-    """A scratch copy of the layer's codes, moved by stochastically rounded noise."""
+    """int8 codes are copied and moved by noise that is rounded stochastically."""
     bias = module.bias
     if "bias" in own:
         bias = nn.Parameter(lanes.copy(own["bias"]), requires_grad=False)
@@ -263,23 +238,19 @@ def _matmul(module: Linear8bitLt, x: Tensor, codes: Tensor, bias: Tensor | None)
 
 
 def _blocks(
-    module: Linear4bit, lanes: BaseLanes, name: str, own: Own, forward: Forward, x: Tensor
+    own: Own, forward: Forward, module: Linear4bit, lanes: BaseLanes, name: str, x: Tensor
 ) -> Tensor:
-    """NF4 with a scratch copy of its block scales."""
+    """NF4 codes are read with a displaced copy of their block scales."""
     quant_state: QuantState = module.weight.quant_state
-    before = quant_state.absmax
-    try:
-        quant_state.absmax = lanes.copy(own["absmax"])
+    with replaced([(quant_state, "absmax", lanes.copy(own["absmax"]))]):
         y = forward(x)
-    finally:
-        quant_state.absmax = before
     return _add_bias(y, lanes, name, own)
 
 
 def _embedding(
-    module: nn.Embedding, lanes: BaseLanes, name: str, own: Own, forward: Forward, ids: Tensor
+    own: Own, forward: Forward, _: nn.Module, lanes: BaseLanes, name: str, ids: Tensor
 ) -> Tensor:
-    """An embedding's rows, and each lane's low-rank term of those rows."""
+    """The rows of an embedding, plus the low-rank term of each lane for those rows."""
     y = forward(ids)
     left, right = lanes.factors(own["weight"])
     lane_ids = lanes.split(ids, name).flatten(1)
@@ -289,12 +260,12 @@ def _embedding(
 
 
 def _embedding_rows(
-    module: nn.Embedding, lanes: BaseLanes, name: str, own: Own, forward: Forward, ids: Tensor
+    own: Own, forward: Forward, _: nn.Module, lanes: BaseLanes, name: str, ids: Tensor
 ) -> Tensor:
-    """An embedding of which only the rows that the batch reads are perturbed."""
+    """Only the rows of an embedding that the batch reads are displaced."""
     rows, inverse = ids.unique(return_inverse=True)
-    return F.embedding(inverse, lanes.rows(own["weight"], rows))
+    return F.embedding(inverse, lanes.rows_of(own["weight"])(rows))
 
 
-#: What works on several lanes at once.
+#: The functions that work on several lanes at once. The others see a single point.
 IN_LANES = {_affine, _linear, _int8, _embedding}

@@ -1,8 +1,8 @@
-"""The base's own numbers as a space: weights, int8 codes, quantization scales; perturbed on read.
+"""The numbers of a base as a space: weights, int8 codes or quantization scales.
 
-A layer's forward sees a scratch copy of that layer's numbers, or adds a low-rank term to its
-output. What the model holds is written by moves alone, so an evaluation, finished or not, leaves it
-bit for bit as it was, and scratch memory is that of one layer.
+A displacement is added while a layer runs: its forward sees a displaced copy of the layer's
+numbers, or adds a low-rank term to its output. Only moves write to the model, so an evaluation
+leaves it bit for bit as it was, also when it fails, and needs scratch memory for one layer only.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,50 +16,48 @@ from zo_peft.core.lanes import NotInLanes, Replacement
 from zo_peft.core.low_rank import LowRank, Noise
 from zo_peft.core.noise import derive_seed
 from zo_peft.core.space import check_fit
-from zo_peft.errors import UserError
-from zo_peft.models.in_place_layers import IN_LANES, BaseLanes, DirectionRows, Uniforms, replacement
+from zo_peft.models.in_place_layers import (
+    IN_LANES,
+    BaseLanes,
+    DirectionRows,
+    replacement,
+    rounding_rows,
+)
 from zo_peft.models.numbers import Numbers, Owners
 
 
 class InPlaceSpace:
-    """Numbers of a base model that are tuned in place.
+    """Numbers of a base that are tuned where they lie; see `Space` for the methods.
 
     Args:
-        owners: of every module that owns tuned numbers, those, by attribute: `weight`, `bias`,
-            `SCB`, `absmax`. Tied weights are one `Numbers` with several owners.
-        noise: its distribution; or low-rank noise, which many candidates can share a forward with.
+        owners: the modules that own tuned numbers (`zo_peft.models.numbers`), at least one.
+        noise: a distribution, or low-rank noise, with which candidates share a forward pass.
 
     Attributes:
-        parameters: the parameters of those modules that hold or belong to tuned numbers, by name.
+        numbers: the tuned numbers by name. Tied weights are one `Numbers` of several owners.
+        parameters: the parameters that hold tuned numbers or belong to them, by name.
         numel: how many numbers are tuned.
-        moves: so far; rounding depends on it.
-
-    Raises:
-        UserError: there is nothing to tune.
+        moves: how many moves were made; the random numbers that round a move depend on it.
     """
 
     def __init__(self, owners: Owners, noise: Noise) -> None:
-        self.noise = noise
-        self.owners = dict(owners)
+        self.noise, self.owners, self.moves = noise, owners, 0
         self.numbers = {n.name: n for _, own in owners.values() for n in own.values()}
-        if not self.numbers:
-            raise UserError("there is nothing to tune: no tensor of the base was chosen")
         self.parameters = {name: numbers.parameter for name, numbers in self.numbers.items()}
         self.numel = sum(numbers.stored.numel() for numbers in self.numbers.values())
-        self.moves = 0
+        self._by_index = list(self.numbers.values())
         self._replacements = {
             name: replacement(module, own, noise) for name, (module, own) in owners.items()
         }
 
     @property
     def lane_numel(self) -> int:
-        """How many numbers a candidate holds while it is evaluated: those of one layer."""
+        """As of `Space`: the numbers of the largest layer, for each layer makes its own."""
         rank = self.noise.rank if isinstance(self.noise, LowRank) else 0
-        sizes = [
+        return max(
             rank * sum(n.stored.shape) if rank and n.stored.dim() == 2 else n.stored.numel()
-            for n in self.numbers.values()
-        ]
-        return max(sizes)
+            for n in self._by_index
+        )
 
     def replacements(self) -> dict[str, Replacement]:
         """How each module that owns tuned numbers works lane by lane.
@@ -74,77 +72,67 @@ class InPlaceSpace:
 
     @contextmanager
     def displaced(self, displacement: Direction) -> Iterator[None]:
-        """Within the context the model is at `theta + displacement`; after it, at `theta` again."""
+        """As of `Space`."""
         with self.lanes([displacement]).active(self._replacements, 1, 1):
             yield
 
-    def lanes(self, displacements: Sequence[Direction]) -> "BaseLanes":
-        """The model at `theta` plus every displacement, for all in one forward."""
+    def lanes(self, displacements: Sequence[Direction]) -> BaseLanes:
+        """As of `Space`."""
         return BaseLanes(displacements, self.noise)
 
     def move(self, displacement: Direction, shrink: Mapping[str, float] | None = None) -> None:
-        """`theta <- theta + displacement`; `shrink` first multiplies the parameters it names."""
-        seed = self._rounding_seed()
-        for numbers in self.numbers.values():
-            steps = DirectionRows(displacement, numbers, self.noise)
-            self._write(numbers, steps, seed, (shrink or {}).get(numbers.name, 1.0))
+        """As of `Space`."""
+        self.moves += 1
+        for numbers in self._by_index:
+            self._write(numbers, DirectionRows(displacement, numbers, self.noise), shrink or {})
 
     def shift(self, index: int, step: Tensor, scale: float, shrink: Mapping[str, float]) -> None:
-        """`theta <- theta + scale * step`, in `buffers[index]`; `shrink` as in `move`."""
-        numbers = list(self.numbers.values())[index]
-        matrix = step.view(numbers.matrix.shape)
-        keep = shrink.get(numbers.name, 1.0)
-        self._write(numbers, lambda rows: matrix[rows] * scale, self._rounding_seed(), keep)
-
-    def _rounding_seed(self) -> int:
+        """As of `Space`."""
         self.moves += 1
-        return derive_seed(self.moves)
+        numbers = self._by_index[index]
+        matrix = step.view(numbers.matrix.shape)
+        self._write(numbers, lambda rows: matrix[rows] * scale, shrink)
 
     def _write(
-        self, numbers: Numbers, steps: Callable[[slice], Tensor], seed: int, keep: float
+        self, numbers: Numbers, steps: Callable[[slice], Tensor], shrink: Mapping[str, float]
     ) -> None:
-        device = numbers.stored.device
-        numbers.moved, numbers.saturated = torch.zeros(2, dtype=torch.int64, device=device).unbind()
-        uniforms = Uniforms(numbers, seed)
+        keep = shrink.get(numbers.name, 1.0)
+        numbers.start_counting()
+        rounding = rounding_rows(numbers, derive_seed(self.moves))
         for rows in numbers.chunks():
             change = steps(rows)
             if keep != 1.0:
                 change = change - (1.0 - keep) * numbers.value(rows)
-            numbers.write(rows, change, uniforms(rows))
+            numbers.write(rows, change, rounding(rows))
 
     def shares(self) -> dict[str, float]:
-        """Of all numbers, the shares that the last move changed and kept from passing an end."""
-        numbers = self.numbers.values()
+        """The shares of all numbers that the last move changed, and that it stopped at an end."""
         return {
-            "moved": sum(int(n.moved) for n in numbers) / self.numel,
-            "saturated": sum(int(n.saturated) for n in numbers) / self.numel,
+            "moved": sum(int(n.moved) for n in self._by_index) / self.numel,
+            "saturated": sum(int(n.saturated) for n in self._by_index) / self.numel,
         }
 
     @property
     def buffers(self) -> list[Tensor]:
-        """The tuned tensors, as the model holds them."""
-        return [numbers.stored for numbers in self.numbers.values()]
+        """As of `Space`: the tensors of the model itself, each in its own dtype."""
+        return [numbers.stored for numbers in self._by_index]
 
     def dense(self, index: int, direction: Direction) -> Tensor:
-        """The direction as a float32 tensor of the shape of `buffers[index]`."""
-        numbers = list(self.numbers.values())[index]
+        """As of `Space`."""
+        numbers = self._by_index[index]
         steps = DirectionRows(direction, numbers, self.noise)
         return torch.cat([steps(rows) for rows in numbers.chunks()]).view(numbers.stored.shape)
 
     def views(self, index: int, flat: Tensor) -> dict[str, Tensor]:
-        """A tensor like `buffers[index]` by the name of its numbers."""
-        return {list(self.numbers)[index]: flat}
+        """As of `Space`."""
+        return {self._by_index[index].name: flat}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tuned tensors by name, as the model holds them."""
+        """As of `Space`: the tensors of the model itself, each in its own dtype."""
         return {name: numbers.stored for name, numbers in self.numbers.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set the tuned tensors by name, all of them and no others.
-
-        Raises:
-            UserError: names, shapes or dtypes differ from this space's; nothing is changed then.
-        """
+        """As of `Space`."""
         mine = self.tensors()
         check_fit(mine, tensors)
         for name, tensor in tensors.items():

@@ -1,8 +1,12 @@
-"""Base models (float, int8, NF4) and tokenizers."""
+"""Base models (in floating point, int8 or NF4), with or without their weights, and tokenizers."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from transformers import (
     AutoConfig,
@@ -14,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers import AutoHfQuantizer
 
 from zo_peft.errors import UserError
 from zo_peft.models.hub import LOAD_ERRORS, public_name, reason
@@ -25,105 +30,200 @@ def quantization_config(
     compute_dtype: torch.dtype = torch.float32,
     has_classes: bool = False,
 ) -> BitsAndBytesConfig | None:
-    """bitsandbytes' LLM.int8() or NF4, or None for a base in floating point.
+    """The settings of LLM.int8() or NF4; None for a base in floating point.
 
     Args:
-        has_classes: there is a head for sequence classification; it is new, and not quantized.
+        has_classes: there is a head for sequence classification. It is new, so it is not quantized.
     """
     if load_in_8bit and load_in_4bit:
         raise UserError("load_in_8bit and load_in_4bit exclude each other; choose one")
-    skipped = list(SEQ_CLS_HEAD_NAMES) if has_classes else None
-    if load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
-    if load_in_4bit:
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=compute_dtype,
-            llm_int8_skip_modules=skipped,
-        )
-    return None
+    if not (load_in_8bit or load_in_4bit):
+        return None
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute_dtype}
+    return BitsAndBytesConfig(
+        load_in_8bit=load_in_8bit,
+        load_in_4bit=load_in_4bit,
+        llm_int8_skip_modules=list(SEQ_CLS_HEAD_NAMES) if has_classes else None,
+        **(nf4 if load_in_4bit else {}),
+    )
+
+
+def quantization_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """How a model is quantized, in the words of its config.json; empty in floating point."""
+    return config.to_dict().get("quantization_config") or {}
+
+
+def bits_of(config: PreTrainedConfig) -> Literal[8, 4] | None:
+    """The bits of the weights that bitsandbytes quantizes; None where it quantizes none."""
+    settings = quantization_of(config)
+    return 8 if settings.get("load_in_8bit") else 4 if settings.get("load_in_4bit") else None
 
 
 def load_base(name: str, num_labels: int | None = None, **kwargs: Any) -> PreTrainedModel:
-    """The base model `name` (Hub id or folder), from safetensors, placed as `device_map` says.
+    """The base of this name (a Hub id or a folder), read from safetensors.
 
     Args:
         num_labels: classes of a sequence-classification head; None for a causal language model.
-        kwargs: for `from_pretrained`.
+        kwargs: arguments of `from_pretrained`.
 
     Raises:
-        UserError: it cannot be found or read.
+        UserError: the base cannot be found or read, or has 4-bit layers of a wrong width.
     """
     head = {} if num_labels is None else {"num_labels": num_labels}
     auto = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
-    try:
-        return auto.from_pretrained(name, **{"use_safetensors": True, **head, **kwargs})
-    except LOAD_ERRORS as error:
-        raise UserError(_no_model(f"model {name!r}", error)) from error
+    with _loading(f"model {name!r}"):
+        model = auto.from_pretrained(name, **{"use_safetensors": True, **head, **kwargs})
+    check_4bit_widths(model)
+    return model
+
+
+def check_4bit_widths(model: PreTrainedModel, device: str = "cpu") -> None:
+    """Refuse 4-bit layers on a CPU whose rows are not made of whole quantization blocks.
+
+    On CPUs with AVX-512, bitsandbytes 0.50 decodes such a layer to wrong weights. It is refused on
+    every CPU, so that whether a run works does not depend on the kind of CPU.
+
+    Args:
+        device: where the checked layers are; meta for a model that stands for one on a CPU.
+
+    Raises:
+        UserError: a layer's `in_features` is not a multiple of its block size.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Linear4bit) or layer.weight.device.type != device:
+            continue
+        width, block = layer.in_features, layer.weight.blocksize
+        if width % block:
+            raise UserError(
+                f"the 4-bit layer {name} has {width} input features, which is not a multiple of "
+                f"its quantization block size, {block}, and on some CPUs bitsandbytes decodes such "
+                "a layer wrongly; load the base in 8 bit or in floating point, or use a GPU"
+            )
 
 
 def load_config(name: str, **kwargs: Any) -> PreTrainedConfig:
-    """The configuration of the model `name` (Hub id or folder); no weights are opened.
+    """The configuration of the model of this name (a Hub id or a folder); reads no weights.
 
     Raises:
-        UserError: it cannot be found or read.
+        UserError: the configuration cannot be found or read.
     """
-    try:
+    with _loading(f"model {name!r}"):
         return AutoConfig.from_pretrained(name, **kwargs)
-    except LOAD_ERRORS as error:
-        raise UserError(_no_model(f"model {name!r}", error)) from error
-
-
-def check_quantization(name: str, tune: str, quantization: Any, **kwargs: Any) -> None:
-    """Refuse, from the model's configuration alone, a base that cannot be tuned in this way.
-
-    Args:
-        tune: adapter, scales or weights.
-        quantization: the `BitsAndBytesConfig` that it would be loaded with; None: as it was saved.
-
-    Raises:
-        UserError: weights of a 4-bit base, scales of a base without any, a model that is not found.
-    """
-    if tune == "adapter":
-        return
-    config = load_config(name, **kwargs)
-    found = quantization or getattr(config, "quantization_config", None)
-    settings = found if isinstance(found, dict) else getattr(found, "__dict__", {})
-    eight, four = (
-        settings.get(key, settings.get(f"_{key}")) for key in ("load_in_8bit", "load_in_4bit")
-    )
-    if tune == "weights" and four:
-        raise UserError(
-            "tune='weights' cannot move the codes of a 4-bit base; load it in 8 bit or "
-            "unquantized, or use tune='scales'"
-        )
-    if tune == "scales" and not (eight or four):
-        raise UserError(
-            f"tune='scales' needs a quantized base, and {public_name(name)} is not; use "
-            "load_in_8bit or load_in_4bit, or tune='weights'"
-        )
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of `name`; its padding token is the end of sequence where it has none.
+    """The tokenizer of the model of this name; it pads with the end of a sequence by default.
 
     Raises:
-        UserError: it cannot be found or read.
+        UserError: the tokenizer cannot be found or read.
     """
-    try:
+    with _loading(f"the tokenizer of {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
-    except LOAD_ERRORS as error:
-        raise UserError(_no_model(f"the tokenizer of {name!r}", error)) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _no_model(what: str, error: BaseException) -> str:
-    # Users of the command line set no `use_safetensors`.
-    why = reason(error).partition(" and thus cannot be loaded with `safetensors`")[0].rstrip(".")
-    return (
-        f"{what} cannot be loaded: {why}. Give a folder that holds config.json and safetensors, or "
-        "a model id of the Hub"
-    )
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Within the context, errors of loading become a UserError that names `what`."""
+    try:
+        yield
+    except LOAD_ERRORS as error:
+        # Users of the command line know no `use_safetensors`.
+        why = reason(error).partition(" and thus cannot be loaded with `safetensors`")[0]
+        raise UserError(
+            f"{what} cannot be loaded: {why.rstrip('.')}. Give a folder that holds config.json and "
+            "safetensors, or a model id of the Hub"
+        ) from error
+
+
+def meta_base(
+    name: str, dtype: str, quantization: BitsAndBytesConfig | None, has_classes: bool, **source: Any
+) -> PreTrainedModel:
+    """The base as `load_base` would load it, on the meta device: its tensors hold no bytes.
+
+    Args:
+        dtype: that of what is not quantized; auto: as it was saved.
+        quantization: None: as it was saved.
+        source: `revision` and `trust_remote_code` of `from_pretrained`.
+
+    Raises:
+        UserError: the base cannot be found or built, or was quantized by others than bitsandbytes.
+    """
+    config = load_config(name, **source)
+    saved = quantization_of(config)
+    method = saved.get("quant_method", "bitsandbytes")
+    if not method.startswith("bitsandbytes"):
+        raise UserError(
+            f"{public_name(name)} was saved quantized by {method}, which is not planned; give its "
+            "base in floating point, with load_in_8bit or load_in_4bit, or one that bitsandbytes "
+            "quantized"
+        )
+    auto = AutoModelForSequenceClassification if has_classes else AutoModelForCausalLM
+    settings = {"dtype": (config.dtype or "float32") if dtype == "auto" else dtype}
+    settings["trust_remote_code"] = source.get("trust_remote_code", False)
+    with _loading(f"model {name!r}"), torch.device("meta"):
+        base = auto.from_config(config, **settings)
+        if quantization or saved:
+            _quantize(base, quantization or saved)
+    return base.requires_grad_(False)
+
+
+def _quantize(base: PreTrainedModel, quantization: BitsAndBytesConfig | dict[str, Any]) -> None:
+    """Quantize a base on the meta device in place, as `from_pretrained` does."""
+    # With `pre_quantized` the new layers hold codes, not numbers that are still to be quantized.
+    quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=True)
+    base.config.quantization_config = quantizer.quantization_config
+    quantizer.preprocess_model(base, dtype=base.dtype, device_map=None)
+    quantizer.postprocess_model(base)
+    base.tie_weights()
+    for layer in base.modules():
+        if isinstance(layer, Linear8bitLt | Linear4bit) and layer.bias is not None:
+            layer.bias.data = layer.bias.data.to(base.dtype)
+        if isinstance(layer, Linear8bitLt):
+            layer.state.SCB = torch.empty(layer.out_features)
+        elif isinstance(layer, Linear4bit):
+            count = layer.in_features * layer.out_features
+            layer.weight.data = torch.empty(count // 2, 1, dtype=torch.uint8)
+            layer.weight.quant_state = _scales(count // 64, layer.weight.compress_statistics)
+
+
+def _scales(count: int, nested: bool) -> QuantState:
+    """So many scales of NF4 weights; nested ones are quantized to 8 bits in blocks of 256."""
+    if not nested:
+        return QuantState(torch.empty(count))
+    outer, code = torch.empty(count // 256), torch.empty(256)
+    outer_state = QuantState(outer, code=code, blocksize=256, dtype=torch.float32)
+    codes = torch.empty(count, dtype=torch.uint8)
+    return QuantState(codes, offset=torch.empty(()), state2=outer_state)
+
+
+def check_quantization(name: str, tune: str, quantization: Any, **kwargs: Any) -> None:
+    """Refuse a base that cannot be tuned in this way. Only its configuration is read.
+
+    Args:
+        tune: adapter, scales or weights.
+        quantization: the quantization settings that it will be loaded with; None: as it was saved.
+        kwargs: arguments of `load_config`.
+
+    Raises:
+        UserError: weights of a 4-bit base, scales of a base without any, or a base that is not
+            found.
+    """
+    if tune == "adapter":
+        return
+    config = load_config(name, **kwargs)
+    if quantization:
+        config.quantization_config = quantization
+    bits = bits_of(config)
+    if tune == "weights" and bits == 4:
+        raise UserError(
+            "tune='weights' cannot move the codes of a 4-bit base; load it in 8 bit or "
+            "unquantized, or use tune='scales'"
+        )
+    if tune == "scales" and bits is None:
+        raise UserError(
+            f"tune='scales' needs a quantized base, and {public_name(name)} is not; use "
+            "load_in_8bit or load_in_4bit, or tune='weights'"
+        )

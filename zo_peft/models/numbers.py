@@ -1,6 +1,6 @@
-"""The base's tuned tensors: where each is stored, and what a step makes of it."""
+"""The tensors of a base that are tuned: where each is stored, and how a step changes it."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_blockwise
@@ -9,39 +9,44 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zo_peft.core.noise import CHUNK
-from zo_peft.core.rounding import MAX_CODE, round_codes, round_float
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import matching
+from zo_peft.models.rounding import MAX_CODE, round_codes, round_float
 
 
 class Numbers:
-    """A tensor of the base that is tuned, and how a step changes it.
+    """A tensor of the base that is tuned. Its subclasses are the formats of such tensors.
 
-    Subclasses say where it is stored and what `theta + step` is in that format.
+    The methods are of R rows of `matrix`: `steps` are float32 [R, width], and `uniforms`, in [0, 1)
+    and of that shape, round the result (empty for float32, which is not rounded).
 
     Attributes:
-        name: as in the model's state dict.
-        parameter: of the module that owns it.
-        moved, saturated: how many numbers the last move changed and kept from passing an end, on
-            the device.
+        name: the tensor's name, as in the model's state dict where it is there.
+        parameter: the parameter that holds the tensor or belongs to it.
+        moved, saturated: how many numbers the last move changed, and how many it could not move on
+            because they are at the end of their range; int64 on the device.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
         self.name, self.parameter = name, parameter
-        zero = torch.zeros(2, dtype=torch.int64, device=parameter.device)
-        self.moved, self.saturated = zero.unbind()
+        self.start_counting()
+
+    def start_counting(self) -> None:
+        """Set `moved` and `saturated` to zero."""
+        zeros = torch.zeros(2, dtype=torch.int64, device=self.parameter.device)
+        self.moved, self.saturated = zeros.unbind()
 
     @property
     def stored(self) -> Tensor:
-        """What the model holds; one of its own tensors."""
+        """The tensor itself, as the model holds it."""
         return self.parameter.data
 
     def stepped(self, rows: slice | Tensor, steps: Tensor, uniforms: Tensor) -> Tensor:
-        """Rows of the stored matrix after steps [R, width]; the stored one stays as it is."""
+        """What the rows are after the steps. What is stored stays as it is."""
         raise NotImplementedError
 
     def write(self, rows: slice, steps: Tensor, uniforms: Tensor) -> None:
-        """Store rows after steps, and count those that moved."""
+        """Store what the rows are after the steps, and count what has changed."""
         self._store(rows, self.stepped(rows, steps, uniforms))
 
     def _store(self, rows: slice, after: Tensor) -> None:
@@ -49,17 +54,17 @@ class Numbers:
         self.matrix[rows] = after
 
     def value(self, rows: slice) -> Tensor:
-        """What steps are added to, float32 [R, width]."""
+        """The numbers that steps are added to, float32 [R, width]."""
         return self.matrix[rows].float()
 
     @property
     def matrix(self) -> Tensor:
-        """`stored` as a matrix: all but the first dimension flattened; a vector is one row."""
+        """`stored` with all dimensions but the first flattened; a vector is a single row."""
         stored = self.stored
         return stored.view(1, -1) if stored.dim() < 2 else stored.view(len(stored), -1)
 
     def chunks(self) -> Iterator[slice]:
-        """Its rows, in parts that bound the scratch memory."""
+        """All rows, a few at a time, so that scratch memory stays small."""
         count, width = self.matrix.shape
         rows = max(1, CHUNK // max(1, width))
         for start in range(0, count, rows):
@@ -67,7 +72,7 @@ class Numbers:
 
 
 class FloatNumbers(Numbers):
-    """Weights of a float dtype; below float32 rounded stochastically."""
+    """Floating-point weights. Below float32 they are rounded stochastically."""
 
     def stepped(self, rows: slice | Tensor, steps: Tensor, uniforms: Tensor) -> Tensor:
         """`w + step`."""
@@ -78,18 +83,18 @@ class FloatNumbers(Numbers):
 
 
 class Int8Codes(Numbers):
-    """The codes of LLM.int8() weights `w = code * SCB / 127`; steps are of `w`."""
+    """The codes of LLM.int8() weights, `w = code * SCB / 127`. Steps are steps of `w`."""
 
     def __init__(self, name: str, layer: Linear8bitLt) -> None:
         super().__init__(name, layer.weight)
         self.scales: Tensor = layer.state.SCB
 
     def stepped(self, rows: slice | Tensor, steps: Tensor, uniforms: Tensor) -> Tensor:
-        """Codes rounded stochastically (QuZO, arXiv:2502.12346), saturating at the ends."""
+        """Codes are rounded stochastically (QuZO, arXiv:2502.12346) and stop at the ends."""
         return _bounded(self._moved(rows, steps, uniforms))
 
     def write(self, rows: slice, steps: Tensor, uniforms: Tensor) -> None:
-        """Store rows after steps, and count those that moved or saturated."""
+        """As of `Numbers`; codes that would leave their range are counted as saturated."""
         moved = self._moved(rows, steps, uniforms)
         self.saturated += (moved.abs() > MAX_CODE).sum()
         self._store(rows, _bounded(moved))
@@ -108,19 +113,22 @@ def _bounded(codes: Tensor) -> Tensor:
 
 
 class Scales(Numbers):
-    """Quantization scales; steps are of their logarithm, so they stay positive.
+    """Quantization scales. Steps are steps of their logarithm, so scales stay positive.
 
-    Perturbing scales and leaving codes alone is QZO's way (arXiv:2505.13430).
+    The codes stay as they are; this is how QZO tunes (arXiv:2505.13430).
+
+    Args:
+        scales: float32, one for each row of int8 weights or each block of NF4 weights.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter, stored: Tensor) -> None:
+    def __init__(self, name: str, parameter: nn.Parameter, scales: Tensor) -> None:
         super().__init__(name, parameter)
-        self._stored = stored
+        self.scales = scales
 
     @property
     def stored(self) -> Tensor:
-        """Float32 [rows] of int8 weights, [blocks] of NF4 weights."""
-        return self._stored
+        """The scales, as the layer holds them."""
+        return self.scales
 
     def stepped(self, rows: slice | Tensor, steps: Tensor, uniforms: Tensor) -> Tensor:
         """`s * exp(step)`."""
@@ -131,33 +139,29 @@ class Scales(Numbers):
         return self.matrix[rows].log()
 
 
-#: The tuned numbers of a module by attribute, and the modules that have some, by name.
+#: The tuned numbers of a module by attribute (`weight`, `bias`, `SCB` or `absmax`).
 Own = dict[str, Numbers]
+#: The modules that own tuned numbers by name, each with its own numbers.
 Owners = dict[str, tuple[nn.Module, Own]]
 
 
 def find_scales(model: PreTrainedModel, unquantized: bool = False) -> Owners:
-    """The scales of every bitsandbytes layer, by the layer's name; un-nested, float32.
+    """The scales of every quantized layer; nested ones become float32.
 
     Args:
-        unquantized: also the float tensors: embeddings, norms, biases, a head.
+        unquantized: also find all float parameters: embeddings, norms, biases, a head.
 
     Raises:
-        UserError: there is no quantized layer.
+        UserError: the base has no quantized layer.
     """
     owners: Owners = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear8bitLt):
-            _settle(module)
-            scb = Scales(f"{name}.SCB", module.weight, module.state.SCB)
-            owners[name] = module, {"SCB": scb}
-        elif isinstance(module, Linear4bit):
-            _unnest(model, module.weight.quant_state)
-            absmax = module.weight.quant_state.absmax
-            owners[name] = (
-                module,
-                {"absmax": Scales(f"{name}.weight.absmax", module.weight, absmax)},
-            )
+    for name, layer in _quantized(model):
+        if isinstance(layer, Linear8bitLt):
+            own: Own = {"SCB": Scales(f"{name}.SCB", layer.weight, layer.state.SCB)}
+        else:
+            scales = _unnested(model, layer.weight.quant_state)
+            own = {"absmax": Scales(f"{name}.weight.absmax", layer.weight, scales)}
+        owners[name] = layer, own
     if not owners:
         raise UserError(
             "tune='scales' needs a base with quantized layers, and this one has none; load it with "
@@ -167,44 +171,46 @@ def find_scales(model: PreTrainedModel, unquantized: bool = False) -> Owners:
 
 
 def find_weights(model: PreTrainedModel, unquantized: bool = False) -> Owners:
-    """The codes of every int8 layer, by the layer's name; of a base without any, all weights.
+    """The codes of every int8 layer, or all float parameters of a base without quantized layers.
 
     Args:
-        unquantized: also the float tensors beside int8 layers.
+        unquantized: find the float parameters beside int8 layers, too.
 
     Raises:
         UserError: the base has NF4 layers.
     """
     owners: Owners = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
+    for name, layer in _quantized(model):
+        if isinstance(layer, Linear4bit):
             raise UserError(
                 "tune='weights' cannot move the codes of 4-bit layers; load the base with "
                 "load_in_8bit or unquantized, or use tune='scales'"
             )
-        if isinstance(module, Linear8bitLt):
-            _settle(module)
-            owners[name] = module, {"weight": Int8Codes(f"{name}.weight", module)}
+        owners[name] = layer, {"weight": Int8Codes(f"{name}.weight", layer)}
     return _with_floats(model, owners) if unquantized or not owners else owners
 
 
 def choose(owners: Owners, tunable: str | None) -> Owners:
-    """The owners of those numbers whose names `tunable` (a regular expression) is found in.
+    """The numbers in whose names `tunable`, a regular expression, is found; all for None.
 
     Raises:
-        UserError: it is no regular expression, or found in none.
+        UserError: `tunable` is no regular expression, or is found in no name.
     """
-    numbers = {n.name for _, own in owners.values() for n in own.values()}
-    chosen = matching(numbers, tunable)
+    names = {numbers.name for _, own in owners.values() for numbers in own.values()}
+    return named(owners, matching(names, tunable))
+
+
+def named(owners: Owners, names: Collection[str]) -> Owners:
+    """The numbers of these names, with the modules that own them."""
     narrowed = {
-        name: (module, {a: n for a, n in own.items() if n.name in chosen})
+        name: (module, {a: numbers for a, numbers in own.items() if numbers.name in names})
         for name, (module, own) in owners.items()
     }
     return {name: owner for name, owner in narrowed.items() if owner[1]}
 
 
 def _with_floats(model: nn.Module, owners: Owners) -> Owners:
-    """The owners, with every float parameter of the model; a tied one is the same for all."""
+    """The owners and every float parameter of the model. Tied parameters are one `Numbers`."""
     names = {id(p): name for name, p in model.named_parameters() if p.is_floating_point()}
     shared: dict[int, Numbers] = {}
     for module_name, module in model.named_modules():
@@ -216,16 +222,21 @@ def _with_floats(model: nn.Module, owners: Owners) -> Owners:
     return owners
 
 
-def _settle(layer: Linear8bitLt) -> None:
-    """Codes and scales where a forward would put them first."""
-    if layer.weight.CB is not None:
-        layer.init_8bit_state()
+def _quantized(model: nn.Module) -> Iterator[tuple[str, Linear8bitLt | Linear4bit]]:
+    """The quantized layers with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, Linear8bitLt) and module.weight.CB is not None:
+            # This puts codes and scales where the first forward pass would put them.
+            module.init_8bit_state()
+        if isinstance(module, Linear8bitLt | Linear4bit):
+            yield name, module
 
 
-def _unnest(model: PreTrainedModel, state: QuantState) -> None:
-    """Scales that are quantized themselves, in float32: the numbers that a forward computes."""
+def _unnested(model: PreTrainedModel, state: QuantState) -> Tensor:
+    """The scales of NF4 weights. Those that are quantized themselves are dequantized for good."""
     if state.nested:
         absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
         state.absmax, state.offset, state.state2 = absmax.float(), None, None
         state.nested = False
         model.config.quantization_config.bnb_4bit_use_double_quant = False
+    return state.absmax

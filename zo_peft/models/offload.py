@@ -1,34 +1,21 @@
-"""Bases of which accelerate keeps a part on the CPU or the disk."""
+"""Offloaded bases: accelerate keeps part of their weights on the CPU or the disk."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-#: Adapters that leave reading the base's weights to the base's layers.
-ON_OFFLOADED = (
-    PeftType.LORA,
-    PeftType.ADALORA,
-    PeftType.IA3,
-    PeftType.VERA,
-    PeftType.LOHA,
-    PeftType.LOKR,
-    PeftType.OFT,
-    PeftType.BOFT,
-    PeftType.FOURIERFT,
-    PeftType.RANDLORA,
-    PeftType.PREFIX_TUNING,
-    PeftType.PROMPT_TUNING,
-    PeftType.P_TUNING,
-)
+#: The adapters that leave it to the layers of the base to read its weights.
+ON_OFFLOADED = ["LORA", "ADALORA", "IA3", "VERA", "LOHA", "LOKR", "OFT", "BOFT", "FOURIERFT"]
+ON_OFFLOADED += ["RANDLORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"]
 
 
 def offloaded_parameters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Parameters that accelerate keeps elsewhere, with their modules and names there."""
+    """The offloaded parameters: of each its module, its name in that module, and itself."""
     return [
         (module, name, parameter)
         for module in model.modules()
@@ -39,10 +26,11 @@ def offloaded_parameters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Para
 
 @contextmanager
 def stand_ins(offloaded: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> Iterator[None]:
-    """Within the context, offloaded weights are NaN, without memory, where their layers run.
+    """Within the context, offloaded weights are NaN tensors on the devices that run their layers.
 
-    PEFT puts an adapter where the weight is, which for an offloaded one is nowhere. What it
-    computes from such a weight is NaN, too.
+    PEFT puts an adapter on the device of the weight, and an offloaded weight has none. An adapter
+    that PEFT computes from such a weight is NaN, too. The tensors are one expanded number, so they
+    take no memory.
     """
     try:
         for module, name, parameter in offloaded:
@@ -59,5 +47,5 @@ def stand_ins(offloaded: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> Itera
 
 
 def input_device(model: PreTrainedModel | PeftModel) -> torch.device:
-    """Where token ids go; of an offloaded model the CPU, from which accelerate moves them."""
+    """The device of token ids; for an offloaded model the CPU, from which accelerate moves them."""
     return torch.device("cpu") if model.device.type == "meta" else model.device

@@ -1,4 +1,4 @@
-"""How PEFT's modules work lane by lane: many candidates of an adapter in one forward pass."""
+"""How the modules of PEFT work lane by lane, so that candidates share a forward pass."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,10 +17,10 @@ from zo_peft.core.lanes import Lanes, NotInLanes, Replacement, lane_product, pla
 def find_replacements(
     model: PeftModel, tuned: Mapping[str, nn.Parameter]
 ) -> dict[str, Replacement]:
-    """How each module that owns parameters of the adapter works lane by lane, by module name.
+    """How each module that owns tuned parameters of the adapter works lane by lane, by its name.
 
     Raises:
-        NotInLanes: a module cannot.
+        NotInLanes: a module cannot work so.
     """
 
     def replacement_of(module: nn.Module, name: str) -> Replacement:
@@ -39,7 +39,7 @@ def find_replacements(
 
 
 def _is_plain(layer: BaseTunerLayer) -> bool:
-    """One adapter, as its method was first published."""
+    """Whether the layer has one adapter, of the form that its method was first published in."""
     varied = getattr(layer, "lora_variant", {}) or any(getattr(layer, "lora_bias", {}).values())
     return len(layer.active_adapters) == 1 and not varied and not layer.merged
 
@@ -60,20 +60,15 @@ def _ia3(layer: Any, lanes: Lanes, name: str, x: Tensor, *args: Any, **kwargs: A
     return scaled(layer.base_layer(x, *args, **kwargs))
 
 
-Factors = tuple[Tensor, Tensor, float]
+#: Gives A [K or 1, r, in], B [K, out, r] and the scaling of a layer's adapter of some name.
+Factors = Callable[[Any, Lanes, str], tuple[Tensor, Tensor, float]]
 
 
 def _low_rank(
-    factors: Callable[[Any, Lanes, str], Factors],
-    layer: Any,
-    lanes: Lanes,
-    name: str,
-    x: Tensor,
-    *args: Any,
-    **kwargs: Any,
+    factors: Factors, layer: Any, lanes: Lanes, name: str, x: Tensor, *args: Any, **kw: Any
 ) -> Tensor:
-    """The base's output plus `scaling * x A^T B^T`, with A [K or 1, r, in] and B [K, out, r]."""
-    result = layer.base_layer(x, *args, **kwargs)
+    """The output of the base layer plus `scaling * x A^T B^T`."""
+    result = layer.base_layer(x, *args, **kw)
     a, b, scaling = factors(layer, lanes, layer.active_adapters[0])
     hidden = lane_product(lanes.split(x, name).flatten(1, -2).to(a.dtype), a)
     b = b.transpose(1, 2).expand(lanes.count, -1, -1)
@@ -85,26 +80,26 @@ def _low_rank(
     return result
 
 
-def _lora_factors(layer: lora.LoraLayer, lanes: Lanes, adapter: str) -> Factors:
+def _lora_factors(layer: Any, lanes: Lanes, adapter: str) -> tuple[Tensor, Tensor, float]:
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     return lanes.of(a), lanes.of(b), layer.scaling[adapter]
 
 
-def _vera_factors(layer: Any, lanes: Lanes, adapter: str) -> Factors:
+def _vera_factors(layer: Any, lanes: Lanes, adapter: str) -> tuple[Tensor, Tensor, float]:
     a = layer.vera_A[adapter][:, : layer.in_features]
     b = layer.vera_B[adapter][: layer.out_features]
     d, scale = lanes.of(layer.vera_lambda_d[adapter]), lanes.of(layer.vera_lambda_b[adapter])
     return a[None], scale[:, :, None] * b * d[:, None], 1.0
 
 
-def _unilora_factors(layer: Any, lanes: Lanes, adapter: str) -> Factors:
+def _unilora_factors(layer: Any, lanes: Lanes, adapter: str) -> tuple[Tensor, Tensor, float]:
     theta = lanes.of(layer.unilora_theta_d[adapter])
     a = theta[:, layer.unilora_indices_A[adapter]] * layer.unilora_scales_A[adapter]
     b = theta[:, layer.unilora_indices_B[adapter]] * layer.unilora_scales_B[adapter]
     return a, b, 1.0
 
 
-def _tinylora_factors(layer: Any, lanes: Lanes, adapter: str) -> Factors:
+def _tinylora_factors(layer: Any, lanes: Lanes, adapter: str) -> tuple[Tensor, Tensor, float]:
     v = lanes.of(layer.tinylora_v[adapter][layer._tinylora_v_key[adapter]])
     r = torch.einsum("ki,ijl->kjl", v, layer.tinylora_P[adapter].to(v))
     return layer.tinylora_A[adapter][None].to(v), layer.tinylora_B[adapter].to(v) @ r, 1.0

@@ -1,7 +1,6 @@
-"""What a run tunes, how it is evaluated and how it moves, from plain settings and a model."""
+"""The parts of a run that depend on its settings and its model: space, evaluator, update rule."""
 
 import json
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,7 +25,7 @@ from zo_peft.models.numbers import choose, find_scales, find_weights
 from zo_peft.models.peft_layers import find_replacements
 from zo_peft.models.trunk import Trunk
 
-#: The fields of `ZOConfig` that make a space.
+#: The fields of `ZOConfig` that decide what is tuned: the arguments of `space_of`.
 SPACE_FIELDS = ("tune", "tune_unquantized", "tunable", "noise", "noise_rank", "low_rank_noise")
 
 
@@ -39,7 +38,7 @@ def space_of(
     noise_rank: int,
     low_rank_noise: Structure | None,
 ) -> Space:
-    """The numbers that are tuned, by the fields of `ZOConfig` of the same names."""
+    """The space of what is tuned. The arguments are fields of `ZOConfig`."""
     kind: Distribution | LowRank = noise
     if low_rank_noise is not None:
         kind = LowRank(noise_rank, low_rank_noise, noise)
@@ -51,10 +50,10 @@ def space_of(
 
 
 def check_in_place(model: PreTrainedModel, tune: str) -> None:
-    """A base that is tuned itself must be where it can be changed.
+    """Refuse to tune a base itself (`tune` other than adapter) while part of it is offloaded.
 
     Raises:
-        UserError: part of it is not.
+        UserError: part of it is offloaded.
     """
     if tune != "adapter" and any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(
@@ -64,23 +63,19 @@ def check_in_place(model: PreTrainedModel, tune: str) -> None:
 
 
 def rule_of(
-    space: Space,
-    update_rule: str,
-    weight_decay: float,
-    decayed: Sequence[str],
-    automatic: bool,
-    momentum: float,
-    beta2: float,
-    learning_rate: float = 0.0,
+    space: Space, update_rule: str, learning_rate: float = 0.0, **settings: Any
 ) -> UpdateRule:
-    """The update rule, by the arguments of `UpdateRule`. A replay gives it learning rates itself."""
-    return RULES[update_rule](
-        space, learning_rate, weight_decay, tuple(decayed), automatic, momentum, beta2
-    )
+    """The update rule of this name.
+
+    Args:
+        learning_rate: may be left out where each step brings its own, as in a replay.
+        settings: further arguments of `UpdateRule`.
+    """
+    return RULES[update_rule](space, learning_rate, **settings)
 
 
 def trained(model: PreTrainedModel | PeftModel, space: Space) -> dict[str, Tensor]:
-    """What is tuned, and what else PEFT made trainable, by name."""
+    """The tensors that are tuned and the others that PEFT made trainable, by name."""
     trainable = tuned_parameters(model) if isinstance(model, PeftModel) else {}
     return trainable | space.tensors()
 
@@ -88,10 +83,10 @@ def trained(model: PreTrainedModel | PeftModel, space: Space) -> dict[str, Tenso
 def load_trained(
     model: PreTrainedModel | PeftModel, space: Space, tensors: dict[str, Tensor]
 ) -> None:
-    """Set what `trained` gave.
+    """Set the tensors that `trained` gave.
 
     Raises:
-        UserError: names or shapes differ; nothing that is tuned has been changed then.
+        UserError: their names or shapes are others; then nothing that is tuned is changed.
     """
     tuned = space.tensors().keys()
     others = {name: p for name, p in trained(model, space).items() if name not in tuned}
@@ -101,7 +96,7 @@ def load_trained(
 
 
 def adapter_settings(model: PreTrainedModel | PeftModel) -> dict[str, Any] | None:
-    """The adapter's configuration as JSON has it; None without one."""
+    """The configuration of the adapter in the types of JSON; None without an adapter."""
     config = peft_config_of(model)
     return config and json.loads(json.dumps(config.to_dict(), default=sorted))
 
@@ -113,7 +108,7 @@ def evaluator_of(
     candidates_per_forward: int | None = None,
     ranks: OneRank | None = None,
 ) -> Evaluator:
-    """An evaluator that knows how this model works lane by lane, and how much fits."""
+    """An evaluator that knows how this model works lane by lane and how many lanes fit."""
     new_tokens = getattr(objective, "max_completion_length", 0)
     repeats = getattr(objective, "repeatable", False) and not new_tokens
     tuned = set(map(id, space.parameters.values()))
@@ -130,7 +125,7 @@ def evaluator_of(
 def replacements_of(
     model: PreTrainedModel | PeftModel, space: Space
 ) -> dict[str, Replacement] | NotInLanes:
-    """How the modules with tuned parameters work lane by lane, or why one of them cannot."""
+    """How the modules with tuned parameters work lane by lane, or which of them cannot."""
     try:
         if isinstance(space, InPlaceSpace):
             return space.replacements()

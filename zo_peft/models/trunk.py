@@ -1,4 +1,8 @@
-"""Frozen parts: the layers below every tuned parameter, run once a batch, and what is compiled."""
+"""Frozen parts of a model.
+
+The trunk is the layers below every tuned parameter. It is run once for each batch, and its output
+is used for all candidates. Frozen parts of the other layers can be compiled.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,7 +15,7 @@ from zo_peft.core.lanes import replaced
 
 
 class _Reached(Exception):
-    """The forward has come as far as was asked for."""
+    """Ends a forward pass that has come far enough."""
 
 
 def _stop(*_: Any) -> None:
@@ -19,17 +23,17 @@ def _stop(*_: Any) -> None:
 
 
 def _first(output: Any) -> Tensor:
-    """The hidden states of what a layer returns."""
+    """The hidden states in the output of a layer."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def _hidden(*args: Any, **kwargs: Any) -> Tensor:
-    """The hidden states of what a layer is called with."""
+    """The hidden states among the arguments of a layer."""
     return args[0] if args else kwargs["hidden_states"]
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The transformer layers of a model that has one stack of them, in order; else none."""
+    """The transformer layers in order; none unless the model has exactly one stack of them."""
     stacks = [
         list(module)
         for module in model.modules()
@@ -43,24 +47,23 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 def find_trunk(
     model: nn.Module, tuned: Iterable[nn.Parameter], forward: Callable[[], object]
 ) -> list[nn.Module]:
-    """The layers that are done before a forward reaches the first module with tuned parameters.
+    """The layers that a forward pass ends before it reaches a module with tuned parameters.
 
     Args:
-        forward: runs the model on some batch; it is run up to that module.
+        forward: runs the model on some batch. It is run up to that module.
 
     Returns:
-        The first layers of the model; none where one does not pass its output straight to the next.
+        The first layers of the model; none if one does not pass its output straight to the next.
     """
     ids = {id(parameter) for parameter in tuned}
     layers = layers_of(model)
     stack = set(layers)
     done: list[nn.Module] = []
-    last: Any = None
+    last, straight = None, True
 
     def started(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if done and _hidden(*args, **kwargs) is not last:
-            done.clear()
-            raise _Reached
+        nonlocal straight
+        straight &= not done or _hidden(*args, **kwargs) is last
 
     def finished(layer: nn.Module, _: Any, output: Any) -> None:
         nonlocal last
@@ -77,15 +80,15 @@ def find_trunk(
             hooks.callback(layer.register_forward_hook(finished).remove)
         with suppress(_Reached):
             forward()
-            done.clear()
-    return done if done == layers[: len(done)] else []
+            return []
+    return done if straight and done == layers[: len(done)] else []
 
 
 class Trunk:
-    """Reuses what the frozen layers below every tuned parameter make of a batch.
+    """Runs the layers below every tuned parameter once for each batch.
 
     Args:
-        tuned: the tuned parameters; which layers lie below them is found by the first forward.
+        tuned: the tuned parameters. The first forward pass finds which layers lie below them.
     """
 
     def __init__(self, model: nn.Module, tuned: Iterable[nn.Parameter]) -> None:
@@ -95,9 +98,11 @@ class Trunk:
 
     @contextmanager
     def reused(self, forward: Callable[[], object]) -> Iterator[None]:
-        """Run the layers once, by `forward` on the batch; within the context they are skipped.
+        """Run the layers once; within the context they give their output without running.
 
-        A forward within the context may be on the batch repeated any number of times.
+        Args:
+            forward: runs the model on a batch. Within the context the model may be run on that
+                batch only, repeated any number of times.
         """
         if self._layers is None:
             self._layers = find_trunk(self.model, self.tuned, forward)
@@ -139,13 +144,11 @@ class Trunk:
 def compile_frozen_parts(
     model: nn.Module, tuned: Iterable[nn.Parameter], **options: Any
 ) -> list[nn.Module]:
-    """Compile the parts of each layer that own no tuned parameter, in place; returns them.
+    """Compile the parts of each layer that own no tuned parameter, in place, and return them.
 
-    MLPs and norms are such parts where only attention is tuned. Modules of PyTorch itself and
-    single linear layers are left alone: there is nothing to fuse.
-
-    Args:
-        options: for `torch.compile`.
+    Where only attention is tuned these are MLPs and norms. Modules of PyTorch itself and single
+    linear layers are left alone, because there is nothing to fuse. `options` are arguments of
+    `torch.compile`.
     """
     ids = {id(parameter) for parameter in tuned}
     parts = [

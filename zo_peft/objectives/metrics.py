@@ -1,7 +1,7 @@
-"""F1 and exact match of generated answers, as SQuAD and DROP define them officially.
+"""F1 and exact match of generated answers, as SQuAD and DROP officially define them.
 
 SQuAD: Rajpurkar et al., arXiv:1606.05250, evaluation script v1.1. DROP: Dua et al.,
-arXiv:1903.00161, `drop_eval.py`. An answer that is generated is one span of text.
+arXiv:1903.00161, `drop_eval.py`. A generated answer is one span of text.
 """
 
 import re
@@ -14,31 +14,31 @@ import numpy as np
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
-#: A DROP answer: one span, or all of several.
+#: A right answer of DROP: one span of text, or several spans that belong together.
 Spans = str | Sequence[str]
 
 
 def squad_words(text: str) -> list[str]:
-    """The words that SQuAD compares: lower case, no punctuation, no articles."""
+    """The words that SQuAD compares: lower case, without punctuation and articles."""
     return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split()
 
 
 def squad_exact_match(prediction: str, answer: str) -> float:
-    """1.0 where the two have the same words in the same order, else 0.0."""
+    """1.0 where prediction and answer have the same words in the same order, else 0.0."""
     return float(squad_words(prediction) == squad_words(answer))
 
 
 def squad_f1(prediction: str, answer: str) -> float:
-    """Harmonic mean of precision and recall of words, each as often as it occurs."""
+    """The harmonic mean of precision and recall of words, each counted as often as it occurs."""
     predicted, right = squad_words(prediction), squad_words(answer)
     common = sum((Counter(predicted) & Counter(right)).values())
     return 2 * common / (len(predicted) + len(right)) if common else 0.0
 
 
 def drop_words(text: str) -> list[str]:
-    """The words that DROP compares: as SQuAD's, but numbers keep their signs and points.
+    """The words that DROP compares: as for SQuAD, but numbers keep their signs and points.
 
-    A word is what stands between spaces or hyphens; a number is written as Python's float.
+    Spaces and hyphens separate words. A number is written as Python writes a float.
     """
     words: list[str] = []
     for token in re.split("[ -]", text.lower()):
@@ -49,20 +49,20 @@ def drop_words(text: str) -> list[str]:
 
 
 def drop_exact_match(prediction: str, answer: Spans) -> float:
-    """1.0 where the answer is one span and has the prediction's words in its order, else 0.0."""
+    """1.0 where the answer is one span with the prediction's words in order, else 0.0."""
     spans = [answer] if isinstance(answer, str) else answer
     return float([drop_words(span) for span in spans] == [drop_words(prediction)])
 
 
 def drop_f1(prediction: str, answer: Spans) -> float:
-    """F1 of sets of words with the best of the answer's spans, over the number of its spans.
+    """F1 of the sets of words with the best span, over the number of spans, to two decimals.
 
-    A span with numbers counts only where the prediction has one of them. To two decimals.
+    A span with numbers counts only where the prediction has one of its numbers.
     """
     spans = [answer] if isinstance(answer, str) else answer
     predicted = set(drop_words(prediction))
     best = max(_bag_f1(predicted, set(drop_words(span))) for span in spans)
-    # The official script's rounding is numpy's: 0.075 becomes 0.08, where Python has 0.07.
+    # The official script rounds as numpy does: 0.075 becomes 0.08, but 0.07 in Python.
     return float(np.round(best / len(spans), 2))
 
 
@@ -84,21 +84,26 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def best_of(score: Callable[[str, Any], float], completions: Sequence[Any], answers: Any) -> Any:
-    """For each completion, the score with the one of its answers that it fits best."""
-    return [max(score(text_of(c), a) for a in own) for c, own in zip(completions, answers)]
+def answer_reward(
+    name: str, score: Callable[[str, Any], float], first_line: bool = False
+) -> Callable[..., list[float]]:
+    """A reward function of that name: each completion's best score with one of its `answers`.
+
+    Args:
+        score: how well a text fits one answer.
+        first_line: the text is the completion's first line alone, without white space around it.
+    """
+
+    def reward(prompts: Any, completions: Any, answers: Any, **columns: Any) -> list[float]:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        if first_line:
+            texts = [text.split("\n")[0].strip() for text in texts]
+        return [max(score(text, answer) for answer in own) for text, own in zip(texts, answers)]
+
+    reward.__name__ = reward.__qualname__ = name
+    reward.__doc__ = score.__doc__
+    return reward
 
 
-def f1(prompts: Any, completions: Any, answers: Any, **columns: Any) -> list[float]:
-    """A reward: SQuAD's F1 with the best of an example's `answers`."""
-    return best_of(squad_f1, completions, answers)
-
-
-def exact_match(prompts: Any, completions: Any, answers: Any, **columns: Any) -> list[float]:
-    """A reward: SQuAD's exact match with any of an example's `answers`."""
-    return best_of(squad_exact_match, completions, answers)
-
-
-def text_of(completion: Any) -> str:
-    """A completion's text, also where it is a list of messages."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+f1 = answer_reward("f1", squad_f1)
+exact_match = answer_reward("exact_match", squad_exact_match)

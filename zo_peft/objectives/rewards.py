@@ -1,10 +1,12 @@
-"""Rewards: what a model generates, judged by functions that need no gradient."""
+"""Rewards: functions judge what a model generates. They need no gradient."""
 
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,48 +25,50 @@ from zo_peft.core.noise import derive_seed
 from zo_peft.errors import UserError
 from zo_peft.objectives import metrics
 
-#: `reward(prompts, completions, **columns) -> list[float]`, as TRL's trainers take it: keyword
-#: arguments, each a list with a value per completion. With `columns` come all columns of the
-#: examples, and `completion_ids`.
+#: `reward(prompts, completions, **columns) -> list[float]`, as for TRL's trainers. It is called
+#: with keyword arguments, each of them a list with a value for each completion. `columns` are all
+#: columns of the examples, and `completion_ids`.
 RewardFunction = Callable[..., Sequence[float]]
 
-#: The rewards that have a name of their own as `ZOConfig.objective`.
+#: The rewards that `ZOConfig.objective` can name.
 METRICS: dict[str, RewardFunction] = {"f1": metrics.f1, "exact_match": metrics.exact_match}
 
 
+def generates(reward_funcs: Sequence[Any] | None, objective: str | None) -> bool:
+    """Whether a run generates completions, for reward functions or an objective of `METRICS`."""
+    return bool(reward_funcs) or objective in METRICS
+
+
+@dataclass(eq=False)
 class CommonNoise(LogitsProcessor):
     """Makes greedy decoding sample, with the same random numbers for every candidate.
 
     The token with the largest `logits / temperature + Gumbel noise` is a sample of the softmax
-    (the Gumbel-max trick). Rows that stand for one example share their noise, so completions of two
-    candidates differ where the candidates do, and not where a sampler would.
+    (the Gumbel-max trick). All candidates have the same noise for an example, so two completions
+    differ because the candidates do, and not because a sampler drew differently.
 
-    Args:
-        seed: of the noise, together with the position of the token.
-        copies: how often each example is in the batch, one whole batch behind the other.
-        share: of which examples of how many this is (`Batch.share`); None: of all.
+    Attributes:
+        seed: the noise depends on it and on the position of the token.
+        copies: how many times the whole batch is repeated.
+        temperature, top_p: as in transformers' sampling.
+        share: the examples that these are of a larger batch (`Batch.share`). None: all of them.
+        position: how many tokens have been drawn.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        copies: int,
-        temperature: float,
-        top_p: float,
-        share: tuple[int, int, int] | None = None,
-    ) -> None:
-        self.seed, self.copies, self.temperature = seed, copies, temperature
-        self.share = share
-        self.position = 0
-        self.top_p = TopPLogitsWarper(top_p) if top_p < 1 else None
+    seed: int
+    copies: int
+    temperature: float
+    top_p: float
+    share: tuple[int, int, int] | None = None
+    position: int = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [copies * B, V] with noise [B, V] on each copy."""
+        """The scores [copies * B, V] with the same noise [B, V] on each copy."""
         scores = scores.float() / self.temperature
-        if self.top_p is not None:
-            scores = self.top_p(input_ids, scores)
-        generator = torch.Generator(scores.device)
-        generator.manual_seed(derive_seed(self.seed, self.position))
+        if self.top_p < 1:
+            scores = TopPLogitsWarper(self.top_p)(input_ids, scores)
+        seed = derive_seed(self.seed, self.position)
+        generator = torch.Generator(scores.device).manual_seed(seed)
         self.position += 1
         rows = len(scores) // self.copies
         first, _, examples = self.share or (0, rows, rows)
@@ -73,50 +77,50 @@ class CommonNoise(LogitsProcessor):
         return scores - exponential[first : first + rows].log_().repeat(self.copies, 1)
 
 
+@dataclass(eq=False)
 class RewardObjective:
-    """Minus the weighted sum of rewards of generated completions.
+    """Minus the weighted sum of the rewards of generated completions.
 
-    `losses` samples at `temperature` (0: greedy decoding), with random numbers that depend on
-    `seed` and the example's place in the batch alone: all candidates of a step share them.
-    `predict` decodes greedily.
+    `losses` samples at `temperature`, or decodes greedily where that is 0. Its random numbers
+    depend on `seed` and the example's place in the batch alone, so all candidates of a step share
+    them. `predict` decodes greedily.
 
     Batch: `labels` [B] (zeros), `input_ids`, `attention_mask` [B, L] (padded on the left),
-    `columns` (the example's columns, a dictionary each), and `copies`, where the batch is repeated.
-
-    Args:
-        reward_funcs: functions to maximise.
-        tokenizer: of the model.
-        reward_weights: of each function; default: 1.
-        max_completion_length: the most tokens of a completion.
-        temperature, top_p: of sampling.
+    `columns` (a dictionary for each example), and `copies` if the batch is repeated.
 
     Attributes:
-        seed: of the sampler; set by the trainer for each step.
-        metric_name: of the function that alone has a weight, else `reward` (their weighted sum).
+        reward_funcs: functions to maximise.
+        tokenizer: the base's tokenizer.
+        reward_weights: a weight for each function; default: 1.
+        max_completion_length: the most tokens of a completion.
+        temperature, top_p: as in transformers' sampling.
+        seed: the sampler's seed, which the trainer sets for each step.
+        metric_name: the name of the only function with a weight, or `reward` for the weighted sum.
+
+    Raises:
+        UserError: there are more or fewer weights than functions.
     """
 
-    repeatable = True
+    repeatable: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        reward_funcs: Sequence[RewardFunction],
-        tokenizer: PreTrainedTokenizerBase,
-        reward_weights: Sequence[float] | None = None,
-        max_completion_length: int = 64,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-    ) -> None:
-        weights = [1.0] * len(reward_funcs) if reward_weights is None else reward_weights
-        if len(weights) != len(reward_funcs):
+    reward_funcs: Sequence[RewardFunction]
+    tokenizer: PreTrainedTokenizerBase
+    reward_weights: Sequence[float] | None = None
+    max_completion_length: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        count = len(self.reward_funcs)
+        weights = [1.0] * count if self.reward_weights is None else self.reward_weights
+        if len(weights) != count:
             raise UserError(
-                f"reward_weights has {len(weights)} values for {len(reward_funcs)} reward "
-                "functions; give one for each"
+                f"reward_weights has {len(weights)} values for {count} reward functions; give one "
+                "for each"
             )
-        self.reward_funcs, self.weights = reward_funcs, torch.tensor(weights)
-        self.tokenizer, self.max_completion_length = tokenizer, max_completion_length
-        self.temperature, self.top_p = temperature, top_p
-        self.seed = 0
-        self.names = [_name(function) for function in reward_funcs]
+        self.weights = torch.tensor(weights)
+        self.names = [_name(function) for function in self.reward_funcs]
         alone = [name for name, weight in zip(self.names, weights) if weight]
         self.metric_name = alone[0] if len(alone) == 1 else "reward"
 
@@ -125,12 +129,12 @@ class RewardObjective:
         return self._losses(self.rewards(model, batch, self._noise(batch)))
 
     def predict(self, model: nn.Module, batch: Batch) -> Prediction:
-        """Losses [B]; each function's rewards [B, K]; zeros [B], for there is no reference."""
+        """Losses [B]; each function's rewards [B, K]; zeros [B], because there is no reference."""
         rewards = self.rewards(model, batch, [])
         return self._losses(rewards), rewards, batch["labels"]
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """The mean of each function's rewards, and of their weighted sum unless it is one."""
+        """The mean of each function's rewards, and of their weighted sum if several have weight."""
         means = np.mean(prediction.predictions, axis=0)
         by_name = {name: float(mean) for name, mean in zip(self.names, means)}
         if self.metric_name == "reward":
@@ -140,20 +144,17 @@ class RewardObjective:
     def drawn(self, model: nn.Module, batch: Batch) -> list[list[int]]:
         """The token ids of a completion of each prompt, as `losses` draws them.
 
-        A completion that ended by itself has the token that ends it.
+        If a completion ended before `max_completion_length`, the token that ends it is its last.
         """
-        ends = _ends(model, self.tokenizer)
+        ends, longest = _ends(model, self.tokenizer)[:1], self.max_completion_length
         drawn = self._generate(model, batch, self._noise(batch))
-        return [
-            [*ids, ends[0]] if ends and len(ids) < self.max_completion_length else ids
-            for ids in drawn
-        ]
+        return [ids + ends if len(ids) < longest else ids for ids in drawn]
 
     def rewards(self, model: nn.Module, batch: Batch, processors: list[LogitsProcessor]) -> Tensor:
         """The rewards of generated completions, float32 [B, K].
 
         Raises:
-            UserError: a function raises, or returns something else than a number per completion.
+            UserError: a function raises, or does not return a number for each completion.
         """
         ids = self._generate(model, batch, processors)
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -180,7 +181,7 @@ class RewardObjective:
     def _generate(
         self, model: nn.Module, batch: Batch, processors: list[LogitsProcessor]
     ) -> list[list[int]]:
-        """The token ids of each completion, up to the first that ends it."""
+        """The token ids of each completion, without the token that ends it."""
         ends = _ends(model, self.tokenizer)
         config = GenerationConfig(
             max_new_tokens=self.max_completion_length,
@@ -194,7 +195,7 @@ class RewardObjective:
             generation_config=config,
             logits_processor=LogitsProcessorList(processors),
         )[:, batch["input_ids"].shape[1] :]
-        return [_until(row, ends) for row in generated.tolist()]
+        return [list(takewhile(lambda id_: id_ not in ends, row)) for row in generated.tolist()]
 
     def _called(self, function: RewardFunction, given: dict[str, Any]) -> list[float]:
         name, count = _name(function), len(given["completions"])
@@ -214,10 +215,10 @@ class RewardObjective:
 
 
 def load_function(name: str) -> RewardFunction:
-    """The function that `module:function` names; the working directory's modules are found too.
+    """The function that `module:function` names, also of a module in the working directory.
 
     Raises:
-        UserError: there is none.
+        UserError: the function cannot be loaded.
     """
     module, _, function = name.partition(":")
     if os.getcwd() not in sys.path:
@@ -240,8 +241,3 @@ def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     own: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
     ends = own if own is not None else tokenizer.eos_token_id
     return [ends] if isinstance(ends, int) else list(ends or ())
-
-
-def _until(ids: list[int], stops: Sequence[int]) -> list[int]:
-    end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
-    return ids[:end]

@@ -1,11 +1,10 @@
-"""Objectives: a model and a batch in, one loss for each example out.
+"""Objectives of labelled text. They take a model and a batch, and return a loss for each example.
 
-All losses are natural-log cross entropies in float32. For evaluation, accuracy is the share of
-predictions that equal their reference; references of -100 do not count.
+All losses are cross entropies in float32, with natural logarithms. Evaluation reports accuracy, the
+share of predictions that equal their reference; a reference of -100 does not count.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,64 +14,49 @@ from torch import Tensor, nn
 from zo_peft.core.batch import IGNORE_INDEX, Batch, Objective, Prediction
 
 
-@contextmanager
-def _only_positions(model: nn.Module, rows: Tensor, positions: Tensor, length: int) -> Iterator:
-    """The LM head sees the hidden states at (row, position) alone.
+def labelled_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Next-token logits at the N positions (`rows`, `positions`) of a batch: float32 [N, V].
 
-    Prompt tuning puts its virtual tokens in front, so positions count from the end of the inputs.
+    The head of the language model gets the hidden states of these positions alone.
     """
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    rows, positions, length = batch["rows"], batch["positions"], batch["input_ids"].shape[1]
 
     def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]
+        # Prompt tuning puts virtual tokens in front, so positions count from the end.
         where = positions + hidden.shape[1] - length
         return (hidden[rows.to(hidden.device), where.to(hidden.device)], *args[1:])
 
-    handle = head.register_forward_pre_hook(gather)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def labelled_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Next-token logits at the N positions (`rows`, `positions`) of a batch: float32 [N, V]."""
-    rows, positions, length = batch["rows"], batch["positions"], batch["input_ids"].shape[1]
-    with _only_positions(model, rows, positions, length):
-        logits = model(**_inputs(model, batch), use_cache=False).logits
+    names = ("input_ids", "attention_mask", "position_ids")
+    inputs = {name: batch[name] for name in names if name in batch}
+    if "segments" in batch:
+        dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        inputs["attention_mask"] = _segment_mask(batch["segments"], dtype)
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    with head.register_forward_pre_hook(gather):
+        logits = model(**inputs, use_cache=False).logits
     if logits.dim() == 3:  # a model that applies its head without calling the module
         logits = logits[rows, positions + logits.shape[1] - length]
     return logits.float()
 
 
-def _inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """What the model is called with; see `zo_peft.data.Collator` for the forms of a batch."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-    if "segments" in batch:
-        dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
-        inputs["attention_mask"] = _segment_mask(batch["segments"], dtype)
-        inputs["position_ids"] = batch["position_ids"]
-    return inputs
-
-
 def _segment_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     """The additive attention mask [B, 1, T, T] of prompts (segment 0) with options behind them.
 
-    Causal, and each option sees its prompt and itself alone.
+    A token sees earlier tokens alone, and of the options only its own.
     """
     to, start = segments[:, None, :, None], segments[:, None, None, :]
     earlier = torch.ones(*segments.shape[1:] * 2, dtype=torch.bool, device=segments.device).tril()
     seen = earlier & ((start == 0) | (start == to))
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
-        ~seen, torch.finfo(dtype).min
-    )
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 class CompletionObjective:
-    """Language modelling on the completion: mean negative log-likelihood of its tokens.
+    """Language modelling on the completion: the mean negative log-likelihood of its tokens.
 
-    Batch: `labels` [B, L] (-100 outside the completion), the inputs [B, L], and where the N scored
-    tokens are predicted: `rows`, `positions`, `tokens` [N].
+    Batch: `labels` [B, L] (-100 outside the completion), the inputs [B, L], and for the N tokens
+    that are scored, `tokens` [N] and where they are predicted, `rows` and `positions` [N].
     """
 
     repeatable = True
@@ -95,7 +79,7 @@ class CompletionObjective:
 
 
 class SequenceObjective(CompletionObjective):
-    """As `CompletionObjective`, but the negative log-likelihood of the completion as a whole."""
+    """As `CompletionObjective`, but with the negative log-likelihood of the whole completion."""
 
     def _means(self, logits: Tensor, batch: Batch) -> Tensor:
         counts = torch.bincount(batch["rows"], minlength=len(batch["labels"]))
@@ -105,14 +89,15 @@ class SequenceObjective(CompletionObjective):
 class OptionObjective:
     """Classification by the likelihood of label words (or longer options) after the prompt.
 
-    An option's score is the mean log-likelihood of its tokens; the loss is the cross entropy of the
-    scores over an example's options (MeZO, arXiv:2305.17333, appendix on training details).
+    An option's score is the mean log-likelihood of its tokens. The loss is the cross entropy of the
+    scores of an example's options (MeZO, arXiv:2305.17333, appendix on training details).
 
-    Batch: `labels` [B] and the inputs. Where every option is one token: `rows`, `positions` (of the
-    last prompt token) [B] and `option_tokens` [B, K]. Else, where the N tokens of the options are
-    predicted: `rows`, `positions`, `tokens` and `token_options` [N] (the option of each token,
-    counted through [B, K]), and `is_option` [B, K] (False: the example has fewer). Where examples
-    have several right options, of which `labels` has the first: `is_right` [B, K].
+    Batch: `labels` [B] and the inputs. If every option is one token: `option_tokens` [B, K], and
+    `rows` and `positions` [B] of the last tokens of the prompts. If not, for the N tokens of all
+    options: `tokens`, where they are predicted (`rows`, `positions`) and whose they are
+    (`token_options`, an index into the flattened [B, K]), all [N]; and `is_option` [B, K], False
+    where an example has fewer options. If examples have several right options, `is_right` [B, K],
+    and `labels` has the first of them.
     """
 
     repeatable = True
@@ -122,9 +107,8 @@ class OptionObjective:
         return F.cross_entropy(self.scores(model, batch), batch["labels"], reduction="none")
 
     def predict(self, model: nn.Module, batch: Batch) -> Prediction:
-        """Losses [B]; the index of the likeliest option (if right, `labels`), and `labels` [B]."""
-        scores = self.scores(model, batch)
-        labels = batch["labels"]
+        """Losses [B]; the index of the likeliest option (any right one as `labels`); `labels`."""
+        scores, labels = self.scores(model, batch), batch["labels"]
         predictions = scores.argmax(dim=-1)
         if "is_right" in batch:
             right = batch["is_right"].gather(1, predictions[:, None])[:, 0]
@@ -132,7 +116,7 @@ class OptionObjective:
         return F.cross_entropy(scores, labels, reduction="none"), predictions, labels
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Log-likelihoods up to a constant of the example, float32 [B, K]; -inf: no option."""
+        """Log-likelihoods up to a constant of the example, float32 [B, K]; -inf for no option."""
         logits = labelled_logits(model, batch)
         if "option_tokens" in batch:
             return logits.gather(1, batch["option_tokens"])
@@ -143,7 +127,7 @@ class OptionObjective:
 
 
 class ClassificationObjective:
-    """The model's own head for sequence classification: cross entropy over its classes.
+    """The model's own head for sequence classification: the cross entropy of its classes.
 
     Batch: `input_ids`, `attention_mask` [B, L], `labels` [B].
     """
@@ -155,17 +139,19 @@ class ClassificationObjective:
         return self.predict(model, batch)[0]
 
     def predict(self, model: nn.Module, batch: Batch) -> Prediction:
-        """Losses [B]; the index of the likeliest class and of the right one [B]."""
+        """Losses; the index of the likeliest class; the index of the right one. All [B]."""
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         losses = F.cross_entropy(logits.float(), batch["labels"], reduction="none")
         return losses, logits.argmax(dim=-1), batch["labels"]
 
 
 class AccuracyObjective:
-    """The share of wrong predictions of another objective: 0 or 1, or in between for completions.
+    """The share of another objective's predictions that are wrong.
+
+    It is 0 or 1 for options and classes, and may lie between for the tokens of a completion.
 
     Args:
-        inner: its predictions and references are compared.
+        inner: the objective whose predictions are compared with their references.
     """
 
     def __init__(self, inner: Objective) -> None:
@@ -181,10 +167,11 @@ class AccuracyObjective:
 
 
 class BlackBoxObjective:
-    """A function of the adapter alone, such as what a server says that serves it; no data.
+    """A function of the adapter alone, without data: for example a server that uses the adapter.
 
     Args:
-        evaluate: the adapter's tensors, named as in `adapter_model.safetensors`, in; its loss out.
+        evaluate: takes the adapter's tensors, named as in `adapter_model.safetensors`, and returns
+            the loss.
     """
 
     def __init__(self, evaluate: Callable[[dict[str, Tensor]], float]) -> None:
@@ -197,11 +184,11 @@ class BlackBoxObjective:
         return torch.tensor([float(value)])
 
     def predict(self, model: nn.Module, batch: Batch) -> Prediction:
-        """The loss; nothing is predicted."""
+        """The loss [1], and labels in place of predictions, because nothing is predicted."""
         return self.losses(model, batch), batch["labels"], batch["labels"]
 
 
 def _mean_by(groups: Tensor, values: Tensor, count: int) -> Tensor:
-    """The mean of the values [N] of each group, float32 [count]; NaN for a group without any."""
+    """The mean of the values [N] of each group, float32 [count]; NaN for an empty group."""
     member = groups == torch.arange(count, device=groups.device)[:, None]
     return torch.where(member, values, 0.0).sum(dim=1) / member.sum(dim=1)

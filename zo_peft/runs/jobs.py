@@ -1,4 +1,4 @@
-"""Runs of `zo-peft train` in processes of their own, none of which is made twice."""
+"""Run `zo-peft train` in processes of its own, and no run twice."""
 
 import json
 import subprocess
@@ -13,18 +13,18 @@ from zo_peft.core.journal import JOURNAL_NAME
 from zo_peft.errors import UserError
 from zo_peft.train.results import METRICS_NAME, write_json
 
-#: The options that a folder's run was started with.
+#: The file in a run's folder that holds the options of the run.
 OPTIONS_NAME = "zo_options.json"
 
 
 def train(folder: Path, options: Sequence[str]) -> dict[str, Any]:
-    """The contents of `zo_metrics.json` of `zo-peft train` with these options, in `folder`.
+    """Run `zo-peft train` with these options in `folder`, and return its `zo_metrics.json`.
 
-    A process of its own, so that time and peak memory are the run's alone. A run of the same
-    options that has ended is not made again; one that was stopped goes on.
+    The run has a process of its own, so that it measures its own time and peak memory. If a run
+    with the same options has ended, it is not repeated; if it was stopped, it goes on.
 
     Raises:
-        UserError: the run fails, or the folder holds one with other options.
+        UserError: the run fails, or the folder holds a run with other options.
     """
     folder.mkdir(parents=True, exist_ok=True)
     metrics, noted = folder / METRICS_NAME, folder / OPTIONS_NAME
@@ -35,13 +35,11 @@ def train(folder: Path, options: Sequence[str]) -> dict[str, Any]:
         )
     if not metrics.is_file():
         write_json(noted, list(options))
-        further = ["--output_dir", str(folder)]
-        further += ["--resume_from_checkpoint", "True"] if resumed else []
-        command = [sys.executable, "-m", "zo_peft", "train", *options, *further]
+        command = [sys.executable, "-m", "zo_peft", "train", *options, "--output_dir", str(folder)]
+        command += ["--resume_from_checkpoint", "True"] if resumed else []
         print(f"{folder.name}:", file=sys.stderr)
-        # Its progress and its messages go where this process's go.
-        done = subprocess.run(command, stdout=subprocess.DEVNULL)
-        if done.returncode:
+        # The run's progress and messages go to this process's stderr.
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
             raise UserError(f"the run in {folder.name} failed; its message is above")
     return _read(metrics)
 
@@ -51,7 +49,7 @@ def _read(path: Path) -> Any:
 
 
 def flags(options: dict[str, Any]) -> list[str]:
-    """Options by name as a command line; None leaves one out, lists have several values."""
+    """Options by name as a command line. None leaves an option out; a list is several values."""
     argv = []
     for name, value in options.items():
         if value is not None:
@@ -61,7 +59,7 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns are aligned."""
+    """A Markdown table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     lines = [header, ["-" * width for width in widths], *rows]
     padded = ([cell.ljust(width) for cell, width in zip(line, widths)] for line in lines)

@@ -5,17 +5,18 @@ import contextlib
 import json
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from zo_peft.errors import UserError
 
-#: What one word of a command line can say.
+#: The types that one word of a command line can express.
 SCALARS = (str, bool, int, float, date)
 
 
@@ -23,9 +24,7 @@ SCALARS = (str, bool, int, float, date)
 class OutputArguments:
     """What a command prints."""
 
-    json: bool = field(
-        default=False, metadata={"help": "Print one JSON object on stdout, and nothing else."}
-    )
+    json: bool = HfArg(default=False, help="Print one JSON object on stdout, and nothing else.")
 
 
 class _Parser(HfArgumentParser):
@@ -42,15 +41,15 @@ def parse(
     positional: Sequence[str] = (),
     trains: bool = False,
 ) -> tuple[OutputArguments, list[Any]]:
-    """The arguments of a command, from the command line over a `--config` file.
+    """The arguments of a command. The command line overrides a `--config` file.
 
     Args:
         arguments: the command's dataclasses.
         positional: names of arguments that may come first without their names.
-        trains: further arguments are options of `zo-peft train`; they come last, as a list.
+        trains: all other options are those of `zo-peft train`. They are returned last, as a list.
 
     Raises:
-        UserError: an option is not known, or has a value that makes no sense.
+        UserError: an option is not known, or its value makes no sense.
     """
     for index, argument in enumerate(positional):
         if len(argv) > 2 * index and not argv[2 * index].startswith("-"):
@@ -61,12 +60,11 @@ def parse(
     parser = _Parser(
         (OutputArguments, *arguments), prog=f"zo-peft {name}", epilog=epilog, allow_abbrev=False
     )
-    rest = argv if trains else _with_file(parser, argv)
-    parsed = parser.parse_args_into_dataclasses(
-        rest, return_remaining_strings=True, look_for_args_file=False
+    output, *filled, unknown = parser.parse_args_into_dataclasses(
+        argv if trains else _with_file(parser, argv),
+        return_remaining_strings=True,
+        look_for_args_file=False,
     )
-    *parsed, unknown = (part for part in parsed if not isinstance(part, argparse.Namespace))
-    output, *filled = parsed
     if trains:
         return output, [*filled, unknown]
     if unknown:
@@ -80,13 +78,18 @@ def _with_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str
     file_parser.add_argument("--config")
     given, rest = file_parser.parse_known_args(argv)
     actions = {action.dest: action for action in reversed(parser._actions)}
-    parser.add_argument("--config", help="YAML file of options; the command line overrides it.")
+    # Only for --help: the option has been taken out of the command line.
+    parser.add_argument(
+        "--config",
+        default=argparse.SUPPRESS,
+        help="YAML file of options; the command line overrides it.",
+    )
     options = {} if given.config is None else _read_options(given.config)
     words: list[str] = []
     for option, value in options.items():
         if option not in actions or option == "help":
             raise UserError(f"--config {given.config} has an unknown option {option!r}")
-        words += _words(f"--{option}", value, actions[option])
+        words += _words(option, value, actions[option])
     return words + rest
 
 
@@ -101,22 +104,18 @@ def _read_options(path: str) -> dict[Any, Any]:
     return options
 
 
-def _words(flag: str, value: Any, action: argparse.Action) -> list[str]:
+def _words(name: str, value: Any, action: argparse.Action) -> list[str]:
     """An option of a file as words of a command line, which argparse then checks."""
     if value is None and action.default is None and not action.required:
         return []
     if isinstance(value, SCALARS):
-        return [f"{flag}={value}"]
-    several = isinstance(value, list) and (len(value) == 1 or (value and action.nargs == "+"))
-    if several and all(map(_is_word, value)):
-        return [flag, *map(str, value)]
+        return [f"--{name}={value}"]
     if isinstance(value, dict):
         with contextlib.suppress(TypeError, ValueError):
-            return [f"{flag}={json.dumps(value)}"]
-    name = flag.removeprefix("--")
+            return [f"--{name}={json.dumps(value)}"]
+    if isinstance(value, list) and (len(value) == 1 or (value and action.nargs == "+")):
+        texts = [item for item in value if isinstance(item, str)]
+        # On a command line, a text that begins with a dash would be another option.
+        if all(isinstance(v, SCALARS) for v in value) and not any(t[:1] == "-" for t in texts):
+            return [f"--{name}", *map(str, value)]
     raise UserError(f"{name}: {reprlib.repr(value)} is no value of an option; drop it, or give one")
-
-
-def _is_word(item: Any) -> bool:
-    """Whether it can be told from an option."""
-    return isinstance(item, SCALARS) and not (isinstance(item, str) and item.startswith("-"))

@@ -1,4 +1,4 @@
-"""The main jobs, end to end: train an adapter, evaluate one."""
+"""The main jobs from start to end: train an adapter, or evaluate one."""
 
 import shlex
 import tempfile
@@ -23,7 +23,7 @@ from zo_peft.models.loading import (
     load_tokenizer,
     quantization_config,
 )
-from zo_peft.objectives.rewards import METRICS, RewardObjective, load_function
+from zo_peft.objectives.rewards import RewardObjective, generates, load_function
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.runs.sources import evaluation_examples, training_examples
 from zo_peft.scales import load_scales
@@ -34,7 +34,7 @@ from zo_peft.train.gradient import GradientTrainer
 from zo_peft.train.results import METRICS_NAME, given_settings, results, write_json
 from zo_peft.train.trainer import ZOTrainer
 
-#: Names of the Hub, or folders; and what is always a file or a folder.
+#: The options whose values are names on the Hub or folders, and those that are always paths.
 NAMES = {"model_name_or_path", "adapter_name_or_path", "dataset_name"}
 FILES = {"train_file", "eval_file", "task_data_dir"}
 
@@ -43,16 +43,17 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     """Tune an adapter and write it to `args.output_dir`, with a card and `zo_metrics.json`.
 
     Returns:
-        The contents of `zo_metrics.json`. `wall_seconds` counts from the start of the process;
-        `peak_memory_bytes` is the process's resident set on a CPU, the allocator's peak on CUDA;
-        `train_loss` is the mean over the run's steps. Without evaluation data its values are None.
-        Of a benchmark task, they are those of its test examples; `metric_dev` of its validation
-        examples, between which and the test examples checkpoints and settings are chosen.
+        The contents of `zo_metrics.json`. `wall_seconds` counts from the start of the process.
+        `peak_memory_bytes` is the process's resident set on a CPU, and the allocator's peak on
+        CUDA. `train_loss` is the mean over the run's steps. The values of evaluation are None if
+        there is no evaluation data. For a benchmark task they are of its test examples, and
+        `metric_dev` is of its validation examples, on which checkpoints and settings are chosen.
 
     Raises:
-        UserError: something given cannot work; no adapter has been written then.
+        UserError: something in the arguments cannot work; then no adapter has been written.
     """
-    classifies, rewarded = model.task_type == "SEQ_CLS", _generates(data, args)
+    classifies = model.task_type == "SEQ_CLS"
+    rewarded = generates(data.reward_funcs, args.objective)
     examples, dev = training_examples(data, classifies, rewarded, args.seed)
     test = evaluation_examples(data, classifies, rewarded)
     kind = GradientTrainer if args.strategy in GRADIENT else ZOTrainer
@@ -64,14 +65,11 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     after = _evaluate(trainer, test_set)
     validated = _evaluate(trainer, trainer.eval_dataset) if dev else {}
     seconds = round(time.time() - psutil.Process().create_time(), 2)
-    found = results(trainer, before, after, validated, result.training_loss, seconds)
-    said: dict[str, Any] = {
-        "command": command(model, data, args),
-        "settings": settings(model, data, args),
-    }
+    trainer.summary = results(trainer, before, after, validated, result.training_loss, seconds)
+    trainer.summary["command"] = command(model, data, args)
+    trainer.summary["settings"] = settings(model, data, args)
     if data.task is not None and data.task_data_dir is None:
-        said["dataset"] = TASKS[data.task].hub[0]
-    trainer.summary = found | said
+        trainer.summary["dataset"] = TASKS[data.task].hub[0]
     if args.should_save:
         write_json(Path(args.output_dir) / METRICS_NAME, trainer.summary)
     trainer.save_model()
@@ -82,34 +80,27 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
 def train_text(metrics: dict[str, Any]) -> str:
     """The contents of `zo_metrics.json` as a few lines."""
     lines = []
-    if metrics["metric_after"] is not None:
-        name = metrics["metric_name"]
-        lines = [
-            f"{name:20}{metrics['metric_before']:.4f} -> {metrics['metric_after']:.4f}",
-            f"{'evaluation loss':20}{metrics['eval_loss_before']:.4f} -> "
-            f"{metrics['eval_loss_after']:.4f}",
-        ]
+    for name, key in ((metrics["metric_name"], "metric"), ("evaluation loss", "eval_loss")):
+        if metrics["metric_after"] is not None:
+            before, after = metrics[f"{key}_before"], metrics[f"{key}_after"]
+            lines.append(f"{name:20}{before:.4f} -> {after:.4f}")
     spent = f"{metrics['forward_passes']:,} in {metrics['steps']:,} steps of {metrics['strategy']}"
-    return "\n".join(
-        [
-            *lines,
-            f"{'forward passes':20}{spent}",
-            f"{'peak memory':20}{metrics['peak_memory_bytes'] / 2**20:,.0f} MiB",
-            f"{'time':20}{metrics['wall_seconds']:.0f} s",
-        ]
-    )
+    lines.append(f"{'forward passes':20}{spent}")
+    lines.append(f"{'peak memory':20}{metrics['peak_memory_bytes'] / 2**20:,.0f} MiB")
+    lines.append(f"{'time':20}{metrics['wall_seconds']:.0f} s")
+    return "\n".join(lines)
 
 
 def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
-    """The metric and the loss of an adapter on its base; for a task, also of a base alone.
+    """The metric and the loss of an adapter on its base, or of a base alone on a task.
 
     Raises:
-        UserError: something given cannot work.
+        UserError: something in the arguments cannot work.
     """
     if model.adapter_name_or_path is None and data.task is None and args.tune == "adapter":
         raise UserError("nothing to evaluate; give --adapter_name_or_path, or a --task")
-    classifies = model.task_type == "SEQ_CLS"
-    examples = evaluation_examples(data, classifies, _generates(data, args))
+    rewarded = generates(data.reward_funcs, args.objective)
+    examples = evaluation_examples(data, model.task_type == "SEQ_CLS", rewarded)
     if examples is None:
         raise UserError("nothing to evaluate on; give --eval_file, --dataset_test_split or --task")
     with tempfile.TemporaryDirectory() as scratch:
@@ -126,42 +117,35 @@ def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict
 
 def evaluate_text(result: dict[str, Any]) -> str:
     """The result of `evaluate` in a line."""
-    examples = f"on {result['examples']:,} examples"
-    return (
-        f"{result['metric_name']} {result['metric']:.4f}, loss {result['eval_loss']:.4f} {examples}"
-    )
+    scores = f"{result['metric_name']} {result['metric']:.4f}, loss {result['eval_loss']:.4f}"
+    return f"{scores} on {result['examples']:,} examples"
 
 
 def settings(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
-    """What the run was given or chose, without what is unset; paths by their last part."""
+    """All options that were given or chosen. Of a path it has the last part alone."""
     given = given_settings(model, data, args)
-    return {name: _told(name, value) for name, value in given.items()}
+    return {name: _shown(name, value) for name, value in given.items()}
 
 
 def command(model: ModelArguments, data: DataArguments, args: ZOConfig) -> str:
-    """The command line of such a run: what differs from the defaults, paths by their last part."""
+    """The command line of such a run, without defaults. Of a path it has the last part alone."""
     defaults = {f.name: f.default for part in (model, data, args) for f in fields(part)}
     given = asdict(model) | asdict(data) | run_settings(args)
     words = ["zo-peft", "train"]
     for name, value in (given | {"output_dir": Path(args.output_dir).name}).items():
-        if value == defaults[name]:
-            continue
-        told = _told(name, value)
-        values = told if isinstance(told, list) else [] if told is True else [told]
-        if name == "prompt_template":
-            values = [told.replace("\n", "\\n")]
-        words += [f"--{name}", *(getattr(v, "value", str(v)) for v in values)]
+        if value != defaults[name]:
+            shown = _shown(name, value)
+            values = shown if isinstance(shown, list) else [] if shown is True else [shown]
+            texts = [str(getattr(value, "value", value)) for value in values]
+            words += [f"--{name}", *(text.replace("\n", "\\n") for text in texts)]
     return shlex.join(words)
 
 
-def _told(name: str, value: Any) -> Any:
+def _shown(name: str, value: Any) -> Any:
+    """An option's value as others may see it, without the folders that lead to a file."""
     if name in NAMES and value is not None:
         return public_name(value)
     return Path(value).name if name in FILES and value is not None else value
-
-
-def _generates(data: DataArguments, args: ZOConfig) -> bool:
-    return bool(data.reward_funcs) or args.objective in METRICS
 
 
 def _trainer(
@@ -172,11 +156,7 @@ def _trainer(
     train: list[Row] | None,
     evaluation: list[Row] | None,
 ) -> Any:
-    tokenizer = load_tokenizer(
-        model.model_name_or_path,
-        revision=model.model_revision,
-        trust_remote_code=model.trust_remote_code,
-    )
+    tokenizer = load_tokenizer(model.model_name_or_path, **model.source)
     num_labels = None
     if model.task_type == "SEQ_CLS":
         num_labels = 1 + max(example["label"] for example in train or evaluation or [])
@@ -203,28 +183,25 @@ def _trainer(
 
 
 def load(model: ModelArguments, tune: str, num_labels: int | None) -> PreTrainedModel:
-    """The base, quantized as asked, after a check that it can be tuned so.
+    """The base, quantized if the arguments say so.
+
+    Args:
+        tune: what will be tuned: adapter, scales or weights.
+        num_labels: classes of a sequence-classification head; None for a language model.
 
     Raises:
-        UserError: it cannot.
+        UserError: the base cannot be loaded, or not tuned in this way.
     """
     compute_dtype = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
     quantization = quantization_config(
         model.load_in_8bit, model.load_in_4bit, compute_dtype, num_labels is not None
     )
-    name = model.model_name_or_path
-    source = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
-    check_quantization(name, tune, quantization, **source)
-    # None would hide that a base was saved in quantized form.
-    quantized = {} if quantization is None else {"quantization_config": quantization}
-    return load_base(
-        name,
-        num_labels,
-        dtype=model.dtype,
-        device_map=model.device_map,
-        **source,
-        **quantized,
-    )
+    name, kwargs = model.model_name_or_path, model.source
+    check_quantization(name, tune, quantization, **kwargs)
+    # If it is None, it must not be given: it would hide that the base was saved quantized.
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization
+    return load_base(name, num_labels, dtype=model.dtype, device_map=model.device_map, **kwargs)
 
 
 def _evaluate(trainer: BaseTrainer, dataset: Any) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """The examples that the command line's data arguments name."""
 
-from functools import partial
 from pathlib import Path
 
 from zo_peft.data import make_examples, read_rows
@@ -23,38 +22,37 @@ Examples = list[Row]
 def training_examples(
     data: DataArguments, classifies: bool, generates: bool, seed: int
 ) -> tuple[Examples, Examples | None]:
-    """Examples to train on, and a benchmark task's examples to validate on.
+    """Examples to train on and, for a benchmark task, examples to validate on.
 
     Args:
-        classifies: for a sequence-classification head.
-        generates: for rewards of completions.
-        seed: of a task's random choice of examples.
+        classifies: make examples for a sequence-classification head.
+        generates: make examples for rewards of generated completions.
+        seed: decides which of a task's examples are taken.
 
     Raises:
-        UserError: there are none, or they cannot be read or used.
+        UserError: there are no examples, or they cannot be read or used.
     """
     if data.task is None:
-        made = _own_examples(data, "train", classifies, generates)
+        split = data.dataset_train_split
+        made = _own_examples(data, data.train_file, split, classifies, generates)
         if made is None:
             raise UserError("nothing to train on; give --train_file, --dataset_name or --task")
         return made, None
-    rows = task_rows(data.task, data.task_data_dir, 0)
+    task, rows = TASKS[data.task], task_rows(data.task, data.task_data_dir, 0)
     train, dev = train_parts(data.task, rows, data.num_train, data.num_dev, seed)
-    task = TASKS[data.task]
-    own = task.example if generates else task.training_example
-    kinds = (task.classified,) * 2 if classifies else (own, task.example)
-    trained, validated = (examples(data.task, r, k) for r, k in zip((train, dev), kinds))
-    return trained, validated
+    evaluated = task.classified if classifies else task.example
+    trained = evaluated if classifies or generates else task.training_example
+    return examples(data.task, train, trained), examples(data.task, dev, evaluated)
 
 
 def evaluation_examples(data: DataArguments, classifies: bool, generates: bool) -> Examples | None:
-    """Examples to evaluate on, of a task its test examples; None where none are given.
+    """Examples to evaluate on, or None if there are none; those of a task are its test examples.
 
     Raises:
-        UserError: they cannot be read or used.
+        UserError: the examples cannot be read or used.
     """
     if data.task is None:
-        return _own_examples(data, "eval", classifies, generates)
+        return _own_examples(data, data.eval_file, data.dataset_test_split, classifies, generates)
     task = TASKS[data.task]
     rows = sample(task_rows(data.task, data.task_data_dir, 1), data.num_eval)
     made = examples(data.task, rows, task.classified if classifies else task.example)
@@ -63,28 +61,18 @@ def evaluation_examples(data: DataArguments, classifies: bool, generates: bool) 
     if classifies:
         raise UserError("--shots is for language models, CAUSAL_LM")
     shown = sample(task_rows(data.task, data.task_data_dir, 0), data.shots)
-    return list(map(partial(with_demonstrations, task, shown=shown), made))
+    return [with_demonstrations(task, example, shown) for example in made]
 
 
 def _own_examples(
-    data: DataArguments, part: str, classifies: bool, generates: bool
+    data: DataArguments, path: str | None, split: str | None, classifies: bool, generates: bool
 ) -> Examples | None:
-    """Of the user's own file or data set: the part `train` or `eval`."""
-    path = {"train": data.train_file, "eval": data.eval_file}[part]
-    split = {"train": data.dataset_train_split, "eval": data.dataset_test_split}[part]
+    """Examples of the user's own file, or of a split of the user's own data set."""
     if path is not None:
         source, rows = Path(path).name, read_rows(path)
     elif data.dataset_name is not None and split is not None:
-        source = data.dataset_name
-        rows = hub_rows(source, data.dataset_config, split)
+        source, rows = data.dataset_name, hub_rows(data.dataset_name, data.dataset_config, split)
     else:
         return None
-    return make_examples(
-        rows,
-        source=source,
-        prompt_template=data.prompt_template,
-        label_column=data.label_column,
-        label_words=data.words(),
-        classifies=classifies,
-        generates=generates,
-    )
+    template, column = data.prompt_template, data.label_column
+    return make_examples(rows, source, template, column, data.words(), classifies, generates)

@@ -1,4 +1,4 @@
-"""Charts of runs, several on one axis."""
+"""Charts of one or several runs, which share their axes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,19 +11,19 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from zo_peft.tools.history import Numbers, Run
 
-#: Okabe and Ito's colours, told apart with every kind of colour vision (their yellow is too light
-#: for a line); further runs have them dashed.
+#: Okabe and Ito's colours, which are told apart with every kind of colour vision, without their
+#: yellow, which is too light for a line. Further runs have the same colours with other dashes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("-", "--", ":", "-.")
 
-#: A trailing mean is over this share of a run's steps, and at most so many of them; of more points
-#: than `DRAWN` some are left out.
+#: A trailing mean is over the share `SMOOTHED` of a run's steps, but at most over `WINDOW` steps. A
+#: line that has more points than `DRAWN` is drawn with a part of them.
 SMOOTHED, WINDOW, DRAWN = 1 / 40, 1000, 2000
 
-#: From this ratio of the largest to the smallest value on, an axis is logarithmic.
+#: An axis is logarithmic if its largest value is more than this many times its smallest.
 WIDE = 30.0
 
-#: The panels of `steps`: series, label, and whether it is measured, so that it has noise.
+#: The panels of `steps`: series, label, and whether the series is measured, and so has noise.
 PANELS = (
     ("slope", "slope along the direction", True),
     ("spread", "spread of the candidates' losses, over eps", True),
@@ -31,19 +31,19 @@ PANELS = (
     ("learning_rate", "learning rate, with its back-off", False),
 )
 
-#: Units of time: seconds in one, its name, and from how many seconds on it is used.
+#: Units of time: the seconds in one, its name, and the shortest run in seconds that it is used for.
 UNITS = ((3600.0, "hours", 7200.0), (60.0, "minutes", 180.0), (1.0, "seconds", 0.0))
 
 FAULTS = (("skipped", "skipped updates"), ("non_finite", "dropped losses"))
 
-#: Of the legend: what the marks are.
+#: What the legend says of the marks.
 EACH_STEP = Line2D([], [], color="0.5", lw=0.8, alpha=0.6, label="each step")
 EVALUATION = Line2D([], [], color="0.5", ls="", marker="o", mec="white", label="evaluation")
 SKIPPED = Line2D([], [], color="black", ls="", marker="x", mew=1.5, label="skipped update")
 
 
 def draw(runs: Sequence[Run]) -> dict[str, Figure]:
-    """Figures by name, those that have something to show: loss, metric, steps, faults."""
+    """Draw the figures that have something to show: loss, metric, steps, faults, by these names."""
     figures = {"loss": losses(runs)}
     if _known(runs, "metric", evaluated=True):
         figures["metric"] = metrics(runs)
@@ -56,7 +56,7 @@ def draw(runs: Sequence[Run]) -> dict[str, Figure]:
 
 
 def losses(runs: Sequence[Run]) -> Figure:
-    """Training losses and their trailing mean, evaluations as dots; over passes and time."""
+    """Draw training losses, their trailing mean and evaluations, over forward passes and time."""
     figure, across = _across(runs)
     for axes, x, unit in across:
         for run, style in zip(runs, styles(len(runs))):
@@ -73,7 +73,7 @@ def losses(runs: Sequence[Run]) -> Figure:
 
 
 def metrics(runs: Sequence[Run]) -> Figure:
-    """The metric at each evaluation, over passes and time."""
+    """Draw the metric of each evaluation, over forward passes and time."""
     figure, across = _across(runs)
     named = {run.metric_name for run in runs}
     for axes, x, unit in across:
@@ -85,7 +85,7 @@ def metrics(runs: Sequence[Run]) -> Figure:
 
 
 def steps(runs: Sequence[Run], panels: Sequence[tuple[str, str, bool]]) -> Figure:
-    """What each step measured, and eps and learning rate as they moved."""
+    """Draw what each step measured, and how eps and learning rate moved."""
     figure, grid = _grid(len(panels))
     for axes, (name, label, measured) in zip(grid, panels):
         if measured:
@@ -93,14 +93,14 @@ def steps(runs: Sequence[Run], panels: Sequence[tuple[str, str, bool]]) -> Figur
         else:
             for run, style in zip(runs, styles(len(runs))):
                 axes.step(run.steps["forward_passes"], run.steps[name], where="post", **style)
-            # Eps is chosen from a ladder of equal ratios.
+            # Eps moves in equal ratios, so its axis is always logarithmic.
             _scale(axes, [run.steps[name] for run in runs], 1.0 if name == "eps" else WIDE)
         axes.set(xlabel="forward passes", ylabel=label)
     return _legend(figure, runs, [EACH_STEP] if any(panel[2] for panel in panels) else [])
 
 
 def faults(runs: Sequence[Run]) -> Figure:
-    """How many updates were skipped and losses dropped, so far."""
+    """Draw how many updates have been skipped and how many losses dropped."""
     figure, grid = _grid(len(FAULTS))
     for axes, (name, label) in zip(grid, FAULTS):
         for run, style in zip(runs, styles(len(runs))):
@@ -112,7 +112,7 @@ def faults(runs: Sequence[Run]) -> Figure:
 
 
 def smooth(values: Numbers) -> Numbers:
-    """The mean of each value and those before it, within a window; NaN values do not count."""
+    """Return the trailing mean at each value, over those that are not NaN; NaN if all are."""
     window = np.ones(min(WINDOW, max(1, round(SMOOTHED * len(values)))))
     finite = np.isfinite(values)
     sums, counts = (
@@ -123,13 +123,13 @@ def smooth(values: Numbers) -> Numbers:
 
 
 def _filled(values: Numbers) -> Numbers:
-    """Values that are not known, on straight lines between those that are."""
+    """Fill in NaN values by straight lines between the others."""
     places, known = np.arange(len(values)), np.isfinite(values)
     return np.interp(places, places[known], values[known]) if known.any() else values
 
 
 def styles(count: int) -> list[dict[str, Any]]:
-    """Colours and dashes of so many runs."""
+    """Return the colour, dashes and width of each of `count` runs, as matplotlib's arguments."""
     colours = len(COLOURS)
     return [
         {"color": COLOURS[i % colours], "ls": DASHES[i // colours % len(DASHES)], "lw": 1.8}
@@ -138,11 +138,8 @@ def styles(count: int) -> list[dict[str, Any]]:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib shows as it is: `$` starts no formula, `_` does not hide a label.
-
-    Half a surrogate pair, of which it can make nothing, becomes `?`.
-    """
-    shown = " ".join(text.split()).replace("$", r"\$").encode(errors="replace").decode()
+    """Make matplotlib show text as it is: `$` starts no formula, `_` does not hide a label."""
+    shown = " ".join(text.split()).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
@@ -152,7 +149,7 @@ def _known(runs: Sequence[Run], name: str, evaluated: bool = False) -> bool:
 
 
 def _grid(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, two in a row."""
+    """A figure of `count` panels, two in a row."""
     rows = -(-count // 2)
     figure = Figure(figsize=(11, 0.7 + 3.5 * rows), layout="constrained")
     grid = [figure.add_subplot(rows, min(2, count), index + 1) for index in range(count)]
@@ -165,7 +162,7 @@ def _grid(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def _across(runs: Sequence[Run]) -> tuple[Figure, list[tuple[Axes, str, float]]]:
-    """A panel over forward passes and, where times are known, one over time: with its unit."""
+    """Panels over forward passes and, if known, time; each with its x series and its unit."""
     known = [run.steps["seconds"] for run in runs if np.isfinite(run.steps["seconds"]).any()]
     longest = max((np.nanmax(seconds) for seconds in known), default=0.0)
     unit, name = next(unit for unit in UNITS if longest >= unit[2])[:2]
@@ -178,7 +175,7 @@ def _across(runs: Sequence[Run]) -> tuple[Figure, list[tuple[Axes, str, float]]]
 
 
 def _measured(axes: Axes, runs: Sequence[Run], x: str, unit: float, name: str) -> None:
-    """A series with noise: its trailing mean, which sets the scale, before its raw values."""
+    """Draw a series with noise: its trailing mean sets the scale, its raw values are faint."""
     means = [smooth(run.steps[name]) for run in runs]
     for run, mean, style in zip(runs, means, styles(len(runs))):
         every = slice(None, None, 1 + len(mean) // DRAWN)
@@ -195,7 +192,7 @@ def _measured(axes: Axes, runs: Sequence[Run], x: str, unit: float, name: str) -
 
 
 def _scale(axes: Axes, series: Sequence[Numbers], wide: float = WIDE) -> None:
-    """A logarithmic axis where values are that far apart, their extremes aside."""
+    """Make the y axis logarithmic if 95th and 5th percentile are more than `wide` times apart."""
     known = [values[np.isfinite(values)] for values in series]
     ends = [np.percentile(values, (5, 95)) for values in known if len(values)]
     low, high = min((end[0] for end in ends), default=0.0), max((end[1] for end in ends), default=0)
@@ -204,9 +201,7 @@ def _scale(axes: Axes, series: Sequence[Numbers], wide: float = WIDE) -> None:
 
 
 def _legend(figure: Figure, runs: Sequence[Run], marks: Sequence[Line2D] = ()) -> Figure:
-    lines = [
-        Line2D([], [], label=plain(run.name), **style)
-        for run, style in zip(runs, styles(len(runs)))
-    ]
+    named = zip(runs, styles(len(runs)))
+    lines = [Line2D([], [], label=plain(run.name), **style) for run, style in named]
     figure.legend(handles=[*lines, *marks], loc="outside lower center", ncols=6, frameon=False)
     return figure

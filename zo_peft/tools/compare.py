@@ -1,11 +1,12 @@
-"""Strategies side by side, gradients among them, at equal examples forwarded."""
+"""`zo-peft compare`: train with several strategies on the same budget of forward passes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from transformers import TrainerState
+from transformers.hf_argparser import HfArg
 from transformers.trainer import TRAINER_STATE_NAME
 
 from zo_peft.core.strategies import STRATEGIES
@@ -16,7 +17,7 @@ from zo_peft.train.results import write_json
 
 RESULT_NAME, PLOT_NAME = "comparison.json", "comparison.png"
 
-#: What is compared, of `zo_metrics.json`.
+#: The entries of `zo_metrics.json` that are compared.
 COMPARED = (
     "metric_name",
     "metric_before",
@@ -33,29 +34,29 @@ COMPARED = (
 
 @dataclass
 class CompareArguments:
-    """What is compared; all other options are those of `zo-peft train`."""
+    """What is compared; all further options are those of `zo-peft train`."""
 
-    max_forward_passes: int = field(
-        metadata={"help": "The budget of each; a backward pass counts as two forward passes."}
+    max_forward_passes: int = HfArg(
+        help="The budget of each; a backward pass counts as two forward passes."
     )
-    strategies: list[str] = field(
+    strategies: list[str] = HfArg(
         default_factory=lambda: ["mezo", "greedy", "gv", "adam"],
-        metadata={"help": "Strategies of zo-peft train, adam and sgd with gradients; or presets."},
+        help="Strategies of zo-peft train, adam and sgd with gradients; or presets.",
     )
-    output_dir: str = field(
-        default="zo_peft_compare", metadata={"help": "Folder of the result and of each run."}
-    )
+    output_dir: str = HfArg(default="zo_peft_compare", help="Folder of the result and of each run.")
 
 
 def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
     """Train with each strategy in a process of its own, on the same data with the same budget.
 
+    Beside the result, `output_dir` gets `comparison.png` and a folder for each run. A run that is
+    there already is not made again.
+
     Args:
-        options: of `zo-peft train`, for all of them.
+        options: of `zo-peft train`, for all runs.
 
     Returns:
-        The contents of `comparison.json`: by strategy, the numbers of `COMPARED`. Beside it lie
-        `comparison.png` and a folder for each run. Runs that are there are not made again.
+        The contents of `comparison.json`: by strategy, the entries of `COMPARED`.
 
     Raises:
         UserError: a strategy is not known, or a run fails.
@@ -63,17 +64,14 @@ def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
     known = (*STRATEGIES, *GRADIENT)
     for name in given.strategies:
         if name not in known and name not in PRESETS:
-            raise UserError(
-                f"strategy {name!r} is not known; use some of {', '.join([*known, *PRESETS])}"
-            )
+            expected = ", ".join([*known, *PRESETS])
+            raise UserError(f"strategy {name!r} is not known; use some of {expected}")
     folder = Path(given.output_dir)
     result: dict[str, Any] = {}
     for name in given.strategies:
-        own = {
-            "strategy" if name in known else "preset": name,
-            "max_forward_passes": given.max_forward_passes,
-        }
-        metrics = jobs.train(folder / name, [*options, *jobs.flags(own)])
+        kind = "strategy" if name in known else "preset"
+        own = jobs.flags({kind: name, "max_forward_passes": given.max_forward_passes})
+        metrics = jobs.train(folder / name, [*options, *own])
         result[name] = {key: metrics[key] for key in COMPARED}
     write_json(folder / RESULT_NAME, result)
     plot(folder, result)
@@ -81,33 +79,28 @@ def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
 
 
 def compare_text(result: dict[str, Any]) -> str:
-    """The result as a table."""
+    """Show the result as a table."""
     name = next(iter(result.values()))["metric_name"]
-    header = ["strategy", f"{name} before", "after", "loss", "steps", "forward passes"]
-    header += ["examples forwarded", "seconds", "peak MiB"]
-    rows = [
-        [
-            strategy,
-            _decimal(run["metric_before"]),
-            _decimal(run["metric_after"]),
-            _decimal(run["eval_loss_after"]),
-            f"{run['steps']:,}",
-            f"{run['forward_passes']:,}",
-            f"{run['examples_forwarded']:,}",
-            f"{run['wall_seconds']:.0f}",
-            f"{run['peak_memory_bytes'] / 2**20:,.0f}",
-        ]
-        for strategy, run in result.items()
-    ]
-    return jobs.table(header, rows)
-
-
-def _decimal(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    columns = {
+        f"{name} before": ("metric_before", ".4f"),
+        "after": ("metric_after", ".4f"),
+        "loss": ("eval_loss_after", ".4f"),
+        "steps": ("steps", ","),
+        "forward passes": ("forward_passes", ","),
+        "examples forwarded": ("examples_forwarded", ","),
+        "seconds": ("wall_seconds", ".0f"),
+    }
+    rows = []
+    for strategy, run in result.items():
+        values = [(run[key], form) for key, form in columns.values()]
+        values.append((run["peak_memory_bytes"] / 2**20, ",.0f"))
+        cells = ["" if value is None else format(value, form) for value, form in values]
+        rows.append([strategy, *cells])
+    return jobs.table(["strategy", *columns, "peak MiB"], rows)
 
 
 def plot(folder: Path, result: dict[str, Any]) -> None:
-    """Draw training losses over examples forwarded; below, each run's metric, time and memory."""
+    """Draw training losses over examples forwarded, and below each run's metric, time, memory."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     grid = figure.add_gridspec(2, 3)
     losses = figure.add_subplot(grid[0, :])
@@ -118,13 +111,12 @@ def plot(folder: Path, result: dict[str, Any]) -> None:
     )
     losses.legend()
     metric = next(iter(result.values()))["metric_name"]
+    runs = result.values()
+    memory = [run["peak_memory_bytes"] / 2**20 for run in runs]
     bars = {
-        f"{metric} after": ([run["metric_after"] or 0.0 for run in result.values()], "{:.3f}"),
-        "seconds": ([run["wall_seconds"] for run in result.values()], "{:,.0f}"),
-        "peak memory, MiB": (
-            [run["peak_memory_bytes"] / 2**20 for run in result.values()],
-            "{:,.0f}",
-        ),
+        f"{metric} after": ([run["metric_after"] or 0.0 for run in runs], "{:.3f}"),
+        "seconds": ([run["wall_seconds"] for run in runs], "{:,.0f}"),
+        "peak memory, MiB": (memory, "{:,.0f}"),
     }
     colors = [f"C{index}" for index in range(len(result))]
     for column, (title, (values, form)) in enumerate(bars.items()):
@@ -136,7 +128,6 @@ def plot(folder: Path, result: dict[str, Any]) -> None:
 
 
 def _training_losses(run: Path) -> list[tuple[int, float]]:
-    """Examples forwarded, and the loss that was logged there."""
-    state = TrainerState.load_from_json(str(run / TRAINER_STATE_NAME))
-    logs = (log for log in state.log_history if "loss" in log)
-    return [(log["examples_forwarded"], log["loss"]) for log in logs]
+    """Pairs of examples forwarded and the loss that was logged then."""
+    logs = TrainerState.load_from_json(str(run / TRAINER_STATE_NAME)).log_history
+    return [(log["examples_forwarded"], log["loss"]) for log in logs if "loss" in log]

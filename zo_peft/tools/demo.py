@@ -1,9 +1,11 @@
 """The embedded default: a tiny language model and labelled texts, shipped with the package."""
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers.hf_argparser import HfArg
 
 from zo_peft.runs import run
 from zo_peft.runs.arguments import DataArguments, ModelArguments
@@ -25,12 +27,10 @@ model = PeftModel.from_pretrained(base, "{adapter}")"""
 class DemoArguments:
     """The demo's settings."""
 
-    output_dir: str = field(
-        default="zo_peft_demo", metadata={"help": "Folder for the base and the adapter."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of data order and noise."})
-    strategy: str = field(default="gv", metadata={"help": "How a direction is found."})
-    max_forward_passes: int = field(default=FORWARD_PASSES, metadata={"help": "The budget."})
+    output_dir: str = HfArg(default="zo_peft_demo", help="Folder for the base and the adapter.")
+    seed: int = HfArg(default=0, help="Seed of data order and noise.")
+    strategy: str = HfArg(default="gv", help="How a direction is found.")
+    max_forward_passes: int = HfArg(default=FORWARD_PASSES, help="The budget.")
 
 
 def demo(given: DemoArguments) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""What a run's folder tells of it: every step, every evaluation, what was spent.
+"""What the folder of a run tells: every step, every evaluation, and what was spent.
 
-What a step measured is in the journal; when, and what evaluations said, is in transformers' log
-(`trainer_state.json`). A run with gradients has the log alone, one that was killed may have the
-journal alone. The files may be a stranger's: what is no number in them counts as unknown.
+The journal has what each step measured. transformers' log (`trainer_state.json`) has the times and
+the evaluations. A run with gradients has no journal, and one that was killed may have no log.
 """
 
 import json
@@ -29,11 +28,11 @@ class Run:
     """A run, as its folder tells it.
 
     Attributes:
-        name: of the folder.
-        steps: of each step, by the names of `SERIES`: an array of float64, NaN where unknown. Of a
-            run without a journal, the same of each log entry.
-        evaluations: the same at each evaluation: forward_passes, seconds, loss, metric.
-        metric_name: what `metric` is.
+        name: the folder's name.
+        steps: an array of float64 for each name in `SERIES`, with a value for each step, NaN where
+            it is not known. A run without a journal has a value for each log entry instead.
+        evaluations: the same for each evaluation: forward_passes, seconds, loss, metric.
+        metric_name: which metric `metric` is.
         metrics: the contents of `zo_metrics.json`; empty if the run has not ended.
     """
 
@@ -44,28 +43,18 @@ class Run:
     metrics: dict[str, Any]
 
     def total(self, name: str) -> float:
-        """The sum of a series of the steps."""
+        """Sum a series over the steps."""
         return float(np.nansum(self.steps[name]))
 
 
-#: What is known of a step: `step` counts from 1, `slope` is without its sign, `learning_rate` with
-#: its back-off, `skipped` is 1 where the update was, `non_finite` counts losses.
-SERIES: tuple[str, ...] = (
-    "step",
-    "forward_passes",
-    "seconds",
-    "loss",
-    "slope",
-    "spread",
-    "eps",
-    "learning_rate",
-    "skipped",
-    "non_finite",
-)
+#: What is known of a step. `step` counts from 1, `slope` has no sign, `learning_rate` includes its
+#: back-off, `skipped` is 1 if the update was skipped, `non_finite` counts losses.
+SERIES: tuple[str, ...] = ("step", "forward_passes", "seconds", "loss", "slope", "spread", "eps")
+SERIES += ("learning_rate", "skipped", "non_finite")
 
 
 def names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, with as many parents as tell them apart."""
+    """Name different folders, each with as many parents as it takes to tell them apart."""
     parts = 1
     while True:
         found = ["/".join(folder.parts[-parts:]) for folder in folders]
@@ -75,18 +64,17 @@ def names(folders: Sequence[Path]) -> list[str]:
 
 
 def load(folder: Path, name: str) -> Run:
-    """What a run's folder holds.
+    """Read a run's folder.
 
     Raises:
-        UserError: no run, or a damaged one.
+        UserError: the folder holds no run, or a damaged one.
     """
     journal, metrics = folder / JOURNAL_NAME, _json(folder / METRICS_NAME)
     steps = _journalled(journal) if journal.is_file() else {}
-    if steps and metrics.get("forward_passes") != _last(steps["forward_passes"]):
-        metrics = {}  # of an earlier run in this folder
+    if steps and metrics.get("forward_passes") not in steps["forward_passes"][-1:].tolist():
+        metrics = {}  # An earlier run in this folder wrote them.
     log = _log(folder, ended=bool(metrics) or not steps)
-    if not steps:
-        steps = _logged(log)
+    steps = steps or _logged(log)
     if not len(steps["step"]):
         raise UserError(
             f"{name} holds no steps of a run, neither in {JOURNAL_NAME} nor in "
@@ -103,12 +91,12 @@ def _journalled(path: Path) -> dict[str, Numbers]:
         row = {
             "step": record.step + 1,
             "forward_passes": record.forward_passes,
-            "loss": record.loss if math.isfinite(record.loss) else math.nan,
+            "loss": record.loss,
             "slope": math.nan if skipped else abs(record.slope),
             "spread": math.nan if skipped else record.spread,
             "eps": record.eps,
             "learning_rate": record.learning_rate * record.backoff,
-            "skipped": float(skipped),
+            "skipped": skipped,
             "non_finite": record.chosen.get("non_finite", 0),
         }
         rows.append(row)
@@ -116,53 +104,40 @@ def _journalled(path: Path) -> dict[str, Numbers]:
 
 
 def _logged(log: Sequence[dict[str, Any]]) -> dict[str, Numbers]:
-    training = [entry for entry in log if number(entry.get("loss")) is not None]
+    training = [entry for entry in log if "loss" in entry]
     columns = {key: _column(training, {"eps": "zo_eps"}.get(key, key)) for key in SERIES}
     sums = {key: np.diff(columns[key], prepend=0.0) for key in ("skipped", "non_finite")}
     return columns | sums | {"slope": np.abs(columns["slope"])}
 
 
 def _log(folder: Path, ended: bool) -> list[dict[str, Any]]:
-    """transformers' log; of a run under way that of its last checkpoint."""
+    """Return transformers' log; if the run has not ended, that of its last checkpoint."""
     path = folder / TRAINER_STATE_NAME
     if not (ended and path.is_file()):
         checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         path = Path(checkpoint or folder / "none") / TRAINER_STATE_NAME
-    history = _json(path).get("log_history", [])
-    if not isinstance(history, list):
-        raise UserError(f"{path.parent.name}/{path.name} has a `log_history` that is no list")
-    return [entry for entry in history if isinstance(entry, dict)]
+    return _json(path).get("log_history", [])
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """An object of JSON; empty where there is no file."""
+    """Return the object in a JSON file, an empty one if there is no file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
         raise UserError(f"{path.parent.name}/{path.name} is not readable JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path.parent.name}/{path.name} holds no JSON object")
-    return content
 
 
 def _column(rows: Sequence[dict[str, Any]], key: str) -> Numbers:
-    """A value of each row, NaN where it is no finite number."""
-    values = (number(row.get(key)) for row in rows)
-    return np.array([math.nan if value is None else value for value in values])
-
-
-def number(value: Any) -> float | None:
-    """A value as a finite number, if it is one."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    """Return a value of each row, NaN if it is missing or not finite."""
+    values = np.array([row.get(key) for row in rows], dtype=float)
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def _between(x: Numbers, known_x: Numbers, known_y: Numbers) -> Numbers:
-    """`y` at `x`, on lines from (0, 0) through what is known first of each `x`; NaN beyond."""
+    """Return y at x on lines from (0, 0) through the known points; NaN beyond the last of them.
+
+    Of several points with one x, the smallest y counts.
+    """
     known = np.isfinite(known_x) & np.isfinite(known_y)
     if not known.any():
         return np.full(len(x), np.nan)
@@ -175,17 +150,17 @@ def _between(x: Numbers, known_x: Numbers, known_y: Numbers) -> Numbers:
 def _evaluations(
     log: Sequence[dict[str, Any]], metrics: dict[str, Any], steps: dict[str, Numbers]
 ) -> tuple[dict[str, Numbers], str]:
-    """The evaluations that compare, on the same examples, and the name of their metric."""
-    entries = [entry for entry in log if number(entry.get("eval_loss")) is not None]
+    """Return the evaluations on the same examples, and the name of their metric."""
+    entries = [entry for entry in log if "eval_loss" in entry]
     name = metrics.get("metric_name")
-    if not isinstance(name, str):
+    if name is None:
         spent = ("_loss", "_time", "_runtime", "_per_second")
         keys = (key for entry in entries for key in entry if not key.endswith(spent))
         named = (key for key in keys if key.startswith("eval_"))
         name = next(named, "eval_metric").removeprefix("eval_")
     before = []
     if metrics.get("metric_dev") is not None:
-        # Of a task: validation examples during the run, at its end test examples and these again.
+        # A task is evaluated on validation examples; at its end, on test examples before these.
         del entries[-2:-1]
     elif "metric_before" in metrics:
         values = metrics["metric_before"], metrics.get("eval_loss_before")
@@ -195,7 +170,3 @@ def _evaluations(
     columns = {key: _column(rows, own) for key, own in found.items()}
     passes = _between(_column(rows, "step"), steps["step"], steps["forward_passes"])
     return {"forward_passes": passes, **columns}, name
-
-
-def _last(values: Numbers) -> float:
-    return float(values[-1]) if len(values) else 0.0

@@ -1,54 +1,47 @@
-"""An adapter merged into its base: one model, that needs no PEFT."""
+"""`zo-peft merge`: put an adapter into the weights of its base, so that it loads without PEFT."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from peft import PeftConfig, PeftModel, TaskType
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, SEQ_CLS_HEAD_NAMES
-from safetensors import safe_open
 from transformers import PreTrainedModel
+from transformers.hf_argparser import HfArg
 
 from zo_peft.errors import UserError
-from zo_peft.models.adapters import load_adapter, unreadable_adapter
-from zo_peft.models.hub import LOAD_ERRORS, public_name
+from zo_peft.models.adapters import load_adapter
+from zo_peft.models.hub import public_name
 from zo_peft.models.loading import load_tokenizer
+from zo_peft.models.merging import merged_model, saved_adapter
 from zo_peft.runs.arguments import ModelArguments
 from zo_peft.runs.run import load
 from zo_peft.train.card import write_merged_card
 
-#: The last layer of a head for sequence classification.
-HEAD = re.compile(rf"\b({'|'.join(SEQ_CLS_HEAD_NAMES)})(\.out_proj)?\.weight$")
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]?B", re.IGNORECASE)
 
 
 @dataclass
 class MergeArguments:
-    """What a merged model is made of, and where it goes."""
+    """Where a merged model goes, and how it is made."""
 
-    output_dir: str = field(metadata={"help": "Folder for the merged model."})
-    max_shard_size: str = field(
-        default="5GB", metadata={"help": "The largest file of weights, as in transformers."}
+    output_dir: str = HfArg(help="Folder for the merged model.")
+    max_shard_size: str = HfArg(
+        default="5GB", help="The largest file of weights, as in transformers."
     )
-    dequantize: bool = field(
-        default=False,
-        metadata={"help": "Merge into what a quantized base stands for, in floating point."},
+    dequantize: bool = HfArg(
+        default=False, help="Merge into what a quantized base stands for, in floating point."
     )
 
 
 def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
-    """Write `W + change` for every weight that the adapter changes, and the rest as it was.
+    """Write the base with `W + change` for every weight that the adapter changes.
 
     The sum is made in float32 and rounded once to the base's dtype. With the model go the base's
-    tokenizer and a short card. Of the model's arguments only those of the base count, and
-    `adapter_name_or_path`.
+    tokenizer and a short card. Of `model`, `adapter_name_or_path` and what concerns the base count.
 
     Returns:
-        `output_dir`, and there the `files` of weights and their `dtype`.
+        `output_dir`, the `files` of weights in it, and their `dtype`.
 
     Raises:
         UserError: the adapter cannot be merged, or the base is quantized and `dequantize` is not
@@ -58,7 +51,7 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
         raise UserError("nothing to merge; give --adapter_name_or_path")
     if not SHARD_SIZE.fullmatch(given.max_shard_size):
         raise UserError(f"max_shard_size={given.max_shard_size!r}; give a size such as 5GB")
-    config, classes = _adapter(model.adapter_name_or_path)
+    config, classes = saved_adapter(model.adapter_name_or_path)
     if config.is_prompt_learning:
         raise UserError(
             f"{config.peft_type.value} cannot be merged: it adds tokens, or keys and values, and "
@@ -84,63 +77,19 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
 
 
 def merge_text(result: dict[str, Any]) -> str:
-    """The result of `merge` in a line."""
+    """Say in a line what was written."""
     files = len(result["files"])
     weights = f"{files} file{'' if files == 1 else 's'} of {result['dtype']} weights"
     return f"{weights} in {result['output_dir']}; load them with transformers alone"
 
 
-@torch.no_grad()
-def merged_model(model: PeftModel) -> PreTrainedModel:
-    """The base of a model with the adapter in its weights, which are changed in place.
-
-    Raises:
-        UserError: PEFT cannot merge this kind of adapter, a weight that it changes has a second use
-            (tied embeddings), or one would not be finite.
-    """
-    kind = model.active_peft_config.peft_type.value
-    layers = [m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    dtypes = {p: p.dtype for layer in layers for p in layer.parameters()}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter in dtypes and ".base_layer." not in name:
-            raise UserError(
-                f"{kind} cannot be merged: it changes a weight of one layer that the base also "
-                f"uses as {name.removeprefix('base_model.model.')}; load it with PEFT"
-            )
-    # PEFT rounds the change to the weight's dtype, and then their sum.
-    for parameter in dtypes:
-        parameter.data = parameter.data.float()
-    try:
-        merged = model.merge_and_unload(safe_merge=True)
-    except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise UserError(f"{kind} cannot be merged: {error}; load it with PEFT") from error
-    for parameter, dtype in dtypes.items():
-        parameter.data = parameter.data.to(dtype)
-    return merged
-
-
-def _adapter(name: str) -> tuple[PeftConfig, int | None]:
-    """Its configuration, and the classes of a head that it brings along."""
-    try:
-        config = PeftConfig.from_pretrained(name)
-        path = Path(name) / SAFETENSORS_WEIGHTS_NAME
-        if not Path(name).is_dir():
-            path = Path(hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME))
-        with safe_open(path, "pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    except LOAD_ERRORS as error:
-        raise unreadable_adapter(name, error) from error
-    heads = [shape[0] for key, shape in shapes.items() if HEAD.search(key)]
-    return config, heads[0] if heads and config.task_type == TaskType.SEQ_CLS else None
-
-
 def _dequantized(base: PreTrainedModel, name: str, wanted: bool) -> PreTrainedModel:
-    """What a quantized base stands for, in float32."""
+    """The weights that a quantized base stands for, in float32."""
     if not wanted:
         raise UserError(
             f"{public_name(name)} is quantized, and rounding to its codes may undo the adapter; "
-            "give --dequantize to merge into what they stand for, in floating point, or "
-            "merge into the base as it was before"
+            "give --dequantize to merge in floating point into the weights that the codes stand "
+            "for, or merge into the base as it was before it was quantized"
         )
     try:
         return base.dequantize(torch.float32)

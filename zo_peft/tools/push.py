@@ -1,11 +1,12 @@
 """`zo-peft push`: a folder's adapter, or its model, on the Hub."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.utils import validate_repo_id
+from transformers.hf_argparser import HfArg
 
 from zo_peft.train.upload import check_tokens, create_repository, hub_errors, public_files, upload
 
@@ -14,18 +15,14 @@ from zo_peft.train.upload import check_tokens, create_repository, hub_errors, pu
 class PushArguments:
     """What is pushed, and where to."""
 
-    folder: str = field(metadata={"help": "A run's output folder, or one that merge wrote."})
-    repo_id: str = field(metadata={"help": "The model's name on the Hub: name, or owner/name."})
-    private: bool = field(default=False, metadata={"help": "Only you may see a new repository."})
-    revision: str | None = field(
-        default=None, metadata={"help": "Branch to push to; made if there is none. Default: main."}
+    folder: str = HfArg(help="A run's output folder, or one that merge wrote.")
+    repo_id: str = HfArg(help="The model's name on the Hub: name, or owner/name.")
+    private: bool = HfArg(default=False, help="Only you may see a new repository.")
+    revision: str | None = HfArg(
+        default=None, help="Branch to push to; made if there is none. Default: main."
     )
-    commit_message: str = field(
-        default="Upload with zo_peft", metadata={"help": "What the commit says."}
-    )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Only show what would go up; nothing is sent."}
-    )
+    commit_message: str = HfArg(default="Upload with zo_peft", help="What the commit says.")
+    dry_run: bool = HfArg(default=False, help="Only show what would go up; nothing is sent.")
 
 
 def push(given: PushArguments) -> dict[str, Any]:

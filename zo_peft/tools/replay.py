@@ -1,16 +1,21 @@
-"""A run rebuilt from its journal, without data or forward passes; and the journal, shown."""
+"""`zo-peft replay` rebuilds a run from its journal, `zo-peft journal` shows the journal.
+
+A replay needs neither data nor forward passes.
+"""
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftModel
 from peft.mapping import get_peft_config
 from transformers import PreTrainedModel, set_seed
+from transformers.hf_argparser import HfArg
 
-from zo_peft.core.journal import INITIAL_NAME, Record, read
+from zo_peft.core.journal import INITIAL_NAME, read
 from zo_peft.core.noise import GENERATOR
 from zo_peft.core.tuner import move
 from zo_peft.errors import UserError
@@ -28,50 +33,43 @@ from zo_peft.train.checkpoint import load_tensors
 
 @dataclass
 class ReplayArguments:
-    """What is rebuilt, and where to."""
+    """Which run is rebuilt, and where to."""
 
-    journal: str = field(metadata={"help": "The run's zo_journal, beside zo_initial.safetensors."})
-    output_dir: str = field(metadata={"help": "Folder for the adapter, the scales or the model."})
-    until_step: int | None = field(
-        default=None, metadata={"help": "Stop after this many steps. Default: all."}
-    )
+    journal: str = HfArg(help="The run's zo_journal, beside zo_initial.safetensors.")
+    output_dir: str = HfArg(help="Folder for the adapter, the scales or the model.")
+    until_step: int | None = HfArg(default=None, help="Stop after this many steps. Default: all.")
 
 
 @dataclass
 class ShowArguments:
-    """What is shown."""
+    """Which journal is shown."""
 
-    action: Literal["show"] = field(metadata={"help": "show: print the journal."})
-    journal: str = field(metadata={"help": "A run's zo_journal."})
+    action: Literal["show"] = HfArg(help="show: print the journal.")
+    journal: str = HfArg(help="A run's zo_journal.")
 
 
 def replay(model: ModelArguments, given: ReplayArguments) -> dict[str, Any]:
-    """Rebuild an adapter (or scales, or weights) from base, starting values and journal.
+    """Rebuild an adapter (or scales, or weights) from its base, starting values and journal.
 
-    Bit for bit on the same kind of device. Of the model's arguments only those of the base count.
+    On the same kind of device the result has the same bits. Only the arguments of `model` that
+    concern the base count.
 
     Raises:
-        UserError: the journal is damaged or of another base; nothing has been written then.
+        UserError: the journal is damaged or belongs to another base; nothing has been written then.
     """
-    path = Path(given.journal)
-    header, records = read(path)
     try:
-        return _replayed(header, records, path, model, given)
+        return _replayed(model, given)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path.name} is not of this version of zo_peft: {error!r}") from error
+        name = Path(given.journal).name
+        raise UserError(f"{name} is not of this version of zo_peft: {error!r}") from error
 
 
-def _replayed(
-    header: dict[str, Any],
-    records: Iterator[Record],
-    path: Path,
-    arguments: ModelArguments,
-    given: ReplayArguments,
-) -> dict[str, Any]:
+def _replayed(arguments: ModelArguments, given: ReplayArguments) -> dict[str, Any]:
+    path, name = Path(given.journal), arguments.model_name_or_path
+    header, records = read(path)
     if header["generator"] != GENERATOR:
         raise UserError(f"{path.name} has noise of {header['generator']!r}, not of {GENERATOR!r}")
-    name, space_settings = arguments.model_name_or_path, header["space"]
-    tune = space_settings["tune"]
+    tune = header["space"]["tune"]
     set_seed(header["seed"])
     model: PreTrainedModel | PeftModel = load(arguments, tune, header["num_labels"])
     if header["adapter"] is not None:
@@ -85,16 +83,14 @@ def _replayed(
         )
     base = base_hash(model) if tune == "scales" else ""
     check_in_place(model, tune)
-    space = space_of(model, **space_settings)
+    space = space_of(model, **header["space"])
     initial = load_tensors(path.with_name(INITIAL_NAME))
     if initial:
         load_trained(model, space, initial)
     rule, last = rule_of(space, **header["rule"]), None
-    for record in records:
-        if given.until_step is not None and record.step >= given.until_step:
-            break
-        move(rule, record)
-        last = record
+    until = math.inf if given.until_step is None else given.until_step
+    for last in takewhile(lambda record: record.step < until, records):
+        move(rule, last)
     save = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
     model.save_pretrained(given.output_dir, **save)
     if isinstance(space, InPlaceSpace) and base:
@@ -107,23 +103,23 @@ def _replayed(
 
 
 def replay_text(result: dict[str, Any]) -> str:
-    """The result of `replay` in a line."""
+    """Say in a line what was replayed."""
     passes = f"{result['forward_passes']:,} forward passes"
     return f"{result['steps']:,} steps ({passes}) replayed into {result['output_dir']}"
 
 
 def show(given: ShowArguments) -> dict[str, Any]:
-    """The header and the records of a journal.
+    """Return the `header` and the `records` of a journal.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the journal is damaged.
     """
     header, records = read(Path(given.journal))
     return {"header": header, "records": [asdict(record) for record in records]}
 
 
 def show_text(result: dict[str, Any]) -> str:
-    """A table of the records."""
+    """Show the records as a table."""
     header = ["step", "loss", "slope", "eps", "learning rate", "forward passes", "seeds", "chosen"]
     rows = [
         [
@@ -142,5 +138,5 @@ def show_text(result: dict[str, Any]) -> str:
 
 
 def show_json(result: dict[str, Any]) -> str:
-    """The header and each record as a line of JSON."""
+    """Show the header and each record as a line of JSON."""
     return "\n".join(map(json.dumps, [result["header"], *result["records"]]))

@@ -1,9 +1,11 @@
-"""A row of the paper's tables (arXiv:2601.04710): published settings and grids, several seeds."""
+"""`zo-peft reproduce`: a row of the tables of arXiv:2601.04710, with the published settings."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
+
+from transformers.hf_argparser import HfArg
 
 from zo_peft.data.tasks import TASKS
 from zo_peft.errors import UserError
@@ -17,19 +19,19 @@ RESULT_NAME, TABLE_NAME = "reproduction.json", "reproduction.md"
 Kind = Literal["full", "LoRA", "prefix"]
 KINDS: dict[str, Kind] = {"LORA": "LoRA", "PREFIX_TUNING": "prefix"}
 
-#: By what is tuned: options, eps, and the learning rates that are tried (MeZO, arXiv:2305.17333,
+#: For each kind: options, zo_eps, and the learning rates that are tried (MeZO, arXiv:2305.17333,
 #: appendix on hyperparameters).
 MEZO: dict[Kind, tuple[dict[str, Any], float, tuple[float, ...]]] = {
     "full": ({"tune": "weights"}, 1e-3, (1e-6, 1e-7)),
     "LoRA": ({"peft_type": "LORA", "lora_r": 8, "lora_alpha": 16}, 1e-2, (1e-4, 5e-5)),
     "prefix": ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5}, 1e-1, (1e-2, 1e-3)),
 }
-#: GV's and Greedy's own learning rates of full weights (of OPT and of Llama), candidates and steps;
-#: else they have MeZO's.
+#: What is different for GV and Greedy. The learning rates, for full weights only, are those of OPT
+#: and of Llama.
 GUIDED_FULL_RATES = (2e-7, 5e-7)
 GUIDED = {"num_candidates": 2, "max_steps": 10_000}
 
-#: Of every published run. Checkpoints are evaluated five times, and the best is kept.
+#: Options of every published run. It is evaluated five times, and the best checkpoint is kept.
 COMMON: dict[str, Any] = {
     "dtype": "float16",
     "per_device_train_batch_size": 16,
@@ -42,7 +44,7 @@ COMMON: dict[str, Any] = {
     "load_best_model_at_end": True,
 }
 
-#: arXiv:2601.04710, Table V: OPT-13B, by method and what is tuned, a value for each of `TASKS`.
+#: arXiv:2601.04710, Table V, OPT-13B: for each method and kind a value for each of `TASKS`.
 TABLE_V: dict[tuple[str, Kind], tuple[float, ...]] = {
     ("MeZO", "full"): (91.4, 66.1, 67.9, 67.6, 63.5, 61.1, 60.1, 88.0, 81.7, 84.7, 30.9),
     ("MeZO", "LoRA"): (89.6, 67.9, 66.1, 73.8, 64.4, 59.7, 61.5, 84.0, 81.2, 83.8, 31.4),
@@ -53,14 +55,10 @@ TABLE_V: dict[tuple[str, Kind], tuple[float, ...]] = {
     ("SubZero-GV", "full"): (94.7, 74.8, 73.9, 76.8, 64.4, 62.7, 63.2, 89.0, 83.1, 84.9, 31.3),
     ("SubZero-GV", "LoRA"): (94.0, 75.8, 73.8, 77.6, 65.4, 63.9, 64.1, 90.0, 83.8, 85.3, 32.4),
 }
-#: The same, Table IX: OPT-13B with Greedy.
-TABLE_IX: dict[tuple[Kind, str], float] = {
-    ("full", "wic"): 61.9,
-    ("full", "rte"): 72.2,
-    ("full", "boolq"): 72.6,
-    ("LoRA", "wic"): 62.7,
-    ("LoRA", "rte"): 75.8,
-    ("LoRA", "boolq"): 75.9,
+#: Table IX, OPT-13B with Greedy: for each kind the values of some tasks.
+TABLE_IX: dict[Kind, dict[str, float]] = {
+    "full": {"wic": 61.9, "rte": 72.2, "boolq": 72.6},
+    "LoRA": {"wic": 62.7, "rte": 75.8, "boolq": 75.9},
 }
 METHODS: dict[str, str] = {
     "mezo": "MeZO",
@@ -73,22 +71,20 @@ METHODS: dict[str, str] = {
 
 @dataclass
 class ReproduceArguments:
-    """A row of the table; all other options are those of `zo-peft train`."""
+    """The row of the table. All other options are those of `zo-peft train`."""
 
-    model_name_or_path: str = field(metadata={"help": "Base model: Hub id or folder."})
-    task: str = field(metadata={"help": f"One of {', '.join(TASKS)}."})
-    preset: Preset = field(
-        default="paper-gv", metadata={"help": "The method: paper-gv, paper-greedy, mezo, ..."}
+    model_name_or_path: str = HfArg(help="Base model: Hub id or folder.")
+    task: str = HfArg(help=f"One of {', '.join(TASKS)}.")
+    preset: Preset = HfArg(default="paper-gv", help="The method: paper-gv, paper-greedy, mezo, ...")
+    peft_type: Literal["LORA", "PREFIX_TUNING"] | None = HfArg(
+        default=None, help="The adapter. Default: none, full weights."
     )
-    peft_type: Literal["LORA", "PREFIX_TUNING"] | None = field(
-        default=None, metadata={"help": "The adapter. Default: none, full weights."}
+    low_rank_noise: Literal["subzero", "lozo"] | None = HfArg(
+        default=None, help="With paper-gv, subzero gives the rows of SubZero-GV."
     )
-    low_rank_noise: Literal["subzero", "lozo"] | None = field(
-        default=None, metadata={"help": "With paper-gv, subzero gives the rows of SubZero-GV."}
-    )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
-    output_dir: str = field(
-        default="zo_peft_reproduce", metadata={"help": "Folder of the table and of each run."}
+    seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="Seeds.")
+    output_dir: str = HfArg(
+        default="zo_peft_reproduce", help="Folder of the table and of each run."
     )
 
     def __post_init__(self) -> None:
@@ -97,14 +93,14 @@ class ReproduceArguments:
 
     @property
     def kind(self) -> Kind:
-        """What is tuned, in the table's words."""
+        """What is tuned, in the words of the table."""
         return "full" if self.peft_type is None else KINDS[self.peft_type]
 
     @property
     def method(self) -> str:
-        """The method, in the table's words."""
+        """The method, in the words of the table."""
         if self.preset == "paper-gv" and self.low_rank_noise is not None:
-            return {"subzero": "SubZero-GV", "lozo": "LOZO-GV"}[self.low_rank_noise]
+            return f"{METHODS[self.low_rank_noise]}-GV"
         return METHODS[self.preset]
 
 
@@ -114,30 +110,30 @@ def settings(given: ReproduceArguments) -> tuple[dict[str, Any], tuple[float, ..
     if given.preset in ("paper-gv", "paper-greedy"):
         own = own | GUIDED
         rates = GUIDED_FULL_RATES if given.kind == "full" else rates
-    metric = "f1" if TASKS[given.task].rewards else "accuracy"
     chosen = {
         "model_name_or_path": given.model_name_or_path,
         "task": given.task,
         "preset": given.preset,
         "low_rank_noise": given.low_rank_noise,
         "zo_eps": eps,
-        "metric_for_best_model": metric,
+        "metric_for_best_model": "f1" if TASKS[given.task].rewards else "accuracy",
     }
     return COMMON | own | chosen, rates
 
 
 def reproduce(given: ReproduceArguments, options: list[str]) -> dict[str, Any]:
-    """Try the grid on the first seed, then run the best point, by validation, on all seeds.
+    """Try each learning rate with the first seed, and then the best one with all other seeds.
+
+    Which is best is decided on validation examples. Runs that are there are not made again.
 
     Args:
-        options: of `zo-peft train`, over the published ones.
+        options: further options of `zo-peft train`, which replace published ones.
 
     Returns:
-        The contents of `reproduction.json`; `reproduction.md` beside it is the table. Runs that are
-        there are not made again.
+        The contents of `reproduction.json`. Beside it, `reproduction.md` is the table.
 
     Raises:
-        UserError: every point of the grid fails, or another seed of the best one.
+        UserError: the runs of all learning rates fail, or a run with another seed.
     """
     folder = Path(given.output_dir)
     published, rates = settings(given)
@@ -178,12 +174,11 @@ def reproduce(given: ReproduceArguments, options: list[str]) -> dict[str, Any]:
 
 
 def figure(method: str, kind: Kind, task: str) -> str | None:
-    """The published figure in percent with its model and table; None: there is none."""
+    """The published figure in percent with its model and table, if there is one."""
+    table, row = "V", dict(zip(TASKS, TABLE_V.get((method, kind), ())))
     if method == "MeZO-Greedy":
-        found = TABLE_IX.get((kind, task))
-        return None if found is None else f"{found} (OPT-13B, Table IX)"
-    row = TABLE_V.get((method, kind))
-    return None if row is None else f"{row[list(TASKS).index(task)]} (OPT-13B, Table V)"
+        table, row = "IX", TABLE_IX.get(kind, {})
+    return f"{row[task]} (OPT-13B, Table {table})" if task in row else None
 
 
 def reproduce_text(result: dict[str, Any]) -> str:

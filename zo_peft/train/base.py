@@ -62,30 +62,28 @@ class BaseTrainer(Trainer):
     """A `transformers.Trainer` that loads a model, adds an adapter and reads examples by itself.
 
     Args:
-        model: name (Hub id or folder), `PreTrainedModel`, or `PeftModel` whose adapter is tuned.
-        args: settings; default `ZOConfig("<model>-zo")`.
+        model: the name of a base (Hub id or folder), a loaded base, or a `PeftModel` whose adapter
+            is tuned.
+        args: the settings; default: `ZOConfig("<model>-zo")`.
         train_dataset, eval_dataset: examples in one of the forms of `zo_peft.data`.
-        processing_class: the tokenizer; default: the model's own.
-        peft_config: the new adapter; None exactly when `model` is a `PeftModel`, or when the base
-            itself is tuned (`args.tune`).
-        objective: what is minimised; default: `args.objective`, or by the model's class and the
-            data set's columns.
-        reward_funcs: functions of generated completions, in the form of TRL's
-            (`zo_peft.objectives.rewards.RewardObjective`), to maximise instead.
-        eval_objective: what evaluation reports; default: `objective`, or by the columns of
-            `eval_dataset`.
+        processing_class: the tokenizer; default: the base's own.
+        peft_config: the new adapter. It is None exactly when `model` is a `PeftModel`, or when the
+            base itself is tuned (`args.tune`).
+        objective: what is minimised. By default `args.objective` says it, or else the model's class
+            and the data set's columns.
+        reward_funcs: functions of generated completions that are maximised instead, in the form of
+            TRL's (`zo_peft.objectives.rewards.RewardObjective`).
+        eval_objective: what evaluation reports. By default that is `objective`, or what the columns
+            of `eval_dataset` say.
         data_collator, compute_metrics, callbacks: as in `Trainer`. The default metrics are those
             of the objective: `accuracy` of options, classes or completion tokens, or rewards.
-
-    Attributes:
-        metric_name: the first of the default metrics.
 
     Raises:
         UserError: settings, data and model do not go together.
     """
 
     args: ZOConfig
-    #: Whether it trains, for which something must be tuned; else it evaluates.
+    #: A trainer that trains must have something to tune; one that only evaluates need not.
     trains: ClassVar[bool] = False
 
     def __init__(
@@ -172,10 +170,10 @@ class BaseTrainer(Trainer):
         return None if dataset is None else tokenize_dataset(dataset, self.tokenization)
 
     def prepare_base(self, model: PreTrainedModel | PeftModel, args: ZOConfig) -> None:
-        """For a subclass: what is done to the base before it gets an adapter."""
+        """A subclass may prepare the base here, before it gets an adapter."""
 
     def ready(self) -> None:
-        """For a subclass: model, data and objectives are there."""
+        """A subclass goes on here, when model, data and objectives are there."""
 
     def _start_prefix(self, train: Any) -> None:
         config = self.model.active_peft_config
@@ -201,11 +199,11 @@ class BaseTrainer(Trainer):
         return sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
-        """In order, also where training groups by length: predictions come back row by row."""
+        """In order, also where training groups by length: predictions belong to rows."""
         return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
 
     def _prepare_inputs(self, inputs: Any) -> Batch:
-        """As in Trainer; also of a collator that knows no `Batch`."""
+        """As in Trainer, as a `Batch`, whatever the collator made."""
         return Batch(super()._prepare_inputs(inputs))
 
     @torch.no_grad()
@@ -238,7 +236,7 @@ class BaseTrainer(Trainer):
         write_model_card(folder, self.model, self.args.tune, self.summary or self.facts())
 
     def facts(self) -> dict[str, Any]:
-        """What the trainer itself knows of what `zo_metrics.json` says."""
+        """What of `zo_metrics.json` is known to the trainer itself."""
         logs = {name: value for log in self.state.log_history for name, value in log.items()}
         return results(self, {}, logs, wall_seconds=logs.get("train_runtime"))
 
@@ -264,20 +262,20 @@ class BaseTrainer(Trainer):
         revision: str | None = None,
         private: bool | None = None,
     ) -> Any:
-        """As in Trainer, but of the output folder only what `zo_peft.tools.push` lets go up.
+        """As in Trainer, but only those files go up that `zo_peft.train.upload` allows.
 
         Returns:
             The commit; without `blocking`, its future; None on other ranks than the first.
 
         Raises:
-            UserError: the Hub refuses, or a file holds a secret or a path.
+            UserError: the Hub refuses, or a file holds a token.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
         if not self.is_world_process_zero():
             return None
-        # What is on its way is read from the folder.
+        # An upload that is under way still reads the folder.
         self._finish_current_push()
         self._save()
         folder = Path(self.args.output_dir)
@@ -297,11 +295,10 @@ class BaseTrainer(Trainer):
         self.push_in_progress = None if push is None else PushInProgress([push])
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The card of `zo_peft.train.card`, written with every save as well."""
-        if not self.args.should_save:
-            return
-        facts = self.summary or self.facts()
-        write_model_card(self.args.output_dir, self.model, self.args.tune, facts)
+        """The card of `zo_peft.train.card`, which every save writes as well."""
+        if self.args.should_save:
+            facts = self.summary or self.facts()
+            write_model_card(self.args.output_dir, self.model, self.args.tune, facts)
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -328,7 +325,7 @@ def _check_tuned(
 
 @contextlib.contextmanager
 def _not_quantized(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Within the context Trainer takes a quantized base, which backward passes could not train."""
+    """Within the context Trainer accepts a quantized base, which it refuses to back-propagate."""
     quantized = getattr(model, "is_quantized", False) and not isinstance(model, PeftModel)
     try:
         if quantized:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from zo_peft.models.adapters import classifies, peft_config_of
 from zo_peft.models.hub import public_name
+from zo_peft.models.loading import quantization_of
 from zo_peft.train.checks import GRADIENT
 
 CARD_NAME = "README.md"
@@ -118,7 +119,7 @@ def _write(
         base=base,
         settings=settings,
         num_labels=model.config.num_labels if classifies(model) else None,
-        quantization=model.config.to_dict().get("quantization_config"),
+        quantization=quantization_of(model.config),
         block=_block,
         yaml=_yaml,
         **values,

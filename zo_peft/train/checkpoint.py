@@ -1,4 +1,4 @@
-"""The state of a run beside its adapter, as safetensors and JSON; nothing is pickled."""
+"""What a checkpoint holds beside the adapter, as safetensors and JSON; nothing is pickled."""
 
 import contextlib
 import json
@@ -25,6 +25,8 @@ from zo_peft.errors import UserError
 TENSORS_NAME = "zo_state.safetensors"
 #: This stands before the names of the update rule's tensors.
 RULE_PREFIX = "update_rule."
+#: What else of the update rule is saved.
+RULE_NUMBERS = ("steps", "sensitivity", "backoff")
 STATE_NAME = "zo_state.json"
 RNG_NAME = "zo_rng_state.json"
 
@@ -54,7 +56,7 @@ def state_of(tuner: Tuner) -> dict[str, Any]:
         "elite": tuner.elite,
         "zo_eps": tuner.eps.eps,
         "calibrations": [asdict(calibration) for calibration in tuner.eps.calibrations],
-        "update_rule": tuner.rule.scalars(),
+        "update_rule": {name: getattr(tuner.rule, name) for name in RULE_NUMBERS},
         "backoff": vars(tuner.backoff),
         "faults": asdict(tuner.faults),
         "candidates_per_forward": tuner.evaluator.candidates_per_forward,
@@ -67,8 +69,9 @@ def load_into(tuner: Tuner, state: Mapping[str, Any], tensors: Mapping[str, Tens
     """Give a tuner what `state_of` and `remembered` took from it."""
     tuner.elite, tuner.eps.eps = state["elite"], state["zo_eps"]
     tuner.eps.calibrations = [Calibration(**fields) for fields in state["calibrations"]]
-    own = {name.removeprefix(RULE_PREFIX): tensor for name, tensor in tensors.items()}
-    tuner.rule.load(state["update_rule"], own)
+    vars(tuner.rule).update(state["update_rule"])
+    for name, tensor in remembered(tuner).items():
+        tensor.copy_(tensors[name])
     vars(tuner.backoff).update(state["backoff"])
     tuner.faults = Faults(**state["faults"])
     evaluator = tuner.evaluator
@@ -79,8 +82,13 @@ def load_into(tuner: Tuner, state: Mapping[str, Any], tensors: Mapping[str, Tens
 
 
 def remembered(tuner: Tuner) -> dict[str, Tensor]:
-    """The tensors of the update rule, by their names in a checkpoint."""
-    return {RULE_PREFIX + name: tensor for name, tensor in tuner.rule.tensors().items()}
+    """The tensors of the update rule, by their names in a checkpoint; no copies."""
+    return {
+        f"{RULE_PREFIX}{buffer}.{name}": tensor
+        for buffer, flats in tuner.rule.buffers.items()
+        for index, flat in enumerate(flats)
+        for name, tensor in tuner.space.views(index, flat).items()
+    }
 
 
 def without_remembered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

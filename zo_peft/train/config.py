@@ -1,11 +1,12 @@
 """`ZOConfig`: transformers' TrainingArguments plus the fields of forward-only tuning."""
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from zo_peft.core import eps
 from zo_peft.core.low_rank import Structure
@@ -25,189 +26,139 @@ class ZOConfig(TrainingArguments):
         UserError: values that make no sense together; nothing has been loaded or written by then.
     """
 
-    learning_rate: float | None = field(
+    learning_rate: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Step size, as the update rule defines it. Default: from the losses, so that "
-            "all steps of the run, were they random, would move an example's loss by a fraction of "
-            "a nat; for sgd and momentum, which have no natural scale, by adapter type."
-        },
+        help="Step size, as the update rule defines it. Default: from the losses, so that "
+        "all steps of the run, were they random, would move an example's loss by a fraction of "
+        "a nat; for sgd and momentum, which have no natural scale, by adapter type.",
     )
-    preset: Preset | None = field(
+    preset: Preset | None = HfArg(
         default=None,
-        metadata={
-            "help": "A published algorithm, exactly: paper-gv, paper-greedy, mezo, subzero or lozo."
-        },
+        help="A published algorithm, exactly: paper-gv, paper-greedy, mezo, subzero or lozo.",
     )
-    tune: Tune = field(
+    tune: Tune = HfArg(
         default="adapter",
-        metadata={
-            "help": "What is tuned: a PEFT adapter; the scales of an int8 or NF4 base; or the "
-            "weights of a base that is int8 or not quantized."
-        },
+        help="What is tuned: a PEFT adapter; the scales of an int8 or NF4 base; or the "
+        "weights of a base that is int8 or not quantized.",
     )
-    tune_unquantized: bool = field(
+    tune_unquantized: bool = HfArg(
         default=False,
-        metadata={
-            "help": "With tune=scales or weights on a quantized base: also the tensors that are "
-            "not quantized (embeddings, norms, biases, head)."
-        },
+        help="With tune=scales or weights on a quantized base: also the tensors that are "
+        "not quantized (embeddings, norms, biases, head).",
     )
-    strategy: str = field(
+    strategy: str = HfArg(
         default="gv",
-        metadata={
-            "help": f"How a direction is found: {', '.join(STRATEGIES)}; adam and sgd are "
-            "baselines that back-propagate."
-        },
+        help=f"How a direction is found: {', '.join(STRATEGIES)}; adam and sgd are "
+        "baselines that back-propagate.",
     )
-    num_candidates: int | None = field(
+    num_candidates: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Candidates a step (M in the paper); for n-spsa, directions a step. Default: 4 "
-            "where each example has its own noise and a batch at least 4 examples, else 8."
-        },
+        help="Candidates a step (M in the paper); for n-spsa, directions a step. Default: 4 "
+        "where each example has its own noise and a batch at least 4 examples, else 8.",
     )
-    per_example_noise: bool = field(
+    per_example_noise: bool = HfArg(
         default=True,
-        metadata={
-            "help": "Each example of a batch has candidates of its own, so that a forward tries as "
-            "many perturbations as the batch has examples. Where a model cannot work so, all "
-            "examples share their candidates."
-        },
+        help="Each example of a batch has candidates of its own, so that a forward tries as "
+        "many perturbations as the batch has examples. Where a model cannot work so, all "
+        "examples share their candidates.",
     )
-    update_rule: str | None = field(
+    update_rule: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "How the estimate moves what is tuned: sgd, momentum, normalized (momentum, "
-            "each tensor's step at unit length), spectral (the same, orthogonalized), adam or fzoo "
-            "(steps of like length, no memory). Default: normalized; fzoo for tune=weights."
-        },
+        help="How the estimate moves what is tuned: sgd, momentum, normalized (momentum, "
+        "each tensor's step at unit length), spectral (the same, orthogonalized), adam or fzoo "
+        "(steps of like length, no memory). Default: normalized; fzoo for tune=weights.",
     )
-    momentum: float = field(
-        default=0.9, metadata={"help": "Of all update rules but sgd and fzoo; in [0, 1)."}
-    )
-    objective: ObjectiveName | None = field(
+    momentum: float = HfArg(default=0.9, help="Of all update rules but sgd and fzoo; in [0, 1).")
+    objective: ObjectiveName | None = HfArg(
         default=None,
-        metadata={
-            "help": "A goal without a gradient: accuracy, or f1 or exact_match (as SQuAD's) of "
-            "generated completions. Default: cross entropy."
-        },
+        help="A goal without a gradient: accuracy, or f1 or exact_match (as SQuAD's) of "
+        "generated completions. Default: cross entropy.",
     )
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weights of the reward functions. Default: 1 each."}
+    reward_weights: list[float] | None = HfArg(
+        default=None, help="Weights of the reward functions. Default: 1 each."
     )
-    max_completion_length: int = field(
-        default=64, metadata={"help": "The most tokens of a generated completion."}
+    max_completion_length: int = HfArg(
+        default=64, help="The most tokens of a generated completion."
     )
-    temperature: float = field(
+    temperature: float = HfArg(
         default=1.0,
-        metadata={
-            "help": "At which completions are sampled in training, with random numbers that all "
-            "candidates of a step share; 0: greedy, as in evaluation."
-        },
+        help="At which completions are sampled in training, with random numbers that all "
+        "candidates of a step share; 0: greedy, as in evaluation.",
     )
-    top_p: float = field(
-        default=1.0, metadata={"help": "Sample from the likeliest tokens of this probability."}
+    top_p: float = HfArg(default=1.0, help="Sample from the likeliest tokens of this probability.")
+    elite_fraction: float = HfArg(
+        default=0.5, help="gv with weighting=split: share of the low-loss candidates (alpha)."
     )
-    elite_fraction: float = field(
-        default=0.5,
-        metadata={"help": "gv with weighting=split: share of the low-loss candidates (alpha)."},
-    )
-    weighting: Weighting = field(
+    weighting: Weighting = HfArg(
         default="loss",
-        metadata={
-            "help": "gv: 'split' (mean of the low-loss minus mean of the high-loss candidates, as "
-            "published) or 'loss' (each candidate by the mean loss minus its own).",
-        },
+        help="gv: 'split' (mean of the low-loss minus mean of the high-loss candidates, as "
+        "published) or 'loss' (each candidate by the mean loss minus its own).",
     )
-    probe: Probe = field(
+    probe: Probe = HfArg(
         default="reuse",
-        metadata={
-            "help": "greedy, gv: 'central' (two more forward passes along the direction, as "
-            "published) or 'reuse' (the slope from losses that are already known).",
-        },
+        help="greedy, gv: 'central' (two more forward passes along the direction, as "
+        "published) or 'reuse' (the slope from losses that are already known).",
     )
-    carry_best: bool = field(
-        default=False,
-        metadata={"help": "greedy, gv: evaluate the last step's best candidate again."},
+    carry_best: bool = HfArg(
+        default=False, help="greedy, gv: evaluate the last step's best candidate again."
     )
-    candidates_per_forward: int | None = field(
+    candidates_per_forward: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "The most candidates in one forward. Default: as many as keep the peak memory "
-            "within 1.05 of plain inference on the same batch, from shapes."
-        },
+        help="The most candidates in one forward. Default: as many as keep the peak memory "
+        "within 1.05 of plain inference on the same batch, from shapes.",
     )
-    parallel: Parallel = field(
+    parallel: Parallel = HfArg(
         default="data",
-        metadata={
-            "help": "With several processes, what each evaluates: data (all candidates on its own "
-            "part of the batch, per_device_train_batch_size examples) or candidates (its own "
-            "candidates on the same batch)."
-        },
+        help="With several processes, what each evaluates: data (all candidates on its own "
+        "part of the batch, per_device_train_batch_size examples) or candidates (its own "
+        "candidates on the same batch).",
     )
-    zo_eps: float | None = field(
+    zo_eps: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Scale of the perturbations (epsilon). Default: the largest for which losses "
-            "are near a line and above rounding, measured at the start and as training goes on."
-        },
+        help="Scale of the perturbations (epsilon). Default: the largest for which losses "
+        "are near a line and above rounding, measured at the start and as training goes on.",
     )
-    noise: Distribution = field(
+    noise: Distribution = HfArg(
         default="rademacher",
-        metadata={
-            "help": "Distribution of the candidates: gaussian, or rademacher (signs; cheaper).",
-        },
+        help="Distribution of the candidates: gaussian, or rademacher (signs; cheaper).",
     )
-    noise_rank: int | None = field(
+    noise_rank: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Rank of the noise of matrices; 0: full noise. Default: full, and for "
-            "tune=weights 1 (24 for subzero, 2 for lozo)."
-        },
+        help="Rank of the noise of matrices; 0: full noise. Default: full, and for "
+        "tune=weights 1 (24 for subzero, 2 for lozo).",
     )
-    low_rank_noise: Structure | None = field(
+    low_rank_noise: Structure | None = HfArg(
         default=None,
-        metadata={
-            "help": "Kind of low-rank noise: eggroll (two factors for each seed), subzero or lozo "
-            "(a basis that is kept for 1000 or 100 steps)."
-        },
+        help="Kind of low-rank noise: eggroll (two factors for each seed), subzero or lozo "
+        "(a basis that is kept for 1000 or 100 steps).",
     )
-    warmup_steps: float = field(
-        default=0.02,
-        metadata={"help": "As in transformers: steps, or below 1 their share of the run."},
+    warmup_steps: float = HfArg(
+        default=0.02, help="As in transformers: steps, or below 1 their share of the run."
     )
-    tunable: str | None = field(
+    tunable: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Regular expression, searched in parameter names: tune only these of the "
-            "adapter's parameters, e.g. 'lora_B'. Default: all that PEFT made trainable."
-        },
+        help="Regular expression, searched in parameter names: tune only these of the "
+        "adapter's parameters, e.g. 'lora_B'. Default: all that PEFT made trainable.",
     )
-    max_forward_passes: int | None = field(
+    max_forward_passes: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Stop after this many forward passes (one: one candidate through one "
-            "micro-batch). With max_steps, the smaller budget counts."
-        },
+        help="Stop after this many forward passes (one: one candidate through one "
+        "micro-batch). With max_steps, the smaller budget counts.",
     )
-    max_length: int | None = field(
+    max_length: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Cut prompts from the left to fit this many tokens. Default: prompts that do "
-            "not fit the model's context are an error."
-        },
+        help="Cut prompts from the left to fit this many tokens. Default: prompts that do "
+        "not fit the model's context are an error.",
     )
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Keyword arguments for from_pretrained when the model is a name."},
+    model_init_kwargs: dict[str, Any] | str | None = HfArg(
+        default=None, help="Keyword arguments for from_pretrained when the model is a name."
     )
-    train_sampling_strategy: str = field(
+    train_sampling_strategy: str = HfArg(
         default="group_by_length",
-        metadata={"help": "As in transformers; examples of like length share a batch by default."},
+        help="As in transformers; examples of like length share a batch by default.",
     )
-    logging_steps: float = field(
-        default=10, metadata={"help": "Log every so many steps (below 1: a share of the run)."}
+    logging_steps: float = HfArg(
+        default=10, help="Log every so many steps (below 1: a share of the run)."
     )
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [

@@ -28,8 +28,8 @@ NOT_CHECKPOINTED = (PeftType.PREFIX_TUNING,)
 class GradientTrainer(BaseTrainer):
     """Trains an adapter by back-propagation: `strategy` adam (AdamW) or sgd of a `ZOConfig`.
 
-    With gradient checkpointing where PEFT allows it, and PEFT's own preparation of a quantized
-    base. Checkpoints are those of the stock Trainer.
+    It checkpoints activations where PEFT allows it, and prepares a quantized base as PEFT does.
+    Its checkpoints are those of the stock Trainer.
 
     Attributes:
         forward_passes: so far; a micro-batch counts as three (its backward pass as two).
@@ -42,7 +42,7 @@ class GradientTrainer(BaseTrainer):
     trains = True
 
     def prepare_base(self, model: PreTrainedModel | PeftModel, args: ZOConfig) -> None:
-        """PEFT's preparation of a quantized base that has no adapter yet."""
+        """Refuse what has no baseline, and let PEFT prepare a quantized base."""
         if args.tune != "adapter":
             raise UserError(f"strategy={args.strategy!r} tunes adapters only; drop tune")
         if args.world_size > 1:
@@ -51,13 +51,13 @@ class GradientTrainer(BaseTrainer):
             prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
     def ready(self) -> None:
-        """Checkpointing, and the counts of what is spent."""
+        """Set up checkpointing, and the counts of what is spent."""
         if isinstance(self.objective, AccuracyObjective | BlackBoxObjective | RewardObjective):
             raise UserError(
                 f"strategy={self.args.strategy!r} needs a gradient, and this objective has none; "
                 "use a forward-only strategy"
             )
-        # The objective takes means, so the Trainer is to average over micro-batches.
+        # The objective takes means, so the Trainer has to average over micro-batches.
         self.model_accepts_loss_kwargs = False
         self.forward_passes = self.examples_forwarded = 0
         self.tuned_numel = sum(p.numel() for p in self.model.parameters() if p.requires_grad)

@@ -1,4 +1,4 @@
-"""What is seen of a run while it runs: the progress bar, and the clock of its logs."""
+"""What a user sees of a run while it runs: the progress bar, and the clock of its logs."""
 
 import contextlib
 import sys
@@ -12,17 +12,17 @@ from transformers.trainer_callback import ProgressCallback
 
 
 class Clock(TrainerCallback):
-    """Seconds of training over all sittings of a run, evaluations in between included.
+    """Counts the seconds of training, evaluations included, also of a run that was resumed.
 
     Attributes:
-        began: when training would have begun (`time.monotonic`), had there been one sitting; None
-            before it has. What a killed sitting spent after its last checkpoint does not count.
+        began: the `time.monotonic` at which training would have begun if nothing had stopped it;
+            None before training. Time after the last checkpoint of a killed process is not counted.
     """
 
     began: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start, from where the logs of the last sitting end."""
+        """Start where the logs of the process before end."""
         spent = max((log.get("seconds", 0.0) for log in state.log_history), default=0.0)
         self.began = time.monotonic() - spent
 
@@ -30,12 +30,11 @@ class Clock(TrainerCallback):
 class Progress(ProgressCallback):
     """transformers' bars, with loss, metric and forward passes; all of it on stderr.
 
-    With `max_forward_passes` the bar counts towards it, and so does its time left; else it counts
-    steps.
+    The bar and its time left count towards `max_forward_passes` where it is given, else steps.
 
     Args:
-        forward_passes: how many have been made.
-        metric: name of the metric that the bar shows, as in the logs without `eval_`.
+        forward_passes: says how many have been made.
+        metric: the name of the metric that the bar shows, as in the logs without `eval_`.
     """
 
     def __init__(self, forward_passes: Callable[[], int], metric: str) -> None:
@@ -67,7 +66,7 @@ class Progress(ProgressCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Show loss and metric in the bar; the line of all numbers goes above it."""
+        """Show loss and metric in the bar, and the line of all numbers above it."""
         logs = logs or {}
         if "loss" in logs:
             self.shown["loss"] = f"{logs['loss']:.4f}"
@@ -79,8 +78,3 @@ class Progress(ProgressCallback):
         # The parent writes on stdout, where only results belong.
         with contextlib.redirect_stdout(sys.stderr):
             super().on_log(args, state, control, logs, **kwargs)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)

@@ -1,0 +1,320 @@
+"""ZOConfig: what is refused, what presets fix, and how budgets become steps."""
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainingArguments
+
+from zo_peft import UserError, ZOConfig
+from zo_peft.core import eps as calibrate
+
+WARNING = "num_candidates=2"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_written(tmp_path: Path) -> Iterator[None]:
+    yield
+    assert list(tmp_path.iterdir()) == []
+
+
+def make(tmp_path: Path, **settings: Any) -> ZOConfig:
+    return ZOConfig(str(tmp_path / "run"), use_cpu=True, **settings)
+
+
+def test_defaults(tmp_path: Path) -> None:
+    config = make(tmp_path)
+    assert (config.strategy, config.num_candidates, config.weighting) == ("gv", 4, "loss")
+    assert (config.probe, config.noise, config.carry_best) == ("reuse", "rademacher", False)
+    assert (config.update_rule, config.momentum, config.per_example_noise) == (
+        "normalized",
+        0.9,
+        True,
+    )
+    assert (config.preset, config.zo_eps, config.learning_rate) == (None, None, None)
+    assert (config.max_forward_passes, config.max_length, config.tunable) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "noise", "update_rule"),
+    [
+        ({}, (0, None), "normalized"),
+        ({"tune": "scales"}, (0, None), "normalized"),
+        ({"tune": "weights"}, (1, "eggroll"), "fzoo"),
+        ({"tune": "weights", "noise_rank": 0}, (0, None), "fzoo"),
+        ({"noise_rank": 3}, (3, "eggroll"), "normalized"),
+        ({"tune": "weights", "preset": "mezo"}, (0, None), "sgd"),
+        ({"tune": "weights", "preset": "subzero"}, (24, "subzero"), "sgd"),
+        ({"preset": "lozo", "noise_rank": 4}, (4, "lozo"), "sgd"),
+        ({"preset": "paper-gv", "low_rank_noise": "subzero"}, (24, "subzero"), "sgd"),
+    ],
+    ids=str,
+)
+def test_noise_and_update_rule_follow_what_is_tuned(
+    settings: dict[str, Any], noise: tuple[Any, ...], update_rule: str, tmp_path: Path
+) -> None:
+    config = make(tmp_path, **settings)
+    assert (config.noise_rank, config.low_rank_noise) == noise
+    assert config.update_rule == update_rule
+
+
+def test_every_field_of_its_own_is_documented() -> None:
+    inherited = {field.name for field in fields(TrainingArguments)}
+    own = [field for field in fields(ZOConfig) if field.name not in inherited]
+    assert {"strategy", "zo_eps", "num_candidates", "max_forward_passes"} <= {f.name for f in own}
+    assert all(field.metadata["help"].endswith(".") for field in own)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"fp16": True}, ["fp16", "dtype='float16'"]),
+        ({"bf16": True}, ["bf16", "dtype='bfloat16'"]),
+        ({"fp16_full_eval": True}, ["fp16_full_eval", "dtype='float16'"]),
+        ({"bf16_full_eval": True}, ["bf16_full_eval", "dtype='bfloat16'"]),
+        ({"gradient_checkpointing": True}, ["gradient_checkpointing", "backward"]),
+        ({"activation_checkpointing": True}, ["activation_checkpointing", "backward"]),
+        ({"neftune_noise_alpha": 5.0}, ["neftune_noise_alpha", "eval mode"]),
+        ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor", "cross entropies"]),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, ["deepspeed", "no gradients"]),
+        ({"fsdp": "full_shard"}, ["fsdp", "device_map"]),
+        ({"auto_find_batch_size": True}, ["per_device_train_batch_size"]),
+        ({"optim": "adafactor"}, ["optim", "update_rule"]),
+        ({"strategy": "spsa"}, ["strategy='spsa'", "mezo, n-spsa, greedy, gv, adam, sgd"]),
+        ({"preset": "paper"}, ["preset='paper'", "paper-gv, paper-greedy, mezo"]),
+        ({"weighting": "rank"}, ["weighting='rank'", "split, loss"]),
+        ({"probe": "none"}, ["probe='none'", "central, reuse"]),
+        ({"noise": "uniform"}, ["noise='uniform'", "gaussian, rademacher"]),
+        ({"strategy": None}, ["strategy=None"]),
+        *(
+            ({name: value}, [name, "positive"])
+            for name in ("zo_eps", "learning_rate", "max_forward_passes", "max_length")
+            for value in (0, -1, math.nan)
+        ),
+        ({"zo_eps": math.inf}, ["zo_eps"]),
+        ({"learning_rate": math.inf}, ["learning_rate"]),
+        ({"num_candidates": 1}, ["num_candidates=1", "gv", "4 or more"]),
+        ({"num_candidates": 0, "strategy": "greedy"}, ["num_candidates=0", "greedy"]),
+        ({"num_candidates": 1, "strategy": "greedy"}, ["num_candidates=1", "greedy"]),
+        ({"num_candidates": 0, "strategy": "n-spsa"}, ["num_candidates=0", "n-spsa"]),
+        ({"num_candidates": -3, "strategy": "mezo"}, ["num_candidates=-3"]),
+        ({"carry_best": True, "strategy": "mezo"}, ["carry_best", "mezo"]),
+        ({"carry_best": True, "strategy": "n-spsa"}, ["carry_best", "n-spsa"]),
+        ({"carry_best": True}, ["carry_best", "per_example_noise=False"]),
+        ({"update_rule": "lion"}, ["update_rule='lion'", "sgd, momentum, normalized"]),
+        *(({"momentum": value}, ["momentum", "below 1"]) for value in (-0.1, 1.0, math.nan)),
+        ({"max_forward_passes": 22}, ["max_forward_passes=22", "choice of zo_eps", "give zo_eps"]),
+        ({"tune": "codes"}, ["tune='codes'", "adapter, scales, weights"]),
+        ({"tune_unquantized": True}, ["tune_unquantized", "adapter"]),
+        ({"noise_rank": -1}, ["noise_rank=-1", "full noise"]),
+        ({"noise_rank": 0, "low_rank_noise": "lozo"}, ["lozo", "noise_rank of 1"]),
+        ({"low_rank_noise": "svd"}, ["low_rank_noise='svd'", "eggroll, lozo, subzero"]),
+        ({"preset": "lozo", "low_rank_noise": "subzero"}, ["preset='lozo'", "low_rank_noise"]),
+        ({"weighting": "split", "elite_fraction": 0.1}, ["elite_fraction=0.1", "4", "empty"]),
+        ({"weighting": "split", "elite_fraction": 0.0}, ["elite_fraction"]),
+        ({"weighting": "split", "elite_fraction": 1.0}, ["elite_fraction"]),
+        ({"weighting": "split", "elite_fraction": 1.5}, ["elite_fraction"]),
+        ({"weighting": "split", "elite_fraction": -0.5}, ["elite_fraction"]),
+        ({"load_best_model_at_end": True, "save_only_model": True}, ["save_only_model"]),
+        (
+            {"max_forward_passes": 3, "zo_eps": 1e-2},
+            ["max_forward_passes=3", "gv", "takes 4", "num_candidates"],
+        ),
+        (
+            {"max_forward_passes": 7, "gradient_accumulation_steps": 2, "zo_eps": 1e-2},
+            ["max_forward_passes=7", "takes 8"],
+        ),
+    ],
+    ids=str,
+)
+def test_refuses_what_makes_no_sense(
+    settings: dict[str, Any], parts: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        make(tmp_path, **settings)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"fp16": False, "bf16": False, "deepspeed": None, "optim": "adamw_torch_fused"},
+        {"label_smoothing_factor": 0.0, "neftune_noise_alpha": None},
+        {"carry_best": True, "strategy": "greedy", "per_example_noise": False},
+        {"weighting": "split", "elite_fraction": 0.25},
+        {"weighting": "split", "elite_fraction": 0.99},
+        {"strategy": "mezo", "num_candidates": 1},
+        {"strategy": "n-spsa", "num_candidates": 1},
+        {"max_forward_passes": 4, "zo_eps": 1e-2},
+        {"max_forward_passes": 23},
+        {"update_rule": "adam", "momentum": 0.0},
+        {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 10},
+    ],
+    ids=str,
+)
+def test_takes_what_makes_sense(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = make(tmp_path, **settings)
+    assert {name: getattr(config, name) for name in settings} == settings
+
+
+#: The published algorithms (paper.md), and a value of each field that is another algorithm.
+SHARED: dict[str, tuple[Any, Any]] = {
+    "noise": ("gaussian", None),
+    "per_example_noise": (False, None),
+    "update_rule": ("sgd", "adam"),
+    "lr_scheduler_type": ("constant", "cosine"),
+    "train_sampling_strategy": ("random", "sequential"),
+}
+PUBLISHED: dict[str, dict[str, tuple[Any, Any]]] = {
+    "paper-gv": {
+        "strategy": ("gv", "greedy"),
+        "elite_fraction": (0.5, 0.25),
+        "weighting": ("split", None),
+        "probe": ("central", None),
+        "carry_best": (False, True),
+        **SHARED,
+    },
+    "paper-greedy": {
+        "strategy": ("greedy", "mezo"),
+        "probe": ("central", None),
+        "carry_best": (False, True),
+        **SHARED,
+    },
+    "mezo": {
+        "strategy": ("mezo", "n-spsa"),
+        **SHARED,
+    },
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_a_preset_fixes_the_published_fields_and_no_others(preset: str, tmp_path: Path) -> None:
+    fixed, plain, config = PUBLISHED[preset], make(tmp_path), make(tmp_path, preset=preset)
+    free = {field.name for field in fields(ZOConfig)} - {"preset", "num_candidates"}
+    for name in free:
+        wanted = fixed[name][0] if name in fixed else getattr(plain, name)
+        assert getattr(config, name) == wanted, name
+    given = {name: published for name, (published, _) in fixed.items()}
+    assert make(tmp_path, preset=preset, **given).probe == config.probe
+
+
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [(p, name) for p, fixed in PUBLISHED.items() for name, (_, other) in fixed.items() if other],
+)
+def test_a_preset_refuses_another_value(preset: str, name: str, tmp_path: Path) -> None:
+    published, other = PUBLISHED[preset][name]
+    with pytest.raises(UserError, match=f"fixes {name}={published!r}, but {other!r} was given"):
+        make(tmp_path, preset=preset, **{name: other})
+
+
+def test_a_preset_leaves_the_settings_free(tmp_path: Path) -> None:
+    settings = {"num_candidates": 16, "zo_eps": 1e-3, "learning_rate": 1e-6, "seed": 5}
+    config = make(tmp_path, preset="paper-gv", **settings)
+    assert {name: getattr(config, name) for name in settings} == settings
+    assert config.forward_passes_per_step == 18
+    assert make(tmp_path, preset="mezo").forward_passes_per_step == 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"strategy": "greedy"}, {"preset": "paper-gv"}], ids=str)
+def test_two_candidates_warn_and_say_why(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=WARNING) as caught:
+        make(tmp_path, num_candidates=2, **settings)
+    (message,) = (str(w.message) for w in caught if WARNING in str(w.message))
+    assert "no more than MeZO" in message
+    assert "+-(z1 - z2)" in message
+    assert "4 or more" in message
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_candidates": 3},
+        {"num_candidates": 4},
+        {"num_candidates": 2, "strategy": "mezo"},
+        {"num_candidates": 2, "strategy": "n-spsa"},
+    ],
+    ids=str,
+)
+def test_other_numbers_of_candidates_do_not_warn(settings: dict[str, Any], tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*candidates.*")
+        make(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"max_forward_passes": 80}, 10),
+        ({"max_forward_passes": 87}, 10),
+        ({"max_forward_passes": 88}, 11),
+        ({"max_forward_passes": 8}, 1),
+        ({"max_forward_passes": 80, "max_steps": 3}, 3),
+        ({"max_forward_passes": 80, "max_steps": 10}, 10),
+        ({"max_forward_passes": 80, "max_steps": 1000}, 10),
+        ({"max_forward_passes": 80, "gradient_accumulation_steps": 4}, 2),
+        ({"max_forward_passes": 80, "strategy": "mezo"}, 40),
+        ({"max_forward_passes": 80, "strategy": "n-spsa"}, 5),
+        ({"max_forward_passes": 80, "strategy": "greedy"}, 8),
+        ({"max_forward_passes": 80, "preset": "paper-greedy"}, 8),
+        ({"max_forward_passes": 99, "preset": "paper-gv"}, 9),
+        ({"max_steps": 7}, 7),
+        ({}, -1),
+    ],
+    ids=str,
+)
+def test_the_smaller_budget_counts(settings: dict[str, Any], steps: int, tmp_path: Path) -> None:
+    config = make(tmp_path, **{"zo_eps": 1e-2, "num_candidates": 8, **settings})
+    assert config.max_steps == steps
+    if "max_forward_passes" in settings:
+        spent = steps * config.forward_passes_per_step
+        assert spent <= settings["max_forward_passes"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("budget", [200, 500, 20_000])
+def test_the_choice_of_eps_is_counted_in_the_budget(
+    budget: int, own: bool, accumulation: int, tmp_path: Path
+) -> None:
+    config = make(
+        tmp_path,
+        max_forward_passes=budget * accumulation,
+        per_example_noise=own,
+        gradient_accumulation_steps=accumulation,
+    )
+    parts = config.per_device_train_batch_size if own else 1
+    choices = calibrate.forward_passes(parts, config.max_steps) * accumulation
+    steps = config.max_steps * config.forward_passes_per_step
+    assert budget * accumulation - config.forward_passes_per_step < steps + choices
+    assert steps + choices <= budget * accumulation
+    if budget == 20_000:
+        assert choices <= 0.03 * budget * accumulation
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({}, 4),
+        ({"per_device_train_batch_size": 2}, 8),
+        ({"per_example_noise": False}, 8),
+        ({"preset": "paper-gv"}, 8),
+    ],
+    ids=str,
+)
+def test_the_number_of_candidates_follows_from_the_batch(
+    settings: dict[str, Any], count: int, tmp_path: Path
+) -> None:
+    assert make(tmp_path, **settings).num_candidates == count
+
+
+def test_model_init_kwargs_may_be_json_as_on_the_command_line(tmp_path: Path) -> None:
+    config = make(tmp_path, model_init_kwargs='{"dtype": "bfloat16"}')
+    assert config.model_init_kwargs == {"dtype": "bfloat16"}
