@@ -61,12 +61,14 @@ class Scope:
     Attributes:
         data_dir: has the folder `sst2`; without it there is no row of the encoder.
         rows: parts of the names of rows that are wanted; if there are none, all rows are.
-        passes: the forward passes of a run; the grid of the encoder has twice as many.
+        passes: the forward passes of a run; the encoder's grid gets twice as many.
+        learning_rates: those of all grids; None leaves each grid its own.
     """
 
     data_dir: Path
     rows: list[str]
     passes: int
+    learning_rates: list[float] | None
     seeds: int
 
     def wants(self, name: str) -> bool:
@@ -114,7 +116,10 @@ def knobs(scope: Scope) -> Iterator[list[str]]:
     for name, (build, rates, passes) in works.items():
         if scope.wants(name):
             before, after = scope.mean_losses(build, passes)
-            grid = {rate: scope.mean_losses(build, passes, learning_rate=rate)[1] for rate in rates}
+            grid = {
+                rate: scope.mean_losses(build, passes, learning_rate=rate)[1]
+                for rate in scope.learning_rates or rates
+            }
             share = (before - after) / (before - min(after, *grid.values()))
             tried = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in grid.items())
             yield [name, f"{after:.4f}", tried, f"{share:.3f}"]
@@ -163,12 +168,13 @@ def main() -> None:
     parser.add_argument("studies", nargs="*", default="all", choices=[*STUDIES, "all"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--passes", type=int, default=500, help="the budget of a run")
+    parser.add_argument("--learning_rates", nargs="*", type=float, help="in place of all grids'")
     parser.add_argument("--rows", nargs="*", default=[], help="only rows with these in their name")
     parser.add_argument("--data_dir", type=Path, default=Path("../shared/data"))
     given = parser.parse_args()
     disable_progress_bars()
     torch.set_num_threads(1)  # more only wait for each other on models this small
-    scope = Scope(given.data_dir, given.rows, given.passes, given.seeds)
+    scope = Scope(given.data_dir, given.rows, given.passes, given.learning_rates, given.seeds)
     for name, study in STUDIES.items():
         if name in given.studies or "all" in given.studies:
             rows = study(scope)

@@ -26,10 +26,10 @@ import torch
 from measuring import SILENT, print_header, print_row
 from peft import LoraConfig
 from transformers import TrainerCallback
+from workloads import texts
 
 from zo_peft import ZOConfig, ZOTrainer
-from zo_peft.data import make_examples, read_rows
-from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.tools.demo import EMBEDDED
 
 
 class Reports(TrainerCallback):
@@ -47,8 +47,6 @@ def run(folder: Path, parallel: Any, batch_size: int, candidates: int, shared: b
     """Train without end, in this process as one of those that the environment says."""
     torch.set_num_threads(1)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    rows = read_rows(EMBEDDED / "train.jsonl")[:400]
-    examples = make_examples(rows, "train", TEMPLATE, label_words=LABEL_WORDS.split(","))
     args = ZOConfig(
         str(folder),
         parallel=parallel,
@@ -61,7 +59,9 @@ def run(folder: Path, parallel: Any, batch_size: int, candidates: int, shared: b
         **SILENT,
     )
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"])
-    trainer = ZOTrainer(str(EMBEDDED / "model"), args, train_dataset=examples, peft_config=lora)
+    trainer = ZOTrainer(
+        str(EMBEDDED / "model"), args, train_dataset=texts("train")[:400], peft_config=lora
+    )
     trainer.add_callback(Reports(trainer))
     trainer.train()
 

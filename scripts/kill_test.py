@@ -21,18 +21,16 @@ import torch
 from datasets import disable_progress_bars
 from peft import LoraConfig
 from transformers.utils import logging
+from workloads import texts
 
 from zo_peft import ZOConfig, ZOTrainer
-from zo_peft.data import make_examples, read_rows
-from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.tools.demo import EMBEDDED
 
 ADAPTER = "adapter_model.safetensors"
 
 
 def train(folder: Path, steps: int) -> None:
     """Train with checkpoints; a run that is there already goes on where it was."""
-    rows = read_rows(EMBEDDED / "train.jsonl")[:200]
-    examples = make_examples(rows, "train", TEMPLATE, label_words=LABEL_WORDS.split(","))
     args = ZOConfig(
         str(folder),
         max_steps=steps,
@@ -46,7 +44,9 @@ def train(folder: Path, steps: int) -> None:
         report_to="none",
     )
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
-    trainer = ZOTrainer(str(EMBEDDED / "model"), args, train_dataset=examples, peft_config=lora)
+    trainer = ZOTrainer(
+        str(EMBEDDED / "model"), args, train_dataset=texts("train")[:200], peft_config=lora
+    )
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
 

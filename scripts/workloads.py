@@ -29,6 +29,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from zo_peft import ZOConfig, ZOTrainer
 from zo_peft.data import make_examples, read_rows
+from zo_peft.data.examples import Row
 from zo_peft.models.adapters import add_adapter
 from zo_peft.models.loading import load_tokenizer
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
@@ -59,17 +60,15 @@ def lora(r: int = 8, lora_alpha: int = 16, task_type: str = "CAUSAL_LM") -> Lora
     )
 
 
+def texts(part: str) -> list[Row]:
+    """The labelled texts of the embedded model's `train` or `test` file, as prompts."""
+    rows = read_rows(EMBEDDED / f"{part}.jsonl")
+    return make_examples(rows, part, TEMPLATE, label_words=LABEL_WORDS.split(","))
+
+
 def embedded(peft_config: PeftConfig, base: str = "float32", **settings: Any) -> ZOTrainer:
     """A trainer of the embedded model; its evaluation data are `train` (500 rows) and `dev`."""
-    train, dev = (
-        make_examples(
-            read_rows(EMBEDDED / f"{part}.jsonl"),
-            part,
-            TEMPLATE,
-            label_words=LABEL_WORDS.split(","),
-        )
-        for part in ("train", "test")
-    )
+    train, dev = texts("train"), texts("test")
     return ZOTrainer(
         str(EMBEDDED / "model"),
         ZOConfig(model_init_kwargs=BASES[base], **(COMMON | settings)),
