@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -406,12 +404,3 @@ def test_a_folder_that_cannot_be_written_is_a_line(
     assert main(command(tmp_path / "run")) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"trainer_state.json cannot be written: {os.strerror(code)}; to go on" in last
-
-
-@pytest.mark.parametrize(
-    ("script", "options"), [("kill_test.py", ["--runs", "3"]), ("fuzz.py", ["--inputs", "300"])]
-)
-def test_short_runs_of_the_scripts(script: str, options: list[str]) -> None:
-    path = Path(__file__).parents[2] / "scripts" / script
-    done = subprocess.run([sys.executable, path, *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
