@@ -74,10 +74,10 @@ def find_trunk(
         for module in model.modules():
             owns = any(id(parameter) in ids for parameter in module.parameters())
             if owns and stack.isdisjoint(set(module.modules()) - {module}):
-                hooks.callback(module.register_forward_pre_hook(_stop).remove)
+                hooks.enter_context(module.register_forward_pre_hook(_stop))
         for layer in layers:
-            hooks.callback(layer.register_forward_pre_hook(started, with_kwargs=True).remove)
-            hooks.callback(layer.register_forward_hook(finished).remove)
+            hooks.enter_context(layer.register_forward_pre_hook(started, with_kwargs=True))
+            hooks.enter_context(layer.register_forward_hook(finished))
         with suppress(_Reached):
             forward()
             return []
@@ -110,12 +110,8 @@ class Trunk:
             yield
             return
         *below, last = self._layers
-        handle = last.register_forward_hook(self._keep)
-        try:
-            with suppress(_Reached):
-                forward()
-        finally:
-            handle.remove()
+        with last.register_forward_hook(self._keep), suppress(_Reached):
+            forward()
         methods = [(layer, "forward", self._pass_on) for layer in below]
         try:
             with replaced([*methods, (last, "forward", self._repeat)]):
@@ -128,9 +124,7 @@ class Trunk:
         raise _Reached
 
     def _like_output(self, hidden: Tensor) -> Any:
-        if isinstance(self._output, tuple):
-            return (hidden, *self._output[1:])
-        return hidden
+        return (hidden, *self._output[1:]) if isinstance(self._output, tuple) else hidden
 
     def _pass_on(self, *args: Any, **kwargs: Any) -> Any:
         return self._like_output(_hidden(*args, **kwargs))
