@@ -31,8 +31,8 @@ RUNS = {
     "accuracy": "--max_steps 12 --objective accuracy --update_rule spectral",
     "f1": "--max_steps 6 --objective f1 --max_completion_length 3 --num_candidates 4",
 }
-#: The files of a run that must not change. `zo_scales.safetensors` is none of them, since safetensors
-#: writes the two entries of its metadata in a random order; the model's file has the same tensors.
+#: The files of a run that must not change. `zo_scales.safetensors` is none of them: safetensors
+#: writes its two entries of metadata in a random order, and the model has the same tensors.
 WRITTEN = ("zo_journal", "zo_initial.safetensors", "*model.safetensors")
 
 
