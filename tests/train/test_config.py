@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from zo_peft import UserError, ZOConfig
 from zo_peft.core import eps as calibrate
+from zo_peft.core.strategies import STRATEGIES
 
 WARNING = "num_candidates=2"
 
@@ -318,3 +319,12 @@ def test_the_number_of_candidates_follows_from_the_batch(
 def test_model_init_kwargs_may_be_json_as_on_the_command_line(tmp_path: Path) -> None:
     config = make(tmp_path, model_init_kwargs='{"dtype": "bfloat16"}')
     assert config.model_init_kwargs == {"dtype": "bfloat16"}
+
+
+def test_a_strategy_that_joins_the_table_later_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="strategy='late' is not known"):
+        make(tmp_path, strategy="late")
+    monkeypatch.setitem(STRATEGIES, "late", STRATEGIES["mezo"])
+    assert make(tmp_path, strategy="late").forward_passes_per_step == 2

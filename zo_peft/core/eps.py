@@ -136,8 +136,8 @@ def choose(
 ) -> tuple[float, float]:
     """The largest eps whose error is tolerable, and its error.
 
-    Where no error is within `tolerance`, up to `ABOVE_LEAST` times the least one is tolerable. From
-    an error of 1 on there is no slope to see, as with accuracies: there only the least one is.
+    Tolerable is an error of at most `tolerance`, or of `ABOVE_LEAST` times the least one. From an
+    error of 1 on there is no slope to see, as with accuracies: there only the least one is.
     """
     least = min(found)
     limit = max(tolerance, least, min(ABOVE_LEAST * least, 1.0))

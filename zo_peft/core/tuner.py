@@ -2,7 +2,7 @@
 
     ask        seeds are drawn; the strategy says at which points it wants losses   strategies
     evaluate   every example's loss at every point, in as few forwards as fit       evaluator, space
-    judge      is the estimate sound, and does the loss still fall?                 faults, updates
+    judge      is the estimate sound, and does the loss still fall?                 faults, backoff
     record     the step is written to the journal, as seeds and numbers             journal
     move       theta follows the estimate                                           updates, space
 

@@ -69,7 +69,6 @@ REFUSED = {
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "preset": (None, *get_args(Preset)),
-    "strategy": (*STRATEGIES, *GRADIENT),
     "weighting": get_args(Weighting),
     "probe": get_args(Probe),
     "noise": get_args(Distribution),
@@ -83,7 +82,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 
 def check_choices(config: "ZOConfig") -> None:
     """Refuse a value that is none of the known ones."""
-    for name, choices in CHOICES.items():
+    # Strategies are looked up now, because a user's own may have joined the table since the import.
+    for name, choices in (CHOICES | {"strategy": (*STRATEGIES, *GRADIENT)}).items():
         if getattr(config, name) not in choices:
             known = ", ".join(filter(None, choices))
             raise UserError(f"{name}={getattr(config, name)!r} is not known; use one of {known}")
