@@ -301,7 +301,7 @@ def test_every_command_has_help_and_what_it_names(
 ) -> None:
     command = COMMANDS[name]
     assert all(is_dataclass(named(argument)) for argument in command.arguments)
-    functions = [command.job, command.text, *filter(None, [command.json])]
+    functions = [command.job, f"{command.job}_text", *filter(None, [command.json])]
     assert all(callable(named(function)) for function in functions)
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])

@@ -17,18 +17,20 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
+import yaml
+
 from zo_peft import __version__
 from zo_peft.errors import UserError
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command. Functions and classes are named as `module:name` below `zo_peft`.
+    """A command of `commands.yaml`. Functions and classes are named `module:name`, in `zo_peft`.
 
     Attributes:
         help: what it does, in one line.
-        job: the function that does it: dataclasses of arguments in, a dictionary out.
-        text: the function that makes text of the result.
+        job: the function that does it: dataclasses of arguments in, a dictionary out. The function
+            beside it whose name ends in `_text` makes text of the result.
         arguments: the dataclasses.
         trains: further arguments are options of `train`, which the job takes as a list.
         positional: names of arguments that may come first without their names.
@@ -38,98 +40,16 @@ class Command:
 
     help: str
     job: str
-    text: str
-    arguments: tuple[str, ...] = ()
+    arguments: Sequence[str] = ()
     trains: bool = False
-    positional: tuple[str, ...] = ()
+    positional: Sequence[str] = ()
     json: str | None = None
     goes_on: str = ""
 
 
-RUN = ("runs.arguments:ModelArguments", "runs.arguments:DataArguments", "train.config:ZOConfig")
-AGAIN = "; to go on, give the same command again"
-
-COMMANDS = {
-    "train": Command(
-        "tune an adapter, or the base itself, with forward passes only",
-        "runs.run:train",
-        "runs.run:train_text",
-        RUN,
-        goes_on="; to go on, give the same command with --resume_from_checkpoint True",
-    ),
-    "plan": Command(
-        "whether a run will fit: its memory, from the base's configuration alone",
-        "tools.plan:plan",
-        "tools.plan:plan_text",
-        ("tools.plan:PlanArguments", *RUN),
-    ),
-    "evaluate": Command(
-        "measure an adapter, or a base on a benchmark task",
-        "runs.run:evaluate",
-        "runs.run:evaluate_text",
-        RUN,
-    ),
-    "compare": Command(
-        "train with several strategies, gradients among them, side by side",
-        "tools.compare:compare",
-        "tools.compare:compare_text",
-        ("tools.compare:CompareArguments",),
-        trains=True,
-        goes_on=AGAIN,
-    ),
-    "reproduce": Command(
-        "a row of the paper's tables, with its settings, grid and seeds",
-        "tools.reproduce:reproduce",
-        "tools.reproduce:reproduce_text",
-        ("tools.reproduce:ReproduceArguments",),
-        trains=True,
-        goes_on=AGAIN,
-    ),
-    "replay": Command(
-        "rebuild what a run tuned from its journal, without data",
-        "tools.replay:replay",
-        "tools.replay:replay_text",
-        ("runs.arguments:ModelArguments", "tools.replay:ReplayArguments"),
-        positional=("journal",),
-    ),
-    "journal": Command(
-        "show a journal: `zo-peft journal show out/zo_journal`",
-        "tools.replay:show",
-        "tools.replay:show_text",
-        ("tools.replay:ShowArguments",),
-        positional=("action", "journal"),
-        json="tools.replay:show_json",
-    ),
-    "push": Command(
-        "publish an adapter, or a tuned model, on the Hub",
-        "tools.push:push",
-        "tools.push:push_text",
-        ("tools.push:PushArguments",),
-        positional=("folder", "repo_id"),
-    ),
-    "merge": Command(
-        "put an adapter into the weights of its base",
-        "tools.merge:merge",
-        "tools.merge:merge_text",
-        ("runs.arguments:ModelArguments", "tools.merge:MergeArguments"),
-    ),
-    "report": Command(
-        "a page of charts of runs: `zo-peft report out`",
-        "tools.report:report",
-        "tools.report:report_text",
-        ("tools.report:ReportArguments",),
-        positional=("runs",),
-    ),
-    "doctor": Command(
-        "what works on this machine", "tools.doctor:doctor", "tools.doctor:doctor_text"
-    ),
-    "demo": Command(
-        "tune a LoRA on the embedded model, offline",
-        "tools.demo:demo",
-        "tools.demo:demo_text",
-        ("tools.demo:DemoArguments",),
-    ),
-}
+TABLE = yaml.safe_load(Path(__file__).with_name("commands.yaml").read_text(encoding="utf-8"))
+COMMANDS = {name: Command(**entries) for name, entries in TABLE.items()}
+RUN = COMMANDS["train"].arguments
 
 #: Errors of a disk that is full or may not be written.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -138,10 +58,8 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
 def usage() -> str:
     """All commands, a line each."""
     lines = [f"  {name:10} {command.help}" for name, command in COMMANDS.items()]
-    end = (
-        "zo-peft COMMAND --help lists a command's options; --config FILE.yaml gives them in a file."
-    )
-    return "\n".join(["usage: zo-peft COMMAND [options]", "", *lines, "", end])
+    end = "COMMAND --help lists a command's options; --config FILE.yaml gives them in a file."
+    return "\n".join(["usage: zo-peft COMMAND [options]", "", *lines, "", f"zo-peft {end}"])
 
 
 def named(name: str) -> Any:
@@ -181,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Of several processes, one speaks.
     if os.environ.get("RANK", "0") == "0":
         as_text = named(command.json) if command.json else json.dumps
-        print(as_text(result) if as_json else named(command.text)(result))
+        print(as_text(result) if as_json else named(f"{command.job}_text")(result))
     return 0
 
 
