@@ -1,6 +1,6 @@
 """The benchmark tasks of the paper: their data, prompts, label words and metrics.
 
-The prompts are MeZO's (arXiv:2305.17333, appendix on prompts), as arXiv:2601.04710 uses them.
+Prompts and sources are in `tasks.yaml`; what takes code to make of a row is here.
 """
 
 import json
@@ -9,8 +9,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
+import yaml
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from zo_peft.data import read_rows
@@ -21,39 +23,47 @@ from zo_peft.models.hub import LOAD_ERRORS, reason
 from zo_peft.objectives import metrics
 from zo_peft.objectives.rewards import RewardFunction
 
-YES_NO, NO_YES = ("Yes", "No"), ("No", "Yes")
-
 #: The most tokens of a generated answer, as in MeZO's runs.
 ANSWER_TOKENS = 50
 
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark task.
+    """A benchmark task: its entry in `tasks.yaml`, which says what the keys mean, and code.
 
     Attributes:
-        hub: the data set's name on the Hub, and its configuration.
-        example: makes an example of `zo_peft.data` of a row with the Hub's columns. It has a
-            `prompt`, most often a `passage`, and either `options` and `label` or `answers`.
-        files: names of the training file and of the evaluation file in a local folder, without
-            their endings; the first file that exists is read.
+        columns: makes columns that a row lacks or has in another form, of the row.
         flatten: for a nested original release: a column of the Hub that the release lacks, and a
             function that makes rows with the Hub's columns of one of its rows.
-        num_dev: how many validation examples the paper's runs have.
-        completes: whether training is language modelling on the right answer, also where
-            evaluation compares options or generates.
         rewards: how evaluation judges generated answers.
-        choose: makes the text for a classification head, where each example has its own options.
     """
 
     hub: tuple[str, str | None]
-    example: Callable[[Row], Row]
-    files: tuple[tuple[str, ...], tuple[str, ...]] = (("train",), ("validation", "val"))
-    flatten: tuple[str, Callable[[Row], Iterator[Row]]] | None = None
+    prompt: str
+    passage: str | None = None
+    options: Sequence[str] = ()
+    features: Sequence[str] = ()
+    text: str | None = None
+    files: Sequence[Sequence[str]] = (("train",), ("validation", "val"))
     num_dev: int = 500
     completes: bool = False
+    columns: Callable[[Row], Row] = dict
+    flatten: tuple[str, Callable[[Row], Iterator[Row]]] | None = None
     rewards: tuple[RewardFunction, ...] = ()
-    choose: Callable[[Row], str] | None = None
+
+    def example(self, row: Row) -> Row:
+        """The example that is evaluated, of a row with the Hub's columns.
+
+        It has a `prompt`, most often a `passage`, and either `options` and `label` or `answers`.
+        """
+        columns = {**row, **self.columns(row)}
+        example: Row = {"prompt": self.prompt.format_map(columns)}
+        if self.passage is not None:
+            example["passage"] = columns[self.passage]
+        if self.options:
+            words = [option.format_map(columns) for option in self.options]
+            return {**example, "options": words, "label": _label(columns["label"], words)}
+        return {**example, **{name: columns[name] for name in self.features}}
 
     def training_example(self, row: Row) -> Row:
         """The example that is trained on: the one that is evaluated, or the right completion."""
@@ -72,9 +82,12 @@ class Task:
             UserError: the task has no classes.
         """
         example = self.example(row)
-        if self.choose is None and (self.completes or "options" not in example):
+        if self.text is not None:
+            text = self.text.format_map({**row, **self.columns(row)})
+        elif self.completes:
             raise UserError("this task has no classes; train it as a language model, CAUSAL_LM")
-        text = example["prompt"] if self.choose is None else self.choose(row)
+        else:
+            text = example["prompt"]
         kept: Row = {name: example[name] for name in ("passage", "label") if name in example}
         return {"text": text, **kept}
 
@@ -84,16 +97,11 @@ def right_option(example: Row) -> str:
     return example["options"][example["label"]]
 
 
-def _options(prompt: str, words: tuple[str, ...], label: object, passage: str = "") -> Row:
-    cut = {"passage": passage} if passage else {}
-    return {"prompt": prompt, **cut, "options": list(words), "label": _label(label, words)}
-
-
 #: The labels that the original releases write as words, as their indices on the Hub.
 NAMES = {"entailment": 0, "not_entailment": 1, "contradiction": 1, "neutral": 2}
 
 
-def _label(label: object, words: tuple[str, ...]) -> int:
+def _label(label: object, words: Sequence[str]) -> int:
     if isinstance(label, bool):
         return words.index("Yes" if label else "No")
     index = str(NAMES.get(label, label) if isinstance(label, str) else label)
@@ -102,49 +110,17 @@ def _label(label: object, words: tuple[str, ...]) -> int:
     raise UserError(f"label {label!r} is none of this task's; expected 0 to {len(words) - 1}")
 
 
-def _sst2(row: Row) -> Row:
-    sentence = row["sentence"].strip()
-    words = ("terrible", "great")
-    return _options(f"{sentence} It was", words, row["label"], sentence)
-
-
-def _rte(row: Row) -> Row:
-    question = f'Does this mean that "{row["hypothesis"]}" is true? Yes or No?\n'
-    return _options(f"{row['premise']}\n{question}", YES_NO, row["label"], row["premise"])
-
-
-def _cb(row: Row) -> Row:
-    question = f'Can we infer that "{row["hypothesis"]}"? Yes, No, or Maybe?\n'
-    prompt = f"Suppose {row['premise']} {question}"
-    return _options(prompt, ("Yes", "No", "Maybe"), row["label"], row["premise"])
-
-
 def _boolq(row: Row) -> Row:
     question = row["question"].removesuffix("?")
-    prompt = f"{row['passage']} {question[:1].upper()}{question[1:]}?\n"
     answer = row["answer"] if "answer" in row else row["label"]
     if answer not in (True, False):
         raise UserError(f"answer {answer!r} is neither true nor false")
-    return _options(prompt, YES_NO, bool(answer), row["passage"])
+    return {"question": f"{question[:1].upper()}{question[1:]}", "label": bool(answer)}
 
 
 def _wsc(row: Row) -> Row:
     target = row.get("target", row)
-    pronoun, noun = target["span2_text"].lower(), target["span1_text"]
-    question = f'In the previous sentence, does the pronoun "{pronoun}" refer to {noun}? Yes or No?'
-    return _options(f"{row['text']}\n{question}\n", NO_YES, row["label"], row["text"])
-
-
-def _wic(row: Row) -> Row:
-    question = f'Does the word "{row["word"]}" have the same meaning in these two sentences?'
-    prompt = f"{question} Yes, No?\n{row['sentence1']}\n{row['sentence2']}\n"
-    return _options(prompt, NO_YES, row["label"])
-
-
-def _multirc(row: Row) -> Row:
-    asked = f'Question: {row["question"]}\nI found this answer "{row["answer"]}".'
-    prompt = f"{row['paragraph']}\n{asked} Is that correct? Yes or No?\n"
-    return _options(prompt, NO_YES, row["label"], row["paragraph"])
+    return {"pronoun": target["span2_text"].lower(), "noun": target["span1_text"]}
 
 
 def _multirc_rows(row: Row) -> Iterator[Row]:
@@ -159,28 +135,20 @@ def _copa(row: Row) -> Row:
     words = {"effect": "so", "cause": "because"}
     if row["question"] not in words:
         raise ValueError(f"its question is {row['question']!r}, neither effect nor cause")
-    word = words[row["question"]]
-    prompt = f"{row['premise'].strip().removesuffix('.')} {word}"
-    return _options(prompt, _choices(row), row["label"])
-
-
-def _choices(row: Row) -> tuple[str, ...]:
-    choices = (row["choice1"].strip(), row["choice2"].strip())
-    return tuple(c if c.startswith("I ") else c[:1].lower() + c[1:] for c in choices)
-
-
-def _copa_text(row: Row) -> str:
-    first, second = (choice.rstrip(".") for choice in _choices(row))
-    return f"{_copa(row)['prompt']} {first}, or {second}?"
+    made = {"premise": row["premise"].strip().removesuffix("."), "word": words[row["question"]]}
+    for number in "12":
+        choice = row[f"choice{number}"].strip()
+        choice = choice if choice.startswith("I ") else choice[:1].lower() + choice[1:]
+        made |= {f"choice{number}": choice, f"clause{number}": choice.rstrip(".")}
+    return made
 
 
 def _record(row: Row) -> Row:
-    passage = row["passage"].replace("@highlight\n", "- ")
     entities = list(dict.fromkeys(row["entities"]))
     right, *others = (entities.index(answer) for answer in dict.fromkeys(row["answers"]))
     options = [f" {row['query'].replace('@placeholder', entity)}" for entity in entities]
-    example = {"prompt": f"{passage}\n-", "passage": passage, "options": options}
-    return {**example, "label": right, "also_right": others}
+    passage = row["passage"].replace("@highlight\n", "- ")
+    return {"passage": passage, "options": options, "label": right, "also_right": others}
 
 
 def _record_rows(row: Row) -> Iterator[Row]:
@@ -192,9 +160,7 @@ def _record_rows(row: Row) -> Iterator[Row]:
 
 
 def _squad(row: Row) -> Row:
-    prompt = f"Title: {row['title']}\nContext: {row['context']}\nQuestion: {row['question']}\n"
-    answers = list(dict.fromkeys(row["answers"]["text"]))
-    return {"prompt": f"{prompt}Answer:", "passage": row["context"], "answers": answers}
+    return {"answers": list(dict.fromkeys(row["answers"]["text"]))}
 
 
 def _squad_rows(row: Row) -> Iterator[Row]:
@@ -207,12 +173,10 @@ def _squad_rows(row: Row) -> Iterator[Row]:
 
 
 def _drop(row: Row) -> Row:
-    prompt = f"Passage: {row['passage']}\nQuestion: {row['question']}\nAnswer:"
     # Each answer is a list of spans. The Hub's rows do not say which spans belong together, so
     # there each span is an answer of its own, as in MeZO's code.
     spans = row["answers_spans"]["spans"]
-    answers = [[span] if isinstance(span, str) else list(span) for span in spans]
-    return {"prompt": prompt, "passage": row["passage"], "answers": answers}
+    return {"answers": [[span] if isinstance(span, str) else list(span) for span in spans]}
 
 
 def _drop_rows(row: Row) -> Iterator[Row]:
@@ -241,36 +205,30 @@ def _rewards(f1: Callable[..., float], exact: Callable[..., float]) -> tuple[Rew
     return tuple(metrics.answer_reward(name, score, True) for name, score in scores.items())
 
 
-_SUPER = "aps/super_glue"
-
-#: The tasks by name. Their data on the Hub are copies that need no loading script.
-TASKS: dict[str, Task] = {
-    "sst2": Task(("nyu-mll/glue", "sst2"), _sst2, (("train",), ("dev", "validation"))),
-    "rte": Task((_SUPER, "rte"), _rte),
-    "cb": Task((_SUPER, "cb"), _cb, num_dev=100),
-    "boolq": Task(("google/boolq", None), _boolq),
-    "wsc": Task((_SUPER, "wsc.fixed"), _wsc),
-    "wic": Task((_SUPER, "wic"), _wic),
-    "multirc": Task((_SUPER, "multirc"), _multirc, flatten=("paragraph", _multirc_rows)),
-    "copa": Task((_SUPER, "copa"), _copa, num_dev=100, completes=True, choose=_copa_text),
-    "record": Task((_SUPER, "record"), _record, flatten=("query", _record_rows), completes=True),
-    "squad": Task(
-        ("rajpurkar/squad", None),
-        _squad,
-        (("train-v1.1", "train"), ("dev-v1.1", "validation")),
-        ("context", _squad_rows),
-        completes=True,
-        rewards=_rewards(metrics.squad_f1, metrics.squad_exact_match),
-    ),
-    "drop": Task(
-        ("ucinlp/drop", None),
-        _drop,
-        (("drop_dataset_train", "train"), ("drop_dataset_dev", "validation")),
-        ("question", _drop_rows),
-        completes=True,
-        rewards=_rewards(metrics.drop_f1, metrics.drop_exact_match),
-    ),
+#: What of the tasks takes code, as fields of `Task`.
+CODE: dict[str, dict[str, Any]] = {
+    "sst2": {"columns": lambda row: {"sentence": row["sentence"].strip()}},
+    "boolq": {"columns": _boolq},
+    "wsc": {"columns": _wsc},
+    "multirc": {"flatten": ("paragraph", _multirc_rows)},
+    "copa": {"columns": _copa},
+    "record": {"columns": _record, "flatten": ("query", _record_rows)},
+    "squad": {
+        "columns": _squad,
+        "flatten": ("context", _squad_rows),
+        "rewards": _rewards(metrics.squad_f1, metrics.squad_exact_match),
+    },
+    "drop": {
+        "columns": _drop,
+        "flatten": ("question", _drop_rows),
+        "rewards": _rewards(metrics.drop_f1, metrics.drop_exact_match),
+    },
 }
+
+TABLE = yaml.safe_load(Path(__file__).with_name("tasks.yaml").read_text(encoding="utf-8"))
+
+#: The tasks by name.
+TASKS = {name: Task(**entries, **CODE.get(name, {})) for name, entries in TABLE.items()}
 
 
 def task_rows(name: str, folder: str | None, part: int) -> list[Row]:
