@@ -26,8 +26,8 @@ from workloads import MeanPooledClassifier, encoder_folder
 from zo_peft import ZOConfig, ZOTrainer
 from zo_peft.models.loading import load_tokenizer
 from zo_peft.runs.arguments import DataArguments
-from zo_peft.runs.jobs import table
 from zo_peft.runs.sources import evaluation_examples, training_examples
+from zo_peft.runs.texts import table
 from zo_peft.tools.demo import EMBEDDED
 
 

@@ -14,6 +14,7 @@ from tiny import command_line
 from zo_peft.cli import COMMANDS, RUN, main, named
 from zo_peft.objectives.scoring import OptionObjective
 from zo_peft.runs.options import parse
+from zo_peft.runs.texts import ENVIRONMENT
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
 METRICS = {
@@ -301,8 +302,9 @@ def test_every_command_has_help_and_what_it_names(
 ) -> None:
     command = COMMANDS[name]
     assert all(is_dataclass(named(argument)) for argument in command.arguments)
-    functions = [command.job, f"{command.job}_text", *filter(None, [command.json])]
+    functions = [command.job, *filter(None, [command.json])]
     assert all(callable(named(function)) for function in functions)
+    assert ENVIRONMENT.get_template(f"{name}.jinja")
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     assert ended.value.code == 0

@@ -27,10 +27,11 @@ from zo_peft.errors import UserError
 class Command:
     """A command of `commands.yaml`. Functions and classes are named `module:name`, in `zo_peft`.
 
+    What it prints is a template of `runs/texts/`, which has its name.
+
     Attributes:
         help: what it does, in one line.
-        job: the function that does it: dataclasses of arguments in, a dictionary out. The function
-            beside it whose name ends in `_text` makes text of the result.
+        job: the function that does it: dataclasses of arguments in, a dictionary out.
         arguments: the dataclasses.
         trains: further arguments are options of `train`, which the job takes as a list.
         positional: names of arguments that may come first without their names.
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Of several processes, one speaks.
     if os.environ.get("RANK", "0") == "0":
         as_text = named(command.json) if command.json else json.dumps
-        print(as_text(result) if as_json else named(f"{command.job}_text")(result))
+        print(as_text(result) if as_json else named("runs.texts:text")(name, result))
     return 0
 
 

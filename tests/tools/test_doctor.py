@@ -6,8 +6,9 @@ import platform
 import pytest
 
 from zo_peft.cli import main
+from zo_peft.runs.texts import text
 from zo_peft.tools import doctor
-from zo_peft.tools.doctor import CHECKS, attempt, doctor_text, public
+from zo_peft.tools.doctor import CHECKS, attempt, public
 
 
 @pytest.mark.parametrize(
@@ -63,10 +64,10 @@ def test_the_table_says_the_error_and_the_fix_of_what_does_not_work() -> None:
         "int8": {"works": True},
         "NF4": {"works": False, "error": "RuntimeError: no kernel", "fix": "Get one."},
     }
-    text = doctor_text({"versions": {"torch": "2"}, "devices": ["CPU"], "checks": checks})
-    assert "| int8            | works         |" in text
-    assert "| NF4             | does not work |" in text
-    assert text.endswith("NF4: RuntimeError: no kernel\n  Get one.")
+    shown = text("doctor", {"versions": {"torch": "2"}, "devices": ["CPU"], "checks": checks})
+    assert "| int8            | works         |" in shown
+    assert "| NF4             | does not work |" in shown
+    assert shown.endswith("NF4: RuntimeError: no kernel\n  Get one.")
 
 
 @pytest.mark.parametrize(

@@ -56,11 +56,3 @@ def flags(options: dict[str, Any]) -> list[str]:
             values = value if isinstance(value, list | tuple) else [value]
             argv += [f"--{name}", *map(str, values)]
     return argv
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    padded = ([cell.ljust(width) for cell, width in zip(line, widths)] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)

@@ -77,20 +77,6 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     return trainer.summary
 
 
-def train_text(metrics: dict[str, Any]) -> str:
-    """The contents of `zo_metrics.json` as a few lines."""
-    lines = []
-    for name, key in ((metrics["metric_name"], "metric"), ("evaluation loss", "eval_loss")):
-        if metrics["metric_after"] is not None:
-            before, after = metrics[f"{key}_before"], metrics[f"{key}_after"]
-            lines.append(f"{name:20}{before:.4f} -> {after:.4f}")
-    spent = f"{metrics['forward_passes']:,} in {metrics['steps']:,} steps of {metrics['strategy']}"
-    lines.append(f"{'forward passes':20}{spent}")
-    lines.append(f"{'peak memory':20}{metrics['peak_memory_bytes'] / 2**20:,.0f} MiB")
-    lines.append(f"{'time':20}{metrics['wall_seconds']:.0f} s")
-    return "\n".join(lines)
-
-
 def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
     """The metric and the loss of an adapter on its base, or of a base alone on a task.
 
@@ -113,12 +99,6 @@ def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict
         "eval_loss": result["eval_loss"],
         "examples": len(examples),
     }
-
-
-def evaluate_text(result: dict[str, Any]) -> str:
-    """The result of `evaluate` in a line."""
-    scores = f"{result['metric_name']} {result['metric']:.4f}, loss {result['eval_loss']:.4f}"
-    return f"{scores} on {result['examples']:,} examples"
 
 
 def settings(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:

@@ -78,27 +78,6 @@ def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
     return result
 
 
-def compare_text(result: dict[str, Any]) -> str:
-    """Show the result as a table."""
-    name = next(iter(result.values()))["metric_name"]
-    columns = {
-        f"{name} before": ("metric_before", ".4f"),
-        "after": ("metric_after", ".4f"),
-        "loss": ("eval_loss_after", ".4f"),
-        "steps": ("steps", ","),
-        "forward passes": ("forward_passes", ","),
-        "examples forwarded": ("examples_forwarded", ","),
-        "seconds": ("wall_seconds", ".0f"),
-    }
-    rows = []
-    for strategy, run in result.items():
-        values = [(run[key], form) for key, form in columns.values()]
-        values.append((run["peak_memory_bytes"] / 2**20, ",.0f"))
-        cells = ["" if value is None else format(value, form) for value, form in values]
-        rows.append([strategy, *cells])
-    return jobs.table(["strategy", *columns, "peak MiB"], rows)
-
-
 def plot(folder: Path, result: dict[str, Any]) -> None:
     """Draw training losses over examples forwarded, and below each run's metric, time, memory."""
     figure = Figure(figsize=(12, 7), layout="constrained")

@@ -16,12 +16,6 @@ TEMPLATE = "{text} It was"
 LABEL_WORDS = "terrible,great"
 FORWARD_PASSES = 2000
 
-LOAD = """\
-from peft import PeftModel; from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-base = AutoModelForCausalLM.from_pretrained("{base}", \
-quantization_config=BitsAndBytesConfig(load_in_8bit=True))
-model = PeftModel.from_pretrained(base, "{adapter}")"""
-
 
 @dataclass
 class DemoArguments:
@@ -59,10 +53,3 @@ def demo(given: DemoArguments) -> dict[str, Any]:
         save_strategy="no",
     )
     return run.train(model, data, args) | {"base": str(base), "adapter": str(adapter)}
-
-
-def demo_text(result: dict[str, Any]) -> str:
-    """The result of `demo`, with the lines that load it."""
-    saved = f"The base is in {result['base']}, the adapter in {result['adapter']}."
-    load = LOAD.format(**result)
-    return f"{run.train_text(result)}\n\n{saved} To load them with plain PEFT:\n\n{load}"

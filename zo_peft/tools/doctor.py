@@ -161,15 +161,3 @@ def _devices() -> list[str]:
         card = torch.cuda.get_device_properties(index)
         found.append(f"CUDA {index}: {card.name}, {card.total_memory / 2**30:.0f} GiB")
     return found + (["MPS"] if torch.backends.mps.is_available() else [])
-
-
-def doctor_text(result: dict[str, Any]) -> str:
-    """Show the result of `doctor` as tables, then the fix of each check that does not work."""
-    versions = jobs.table(["package", "version"], list(result["versions"].items()))
-    rows, fixes = [], []
-    for name, check in result["checks"].items():
-        rows.append([name, "works" if check["works"] else "does not work"])
-        if not check["works"]:
-            fixes.append(f"{name}: {check['error']}\n  {check['fix']}")
-    devices = "\n".join(result["devices"])
-    return "\n\n".join([versions, devices, jobs.table(["on this machine", ""], rows), *fixes])

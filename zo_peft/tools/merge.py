@@ -76,13 +76,6 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
     }
 
 
-def merge_text(result: dict[str, Any]) -> str:
-    """Say in a line what was written."""
-    files = len(result["files"])
-    weights = f"{files} file{'' if files == 1 else 's'} of {result['dtype']} weights"
-    return f"{weights} in {result['output_dir']}; load them with transformers alone"
-
-
 def _dequantized(base: PreTrainedModel, name: str, wanted: bool) -> PreTrainedModel:
     """The weights that a quantized base stands for, in float32."""
     if not wanted:

@@ -7,7 +7,7 @@ tensor has its shape and dtype, but holds no bytes. The formulas are here and in
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -32,7 +32,6 @@ from zo_peft.models.loading import check_4bit_widths, meta_base, quantization_co
 from zo_peft.models.memory import Fit, layer_bytes, weight_bytes
 from zo_peft.models.recipe import SPACE_FIELDS, replacements_of, space_of
 from zo_peft.objectives.rewards import METRICS
-from zo_peft.runs import jobs
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.train.config import ZOConfig
 
@@ -63,25 +62,20 @@ class PlanArguments:
     )
 
 
-def _part(title: str) -> Any:
-    """A field of `Memory`, with its title in a plan's table."""
-    return field(metadata={"title": title})
-
-
 @dataclass(frozen=True)
 class Memory:
     """The bytes of a run: its parts, and all that is held at the peak of each phase."""
 
-    weights: int = _part("weights")
-    adapter: int = _part("adapter and optimizer")
-    candidates: int = _part("candidates of a forward")
-    activations: int = _part("activations of a layer")
-    checkpoints: int = _part("inputs of all layers")
-    logits: int = _part("logits and loss")
-    load: int = _part("peak while loading")
-    step: int = _part("peak of a step's passes")
-    update: int = _part("peak of the update")
-    evaluate: int = _part("peak of an evaluation")
+    weights: int
+    adapter: int
+    candidates: int
+    activations: int
+    checkpoints: int
+    logits: int
+    load: int
+    step: int
+    update: int
+    evaluate: int
 
     @property
     def peak(self) -> int:
@@ -384,51 +378,3 @@ def _fewer_bits(planner: Planner) -> list[Options]:
         options += [{"load_in_8bit": False, "load_in_4bit": True}]
     weights = planner.args.tune == "weights"
     return [bits for bits in options if not (weights and "load_in_4bit" in bits)]
-
-
-def plan_text(result: dict[str, Any]) -> str:
-    """A plan as a table, and what fits."""
-    columns = {"forward only": result["forward_only"], "with gradients": result["gradients"]}
-    columns = {name: column for name, column in columns.items() if column}
-    titles = {part.name: part.metadata["title"] for part in fields(Memory)} | {"peak": "peak"}
-    rows = [[title, *(_mib(c[name]) for c in columns.values())] for name, title in titles.items()]
-    count = result["candidates_per_forward"]
-    head = (
-        f"{result['model']}, {result['device']}, batch {result['per_device_train_batch_size']} x "
-        f"{result['max_length']}, {count} candidate{'s' if count > 1 else ''} a forward, "
-        f"{result['tuned_parameters']:,} numbers tuned"
-    )
-    lines = [head, "", jobs.table(["MiB", *columns], rows)]
-    if "gpu_memory" in result:
-        values = ", ".join(f"{name} {value:,}" for name, value in result["largest"].items())
-        memory = f"{_mib(result['gpu_memory'])} MiB less {_mib(result['reserved'])} for CUDA"
-        lines += ["", f"Largest that fits into {memory}, the rest as given: {values}."]
-        if result["gradients"]:
-            lines += [f"Gradients {'fit' if result['gradients_fit'] else 'do not fit'}."]
-        lines += [f"Forward passes {_fit_text(**result)}"]
-    return "\n".join(lines)
-
-
-def _fit_text(fits: bool, proposal: Options | None, least: Options | None, **_: Any) -> str:
-    if fits:
-        return "fit."
-    if least is None:
-        return f"do not fit. They do with {_flags(proposal)}"
-    alone = f" with {_flags(least['options'])}" if least["options"] else ""
-    if least["max_length"]:
-        return (
-            f"do not fit: one example by itself{alone} takes {_mib(least['peak'])} MiB. One of "
-            f"{least['max_length']:,} tokens fits; lower max_length."
-        )
-    return (
-        f"do not fit at any max_length: one token{alone} takes {_mib(least['peak_of_a_token'])} "
-        "MiB. Take a smaller base, or more memory."
-    )
-
-
-def _flags(options: Options | None) -> str:
-    return " ".join(f"--{name} {value}" for name, value in (options or {}).items())
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f}"

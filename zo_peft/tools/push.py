@@ -55,13 +55,3 @@ def push(given: PushArguments) -> dict[str, Any]:
     repo_id = create_repository(given.repo_id, given.private or None)
     commit = upload(folder, repo_id, given.commit_message, given.revision)
     return {**result, "repo_id": repo_id, "url": commit.commit_url}
-
-
-def push_text(result: dict[str, Any]) -> str:
-    """List the files with their sizes, and say where they are or would be."""
-    files = [*result["files"], {"name": "bytes in all", "size": result["bytes"]}]
-    lines = [f"{file['size']:>15,}  {file['name']}" for file in files]
-    where = f"{result['repo_id']}, {result['revision']}"
-    url = result["url"]
-    end = f"a dry run: nothing was sent to {where}" if url is None else f"now in {where}: {url}"
-    return "\n".join([*lines, end])

@@ -24,7 +24,6 @@ from zo_peft.models.identity import base_hash, identity
 from zo_peft.models.in_place_space import InPlaceSpace
 from zo_peft.models.loading import load_tokenizer
 from zo_peft.models.recipe import check_in_place, load_trained, rule_of, space_of
-from zo_peft.runs import jobs
 from zo_peft.runs.arguments import ModelArguments
 from zo_peft.runs.run import load
 from zo_peft.scales import save_scales
@@ -102,12 +101,6 @@ def _replayed(arguments: ModelArguments, given: ReplayArguments) -> dict[str, An
     }
 
 
-def replay_text(result: dict[str, Any]) -> str:
-    """Say in a line what was replayed."""
-    passes = f"{result['forward_passes']:,} forward passes"
-    return f"{result['steps']:,} steps ({passes}) replayed into {result['output_dir']}"
-
-
 def show(given: ShowArguments) -> dict[str, Any]:
     """Return the `header` and the `records` of a journal.
 
@@ -116,25 +109,6 @@ def show(given: ShowArguments) -> dict[str, Any]:
     """
     header, records = read(Path(given.journal))
     return {"header": header, "records": [asdict(record) for record in records]}
-
-
-def show_text(result: dict[str, Any]) -> str:
-    """Show the records as a table."""
-    header = ["step", "loss", "slope", "eps", "learning rate", "forward passes", "seeds", "chosen"]
-    rows = [
-        [
-            str(record["step"]),
-            f"{record['loss']:.4f}",
-            f"{record['slope']:.4g}",
-            f"{record['eps']:.1e}",
-            f"{record['learning_rate'] * record['backoff']:.3g}",
-            f"{record['forward_passes']:,}",
-            str(len(record["direction"]["terms"])),
-            json.dumps(record["chosen"]) if record["chosen"] else "",
-        ]
-        for record in result["records"]
-    ]
-    return jobs.table(header, rows)
 
 
 def show_json(result: dict[str, Any]) -> str:

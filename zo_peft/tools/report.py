@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from transformers.hf_argparser import HfArg
 
 from zo_peft.errors import UserError
+from zo_peft.runs.texts import mib, number
 from zo_peft.tools.charts import draw
 from zo_peft.tools.history import Run, load, names
 
@@ -59,13 +60,6 @@ def report(given: ReportArguments) -> dict[str, Any]:
     }
 
 
-def report_text(result: dict[str, Any]) -> str:
-    """Say in a line what was written."""
-    counts = {"run": len(result["runs"]), "chart": len(result["charts"])}
-    told = (f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items())
-    return f"{', '.join(told)}: {result['page']}"
-
-
 def page(runs: Sequence[Run], charts: dict[str, bytes]) -> str:
     """Return the page, with its charts inside.
 
@@ -99,12 +93,12 @@ def row(run: Run) -> dict[str, str]:
         "strategy": metrics.get("strategy", ""),
         "metric": f"{run.metric_name} {metric}" if metric else "",
         "evaluation loss": _change(metrics, "eval_loss_before", "eval_loss_after"),
-        "steps": _shown(_end(run.steps["step"])),
-        "forward passes": _shown(_end(run.steps["forward_passes"])),
-        "seconds": _shown(metrics.get("wall_seconds", _end(run.steps["seconds"]))),
-        "peak MiB": "" if memory is None else _shown(memory / 2**20),
-        "skipped updates": _shown(run.total("skipped")),
-        "dropped losses": _shown(run.total("non_finite")),
+        "steps": number(_end(run.steps["step"]), ",.0f"),
+        "forward passes": number(_end(run.steps["forward_passes"]), ",.0f"),
+        "seconds": number(metrics.get("wall_seconds", _end(run.steps["seconds"])), ",.0f"),
+        "peak MiB": "" if memory is None else mib(memory),
+        "skipped updates": number(run.total("skipped"), ",.0f"),
+        "dropped losses": number(run.total("non_finite"), ",.0f"),
         "ended": "yes" if metrics else "no",
     }
 
@@ -115,12 +109,8 @@ def _end(values: Any) -> float | None:
 
 
 def _change(metrics: dict[str, Any], before: str, after: str) -> str:
-    ends = [_shown(metrics.get(name), ".4f") for name in (before, after)]
+    ends = [number(metrics.get(name), ".4f") for name in (before, after)]
     return " → ".join(ends) if all(ends) else ""
-
-
-def _shown(value: float | None, form: str = ",.0f") -> str:
-    return "" if value is None else format(value, form)
 
 
 def _png(figure: Figure) -> bytes:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, Literal
 
 from transformers.hf_argparser import HfArg
@@ -11,6 +11,7 @@ from zo_peft.data.tasks import TASKS
 from zo_peft.errors import UserError
 from zo_peft.models.hub import public_name
 from zo_peft.runs import jobs
+from zo_peft.runs.texts import text
 from zo_peft.train.checks import Preset
 from zo_peft.train.results import write_json
 
@@ -169,7 +170,7 @@ def reproduce(given: ReproduceArguments, options: list[str]) -> dict[str, Any]:
         "published": figure(given.method, given.kind, given.task),
     }
     write_json(folder / RESULT_NAME, result)
-    (folder / TABLE_NAME).write_text(reproduce_text(result) + "\n")
+    (folder / TABLE_NAME).write_text(text("reproduce", result) + "\n")
     return result
 
 
@@ -179,22 +180,3 @@ def figure(method: str, kind: Kind, task: str) -> str | None:
     if method == "MeZO-Greedy":
         table, row = "IX", TABLE_IX.get(kind, {})
     return f"{row[task]} (OPT-13B, Table {table})" if task in row else None
-
-
-def reproduce_text(result: dict[str, Any]) -> str:
-    """The result as a table; figures in percent."""
-    values = [100 * value for value in result["metrics"]]
-    spread = f" +- {stdev(values):.1f}" if len(values) > 1 else ""
-    cells = {
-        "task": result["task"],
-        "method": result["method"],
-        "model": result["model"],
-        "learning rate": f"{result['learning_rate']:g}",
-        f"{result['metric_name']}, %": f"{mean(values):.1f}{spread}",
-        "seeds": str(len(values)),
-        "forward passes": f"{result['forward_passes']:,}",
-        "seconds": f"{result['wall_seconds']:,.0f}",
-        "peak MiB": f"{result['peak_memory_bytes'] / 2**20:,.0f}",
-        "published": result["published"] or "none",
-    }
-    return jobs.table([*cells], [[*cells.values()]])
