@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
+import yaml
 from transformers.hf_argparser import HfArg
 
 from zo_peft.data.tasks import TASKS
@@ -17,57 +18,11 @@ from zo_peft.train.results import write_json
 
 RESULT_NAME, TABLE_NAME = "reproduction.json", "reproduction.md"
 
-Kind = Literal["full", "LoRA", "prefix"]
-KINDS: dict[str, Kind] = {"LORA": "LoRA", "PREFIX_TUNING": "prefix"}
+#: What is tuned, in the words of the tables, by `peft_type`.
+KINDS = {None: "full", "LORA": "LoRA", "PREFIX_TUNING": "prefix"}
 
-#: For each kind: options, zo_eps, and the learning rates that are tried (MeZO, arXiv:2305.17333,
-#: appendix on hyperparameters).
-MEZO: dict[Kind, tuple[dict[str, Any], float, tuple[float, ...]]] = {
-    "full": ({"tune": "weights"}, 1e-3, (1e-6, 1e-7)),
-    "LoRA": ({"peft_type": "LORA", "lora_r": 8, "lora_alpha": 16}, 1e-2, (1e-4, 5e-5)),
-    "prefix": ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5}, 1e-1, (1e-2, 1e-3)),
-}
-#: What is different for GV and Greedy. The learning rates, for full weights only, are those of OPT
-#: and of Llama.
-GUIDED_FULL_RATES = (2e-7, 5e-7)
-GUIDED = {"num_candidates": 2, "max_steps": 10_000}
-
-#: Options of every published run. It is evaluated five times, and the best checkpoint is kept.
-COMMON: dict[str, Any] = {
-    "dtype": "float16",
-    "per_device_train_batch_size": 16,
-    "max_steps": 20_000,
-    "eval_strategy": "steps",
-    "eval_steps": 0.2,
-    "save_strategy": "steps",
-    "save_steps": 0.2,
-    "save_total_limit": 1,
-    "load_best_model_at_end": True,
-}
-
-#: arXiv:2601.04710, Table V, OPT-13B: for each method and kind a value for each of `TASKS`.
-TABLE_V: dict[tuple[str, Kind], tuple[float, ...]] = {
-    ("MeZO", "full"): (91.4, 66.1, 67.9, 67.6, 63.5, 61.1, 60.1, 88.0, 81.7, 84.7, 30.9),
-    ("MeZO", "LoRA"): (89.6, 67.9, 66.1, 73.8, 64.4, 59.7, 61.5, 84.0, 81.2, 83.8, 31.4),
-    ("MeZO", "prefix"): (90.7, 70.8, 69.6, 73.1, 60.6, 59.9, 63.7, 87.0, 81.4, 84.2, 28.9),
-    ("MeZO-GV", "full"): (93.9, 73.5, 71.6, 72.5, 65.4, 61.4, 62.5, 89.0, 82.9, 84.9, 31.7),
-    ("MeZO-GV", "LoRA"): (91.6, 72.6, 72.8, 75.6, 66.3, 60.9, 61.9, 89.0, 82.9, 84.9, 32.7),
-    ("MeZO-GV", "prefix"): (92.4, 74.8, 73.2, 76.6, 63.5, 61.8, 64.4, 90.0, 82.7, 84.3, 30.9),
-    ("SubZero-GV", "full"): (94.7, 74.8, 73.9, 76.8, 64.4, 62.7, 63.2, 89.0, 83.1, 84.9, 31.3),
-    ("SubZero-GV", "LoRA"): (94.0, 75.8, 73.8, 77.6, 65.4, 63.9, 64.1, 90.0, 83.8, 85.3, 32.4),
-}
-#: Table IX, OPT-13B with Greedy: for each kind the values of some tasks.
-TABLE_IX: dict[Kind, dict[str, float]] = {
-    "full": {"wic": 61.9, "rte": 72.2, "boolq": 72.6},
-    "LoRA": {"wic": 62.7, "rte": 75.8, "boolq": 75.9},
-}
-METHODS: dict[str, str] = {
-    "mezo": "MeZO",
-    "paper-gv": "MeZO-GV",
-    "paper-greedy": "MeZO-Greedy",
-    "subzero": "SubZero",
-    "lozo": "LOZO",
-}
+TABLE = Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")
+PUBLISHED: dict[str, Any] = yaml.safe_load(TABLE)
 
 
 @dataclass
@@ -93,33 +48,33 @@ class ReproduceArguments:
             raise UserError(f"task={self.task!r} is not known; use one of {', '.join(TASKS)}")
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> str:
         """What is tuned, in the words of the table."""
-        return "full" if self.peft_type is None else KINDS[self.peft_type]
+        return KINDS[self.peft_type]
 
     @property
     def method(self) -> str:
         """The method, in the words of the table."""
         if self.preset == "paper-gv" and self.low_rank_noise is not None:
-            return f"{METHODS[self.low_rank_noise]}-GV"
-        return METHODS[self.preset]
+            return f"{PUBLISHED['methods'][self.low_rank_noise]}-GV"
+        return PUBLISHED["methods"][self.preset]
 
 
-def settings(given: ReproduceArguments) -> tuple[dict[str, Any], tuple[float, ...]]:
+def settings(given: ReproduceArguments) -> tuple[dict[str, Any], list[float]]:
     """The published options of `zo-peft train`, and the learning rates to try."""
-    own, eps, rates = MEZO[given.kind]
+    kind, guided = PUBLISHED["kinds"][given.kind], PUBLISHED["guided"]
+    options, rates = PUBLISHED["common"] | kind["options"], kind["learning_rates"]
     if given.preset in ("paper-gv", "paper-greedy"):
-        own = own | GUIDED
-        rates = GUIDED_FULL_RATES if given.kind == "full" else rates
+        options = options | guided["options"]
+        rates = guided["full_learning_rates"] if given.kind == "full" else rates
     chosen = {
         "model_name_or_path": given.model_name_or_path,
         "task": given.task,
         "preset": given.preset,
         "low_rank_noise": given.low_rank_noise,
-        "zo_eps": eps,
         "metric_for_best_model": "f1" if TASKS[given.task].rewards else "accuracy",
     }
-    return COMMON | own | chosen, rates
+    return options | chosen, rates
 
 
 def reproduce(given: ReproduceArguments, options: list[str]) -> dict[str, Any]:
@@ -174,9 +129,10 @@ def reproduce(given: ReproduceArguments, options: list[str]) -> dict[str, Any]:
     return result
 
 
-def figure(method: str, kind: Kind, task: str) -> str | None:
+def figure(method: str, kind: str, task: str) -> str | None:
     """The published figure in percent with its model and table, if there is one."""
-    table, row = "V", dict(zip(TASKS, TABLE_V.get((method, kind), ())))
-    if method == "MeZO-Greedy":
-        table, row = "IX", TABLE_IX.get(kind, {})
-    return f"{row[task]} (OPT-13B, Table {table})" if task in row else None
+    for name, rows in PUBLISHED["tables"].items():
+        row = rows.get(f"{method} ({kind})", {})
+        if task in row:
+            return f"{row[task]} (OPT-13B, Table {name})"
+    return None
