@@ -7,100 +7,35 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+import yaml
 
 from zo_peft.runs import jobs
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
-#: The packages whose versions decide how a run behaves.
-PACKAGES: tuple[str, ...] = ("zo_peft", "torch", "transformers", "peft", "accelerate")
-PACKAGES += ("bitsandbytes", "datasets", "huggingface_hub", "safetensors", "numpy")
-
 #: Seconds that a check may take, the start of its process included.
 TIMEOUT = 300.0
 
-#: A short run on the embedded model. It fails if ten losses in a row are not finite.
+TABLE: dict[str, Any] = yaml.safe_load(
+    Path(__file__).with_name("doctor.yaml").read_text(encoding="utf-8")
+)
+CHECKS: dict[str, dict[str, Any]] = TABLE["checks"]
+
 TRAIN = {
     "model_name_or_path": EMBEDDED / "model",
-    "lora_target_modules": "q_proj",
     "train_file": EMBEDDED / "train.jsonl",
     "prompt_template": TEMPLATE,
     "label_words": LABEL_WORDS,
-    "max_steps": 10,
-    "zo_eps": 1e-2,
-    "per_device_train_batch_size": 2,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-}
-
-COMPILE = """
-import torch
-device = "cuda" if torch.cuda.is_available() else "cpu"
-layer, given = torch.nn.Linear(4, 4, device=device), torch.ones(2, 4, device=device)
-with torch.no_grad():
-    alike = torch.allclose(torch.compile(layer)(given), layer(given), atol=1e-5)
-assert alike, "a compiled layer computes something else"
-"""
-
-#: Rank 0 starts rank 1, and the two add up a number through gloo, as those of `torchrun` would.
-EXCHANGE = """
-import datetime, pathlib, subprocess, sys
-import torch
-rank, folder = sys.argv[1:]
-if rank == "0":
-    other = subprocess.Popen([*sys.orig_argv[:-2], "1", folder])
-rendezvous, patience = pathlib.Path(folder, "rendezvous").as_uri(), datetime.timedelta(seconds=30)
-torch.distributed.init_process_group("gloo", rendezvous, patience, world_size=2, rank=int(rank))
-total = torch.tensor([int(rank) + 1.0])
-torch.distributed.all_reduce(total)
-torch.distributed.destroy_process_group()
-assert total.item() == 3.0, f"1 and 2 of two processes add up to {total.item()}"
-"""
-
-
-@dataclass(frozen=True)
-class Check:
-    """Something that is tried, and what the user can do if it fails.
-
-    Attributes:
-        arguments: of Python; a temporary folder is given as one more.
-    """
-
-    arguments: Sequence[str]
-    fix: str
-
-
-def _training(fix: str, **options: Any) -> Check:
-    return Check(("-m", "zo_peft", "train", *jobs.flags(TRAIN | options), "--output_dir"), fix)
-
-
-BITSANDBYTES = "pip install --upgrade bitsandbytes; it must know the CUDA of torch.version.cuda."
-
-CHECKS = {
-    "float32": _training("Install the package again: pip install --force-reinstall zo_peft."),
-    "bfloat16": _training("Load models with --dtype float32.", dtype="bfloat16"),
-    "int8": _training(f"{BITSANDBYTES} Without it: no --load_in_8bit.", load_in_8bit=True),
-    "NF4": _training(f"{BITSANDBYTES} Without it: no --load_in_4bit.", load_in_4bit=True),
-    "compile": Check(
-        ("-c", COMPILE),
-        "A C++ compiler is needed (g++, as in Debian's build-essential), on CUDA Triton as well. "
-        "Without: no --torch_compile.",
-    ),
-    "distributed": Check(
-        ("-c", EXCHANGE, "0"),
-        "Name the network interface that reaches the other processes: GLOO_SOCKET_IFNAME=lo on one "
-        "machine (lo0 on macOS). Without: one process.",
-    ),
+    **TABLE["run"],
 }
 
 
 def doctor() -> dict[str, Any]:
-    """Find out which versions and devices are here, and which `CHECKS` work.
+    """Find out which versions and devices are here, and which checks of `doctor.yaml` work.
 
     Returns:
         `versions` by package, `devices`, and `checks` by name: `works`, and if it does not, `error`
@@ -109,12 +44,18 @@ def doctor() -> dict[str, Any]:
     checks: dict[str, dict[str, Any]] = {}
     for name, check in CHECKS.items():
         print(f"trying {name} ...", file=sys.stderr)
+        if "code" in check:
+            arguments = ["-c", check["code"], *check["arguments"]]
+        else:
+            options = jobs.flags(TRAIN | check["options"])
+            arguments = ["-m", "zo_peft", "train", *options, "--output_dir"]
         with tempfile.TemporaryDirectory() as folder:
-            error = attempt([*check.arguments, folder])
+            error = attempt([*arguments, folder])
         checks[name] = {"works": error is None}
         if error is not None:
-            checks[name] |= {"error": public(error), "fix": check.fix}
-    versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+            checks[name] |= {"error": public(error), "fix": check["fix"]}
+    versions = {"python": platform.python_version()}
+    versions |= {package: _version(package) for package in TABLE["packages"]}
     return {"versions": versions, "devices": _devices(), "checks": checks}
 
 
