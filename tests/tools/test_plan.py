@@ -430,7 +430,7 @@ def test_an_adapter_that_is_there_counts(tmp_path: Path) -> None:
     new = ModelArguments(str(EMBEDDED), lora_r=8, lora_target_modules=TARGETS)
     args = ZOConfig("out")
     assert Planner(saved, args).tuned == 4 * Planner(new, args).tuned
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         Planner(replace(saved, adapter_name_or_path=str(tmp_path / "none")), args)
 
 

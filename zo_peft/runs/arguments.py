@@ -3,12 +3,15 @@
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+import torch
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers import BitsAndBytesConfig
 from transformers.hf_argparser import HfArg
 
 from zo_peft.data.tasks import TASKS
 from zo_peft.errors import UserError
+from zo_peft.models.loading import quantization_config
 
 
 @dataclass
@@ -44,6 +47,18 @@ class ModelArguments:
     def source(self) -> dict[str, Any]:
         """The keyword arguments that `from_pretrained` needs to find and read the base."""
         return {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}
+
+    def quantization(self, has_classes: bool) -> BitsAndBytesConfig | None:
+        """How the base is quantized when it is loaded; None: as it was saved.
+
+        Args:
+            has_classes: the base gets a head for sequence classification.
+
+        Raises:
+            UserError: two kinds of quantization are asked for.
+        """
+        dtype = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
+        return quantization_config(self.load_in_8bit, self.load_in_4bit, dtype, has_classes)
 
     def peft_config(self) -> PeftConfig:
         """The configuration of a new adapter.

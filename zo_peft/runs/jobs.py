@@ -54,5 +54,5 @@ def flags(options: dict[str, Any]) -> list[str]:
     for name, value in options.items():
         if value is not None:
             values = value if isinstance(value, list | tuple) else [value]
-            argv += [f"--{name}", *map(str, values)]
+            argv += [f"--{name}", *(str(getattr(v, "value", v)) for v in values)]
     return argv

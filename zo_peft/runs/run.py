@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -17,14 +16,10 @@ from zo_peft.data.tasks import ANSWER_TOKENS, TASKS
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter
 from zo_peft.models.hub import public_name
-from zo_peft.models.loading import (
-    check_quantization,
-    load_base,
-    load_tokenizer,
-    quantization_config,
-)
+from zo_peft.models.loading import check_quantization, load_base, load_tokenizer
 from zo_peft.objectives.rewards import RewardObjective, generates, load_function
 from zo_peft.runs.arguments import DataArguments, ModelArguments
+from zo_peft.runs.jobs import flags
 from zo_peft.runs.sources import evaluation_examples, training_examples
 from zo_peft.scales import load_scales
 from zo_peft.train.base import BaseTrainer
@@ -111,14 +106,9 @@ def command(model: ModelArguments, data: DataArguments, args: ZOConfig) -> str:
     """The command line of such a run, without defaults. Of a path it has the last part alone."""
     defaults = {f.name: f.default for part in (model, data, args) for f in fields(part)}
     given = asdict(model) | asdict(data) | run_settings(args)
-    words = ["zo-peft", "train"]
-    for name, value in (given | {"output_dir": Path(args.output_dir).name}).items():
-        if value != defaults[name]:
-            shown = _shown(name, value)
-            values = shown if isinstance(shown, list) else [] if shown is True else [shown]
-            texts = [str(getattr(value, "value", value)) for value in values]
-            words += [f"--{name}", *(text.replace("\n", "\\n") for text in texts)]
-    return shlex.join(words)
+    given["output_dir"] = Path(args.output_dir).name
+    chosen = {name: _shown(name, v) for name, v in given.items() if v != defaults[name]}
+    return shlex.join(["zo-peft", "train", *flags(chosen)]).replace("\n", "\\n")
 
 
 def _shown(name: str, value: Any) -> Any:
@@ -172,10 +162,7 @@ def load(model: ModelArguments, tune: str, num_labels: int | None) -> PreTrained
     Raises:
         UserError: the base cannot be loaded, or not tuned in this way.
     """
-    compute_dtype = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
-    quantization = quantization_config(
-        model.load_in_8bit, model.load_in_4bit, compute_dtype, num_labels is not None
-    )
+    quantization = model.quantization(num_labels is not None)
     name, kwargs = model.model_name_or_path, model.source
     check_quantization(name, tune, quantization, **kwargs)
     # If it is None, it must not be given: it would hide that the base was saved quantized.

@@ -57,8 +57,7 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
             f"{config.peft_type.value} cannot be merged: it adds tokens, or keys and values, and "
             "changes no weight; load it with PEFT"
         )
-    source = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
-    tokenizer = load_tokenizer(model.model_name_or_path, **source)
+    tokenizer = load_tokenizer(model.model_name_or_path, **model.source)
     base = load(model, "adapter", classes)
     dtype = base.dtype
     if quantized := getattr(base, "is_quantized", False):

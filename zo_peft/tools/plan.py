@@ -5,6 +5,7 @@ tensor has its shape and dtype, but holds no bytes. The formulas are here and in
 `zo_peft.models.memory`.
 """
 
+from bisect import bisect
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -26,12 +27,12 @@ from zo_peft.core.noise import CHUNK
 from zo_peft.core.strategies import STRATEGIES
 from zo_peft.core.updates import RULES
 from zo_peft.errors import UserError
-from zo_peft.models.adapters import add_adapter
-from zo_peft.models.hub import LOAD_ERRORS, public_name, reason
-from zo_peft.models.loading import check_4bit_widths, meta_base, quantization_config
+from zo_peft.models.adapters import add_adapter, unreadable_adapter
+from zo_peft.models.hub import LOAD_ERRORS, public_name
+from zo_peft.models.loading import check_4bit_widths, meta_base
 from zo_peft.models.memory import Fit, layer_bytes, weight_bytes
 from zo_peft.models.recipe import SPACE_FIELDS, replacements_of, space_of
-from zo_peft.objectives.rewards import METRICS
+from zo_peft.objectives.rewards import generates
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.train.config import ZOConfig
 
@@ -110,9 +111,7 @@ class Planner:
         self.model, self.args, self.device = model, args, device
         self.completion_length, self.generates = completion_length, generates
         self.classifies = model.task_type == "SEQ_CLS"
-        dtype = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
-        bits = quantization_config(model.load_in_8bit, model.load_in_4bit, dtype, self.classifies)
-        source = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
+        bits, source = model.quantization(self.classifies), model.source
         base = meta_base(model.model_name_or_path, model.dtype, bits, self.classifies, **source)
         self.weights = weight_bytes(base)
         with torch.device("meta"):
@@ -238,8 +237,7 @@ def _peft_config(model: ModelArguments) -> PeftConfig:
     try:
         return PeftConfig.from_pretrained(model.adapter_name_or_path)
     except LOAD_ERRORS as error:
-        name = public_name(model.adapter_name_or_path)
-        raise UserError(f"adapter {name!r} cannot be read: {reason(error)}") from error
+        raise unreadable_adapter(model.adapter_name_or_path, error) from error
 
 
 def plan(
@@ -259,10 +257,10 @@ def plan(
     """
     if given.completion_length < 1:
         raise UserError(f"completion_length={given.completion_length}; it must be 1 or more")
-    generates = bool(data.reward_funcs) or args.objective in METRICS
     total = None if given.gpu_memory is None else _bytes(given.gpu_memory)
     device = args.device.type if total is None else "cuda"
-    planner = Planner(model, args, given.completion_length, generates, device)
+    generated = generates(data.reward_funcs, args.objective)
+    planner = Planner(model, args, given.completion_length, generated, device)
     batch, length = args.per_device_train_batch_size, _length(planner)
     memory = planner.forward_only(batch, length, args.candidates_per_forward)
     gradients = planner.with_gradients(batch, length) if args.tune == "adapter" else None
@@ -329,11 +327,7 @@ def _largest(planner: Planner, length: int, room: int) -> dict[str, int]:
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
     """The largest number up to `most` that fits, 0 where 1 does not. All below it must fit, too."""
-    low, high = 0, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return bisect(range(1, most + 1), False, key=lambda number: not fits(number))
 
 
 Options = dict[str, Any]

@@ -74,7 +74,7 @@ def _replayed(arguments: ModelArguments, given: ReplayArguments) -> dict[str, An
     if header["adapter"] is not None:
         config = {**header["adapter"], "base_model_name_or_path": None}
         model = add_adapter(model, get_peft_config(config))
-    prepare(model, load_tokenizer(name, revision=arguments.model_revision))
+    prepare(model, load_tokenizer(name, **arguments.source))
     if identity(model) != header["base"]:
         raise UserError(
             f"{path.name} is of another base than {name}; give the one that the run started from, "
