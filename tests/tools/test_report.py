@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -175,7 +176,7 @@ def test_of_a_task_only_evaluations_on_validation_examples_are_compared(tmp_path
 @given(st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), min_size=1, max_size=200))
 def test_the_trailing_mean_leaves_out_what_is_not_known(values: list[float]) -> None:
     window = min(WINDOW, max(1, round(SMOOTHED * len(values))))
-    for index, mean in enumerate(smooth(np.array(values))):
+    for index, mean in enumerate(smooth(pd.Series(values))):
         seen = [v for v in values[max(0, index - window + 1) : index + 1] if math.isfinite(v)]
         if seen:
             assert mean == pytest.approx(sum(seen) / len(seen), abs=1e-6)

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from zo_peft.tools.history import Numbers, Run
+from zo_peft.tools.history import Run
 
 #: Okabe and Ito's colours, which are told apart with every kind of colour vision, without their
 #: yellow, which is too light for a line. Further runs have the same colours with other dashes.
@@ -62,7 +62,7 @@ def losses(runs: Sequence[Run]) -> Figure:
         for run, style in zip(runs, styles(len(runs))):
             found, skipped = run.evaluations, run.steps["skipped"] > 0
             axes.plot(found[x] / unit, found["loss"], "o", mec="white", color=style["color"])
-            height = _filled(smooth(run.steps["loss"]))[skipped]
+            height = smooth(run.steps["loss"]).interpolate(limit_direction="both")[skipped]
             axes.plot(run.steps[x][skipped] / unit, height, "x", color="black", mew=1.5, zorder=4)
         _measured(axes, runs, x, unit, "loss")
         axes.set_ylabel("loss")
@@ -104,28 +104,17 @@ def faults(runs: Sequence[Run]) -> Figure:
     figure, grid = _grid(len(FAULTS))
     for axes, (name, label) in zip(grid, FAULTS):
         for run, style in zip(runs, styles(len(runs))):
-            total = np.nancumsum(run.steps[name])
+            total = run.steps[name].fillna(0).cumsum()
             axes.step(run.steps["forward_passes"], total, where="post", **style)
         axes.set(xlabel="forward passes", ylabel=f"{label}, so far", ylim=(0, None))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     return _legend(figure, runs)
 
 
-def smooth(values: Numbers) -> Numbers:
+def smooth(values: pd.Series) -> pd.Series:
     """Return the trailing mean at each value, over those that are not NaN; NaN if all are."""
-    window = np.ones(min(WINDOW, max(1, round(SMOOTHED * len(values)))))
-    finite = np.isfinite(values)
-    sums, counts = (
-        np.convolve(column, window)[: len(values)]
-        for column in (np.where(finite, values, 0.0), finite.astype(float))
-    )
-    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
-
-
-def _filled(values: Numbers) -> Numbers:
-    """Fill in NaN values by straight lines between the others."""
-    places, known = np.arange(len(values)), np.isfinite(values)
-    return np.interp(places, places[known], values[known]) if known.any() else values
+    window = min(WINDOW, max(1, round(SMOOTHED * len(values))))
+    return values.rolling(window, min_periods=1).mean()
 
 
 def styles(count: int) -> list[dict[str, Any]]:
@@ -145,7 +134,7 @@ def plain(text: str) -> str:
 
 def _known(runs: Sequence[Run], name: str, evaluated: bool = False) -> bool:
     found = (run.evaluations if evaluated else run.steps for run in runs)
-    return any(np.isfinite(columns[name]).any() for columns in found)
+    return any(columns[name].notna().any() for columns in found)
 
 
 def _grid(count: int) -> tuple[Figure, list[Axes]]:
@@ -163,11 +152,11 @@ def _grid(count: int) -> tuple[Figure, list[Axes]]:
 
 def _across(runs: Sequence[Run]) -> tuple[Figure, list[tuple[Axes, str, float]]]:
     """Panels over forward passes and, if known, time; each with its x series and its unit."""
-    known = [run.steps["seconds"] for run in runs if np.isfinite(run.steps["seconds"]).any()]
-    longest = max((np.nanmax(seconds) for seconds in known), default=0.0)
-    unit, name = next(unit for unit in UNITS if longest >= unit[2])[:2]
     panels = [("forward_passes", 1.0, "forward passes")]
-    panels += [("seconds", unit, f"time of training, {name}")] if known else []
+    if _known(runs, "seconds"):
+        longest = pd.Series([run.steps["seconds"].max() for run in runs]).max()
+        unit, name = next(unit for unit in UNITS if longest >= unit[2])[:2]
+        panels.append(("seconds", unit, f"time of training, {name}"))
     figure, grid = _grid(len(panels))
     for axes, (_, _, label) in zip(grid, panels):
         axes.set_xlabel(label)
@@ -183,7 +172,7 @@ def _measured(axes: Axes, runs: Sequence[Run], x: str, unit: float, name: str) -
     _scale(axes, means)
     axes.margins(y=0.2)
     low, high = axes.get_ylim()
-    positive = all((mean[np.isfinite(mean)] >= 0).all() for mean in means)
+    positive = all((mean.dropna() >= 0).all() for mean in means)
     axes.set_ylim(max(low, 0.0) if positive else low, high)
     for run, style in zip(runs, styles(len(runs))):
         every = slice(None, None, 1 + len(run.steps[name]) // DRAWN)
@@ -191,12 +180,10 @@ def _measured(axes: Axes, runs: Sequence[Run], x: str, unit: float, name: str) -
         axes.plot(*raw, color=style["color"], lw=0.8, alpha=0.3, zorder=1)
 
 
-def _scale(axes: Axes, series: Sequence[Numbers], wide: float = WIDE) -> None:
+def _scale(axes: Axes, series: Sequence[pd.Series], wide: float = WIDE) -> None:
     """Make the y axis logarithmic if 95th and 5th percentile are more than `wide` times apart."""
-    known = [values[np.isfinite(values)] for values in series]
-    ends = [np.percentile(values, (5, 95)) for values in known if len(values)]
-    low, high = min((end[0] for end in ends), default=0.0), max((end[1] for end in ends), default=0)
-    if 0 < wide * low < high:
+    ends = pd.DataFrame([values.quantile([0.05, 0.95]) for values in series])
+    if 0 < wide * ends[0.05].min() < ends[0.95].max():
         axes.set_yscale("log")
 
 

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import pandas as pd
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from zo_peft.core.journal import JOURNAL_NAME, read
 from zo_peft.errors import UserError
 from zo_peft.train.results import METRICS_NAME
-
-Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -29,22 +27,22 @@ class Run:
 
     Attributes:
         name: the folder's name.
-        steps: an array of float64 for each name in `SERIES`, with a value for each step, NaN where
-            it is not known. A run without a journal has a value for each log entry instead.
-        evaluations: the same for each evaluation: forward_passes, seconds, loss, metric.
+        steps: a row for each step with a float64 column for each name in `SERIES`, NaN where it is
+            not known. A run without a journal has a row for each log entry instead.
+        evaluations: the same for each evaluation: step, forward_passes, seconds, loss, metric.
         metric_name: which metric `metric` is.
         metrics: the contents of `zo_metrics.json`; empty if the run has not ended.
     """
 
     name: str
-    steps: dict[str, Numbers]
-    evaluations: dict[str, Numbers]
+    steps: pd.DataFrame
+    evaluations: pd.DataFrame
     metric_name: str
     metrics: dict[str, Any]
 
     def total(self, name: str) -> float:
         """Sum a series over the steps."""
-        return float(np.nansum(self.steps[name]))
+        return float(self.steps[name].sum())
 
 
 #: What is known of a step. `step` counts from 1, `slope` has no sign, `learning_rate` includes its
@@ -70,21 +68,22 @@ def load(folder: Path, name: str) -> Run:
         UserError: the folder holds no run, or a damaged one.
     """
     journal, metrics = folder / JOURNAL_NAME, _json(folder / METRICS_NAME)
-    steps = _journalled(journal) if journal.is_file() else {}
-    if steps and metrics.get("forward_passes") not in steps["forward_passes"][-1:].tolist():
+    steps = _journalled(journal) if journal.is_file() else None
+    if steps is not None and metrics.get("forward_passes") not in [*steps["forward_passes"][-1:]]:
         metrics = {}  # An earlier run in this folder wrote them.
-    log = _log(folder, ended=bool(metrics) or not steps)
-    steps = steps or _logged(log)
-    if not len(steps["step"]):
+    log = _log(folder, ended=bool(metrics) or steps is None)
+    steps = _logged(log) if steps is None else steps
+    if steps.empty:
         raise UserError(
             f"{name} holds no steps of a run, neither in {JOURNAL_NAME} nor in "
             f"{TRAINER_STATE_NAME}; give an --output_dir of zo-peft train"
         )
-    steps["seconds"] = _between(steps["step"], _column(log, "step"), _column(log, "seconds"))
+    times = _columns(log, step="step", seconds="seconds")
+    steps["seconds"] = _between(steps["step"], times["step"], times["seconds"])
     return Run(name, steps, *_evaluations(log, metrics, steps), metrics)
 
 
-def _journalled(path: Path) -> dict[str, Numbers]:
+def _journalled(path: Path) -> pd.DataFrame:
     rows = []
     for record in read(path)[1]:
         skipped = "skipped" in record.chosen
@@ -100,14 +99,16 @@ def _journalled(path: Path) -> dict[str, Numbers]:
             "non_finite": record.chosen.get("non_finite", 0),
         }
         rows.append(row)
-    return {key: _column(rows, key) for key in SERIES}
+    return _columns(rows, **{name: name for name in SERIES})
 
 
-def _logged(log: Sequence[dict[str, Any]]) -> dict[str, Numbers]:
+def _logged(log: Sequence[dict[str, Any]]) -> pd.DataFrame:
     training = [entry for entry in log if "loss" in entry]
-    columns = {key: _column(training, {"eps": "zo_eps"}.get(key, key)) for key in SERIES}
-    sums = {key: np.diff(columns[key], prepend=0.0) for key in ("skipped", "non_finite")}
-    return columns | sums | {"slope": np.abs(columns["slope"])}
+    steps = _columns(training, **{name: name for name in SERIES} | {"eps": "zo_eps"})
+    for name in ("skipped", "non_finite"):
+        steps[name] = np.diff(steps[name], prepend=0.0)
+    steps["slope"] = steps["slope"].abs()
+    return steps
 
 
 def _log(folder: Path, ended: bool) -> list[dict[str, Any]]:
@@ -127,29 +128,25 @@ def _json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path.parent.name}/{path.name} is not readable JSON: {error}") from None
 
 
-def _column(rows: Sequence[dict[str, Any]], key: str) -> Numbers:
-    """Return a value of each row, NaN if it is missing or not finite."""
-    values = np.array([row.get(key) for row in rows], dtype=float)
-    return np.where(np.isfinite(values), values, np.nan)
+def _columns(rows: Sequence[dict[str, Any]], **keys: str) -> pd.DataFrame:
+    """Return a column for each key of the rows, NaN where a value is missing or not finite."""
+    found = {name: [row.get(key) for row in rows] for name, key in keys.items()}
+    frame = pd.DataFrame(found, dtype=float)
+    return frame.where(np.isfinite(frame))
 
 
-def _between(x: Numbers, known_x: Numbers, known_y: Numbers) -> Numbers:
+def _between(x: pd.Series, known_x: pd.Series, known_y: pd.Series) -> Any:
     """Return y at x on lines from (0, 0) through the known points; NaN beyond the last of them.
 
     Of several points with one x, the smallest y counts.
     """
-    known = np.isfinite(known_x) & np.isfinite(known_y)
-    if not known.any():
-        return np.full(len(x), np.nan)
-    order = np.lexsort((known_y[known], known_x[known]))
-    known_x, first = np.unique(known_x[known][order], return_index=True)
-    known_y = known_y[known][order][first]
-    return np.interp(x, np.append(0.0, known_x), np.append(0.0, known_y), right=np.nan)
+    known = known_y.groupby(known_x).min().dropna()
+    return np.interp(x, [0.0, *known.index], [0.0, *known], right=np.nan)
 
 
 def _evaluations(
-    log: Sequence[dict[str, Any]], metrics: dict[str, Any], steps: dict[str, Numbers]
-) -> tuple[dict[str, Numbers], str]:
+    log: Sequence[dict[str, Any]], metrics: dict[str, Any], steps: pd.DataFrame
+) -> tuple[pd.DataFrame, str]:
     """Return the evaluations on the same examples, and the name of their metric."""
     entries = [entry for entry in log if "eval_loss" in entry]
     name = metrics.get("metric_name")
@@ -165,8 +162,7 @@ def _evaluations(
     elif "metric_before" in metrics:
         values = metrics["metric_before"], metrics.get("eval_loss_before")
         before = [{"step": 0, "seconds": 0, f"eval_{name}": values[0], "eval_loss": values[1]}]
-    rows = [*before, *entries]
-    found = {"seconds": "seconds", "loss": "eval_loss", "metric": f"eval_{name}"}
-    columns = {key: _column(rows, own) for key, own in found.items()}
-    passes = _between(_column(rows, "step"), steps["step"], steps["forward_passes"])
-    return {"forward_passes": passes, **columns}, name
+    names = {"step": "step", "seconds": "seconds", "loss": "eval_loss", "metric": f"eval_{name}"}
+    found = _columns([*before, *entries], **names)
+    found["forward_passes"] = _between(found["step"], steps["step"], steps["forward_passes"])
+    return found, name

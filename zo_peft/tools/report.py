@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Template
 from matplotlib.figure import Figure
 from transformers.hf_argparser import HfArg
@@ -104,8 +103,8 @@ def row(run: Run) -> dict[str, str]:
 
 
 def _end(values: Any) -> float | None:
-    known = values[np.isfinite(values)]
-    return known[-1] if len(known) else None
+    known = values.dropna()
+    return None if known.empty else known.iloc[-1]
 
 
 def _change(metrics: dict[str, Any], before: str, after: str) -> str:
