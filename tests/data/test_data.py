@@ -68,6 +68,7 @@ def write(folder: Path, name: str, text: str) -> Path:
         ("a.jsonl", '{"a": 1}\n\n  \n{"a": [true, null]}', [{"a": 1}, {"a": [True, None]}]),
         ("a.json", '{"a": "x"}\r\n{"b": 0.5}\r\n', [{"a": "x"}, {"b": 0.5}]),
         ("a.jsonl", '\ufeff{"a": "é ☃ \\ud83d\\ude00"}', [{"a": "é ☃ 😀"}]),
+        ("a.json", '{\n "a": [\n  1]\n}\n', [{"a": [1]}]),
         ("a.jsonl", '{"a": "one\u2028line"}\n', [{"a": "one\u2028line"}]),
         ("a.csv", 'a,b\n1,"x, ""y""\nz"\n', [{"a": "1", "b": 'x, "y"\nz'}]),
         ("a.csv", "\ufeffa,b\r\n1,é\r\n\r\n,\r\n", [{"a": "1", "b": "é"}, {"a": "", "b": ""}]),

@@ -1,5 +1,6 @@
 """Read files into rows, and make examples of rows with a prompt template and label words."""
 
+import contextlib
 import csv
 import io
 import json
@@ -28,6 +29,7 @@ FORMS = (
 def read_rows(path: str | Path) -> list[Row]:
     """The rows of a JSON lines (.jsonl, .json), CSV (.csv) or TSV (.tsv) file, in order.
 
+    A file of one JSON object has one row, also where the object takes several lines.
     CSV and TSV files begin with a header line, and all their values are strings. In TSV files
     quotes are ordinary characters, as in GLUE's files.
 
@@ -51,6 +53,10 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def _read_json(text: str, path: Path) -> list[Row]:
+    with contextlib.suppress(ValueError, RecursionError):
+        # One object, which may be laid out over several lines.
+        if isinstance(whole := json.loads(text), dict):
+            return [whole]
     rows: list[Row] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():

@@ -3,7 +3,6 @@
 Prompts and sources are in `tasks.yaml`; what takes code to make of a row is here.
 """
 
-import json
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -253,26 +252,13 @@ def task_rows(name: str, folder: str | None, part: int) -> list[Row]:
             f"--task_data_dir {Path(folder).name} holds no data of {name}; expected one of "
             f"{', '.join(wanted)}"
         )
-    rows = _whole_json(found) if name in ("squad", "drop") else read_rows(found)
+    rows = read_rows(found)
     if task.flatten is None or task.flatten[0] in rows[0]:
         return rows
     try:
         return [flat for row in rows for flat in task.flatten[1](row)]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{found.name} is not laid out as {name}'s release: {error!r}") from None
-
-
-def _whole_json(path: Path) -> list[Row]:
-    """The one object of an original release's .json file, or the rows of another file."""
-    if path.suffix != ".json":
-        return read_rows(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path.name} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path.name} is not one JSON object, as the release's file is")
-    return [content]
 
 
 def hub_rows(name: str, config: str | None, split: str) -> list[Row]:
