@@ -23,18 +23,23 @@ SMOOTHED, WINDOW, DRAWN = 1 / 40, 1000, 2000
 #: An axis is logarithmic if its largest value is more than this many times its smallest.
 WIDE = 30.0
 
-#: The panels of `steps`: series, label, and whether the series is measured, and so has noise.
-PANELS = (
-    ("slope", "slope along the direction", True),
-    ("spread", "spread of the candidates' losses, over eps", True),
-    ("eps", "eps", False),
-    ("learning_rate", "learning rate, with its back-off", False),
-)
+#: The panels of the figures `steps` and `faults`: series, label, and what the series is: measured,
+#: and so has noise; set; or a count, of which the panel shows the sum so far.
+PANELS = {
+    "steps": (
+        ("slope", "slope along the direction", "measured"),
+        ("spread", "spread of the candidates' losses, over eps", "measured"),
+        ("eps", "eps", "set"),
+        ("learning_rate", "learning rate, with its back-off", "set"),
+    ),
+    "faults": (
+        ("skipped", "skipped updates, so far", "count"),
+        ("non_finite", "dropped losses, so far", "count"),
+    ),
+}
 
 #: Units of time: the seconds in one, its name, and the shortest run in seconds that it is used for.
 UNITS = ((3600.0, "hours", 7200.0), (60.0, "minutes", 180.0), (1.0, "seconds", 0.0))
-
-FAULTS = (("skipped", "skipped updates"), ("non_finite", "dropped losses"))
 
 #: What the legend says of the marks.
 EACH_STEP = Line2D([], [], color="0.5", lw=0.8, alpha=0.6, label="each step")
@@ -47,11 +52,10 @@ def draw(runs: Sequence[Run]) -> dict[str, Figure]:
     figures = {"loss": losses(runs)}
     if _known(runs, "metric", evaluated=True):
         figures["metric"] = metrics(runs)
-    panels = [panel for panel in PANELS if _known(runs, panel[0])]
-    if panels:
-        figures["steps"] = steps(runs, panels)
-    if any(run.total(name) for run in runs for name, _ in FAULTS):
-        figures["faults"] = faults(runs)
+    if known := [panel for panel in PANELS["steps"] if _known(runs, panel[0])]:
+        figures["steps"] = steps(runs, known)
+    if any(run.total(panel[0]) for run in runs for panel in PANELS["faults"]):
+        figures["faults"] = steps(runs, PANELS["faults"])
     return figures
 
 
@@ -84,31 +88,25 @@ def metrics(runs: Sequence[Run]) -> Figure:
     return _legend(figure, runs)
 
 
-def steps(runs: Sequence[Run], panels: Sequence[tuple[str, str, bool]]) -> Figure:
-    """Draw what each step measured, and how eps and learning rate moved."""
+def steps(runs: Sequence[Run], panels: Sequence[tuple[str, str, str]]) -> Figure:
+    """Draw panels of `PANELS`: what each step measured, set or counted, over forward passes."""
     figure, grid = _grid(len(panels))
-    for axes, (name, label, measured) in zip(grid, panels):
-        if measured:
+    for axes, (name, label, kind) in zip(grid, panels):
+        axes.set(xlabel="forward passes", ylabel=label)
+        if kind == "measured":
             _measured(axes, runs, "forward_passes", 1.0, name)
+            continue
+        for run, style in zip(runs, styles(len(runs))):
+            values = run.steps[name]
+            values = values.fillna(0).cumsum() if kind == "count" else values
+            axes.step(run.steps["forward_passes"], values, where="post", **style)
+        if kind == "count":
+            axes.set_ylim(0, None)
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         else:
-            for run, style in zip(runs, styles(len(runs))):
-                axes.step(run.steps["forward_passes"], run.steps[name], where="post", **style)
             # Eps moves in equal ratios, so its axis is always logarithmic.
             _scale(axes, [run.steps[name] for run in runs], 1.0 if name == "eps" else WIDE)
-        axes.set(xlabel="forward passes", ylabel=label)
-    return _legend(figure, runs, [EACH_STEP] if any(panel[2] for panel in panels) else [])
-
-
-def faults(runs: Sequence[Run]) -> Figure:
-    """Draw how many updates have been skipped and how many losses dropped."""
-    figure, grid = _grid(len(FAULTS))
-    for axes, (name, label) in zip(grid, FAULTS):
-        for run, style in zip(runs, styles(len(runs))):
-            total = run.steps[name].fillna(0).cumsum()
-            axes.step(run.steps["forward_passes"], total, where="post", **style)
-        axes.set(xlabel="forward passes", ylabel=f"{label}, so far", ylim=(0, None))
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    return _legend(figure, runs)
+    return _legend(figure, runs, [EACH_STEP] if any(p[2] == "measured" for p in panels) else [])
 
 
 def smooth(values: pd.Series) -> pd.Series:

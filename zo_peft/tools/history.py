@@ -5,9 +5,9 @@ the evaluations. A run with gradients has no journal, and one that was killed ma
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,11 @@ SERIES += ("learning_rate", "skipped", "non_finite")
 
 def names(folders: Sequence[Path]) -> list[str]:
     """Name different folders, each with as many parents as it takes to tell them apart."""
-    parts = 1
-    while True:
+    for parts in count(1):
         found = ["/".join(folder.parts[-parts:]) for folder in folders]
         if len(set(found)) == len(folders):
-            return found
-        parts += 1
+            break
+    return found
 
 
 def load(folder: Path, name: str) -> Run:
@@ -84,22 +83,16 @@ def load(folder: Path, name: str) -> Run:
 
 
 def _journalled(path: Path) -> pd.DataFrame:
-    rows = []
-    for record in read(path)[1]:
-        skipped = "skipped" in record.chosen
-        row = {
-            "step": record.step + 1,
-            "forward_passes": record.forward_passes,
-            "loss": record.loss,
-            "slope": math.nan if skipped else abs(record.slope),
-            "spread": math.nan if skipped else record.spread,
-            "eps": record.eps,
-            "learning_rate": record.learning_rate * record.backoff,
-            "skipped": skipped,
-            "non_finite": record.chosen.get("non_finite", 0),
-        }
-        rows.append(row)
-    return _columns(rows, **{name: name for name in SERIES})
+    records = list(read(path)[1])
+    names = {name: name for name in (*SERIES, "backoff")}
+    steps = _columns([vars(record) for record in records], **names)
+    steps["step"] += 1
+    steps["learning_rate"] *= steps.pop("backoff")
+    steps["skipped"] = [float("skipped" in record.chosen) for record in records]
+    steps["non_finite"] = [float(record.chosen.get("non_finite", 0)) for record in records]
+    for name in ("slope", "spread"):
+        steps[name] = steps[name].abs().where(steps["skipped"] == 0)
+    return steps
 
 
 def _logged(log: Sequence[dict[str, Any]]) -> pd.DataFrame:
