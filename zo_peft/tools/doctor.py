@@ -14,6 +14,7 @@ import psutil
 import torch
 import yaml
 
+from zo_peft import __version__
 from zo_peft.runs import jobs
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
@@ -54,8 +55,8 @@ def doctor() -> dict[str, Any]:
         checks[name] = {"works": error is None}
         if error is not None:
             checks[name] |= {"error": public(error), "fix": check["fix"]}
-    versions = {"python": platform.python_version()}
-    versions |= {package: _version(package) for package in TABLE["packages"]}
+    versions = {"python": platform.python_version(), "zo_peft": __version__}
+    versions |= {package: importlib.metadata.version(package) for package in TABLE["packages"]}
     return {"versions": versions, "devices": _devices(), "checks": checks}
 
 
@@ -86,13 +87,6 @@ def public(message: str) -> str:
         r"(?<![\w/:.])(?:[A-Za-z]:)?(?:[\\/][^\s\\/:'\"]+)*[\\/](?=[^\s\\/])", "", message
     )
     return shown.replace(name, "this machine") if name else shown
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _devices() -> list[str]:
