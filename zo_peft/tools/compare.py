@@ -17,20 +17,6 @@ from zo_peft.train.results import write_json
 
 RESULT_NAME, PLOT_NAME = "comparison.json", "comparison.png"
 
-#: The entries of `zo_metrics.json` that are compared.
-COMPARED = (
-    "metric_name",
-    "metric_before",
-    "metric_after",
-    "eval_loss_after",
-    "train_loss",
-    "steps",
-    "forward_passes",
-    "examples_forwarded",
-    "wall_seconds",
-    "peak_memory_bytes",
-)
-
 
 @dataclass
 class CompareArguments:
@@ -56,7 +42,7 @@ def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
         options: of `zo-peft train`, for all runs.
 
     Returns:
-        The contents of `comparison.json`: by strategy, the entries of `COMPARED`.
+        The contents of `comparison.json`: by strategy, its `zo_metrics.json`.
 
     Raises:
         UserError: a strategy is not known, or a run fails.
@@ -71,8 +57,7 @@ def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
     for name in given.strategies:
         kind = "strategy" if name in known else "preset"
         own = jobs.flags({kind: name, "max_forward_passes": given.max_forward_passes})
-        metrics = jobs.train(folder / name, [*options, *own])
-        result[name] = {key: metrics[key] for key in COMPARED}
+        result[name] = jobs.train(folder / name, [*options, *own])
     write_json(folder / RESULT_NAME, result)
     plot(folder, result)
     return result
@@ -81,32 +66,31 @@ def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
 def plot(folder: Path, result: dict[str, Any]) -> None:
     """Draw training losses over examples forwarded, and below each run's metric, time, memory."""
     figure = Figure(figsize=(12, 7), layout="constrained")
-    grid = figure.add_gridspec(2, 3)
-    losses = figure.add_subplot(grid[0, :])
+    panels = figure.subplot_mosaic([["losses"] * 3, ["metric", "seconds", "memory"]])
     for name in result:
-        losses.plot(*zip(*_training_losses(folder / name)), label=name)
-    losses.set(
+        log = TrainerState.load_from_json(str(folder / name / TRAINER_STATE_NAME)).log_history
+        points = [(entry["examples_forwarded"], entry["loss"]) for entry in log if "loss" in entry]
+        panels["losses"].plot(*zip(*points), label=name)
+    panels["losses"].set(
         xlabel="examples forwarded (a backward pass counts as two forwards)", ylabel="training loss"
     )
-    losses.legend()
-    metric = next(iter(result.values()))["metric_name"]
+    panels["losses"].legend()
     runs = result.values()
-    memory = [run["peak_memory_bytes"] / 2**20 for run in runs]
+    metric = next(iter(runs))["metric_name"]
     bars = {
-        f"{metric} after": ([run["metric_after"] or 0.0 for run in runs], "{:.3f}"),
-        "seconds": ([run["wall_seconds"] for run in runs], "{:,.0f}"),
-        "peak memory, MiB": (memory, "{:,.0f}"),
+        "metric": (f"{metric} after", [run["metric_after"] or 0.0 for run in runs], "{:.3f}"),
+        "seconds": ("seconds", [run["wall_seconds"] for run in runs], "{:,.0f}"),
+        "memory": (
+            "peak memory, MiB",
+            [run["peak_memory_bytes"] / 2**20 for run in runs],
+            "{:,.0f}",
+        ),
     }
-    colors = [f"C{index}" for index in range(len(result))]
-    for column, (title, (values, form)) in enumerate(bars.items()):
-        axes = figure.add_subplot(grid[1, column], title=title)
-        axes.bar_label(axes.bar([*result], values, color=colors), fmt=form)
+    for panel, (title, values, form) in bars.items():
+        axes = panels[panel]
+        axes.set_title(title)
+        drawn = axes.bar([*result], values, color=[f"C{index}" for index in range(len(result))])
+        axes.bar_label(drawn, fmt=form)
         axes.margins(y=0.1)
         axes.tick_params(axis="x", labelrotation=30)
     figure.savefig(folder / PLOT_NAME, dpi=120)
-
-
-def _training_losses(run: Path) -> list[tuple[int, float]]:
-    """Pairs of examples forwarded and the loss that was logged then."""
-    logs = TrainerState.load_from_json(str(run / TRAINER_STATE_NAME)).log_history
-    return [(log["examples_forwarded"], log["loss"]) for log in logs if "loss" in log]
