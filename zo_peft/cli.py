@@ -25,18 +25,9 @@ from zo_peft.errors import UserError
 
 @dataclass(frozen=True)
 class Command:
-    """A command of `commands.yaml`. Functions and classes are named `module:name`, in `zo_peft`.
+    """A command of `commands.yaml`, which says what its keys mean.
 
     What it prints is a template of `runs/texts/`, which has its name.
-
-    Attributes:
-        help: what it does, in one line.
-        job: the function that does it: dataclasses of arguments in, a dictionary out.
-        arguments: the dataclasses.
-        trains: further arguments are options of `train`, which the job takes as a list.
-        positional: names of arguments that may come first without their names.
-        json: the function that makes JSON of the result; None: json.dumps.
-        goes_on: what to do if the command was stopped.
     """
 
     help: str
