@@ -47,10 +47,18 @@ class Tokenization:
         """
         try:
             features = self._features(example)
+            ids = features["input_ids"] if "input_ids" in features else features["prompt_ids"]
+            length = len(ids) + max(map(len, features.get("option_ids", [[]])))
+            generated = self.max_completion_length if "columns" in features else 0
+            if self.context is not None and length + generated > self.context:
+                raise UserError(
+                    f"it has {length + generated} tokens, but the model's context holds "
+                    f"{self.context}; shorten it, or set max_length to {self.context} or less to "
+                    "cut it"
+                )
         except UserError as error:
             raise UserError(f"example {index + 1}: {error}") from None
-        ids = features["input_ids"] if "input_ids" in features else features["prompt_ids"]
-        return {**features, "length": len(ids) + max(map(len, features.get("option_ids", [[]])))}
+        return {**features, "length": length}
 
     def _features(self, example: Row) -> Row:
         form = form_of(example)
@@ -102,7 +110,6 @@ class Tokenization:
         return {**example, column: text}
 
     def _tokenized(self, ids: list[int], labels: Any) -> Row:
-        self._check_fit(len(ids))
         if self.num_labels is not None:
             return {"input_ids": ids, "labels": _index(labels, self.num_labels, "classes")}
         if not isinstance(labels, list) or len(labels) != len(ids) or _unscored(labels):
@@ -116,7 +123,6 @@ class Tokenization:
         ids = self.tokenizer(text, truncation=cut, max_length=self.max_length)["input_ids"]
         if not ids:
             raise UserError("its text is empty")
-        self._check_fit(len(ids))
         return {"input_ids": ids, "labels": index}
 
     def _generated(self, example: Row) -> Row:
@@ -133,9 +139,7 @@ class Tokenization:
         ids = self._open(ids) or ids
         if not ids:
             raise UserError("the prompt is empty; put text there")
-        ids = ids[-(self.max_length or 0) :]
-        self._check_fit(len(ids) + self.max_completion_length)
-        return {"prompt_ids": ids, "columns": columns}
+        return {"prompt_ids": ids[-(self.max_length or 0) :], "columns": columns}
 
     def _options(self, example: Row) -> Row:
         prompt, options = example["prompt"], example["options"]
@@ -154,7 +158,6 @@ class Tokenization:
         ids = self._open(self.tokenizer(self._ended(text))["input_ids"])[: self.max_length]
         if len(ids) < 2:
             raise UserError("its text has fewer than two tokens")
-        self._check_fit(len(ids))
         return {"input_ids": ids, "labels": ids}
 
     def _messages(self, messages: Sequence[dict[str, Any]]) -> Row:
@@ -182,7 +185,6 @@ class Tokenization:
             for token, (start, end) in zip(ids, offsets)
         ]
         ids, labels = (row[-(self.max_length or 0) :] for row in (ids, labels))
-        self._check_fit(len(ids))
         if _unscored(labels):
             raise UserError(
                 "no token of the assistant's turns is left; shorten them, raise max_length, or "
@@ -235,15 +237,7 @@ class Tokenization:
                     f"max_length={self.max_length}; raise it"
                 )
             prompt_ids = prompt_ids[-room:]
-        self._check_fit(len(prompt_ids) + longest)
         return prompt_ids, ending_ids
-
-    def _check_fit(self, length: int) -> None:
-        if self.context is not None and length > self.context:
-            raise UserError(
-                f"it has {length} tokens, but the model's context holds {self.context}; shorten "
-                f"it, or set max_length to {self.context} or less to cut it"
-            )
 
 
 def _unscored(labels: list[int]) -> bool:
