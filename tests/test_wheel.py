@@ -41,7 +41,16 @@ def test_a_wheel_holds_the_package_and_its_model_and_nothing_else(wheel: Path) -
     assert names == package | {f"{info}/{name}" for name in about}
     assert {"zo_peft/py.typed", "zo_peft/embedded/model/model.safetensors"} <= names
     kinds = {Path(name).suffix for name in package}
-    assert kinds <= {".py", ".typed", ".jinja", ".json", ".jsonl", ".safetensors", ".yaml"}
+    assert kinds <= {
+        ".py",
+        ".typed",
+        ".jinja",
+        ".json",
+        ".jsonl",
+        ".mplstyle",
+        ".safetensors",
+        ".yaml",
+    }
 
 
 def test_the_demo_runs_from_an_installed_wheel_in_any_folder(wheel: Path, tmp_path: Path) -> None:

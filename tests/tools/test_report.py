@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import rc_context
 from PIL import Image
 from tiny import command_line
 
@@ -23,7 +24,7 @@ from zo_peft.cli import main
 from zo_peft.core.direction import Direction
 from zo_peft.core.journal import JOURNAL_NAME, Journal, Record, read
 from zo_peft.errors import UserError
-from zo_peft.tools.charts import COLOURS, DASHES, SMOOTHED, WINDOW, draw, plain, smooth, styles
+from zo_peft.tools.charts import SMOOTHED, STYLE, WINDOW, draw, plain, smooth, styles
 from zo_peft.tools.demo import EMBEDDED
 from zo_peft.tools.history import load, names
 
@@ -190,8 +191,8 @@ def test_names_have_as_many_parents_as_tell_them_apart() -> None:
 
 
 def test_each_of_many_runs_has_a_style_of_its_own() -> None:
-    count = len(COLOURS) * len(DASHES)
-    assert len({(style["color"], style["ls"]) for style in styles(count)}) == count
+    with rc_context(fname=STYLE):
+        assert len({(style["color"], style["linestyle"]) for style in styles(28)}) == 28
 
 
 def test_the_page_is_one_file_and_shows_strange_names_as_they_are(

@@ -1,9 +1,12 @@
 """Charts of one or several runs, which share their axes."""
 
 from collections.abc import Sequence
+from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -11,10 +14,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from zo_peft.tools.history import Run
 
-#: Okabe and Ito's colours, which are told apart with every kind of colour vision, without their
-#: yellow, which is too light for a line. Further runs have the same colours with other dashes.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-DASHES = ("-", "--", ":", "-.")
+STYLE = Path(__file__).with_name("charts.mplstyle")
 
 #: A trailing mean is over the share `SMOOTHED` of a run's steps, but at most over `WINDOW` steps. A
 #: line that has more points than `DRAWN` is drawn with a part of them.
@@ -47,6 +47,7 @@ EVALUATION = Line2D([], [], color="0.5", ls="", marker="o", mec="white", label="
 SKIPPED = Line2D([], [], color="black", ls="", marker="x", mew=1.5, label="skipped update")
 
 
+@rc_context(fname=STYLE)
 def draw(runs: Sequence[Run]) -> dict[str, Figure]:
     """Draw the figures that have something to show: loss, metric, steps, faults, by these names."""
     figures = {"loss": losses(runs)}
@@ -116,12 +117,8 @@ def smooth(values: pd.Series) -> pd.Series:
 
 
 def styles(count: int) -> list[dict[str, Any]]:
-    """Return the colour, dashes and width of each of `count` runs, as matplotlib's arguments."""
-    colours = len(COLOURS)
-    return [
-        {"color": COLOURS[i % colours], "ls": DASHES[i // colours % len(DASHES)], "lw": 1.8}
-        for i in range(count)
-    ]
+    """Return the colour and dashes of each of `count` runs, as matplotlib's arguments."""
+    return [*islice(cycle(rcParams["axes.prop_cycle"]), count)]
 
 
 def plain(text: str) -> str:
@@ -138,12 +135,9 @@ def _known(runs: Sequence[Run], name: str, evaluated: bool = False) -> bool:
 def _grid(count: int) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels, two in a row."""
     rows = -(-count // 2)
-    figure = Figure(figsize=(11, 0.7 + 3.5 * rows), layout="constrained")
+    figure = Figure(figsize=(11, 0.7 + 3.5 * rows))
     grid = [figure.add_subplot(rows, min(2, count), index + 1) for index in range(count)]
     for axes in grid:
-        axes.grid(color="0.92")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     return figure, grid
 
@@ -188,5 +182,5 @@ def _scale(axes: Axes, series: Sequence[pd.Series], wide: float = WIDE) -> None:
 def _legend(figure: Figure, runs: Sequence[Run], marks: Sequence[Line2D] = ()) -> Figure:
     named = zip(runs, styles(len(runs)))
     lines = [Line2D([], [], label=plain(run.name), **style) for run, style in named]
-    figure.legend(handles=[*lines, *marks], loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(handles=[*lines, *marks], loc="outside lower center", ncols=6)
     return figure
