@@ -84,15 +84,14 @@ class Memory:
         return max(self.load, self.step, self.update, self.evaluate)
 
 
+@dataclass(eq=False)
 class Planner:
     """The memory of runs on one base that differ in batch, length and candidates.
 
-    Args:
+    Attributes:
         completion_length: the scored tokens of each example.
         generates: completions of `args.max_completion_length` tokens are generated.
         device: cpu or cuda.
-
-    Attributes:
         tuned: how many numbers are tuned.
         positions: the longest sequence that the base takes, if its configuration says so.
 
@@ -100,16 +99,14 @@ class Planner:
         UserError: the base is not found, or cannot be tuned in this way.
     """
 
-    def __init__(
-        self,
-        model: ModelArguments,
-        args: ZOConfig,
-        completion_length: int = 1,
-        generates: bool = False,
-        device: str = "cpu",
-    ) -> None:
-        self.model, self.args, self.device = model, args, device
-        self.completion_length, self.generates = completion_length, generates
+    model: ModelArguments
+    args: ZOConfig
+    completion_length: int = 1
+    generates: bool = False
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        model, args = self.model, self.args
         self.classifies = model.task_type == "SEQ_CLS"
         bits, source = model.quantization(self.classifies), model.source
         base = meta_base(model.model_name_or_path, model.dtype, bits, self.classifies, **source)
@@ -117,8 +114,8 @@ class Planner:
         with torch.device("meta"):
             tuned = add_adapter(base, _peft_config(model)) if args.tune == "adapter" else base
         self.space = space_of(tuned, **{name: getattr(args, name) for name in SPACE_FIELDS})
-        new_tokens = args.max_completion_length if generates else 0
-        self.fit = Fit(tuned, self.space.lane_numel, new_tokens, device)
+        new_tokens = args.max_completion_length if self.generates else 0
+        self.fit = Fit(tuned, self.space.lane_numel, new_tokens, self.device)
         self.tuned = self.space.numel
         self.positions: int | None = getattr(self.fit.config, "max_position_embeddings", None)
         self.in_lanes = not isinstance(replacements_of(tuned, self.space), NotInLanes)
@@ -144,9 +141,7 @@ class Planner:
 
     def on_base(self, options: dict[str, Any]) -> "Planner":
         """The planner of the same runs on a base with these options of `ModelArguments`."""
-        model = replace(self.model, **options)
-        further = self.completion_length, self.generates, self.device
-        return Planner(model, self.args, *further) if options else self
+        return replace(self, model=replace(self.model, **options)) if options else self
 
     def candidates(self, batch: int, length: int, limit: int | None = None) -> list[int]:
         """How many candidates share a forward pass: in a step, and while zo_eps is chosen.
