@@ -1,14 +1,12 @@
 """`zo-peft report`: show runs on one page, with charts and tables."""
 
 import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Template
-from matplotlib.figure import Figure
 from transformers.hf_argparser import HfArg
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -49,25 +47,23 @@ def report(given: ReportArguments) -> dict[str, Any]:
                 f"{run.name} holds no steps of a run, neither in {JOURNAL_NAME} nor in "
                 f"{TRAINER_STATE_NAME}; give an --output_dir of zo-peft train"
             )
-    charts = {name: _png(figure) for name, figure in draw(runs).items()}
-    folder = Path(given.output_dir)
+    figures, folder = draw(runs), Path(given.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--output_dir {folder} is, or is below, a file; give a folder") from None
-    for name, content in charts.items():
-        (folder / f"{name}.png").write_bytes(content)
-    unfinished = folder / f"{PAGE_NAME}.tmp"
-    unfinished.write_text(page(runs, charts), encoding="utf-8")
-    unfinished.replace(folder / PAGE_NAME)
+    charts = {name: folder / f"{name}.png" for name in figures}
+    for name, figure in figures.items():
+        figure.savefig(charts[name], dpi=110)
+    (folder / PAGE_NAME).write_text(page(runs, charts), encoding="utf-8")
     return {
         "page": str(folder / PAGE_NAME),
-        "charts": [str(folder / f"{name}.png") for name in charts],
+        "charts": [*map(str, charts.values())],
         "runs": [row(run) for run in runs],
     }
 
 
-def page(runs: Sequence[Run], charts: dict[str, bytes]) -> str:
+def page(runs: Sequence[Run], charts: dict[str, Path]) -> str:
     """Return the page, with its charts inside.
 
     Args:
@@ -83,7 +79,9 @@ def page(runs: Sequence[Run], charts: dict[str, bytes]) -> str:
         title=f"zo_peft: {runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}",
         header=rows[0].keys(),
         rows=[list(own.values()) for own in rows],
-        charts={name: base64.b64encode(content).decode() for name, content in charts.items()},
+        charts={
+            name: base64.b64encode(path.read_bytes()).decode() for name, path in charts.items()
+        },
         settings_header=["", *(run.name for run in runs)],
         settings=[[name, *(own.get(name, "") for own in settings)] for name in ordered],
         differing=len(differ),
@@ -118,9 +116,3 @@ def _end(values: Any) -> float | None:
 def _change(metrics: dict[str, Any], before: str, after: str) -> str:
     ends = [number(metrics.get(name), ".4f") for name in (before, after)]
     return " → ".join(ends) if all(ends) else ""
-
-
-def _png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    return content.getvalue()
