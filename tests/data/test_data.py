@@ -224,7 +224,7 @@ def test_a_classifier_reads_text_or_a_template() -> None:
     ],
 )
 def test_only_columns_in_braces_are_replaced(template: str, filled: str) -> None:
-    assert fill_template(template, {"a": 1, "b": "{a}", "é_1": "ü"}, "f, row 1") == filled
+    assert fill_template(template, {"a": 1, "b": "{a}", "é_1": "ü"}) == filled
 
 
 @pytest.mark.parametrize(
@@ -245,14 +245,14 @@ def test_only_columns_in_braces_are_replaced(template: str, filled: str) -> None
     ],
 )
 def test_a_label_is_a_word_an_index_or_a_bool(label: object, words: Any, index: int) -> None:
-    found = label_index(label, words, "f, row 1")
+    found = label_index(label, words)
     assert (found, type(found)) == (index, int)
 
 
 @pytest.mark.parametrize("words", [["True", "False"], ["true", "false"]])
 def test_a_bool_is_the_word_it_reads_as(words: list[str]) -> None:
-    assert label_index(True, words, "f, row 1") == 0
-    assert label_index(False, words, "f, row 1") == 1
+    assert label_index(True, words) == 0
+    assert label_index(False, words) == 1
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 from zo_peft import UserError
 from zo_peft.cli import main
 from zo_peft.data import Tokenization, tokenize_dataset
-from zo_peft.data.tasks import TASKS, examples, sample, task_rows, train_parts, with_demonstrations
+from zo_peft.data.examples import converted
+from zo_peft.data.tasks import TASKS, sample, task_rows, train_parts, with_demonstrations
 from zo_peft.runs.arguments import DataArguments
 from zo_peft.runs.sources import evaluation_examples, training_examples
 from zo_peft.tools.demo import EMBEDDED
@@ -673,7 +674,7 @@ def test_a_release_is_read_as_it_was_published(
     write(tmp_path / files[part], content)
     write(tmp_path / files[1 - part], "this file is of the other part")
     rows = task_rows(name, str(tmp_path), part)
-    assert examples(name, rows, TASKS[name].example) == expected
+    assert converted(name, rows, TASKS[name].example) == expected
 
 
 @pytest.mark.parametrize("part", [0, 1])
@@ -684,7 +685,7 @@ def test_the_hubs_rows_may_lie_in_a_folder(
     write(tmp_path / ("train.jsonl", "validation.jsonl")[part], [row, row])
     rows = task_rows(name, str(tmp_path), part)
     assert rows == [row, row]
-    assert examples(name, rows, TASKS[name].example) == [example, example]
+    assert converted(name, rows, TASKS[name].example) == [example, example]
 
 
 @pytest.mark.parametrize(
@@ -1224,7 +1225,7 @@ def test_a_data_set_becomes_examples_and_token_ids(
     task, rows = TASKS[name], [task_rows(name, str(DATA / name), part) for part in (0, 1)]
     assert tuple(map(len, rows)) == counts
     for part in rows:
-        made = examples(name, part, task.example)
+        made = converted(name, part, task.example)
         shares = Counter(example["label"] for example in made)
         assert sorted(shares) == list(range(len(labels or "12")))
         # CB has few neutral pairs.
@@ -1236,10 +1237,10 @@ def test_a_data_set_becomes_examples_and_token_ids(
     chosen = sample(rows[1], 100)
     limits = Tokenization(TOKENIZER, max_length=128)
     for kind in (task.example, task.training_example):
-        for features in tokenize_dataset(examples(name, chosen, kind), limits):
+        for features in tokenize_dataset(converted(name, chosen, kind), limits):
             assert features["length"] <= 128
     heads = Tokenization(TOKENIZER, max_length=128, num_labels=3)
-    found = tokenize_dataset(examples(name, chosen, task.classified), heads)
+    found = tokenize_dataset(converted(name, chosen, task.classified), heads)
     assert max(found["length"]) <= 128
 
 
@@ -1258,7 +1259,7 @@ def test_a_thousand_rows_are_scaled_down(name: str, capsys: pytest.CaptureFixtur
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the data sets of shared/data")
 def test_copas_sentences_go_on_without_a_break() -> None:
     for part in (0, 1):
-        for example in examples("copa", task_rows("copa", str(DATA / "copa"), part), _copa):
+        for example in converted("copa", task_rows("copa", str(DATA / "copa"), part), _copa):
             assert re.search(r"[^ .] (so|because)$", example["prompt"])
             for option in example["options"]:
                 assert re.match(r"I |[^A-Z ]", option)

@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,29 +113,52 @@ def make_examples(
         UserError: a row lacks a column, or its label is not among the label words.
     """
 
-    def example(row: Row, where: str) -> Row:
+    def example(row: Row) -> Row:
         if prompt_template is None and not classifies:
-            return _own_form(row, where, generates)
-        text = fill_template(prompt_template or "{text}", row, where)
+            return _own_form(row, generates)
+        text = fill_template(prompt_template or "{text}", row)
         if generates and not classifies and row.get(label_column) is None:
             return {**row, "prompt": text}
-        label = _column(row, label_column, where)
+        label = _column(row, label_column)
         if classifies:
-            return {"text": text, "label": label_index(label, label_words, where)}
+            return {"text": text, "label": label_index(label, label_words)}
         if label_words:
-            index = label_index(label, label_words, where)
+            index = label_index(label, label_words)
             return {"prompt": text, "options": list(label_words), "label": index}
         return {**(row if generates else {}), "prompt": text, "completion": str(label)}
 
-    return [example(row, f"{source}, row {number}") for number, row in enumerate(rows, start=1)]
+    return converted(source, rows, example)
 
 
-def fill_template(template: str, row: Row, where: str) -> str:
+def converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Row]) -> list[Row]:
+    """What `convert` makes of each row.
+
+    Args:
+        source: where the rows come from, for error messages.
+
+    Raises:
+        UserError: `convert` does not find a column of a row, or cannot use its values.
+    """
+    made = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            made.append(convert(row))
+        except KeyError as error:
+            columns = ", ".join(map(str, row))
+            raise UserError(
+                f"{source}, row {number} has no column {error}; it has {columns}"
+            ) from None
+        except (ValueError, IndexError, TypeError, AttributeError) as error:
+            raise UserError(f"{source}, row {number} cannot be used: {error}") from None
+    return made
+
+
+def fill_template(template: str, row: Row) -> str:
     """Replace each `{column}` of the template by the row's value; other braces stay."""
-    return re.sub(r"\{(\w+)\}", lambda match: str(_column(row, match[1], where)), template)
+    return re.sub(r"\{(\w+)\}", lambda match: str(_column(row, match[1])), template)
 
 
-def label_index(label: object, label_words: Sequence[str] | None, where: str) -> int:
+def label_index(label: object, label_words: Sequence[str] | None) -> int:
     """The index of a label, which is one of the label words, an index into them, or a bool."""
     words = [word.strip() for word in label_words or ()]
     text = str(label).strip()
@@ -147,18 +170,16 @@ def label_index(label: object, label_words: Sequence[str] | None, where: str) ->
     if text.isdecimal() and (label_words is None or int(text) < len(words)):
         return int(text)
     if label_words is None:
-        raise UserError(
-            f"{where}: label {label!r} is no class index; name the classes as label words"
-        )
+        raise UserError(f"label {label!r} is no class index; name the classes as label words")
     raise UserError(
-        f"{where}: label {label!r} is not among the label words {', '.join(words)}, nor an index "
-        f"from 0 to {len(words) - 1}; correct the row or --label_words"
+        f"label {label!r} is not among the label words {', '.join(words)}, nor an index from 0 to "
+        f"{len(words) - 1}; correct the row or --label_words"
     )
 
 
-def _column(row: Row, name: str, where: str) -> Any:
+def _column(row: Row, name: str) -> Any:
     if row.get(name) is None:
-        raise UserError(f"{where} has no column {name!r}; it has {', '.join(map(str, row))}")
+        raise KeyError(name)
     return row[name]
 
 
@@ -168,14 +189,14 @@ def form_of(columns: Iterable[str]) -> tuple[str, ...] | None:
     return next((form for form in FORMS if present.issuperset(form)), None)
 
 
-def _own_form(row: Row, where: str, generates: bool) -> Row:
+def _own_form(row: Row, generates: bool) -> Row:
     form = form_of(name for name, value in row.items() if value is not None)
     if generates and "prompt" in row:
         return row
     if form is None or form == ("prompt",):
         wanted = "; ".join(" + ".join(form) for form in FORMS[1:-1])
         raise UserError(
-            f"{where} has the columns {', '.join(map(str, row))}; expected {wanted}. For other "
+            f"it has the columns {', '.join(map(str, row))}; expected {wanted}. For other "
             "columns give a --prompt_template (and --label_words)"
         )
     return {name: row[name] for name in (*form, "passage") if name in row}

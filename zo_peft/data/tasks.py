@@ -301,25 +301,6 @@ def sample(rows: list[Row], count: int) -> list[Row]:
     return random.Random(0).sample(rows, count) if count < len(rows) else rows
 
 
-def examples(name: str, rows: list[Row], convert: Callable[[Row], Row]) -> list[Row]:
-    """Make examples of rows with a task's `example`, `training_example` or `classified`.
-
-    Raises:
-        UserError: a row lacks a column of the task, or its values make no sense.
-    """
-    made = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            made.append(convert(row))
-        except KeyError as error:
-            raise UserError(
-                f"{name}, row {number} has no column {error}; it has {', '.join(row)}"
-            ) from None
-        except (ValueError, IndexError, TypeError, AttributeError) as error:
-            raise UserError(f"{name}, row {number} cannot be used: {error}") from None
-    return made
-
-
 def with_demonstrations(task: Task, example: Row, shown: Sequence[Row]) -> Row:
     """The example with answered rows before its prompt, as in in-context learning.
 

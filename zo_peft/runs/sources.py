@@ -3,16 +3,8 @@
 from pathlib import Path
 
 from zo_peft.data import make_examples, read_rows
-from zo_peft.data.examples import Row
-from zo_peft.data.tasks import (
-    TASKS,
-    examples,
-    hub_rows,
-    sample,
-    task_rows,
-    train_parts,
-    with_demonstrations,
-)
+from zo_peft.data.examples import Row, converted
+from zo_peft.data.tasks import TASKS, hub_rows, sample, task_rows, train_parts, with_demonstrations
 from zo_peft.errors import UserError
 from zo_peft.runs.arguments import DataArguments
 
@@ -42,7 +34,7 @@ def training_examples(
     train, dev = train_parts(data.task, rows, data.num_train, data.num_dev, seed)
     evaluated = task.classified if classifies else task.example
     trained = evaluated if classifies or generates else task.training_example
-    return examples(data.task, train, trained), examples(data.task, dev, evaluated)
+    return converted(data.task, train, trained), converted(data.task, dev, evaluated)
 
 
 def evaluation_examples(data: DataArguments, classifies: bool, generates: bool) -> Examples | None:
@@ -55,7 +47,7 @@ def evaluation_examples(data: DataArguments, classifies: bool, generates: bool) 
         return _own_examples(data, data.eval_file, data.dataset_test_split, classifies, generates)
     task = TASKS[data.task]
     rows = sample(task_rows(data.task, data.task_data_dir, 1), data.num_eval)
-    made = examples(data.task, rows, task.classified if classifies else task.example)
+    made = converted(data.task, rows, task.classified if classifies else task.example)
     if data.shots == 0:
         return made
     if classifies:
