@@ -122,3 +122,7 @@ class DataArguments:
             raise UserError(f"task={self.task!r} is not known; use one of {', '.join(TASKS)}")
         if self.prompt_template is not None:
             self.prompt_template = self.prompt_template.replace("\\n", "\n")
+
+    def words(self) -> list[str] | None:
+        """The label words, one by one; None if there are none."""
+        return None if self.label_words is None else self.label_words.split(",")

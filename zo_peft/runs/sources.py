@@ -66,6 +66,5 @@ def _own_examples(
         source, rows = data.dataset_name, hub_rows(data.dataset_name, data.dataset_config, split)
     else:
         return None
-    words = None if data.label_words is None else data.label_words.split(",")
     template, column = data.prompt_template, data.label_column
-    return make_examples(rows, source, template, column, words, classifies, generates)
+    return make_examples(rows, source, template, column, data.words(), classifies, generates)
