@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+from transformers import TrainerState
 from transformers.hf_argparser import HfArg
+from transformers.trainer import TRAINER_STATE_NAME
 
 from zo_peft.core.strategies import STRATEGIES
 from zo_peft.errors import UserError
 from zo_peft.runs import jobs
-from zo_peft.tools.charts import draw
-from zo_peft.tools.history import load
 from zo_peft.train.checks import GRADIENT, PRESETS
 from zo_peft.train.results import write_json
 
@@ -34,8 +35,8 @@ class CompareArguments:
 def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
     """Train with each strategy in a process of its own, on the same data with the same budget.
 
-    Beside the result, `output_dir` gets a folder for each run and `comparison.png`, the chart of
-    losses that `zo-peft report` draws. A run that is there already is not made again.
+    Beside the result, `output_dir` gets `comparison.png` and a folder for each run. A run that is
+    there already is not made again.
 
     Args:
         options: of `zo-peft train`, for all runs.
@@ -58,6 +59,38 @@ def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
         own = jobs.flags({kind: name, "max_forward_passes": given.max_forward_passes})
         result[name] = jobs.train(folder / name, [*options, *own])
     write_json(folder / RESULT_NAME, result)
-    runs = [load(folder / name, name) for name in result]
-    draw(runs)["loss"].savefig(folder / PLOT_NAME, dpi=110)
+    plot(folder, result)
     return result
+
+
+def plot(folder: Path, result: dict[str, Any]) -> None:
+    """Draw training losses over examples forwarded, and below each run's metric, time, memory."""
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    panels = figure.subplot_mosaic([["losses"] * 3, ["metric", "seconds", "memory"]])
+    for name in result:
+        log = TrainerState.load_from_json(str(folder / name / TRAINER_STATE_NAME)).log_history
+        points = [(entry["examples_forwarded"], entry["loss"]) for entry in log if "loss" in entry]
+        panels["losses"].plot(*zip(*points), label=name)
+    panels["losses"].set(
+        xlabel="examples forwarded (a backward pass counts as two forwards)", ylabel="training loss"
+    )
+    panels["losses"].legend()
+    runs = result.values()
+    metric = next(iter(runs))["metric_name"]
+    bars = {
+        "metric": (f"{metric} after", [run["metric_after"] or 0.0 for run in runs], "{:.3f}"),
+        "seconds": ("seconds", [run["wall_seconds"] for run in runs], "{:,.0f}"),
+        "memory": (
+            "peak memory, MiB",
+            [run["peak_memory_bytes"] / 2**20 for run in runs],
+            "{:,.0f}",
+        ),
+    }
+    for panel, (title, values, form) in bars.items():
+        axes = panels[panel]
+        axes.set_title(title)
+        drawn = axes.bar([*result], values, color=[f"C{index}" for index in range(len(result))])
+        axes.bar_label(drawn, fmt=form)
+        axes.margins(y=0.1)
+        axes.tick_params(axis="x", labelrotation=30)
+    figure.savefig(folder / PLOT_NAME, dpi=120)

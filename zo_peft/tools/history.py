@@ -61,10 +61,10 @@ def names(folders: Sequence[Path]) -> list[str]:
 
 
 def load(folder: Path, name: str) -> Run:
-    """Read a run's folder. A folder that holds no run yet is a run without steps.
+    """Read a run's folder.
 
     Raises:
-        UserError: the run is damaged.
+        UserError: the folder holds no run, or a damaged one.
     """
     journal, metrics = folder / JOURNAL_NAME, _json(folder / METRICS_NAME)
     steps = _journalled(journal) if journal.is_file() else None
@@ -72,6 +72,11 @@ def load(folder: Path, name: str) -> Run:
         metrics = {}  # An earlier run in this folder wrote them.
     log = _log(folder, ended=bool(metrics) or steps is None)
     steps = _logged(log) if steps is None else steps
+    if steps.empty:
+        raise UserError(
+            f"{name} holds no steps of a run, neither in {JOURNAL_NAME} nor in "
+            f"{TRAINER_STATE_NAME}; give an --output_dir of zo-peft train"
+        )
     times = _columns(log, step="step", seconds="seconds")
     steps["seconds"] = _between(steps["step"], times["step"], times["seconds"])
     return Run(name, steps, *_evaluations(log, metrics, steps), metrics)

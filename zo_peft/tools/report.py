@@ -8,9 +8,7 @@ from typing import Any
 
 from jinja2 import Template
 from transformers.hf_argparser import HfArg
-from transformers.trainer import TRAINER_STATE_NAME
 
-from zo_peft.core.journal import JOURNAL_NAME
 from zo_peft.errors import UserError
 from zo_peft.runs.texts import mib, number
 from zo_peft.tools.charts import draw
@@ -41,12 +39,6 @@ def report(given: ReportArguments) -> dict[str, Any]:
     """
     folders = list(dict.fromkeys(Path(name).resolve() for name in given.runs))
     runs = [load(folder, name) for folder, name in zip(folders, names(folders))]
-    for run in runs:
-        if run.steps.empty:
-            raise UserError(
-                f"{run.name} holds no steps of a run, neither in {JOURNAL_NAME} nor in "
-                f"{TRAINER_STATE_NAME}; give an --output_dir of zo-peft train"
-            )
     figures, folder = draw(runs), Path(given.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
