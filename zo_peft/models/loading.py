@@ -67,14 +67,12 @@ def load_base(name: str, num_labels: int | None = None, **kwargs: Any) -> PreTra
         kwargs: arguments of `from_pretrained`.
 
     Raises:
-        UserError: the base cannot be found or read, or has 4-bit layers of a wrong width.
+        UserError: the base cannot be found or read.
     """
     head = {} if num_labels is None else {"num_labels": num_labels}
     auto = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
     with _loading(f"model {name!r}"):
-        model = auto.from_pretrained(name, **{"use_safetensors": True, **head, **kwargs})
-    check_4bit_widths(model)
-    return model
+        return auto.from_pretrained(name, **{"use_safetensors": True, **head, **kwargs})
 
 
 def check_4bit_widths(model: PreTrainedModel, device: str = "cpu") -> None:
@@ -208,14 +206,17 @@ def check_quantization(name: str, tune: str, quantization: Any, **kwargs: Any) -
         kwargs: arguments of `load_config`.
 
     Raises:
-        UserError: weights of a 4-bit base, scales of a base without any, or a base that is not
-            found.
+        UserError: as `check_bits`, or the base is not found.
     """
-    if tune == "adapter":
-        return
-    config = load_config(name, **kwargs)
-    if quantization:
-        config.quantization_config = quantization
+    if tune != "adapter":
+        config = load_config(name, **kwargs)
+        if quantization:
+            config.quantization_config = quantization
+        check_bits(config, tune)
+
+
+def check_bits(config: PreTrainedConfig, tune: str) -> None:
+    """Raise a UserError for weights of a 4-bit base, and for scales of a base without any."""
     bits = bits_of(config)
     if tune == "weights" and bits == 4:
         raise UserError(
@@ -224,6 +225,6 @@ def check_quantization(name: str, tune: str, quantization: Any, **kwargs: Any) -
         )
     if tune == "scales" and bits is None:
         raise UserError(
-            f"tune='scales' needs a quantized base, and {public_name(name)} is not; use "
-            "load_in_8bit or load_in_4bit, or tune='weights'"
+            f"tune='scales' needs a quantized base, and {public_name(config.name_or_path)} is not; "
+            "use load_in_8bit or load_in_4bit, or tune='weights'"
         )

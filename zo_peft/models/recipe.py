@@ -20,6 +20,7 @@ from zo_peft.core.updates import RULES, UpdateRule
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import peft_config_of, tuned_parameters
 from zo_peft.models.in_place_space import InPlaceSpace
+from zo_peft.models.loading import check_bits
 from zo_peft.models.memory import Fit
 from zo_peft.models.numbers import choose, find_scales, find_weights
 from zo_peft.models.peft_layers import find_replacements
@@ -38,12 +39,17 @@ def space_of(
     noise_rank: int,
     low_rank_noise: Structure | None,
 ) -> Space:
-    """The space of what is tuned. The arguments are fields of `ZOConfig`."""
+    """The space of what is tuned. The arguments are fields of `ZOConfig`.
+
+    Raises:
+        UserError: the base has no such numbers, or `tunable` is found in none of their names.
+    """
     kind: Distribution | LowRank = noise
     if low_rank_noise is not None:
         kind = LowRank(noise_rank, low_rank_noise, noise)
     if tune == "adapter":
         return FlatSpace(tuned_parameters(model, tunable), kind)
+    check_bits(model.config, tune)
     model.requires_grad_(False)
     find = find_scales if tune == "scales" else find_weights
     return InPlaceSpace(choose(find(model, tune_unquantized), tunable), kind)
