@@ -10,7 +10,10 @@ from transformers import PreTrainedModel
 
 from zo_peft.core.noise import CHUNK
 from zo_peft.models.adapters import matching
-from zo_peft.models.rounding import MAX_CODE, round_codes, round_float
+from zo_peft.models.rounding import round_float
+
+#: Codes of int8 weights lie between minus and plus this.
+MAX_CODE = 127
 
 
 class Numbers:
@@ -93,8 +96,10 @@ class Int8Codes(Numbers):
         self._store(rows, moved.clamp_(-MAX_CODE, MAX_CODE))
 
     def _moved(self, rows: slice | Tensor, steps: Tensor, uniforms: Tensor) -> Tensor:
+        """Whole numbers, float32, also beyond the ends; opposite steps are rounded alike."""
         per_code = (MAX_CODE / self.scales[rows])[:, None].nan_to_num(0.0, posinf=0.0)
-        return round_codes(self.matrix[rows], steps * per_code, uniforms)
+        steps = steps * per_code
+        return steps.abs().add_(uniforms).floor_().copysign_(steps).add_(self.matrix[rows])
 
     def value(self, rows: slice) -> Tensor:
         """`w`."""
@@ -126,8 +131,7 @@ Owners = dict[str, tuple[nn.Module, Own]]
 def find_scales(model: PreTrainedModel, unquantized: bool = False) -> Owners:
     """The scales of every quantized layer; nested ones become float32.
 
-    Args:
-        unquantized: also find all float parameters: embeddings, norms, biases, a head.
+    With `unquantized`, also all float parameters: embeddings, norms, biases, a head.
     """
     owners: Owners = {}
     for name, layer in _quantized(model):
@@ -141,10 +145,9 @@ def find_scales(model: PreTrainedModel, unquantized: bool = False) -> Owners:
 
 
 def find_weights(model: PreTrainedModel, unquantized: bool = False) -> Owners:
-    """The codes of every int8 layer, or all float parameters of a base without quantized layers.
+    """The codes of every int8 layer, with `unquantized` also all float parameters.
 
-    Args:
-        unquantized: find the float parameters beside int8 layers, too.
+    Of a base without quantized layers, all float parameters.
     """
     owners: Owners = {
         name: (layer, {"weight": Int8Codes(f"{name}.weight", layer)})
@@ -154,11 +157,7 @@ def find_weights(model: PreTrainedModel, unquantized: bool = False) -> Owners:
 
 
 def choose(owners: Owners, tunable: str | None) -> Owners:
-    """The numbers in whose names `tunable`, a regular expression, is found; all for None.
-
-    Raises:
-        UserError: `tunable` is no regular expression, or is found in no name.
-    """
+    """The numbers whose names are `matching`."""
     names = {numbers.name for _, own in owners.values() for numbers in own.values()}
     return named(owners, matching(names, tunable))
 
