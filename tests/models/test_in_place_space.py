@@ -25,8 +25,8 @@ from zo_peft.core.batch import Batch
 from zo_peft.core.lanes import NotInLanes
 from zo_peft.core.low_rank import BASIS_STEPS, LowRank, Structure
 from zo_peft.core.noise import noise_rows
-from zo_peft.models.identity import base_hash
 from zo_peft.models.in_place_space import InPlaceSpace
+from zo_peft.models.loading import base_hash
 from zo_peft.models.numbers import Int8Codes, choose, find_scales, find_weights
 from zo_peft.models.recipe import evaluator_of, space_of
 from zo_peft.models.rounding import round_float, row_words, uniform_rows

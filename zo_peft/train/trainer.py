@@ -29,7 +29,7 @@ from zo_peft.core.updates import AUTOMATIC, UpdateRule
 from zo_peft.data.collate import drawn_batch
 from zo_peft.errors import NonFiniteLossError, UserError
 from zo_peft.models.adapters import classifies, peft_config_of
-from zo_peft.models.identity import base_hash, identity
+from zo_peft.models.loading import base_hash, identity
 from zo_peft.models.in_place_space import InPlaceSpace
 from zo_peft.models.recipe import (
     SPACE_FIELDS,
