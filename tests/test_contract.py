@@ -59,8 +59,8 @@ HOOKS = {
 
 #: Attributes of Trainer that our trainers set for it to read. (It also has an `objective`, the
 #: result of a search for hyperparameters, which our trainers do not support.)
-SETTINGS = {"_signature_columns", "_train_batch_size", "data_collator", "hub_model_id"}
-SETTINGS |= {"model_accepts_loss_kwargs", "objective", "optimizer", "push_in_progress"}
+SETTINGS = {"_train_batch_size", "data_collator", "hub_model_id", "model_accepts_loss_kwargs"}
+SETTINGS |= {"objective", "optimizer", "push_in_progress"}
 
 
 @cache

@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from zo_peft.errors import UserError
-from zo_peft.models.identity import base_hash
 from zo_peft.models.in_place_space import InPlaceSpace
+from zo_peft.models.loading import base_hash
 from zo_peft.models.numbers import find_scales, named
 
 SCALES_NAME = "zo_scales.safetensors"

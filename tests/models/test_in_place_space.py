@@ -1,7 +1,6 @@
 """Scales and weights of a base: against formulas, and never written by an evaluation."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +25,10 @@ from zo_peft.core.batch import Batch
 from zo_peft.core.lanes import NotInLanes
 from zo_peft.core.low_rank import BASIS_STEPS, LowRank, Structure
 from zo_peft.core.noise import noise_rows
-from zo_peft.models.identity import base_hash
 from zo_peft.models.in_place_space import InPlaceSpace
+from zo_peft.models.loading import base_hash
 from zo_peft.models.numbers import Int8Codes, choose, find_scales, find_weights
-from zo_peft.models.recipe import evaluator_of
+from zo_peft.models.recipe import evaluator_of, space_of
 from zo_peft.models.rounding import round_float, row_words, uniform_rows
 from zo_peft.objectives.scoring import ClassificationObjective, OptionObjective
 from zo_peft.scales import load_scales, save_scales
@@ -546,14 +545,12 @@ def test_what_cannot_be_tuned_is_refused_before_loading(
 
 
 @pytest.mark.parametrize(
-    ("find", "base", "message"),
-    [(find_scales, "float32", "none"), (find_weights, "nf4", "4-bit")],
+    ("tune", "base", "message"),
+    [("scales", "float32", "is not"), ("weights", "nf4", "4-bit")],
 )
-def test_loaded_models_are_refused_too(
-    tiny: Path, find: Callable[..., Any], base: str, message: str
-) -> None:
+def test_loaded_models_are_refused_too(tiny: Path, tune: str, base: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        find(load(tiny, base))
+        space_of(load(tiny, base), tune, False, None, "gaussian", 0, None)
 
 
 def test_tunable_narrows_the_names(tiny: Path) -> None:

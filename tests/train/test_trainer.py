@@ -397,7 +397,7 @@ def test_a_prefix_starts_from_the_activations_of_real_tokens(
         chosen.append(token_ids)
         start_prefix_from_tokens(model, token_ids)
 
-    monkeypatch.setattr("zo_peft.train.base.start_prefix_from_tokens", record)
+    monkeypatch.setattr("zo_peft.models.adapters.start_prefix_from_tokens", record)
     trainer = make(tmp_path, ADAPTERS["prefix"])
     assert set(chosen[0].tolist()) <= set(trainer.train_dataset[0]["prompt_ids"])
     rest = torch.tensor([trainer.train_dataset[1]["prompt_ids"]])

@@ -11,8 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from zo_peft.core.batch import IGNORE_INDEX, Batch, Objective
-from zo_peft.models.adapters import peft_config_of
-from zo_peft.models.offload import input_device
+from zo_peft.models.adapters import input_device, peft_config_of
 from zo_peft.objectives.rewards import RewardObjective
 from zo_peft.objectives.scoring import ClassificationObjective, OptionObjective
 

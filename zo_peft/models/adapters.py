@@ -1,24 +1,17 @@
-"""Adapters: how one is made, loaded and prepared for forward-only tuning."""
+"""Adapters: how one is made, also on a base that accelerate offloads, loaded and prepared."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes
+import peft
 import torch
 from huggingface_hub import hf_hub_download
-from peft import (
-    PeftConfig,
-    PeftModel,
-    PrefixTuningConfig,
-    TaskType,
-    get_peft_model,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
+from peft import PeftConfig, PeftModel, TaskType
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, SEQ_CLS_HEAD_NAMES
 from peft.utils.other import ModulesToSaveWrapper
@@ -26,17 +19,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zo_peft.errors import UserError
-from zo_peft.models.hub import LOAD_ERRORS, first_line, public_name, reason
+from zo_peft.models.hub import LOAD_ERRORS, AnyModel, first_line, public_name, reason
 from zo_peft.models.loading import check_4bit_widths
-from zo_peft.models.offload import ON_OFFLOADED, input_device, offloaded_parameters, stand_ins
+
+#: The adapters that leave it to the layers of the base to read its weights.
+ON_OFFLOADED = ["LORA", "ADALORA", "IA3", "VERA", "LOHA", "LOKR", "OFT", "BOFT", "FOURIERFT"]
+ON_OFFLOADED += ["RANDLORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"]
 
 
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
-    """A new adapter on the base, as `peft.get_peft_model` makes it.
-
-    Raises:
-        UserError: PEFT cannot attach it to this base, or it would change nothing.
-    """
+    """A new adapter as `peft.get_peft_model` makes it; a UserError if it does not fit the base."""
     kind, offloaded = peft_config.peft_type.value, offloaded_parameters(model)
     if offloaded and kind not in ON_OFFLOADED:
         raise UserError(
@@ -46,7 +38,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     try:
         # PEFT fills default target modules into the configuration that it is given.
         with stand_ins(offloaded):
-            adapted = get_peft_model(model, deepcopy(peft_config))
+            adapted = peft.get_peft_model(model, deepcopy(peft_config))
     except (ValueError, AttributeError, KeyError, RuntimeError) as error:
         modules = model.named_modules()
         linear = {n.rpartition(".")[2] for n, m in modules if isinstance(m, nn.Linear)}
@@ -67,11 +59,42 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     return adapted
 
 
+def offloaded_parameters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """The offloaded parameters: of each its module, its name in that module, and itself."""
+    return [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_meta and hasattr(module, "_hf_hook")
+    ]
+
+
+@contextmanager
+def stand_ins(offloaded: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> Iterator[None]:
+    """Within the context, offloaded weights are NaN tensors on the devices that run their layers.
+
+    PEFT puts an adapter on the device of the weight, and an offloaded weight has none. An adapter
+    that PEFT computes from such a weight is NaN, too. The tensors are one expanded number, so they
+    take no memory.
+    """
+    try:
+        for module, name, parameter in offloaded:
+            hook: Any = module._hf_hook
+            value = torch.nan if parameter.is_floating_point() else 0
+            one = torch.full((1,), value, dtype=parameter.dtype, device=hook.execution_device)
+            stand_in = nn.Parameter(one.expand(parameter.shape), requires_grad=False)
+            module.register_parameter(name, stand_in)
+        yield
+    finally:
+        for module, name, parameter in offloaded:
+            parameter.requires_grad_(getattr(module, name).requires_grad)
+            module.register_parameter(name, parameter)
+
+
 def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) -> PeftModel:
     """Put an adapter from a folder or the Hub on its base; only safetensors are read.
 
-    Raises:
-        UserError: the adapter cannot be found, or does not fit the base.
+    A UserError says why it cannot be found, or does not fit the base.
     """
     try:
         if not Path(path).is_dir():
@@ -85,34 +108,31 @@ def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) 
         config = PeftConfig.from_pretrained(path)
         config.inference_mode = not is_trainable
         adapted = add_adapter(model, config)
-        weights = load_peft_weights(path)
-        wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        weights = peft.load_peft_weights(path)
+        wanted = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
         if lacking := wanted.keys() - weights.keys():
             raise ValueError(f"it lacks {min(lacking)}.")
-        set_peft_model_state_dict(adapted, weights)
+        peft.set_peft_model_state_dict(adapted, weights)
         return adapted
     except (*LOAD_ERRORS, RuntimeError) as error:
         raise unreadable_adapter(path, error) from error
 
 
 def unreadable_adapter(path: str, error: BaseException) -> UserError:
-    """The error that tells a user why an adapter cannot be loaded."""
+    """The error that says why an adapter cannot be loaded."""
     return UserError(
         f"adapter {path!r} cannot be loaded: {reason(error)} Give an adapter for this base in "
         "PEFT's layout (adapter_config.json, adapter_model.safetensors), a folder or a Hub id"
     )
 
 
-def prepare(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def prepare(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make a model safe for forward-only tuning, in place.
 
-    On a CPU, bitsandbytes is kept from repacking NF4 weights: every save calls `state_dict()`,
-    which would change weights that were repacked. The trainable parameters of a PEFT model become
-    float32 (PEFT leaves `modules_to_save` and layer norms in the base's dtype), and a local base is
-    recorded by its folder's name, so that no saved file holds a path of this machine.
-
-    Raises:
-        UserError: a 4-bit layer on the CPU has a width that bitsandbytes may decode wrongly there.
+    On a CPU, bitsandbytes is kept from repacking NF4 weights, which every `state_dict()` would then
+    change. The trainable parameters of a PEFT model become float32 (PEFT leaves `modules_to_save`
+    and layer norms in the base's dtype), and a local base is recorded by its folder's name, so that
+    no saved file holds a path of this machine. Layers are refused as by `check_4bit_widths`.
     """
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -120,11 +140,8 @@ def prepare(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBa
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit) and module.weight.device.type == "cpu":
             module.support_avx512bf16_for_cpu = False
-    if isinstance(model, PeftModel):
-        _prepare_adapter(model)
-
-
-def _prepare_adapter(model: PeftModel) -> None:
+    if not isinstance(model, PeftModel):
+        return
     for config in model.peft_config.values():
         config.base_model_name_or_path = public_name(config.base_model_name_or_path)
     for parameter in model.parameters():
@@ -151,14 +168,7 @@ def _inputs_to_float32(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def tuned_parameters(model: PeftModel, tunable: str | None = None) -> dict[str, nn.Parameter]:
-    """The parameters that PEFT made trainable, by name.
-
-    Args:
-        tunable: a regular expression; only names in which it is found count.
-
-    Raises:
-        UserError: `tunable` is no regular expression, or is found in no name.
-    """
+    """The parameters that PEFT made trainable, by name, as far as they are `matching`."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     chosen = matching(trainable, tunable)
     return {name: p for name, p in trainable.items() if name in chosen}
@@ -167,8 +177,7 @@ def tuned_parameters(model: PeftModel, tunable: str | None = None) -> dict[str, 
 def matching(names: Collection[str], tunable: str | None) -> set[str]:
     """The names in which `tunable`, a regular expression, is found; all names for None.
 
-    Raises:
-        UserError: `tunable` is no regular expression, or is found in no name.
+    A UserError says that it is no regular expression, or is found in no name.
     """
     if tunable is None:
         return set(names)
@@ -193,8 +202,7 @@ def start_prefix_from_tokens(model: PeftModel, token_ids: Tensor) -> None:
     Args:
         token_ids: one for each virtual token, int64 [T].
     """
-    config = model.active_peft_config
-    assert isinstance(config, PrefixTuningConfig)
+    config: Any = model.active_peft_config
     base = model.get_base_model()
     cache = base(input_ids=token_ids[None].to(input_device(base)), use_cache=True).past_key_values
     heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
@@ -205,12 +213,17 @@ def start_prefix_from_tokens(model: PeftModel, token_ids: Tensor) -> None:
         prefix[:, layer, 1] = values[0].transpose(0, 1)
 
 
-def peft_config_of(model: PreTrainedModel | PeftModel) -> PeftConfig | None:
-    """The configuration of the active adapter; None for a base."""
+def input_device(model: AnyModel) -> torch.device:
+    """The device of token ids; for an offloaded model the CPU, from which accelerate moves them."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
+def peft_config_of(model: AnyModel) -> PeftConfig | None:
+    """The configuration of the active adapter; None without one."""
     return model.active_peft_config if isinstance(model, PeftModel) else None
 
 
-def classifies(model: PreTrainedModel | PeftModel) -> bool:
+def classifies(model: AnyModel) -> bool:
     """Whether the model has a head for sequence classification instead of one for tokens."""
     config = peft_config_of(model)
     if config is None:
@@ -218,13 +231,8 @@ def classifies(model: PreTrainedModel | PeftModel) -> bool:
     return config.task_type == TaskType.SEQ_CLS
 
 
-def context_length(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
-) -> int | None:
-    """The most tokens of an example: the model's positions less the adapter's virtual tokens.
-
-    None where the model's configuration does not say how many positions it has.
-    """
+def context_length(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The most tokens of an example: positions less virtual tokens. None: the model has no most."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
         return None

@@ -2,18 +2,19 @@
 
 from pathlib import Path
 
-from huggingface_hub import constants, is_offline_mode
-from huggingface_hub.errors import (
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, errors, is_offline_mode
 from huggingface_hub.utils import httpx
+from peft import PeftModel
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+#: A base, or one with an adapter.
+AnyModel = PreTrainedModel | PeftModel
 
 #: What loading from a folder or from the Hub may raise.
 LOAD_ERRORS = (OSError, ValueError, SafetensorError, httpx.HTTPError)
+#: What stands for a Hub that is not reached.
+UNREACHED = (errors.LocalEntryNotFoundError, ConnectionError, httpx.TransportError)
 
 
 def public_name(name_or_path: str | None) -> str:
@@ -24,20 +25,19 @@ def public_name(name_or_path: str | None) -> str:
 
 def reason(error: BaseException) -> str:
     """Why a folder or the Hub did not give what was asked for, in a line that ends a sentence."""
-    causes = [error]
-    while (cause := causes[-1].__cause__) is not None:
-        causes.append(cause)
-    for cause in causes:
-        if isinstance(cause, LocalEntryNotFoundError | ConnectionError | httpx.TransportError):
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UNREACHED):
             if is_offline_mode() or "OfflineModeIsEnabled" in str(error):
                 return "offline mode is on, and the cache does not hold it. Unset HF_HUB_OFFLINE."
             return f"{constants.ENDPOINT} cannot be reached, and the cache does not hold it."
-        if isinstance(cause, RepositoryNotFoundError):
+        if isinstance(cause, errors.RepositoryNotFoundError):
             return "no such folder, and none such on the Hub; if it is private, `hf auth login`."
-        if isinstance(cause, RevisionNotFoundError):
+        if isinstance(cause, errors.RevisionNotFoundError):
             return "the Hub has it, but has no such revision of it."
-        if isinstance(cause, RemoteEntryNotFoundError):
+        if isinstance(cause, errors.RemoteEntryNotFoundError):
             return f"it holds no {cause.response.url.path.rpartition('/')[2]}."
+        cause = cause.__cause__
     return first_line(error)
 
 

@@ -16,13 +16,8 @@ from zo_peft.core.lanes import NotInLanes, Replacement
 from zo_peft.core.low_rank import LowRank, Noise
 from zo_peft.core.noise import derive_seed
 from zo_peft.core.space import check_fit
-from zo_peft.models.in_place_layers import (
-    IN_LANES,
-    BaseLanes,
-    DirectionRows,
-    replacement,
-    rounding_rows,
-)
+from zo_peft.models import in_place_layers as layers
+from zo_peft.models.in_place_layers import BaseLanes, direction_rows
 from zo_peft.models.numbers import Numbers, Owners
 
 
@@ -46,8 +41,9 @@ class InPlaceSpace:
         self.parameters = {name: numbers.parameter for name, numbers in self.numbers.items()}
         self.numel = sum(numbers.stored.numel() for numbers in self.numbers.values())
         self._by_index = list(self.numbers.values())
-        self._replacements = {
-            name: replacement(module, own, noise) for name, (module, own) in owners.items()
+        self._sites: dict[str, Replacement] = {
+            name: (module, "forward", layers.Site(name, module, own, noise))
+            for name, (module, own) in owners.items()
         }
 
     @property
@@ -60,20 +56,16 @@ class InPlaceSpace:
         )
 
     def replacements(self) -> dict[str, Replacement]:
-        """How each module that owns tuned numbers works lane by lane.
-
-        Raises:
-            NotInLanes: a module needs a copy of its numbers for each candidate.
-        """
-        for name, (module, _, function) in self._replacements.items():
-            if getattr(function, "func", None) not in IN_LANES:
+        """How each module that owns tuned numbers works lane by lane; or `NotInLanes`."""
+        for name, (module, _, site) in self._sites.items():
+            if getattr(site, "stand_in", None) not in layers.IN_LANES:
                 raise NotInLanes(f"{name} (a {type(module).__name__})")
-        return self._replacements
+        return self._sites
 
     @contextmanager
     def displaced(self, displacement: Direction) -> Iterator[None]:
         """As of `Space`."""
-        with self.lanes([displacement]).active(self._replacements, 1, 1):
+        with self.lanes([displacement]).active(self._sites, 1, 1):
             yield
 
     def lanes(self, displacements: Sequence[Direction]) -> BaseLanes:
@@ -84,7 +76,7 @@ class InPlaceSpace:
         """As of `Space`."""
         self.moves += 1
         for numbers in self._by_index:
-            self._write(numbers, DirectionRows(displacement, numbers, self.noise), shrink or {})
+            self._write(numbers, direction_rows(displacement, numbers, self.noise), shrink or {})
 
     def shift(self, index: int, step: Tensor, scale: float, shrink: Mapping[str, float]) -> None:
         """As of `Space`."""
@@ -98,7 +90,7 @@ class InPlaceSpace:
     ) -> None:
         keep = shrink.get(numbers.name, 1.0)
         numbers.start_counting()
-        rounding = rounding_rows(numbers, derive_seed(self.moves))
+        rounding = layers.rounding_rows(numbers, derive_seed(self.moves))
         for rows in numbers.chunks():
             change = steps(rows)
             if keep != 1.0:
@@ -120,7 +112,7 @@ class InPlaceSpace:
     def dense(self, index: int, direction: Direction) -> Tensor:
         """As of `Space`."""
         numbers = self._by_index[index]
-        steps = DirectionRows(direction, numbers, self.noise)
+        steps = direction_rows(direction, numbers, self.noise)
         return torch.cat([steps(rows) for rows in numbers.chunks()]).view(numbers.stored.shape)
 
     def views(self, index: int, flat: Tensor) -> dict[str, Tensor]:

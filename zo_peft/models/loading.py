@@ -1,13 +1,17 @@
-"""Base models (in floating point, int8 or NF4), with or without their weights, and tokenizers."""
+"""Base models (in floating point, int8 or NF4) and tokenizers, and how a base is recognised."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import PeftModel
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +25,7 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 
 from zo_peft.errors import UserError
-from zo_peft.models.hub import LOAD_ERRORS, public_name, reason
+from zo_peft.models.hub import LOAD_ERRORS, AnyModel, public_name, reason
 
 
 def quantization_config(
@@ -32,8 +36,7 @@ def quantization_config(
 ) -> BitsAndBytesConfig | None:
     """The settings of LLM.int8() or NF4; None for a base in floating point.
 
-    Args:
-        has_classes: there is a head for sequence classification. It is new, so it is not quantized.
+    With `has_classes` there is a head for classification. It is new, so it is not quantized.
     """
     if load_in_8bit and load_in_4bit:
         raise UserError("load_in_8bit and load_in_4bit exclude each other; choose one")
@@ -60,34 +63,24 @@ def bits_of(config: PreTrainedConfig) -> Literal[8, 4] | None:
 
 
 def load_base(name: str, num_labels: int | None = None, **kwargs: Any) -> PreTrainedModel:
-    """The base of this name (a Hub id or a folder), read from safetensors.
+    """The base of this name (a Hub id or a folder), read from safetensors, or a UserError.
 
     Args:
         num_labels: classes of a sequence-classification head; None for a causal language model.
         kwargs: arguments of `from_pretrained`.
-
-    Raises:
-        UserError: the base cannot be found or read, or has 4-bit layers of a wrong width.
     """
     head = {} if num_labels is None else {"num_labels": num_labels}
     auto = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
     with _loading(f"model {name!r}"):
-        model = auto.from_pretrained(name, **{"use_safetensors": True, **head, **kwargs})
-    check_4bit_widths(model)
-    return model
+        return auto.from_pretrained(name, **{"use_safetensors": True, **head, **kwargs})
 
 
 def check_4bit_widths(model: PreTrainedModel, device: str = "cpu") -> None:
-    """Refuse 4-bit layers on a CPU whose rows are not made of whole quantization blocks.
+    """Raise a UserError for a 4-bit layer on a CPU whose rows are not whole quantization blocks.
 
     On CPUs with AVX-512, bitsandbytes 0.50 decodes such a layer to wrong weights. It is refused on
-    every CPU, so that whether a run works does not depend on the kind of CPU.
-
-    Args:
-        device: where the checked layers are; meta for a model that stands for one on a CPU.
-
-    Raises:
-        UserError: a layer's `in_features` is not a multiple of its block size.
+    every CPU, so that whether a run works does not depend on the kind of CPU. With `device` meta
+    the model stands for one on a CPU.
     """
     for name, layer in model.named_modules():
         if not isinstance(layer, Linear4bit) or layer.weight.device.type != device:
@@ -102,21 +95,13 @@ def check_4bit_widths(model: PreTrainedModel, device: str = "cpu") -> None:
 
 
 def load_config(name: str, **kwargs: Any) -> PreTrainedConfig:
-    """The configuration of the model of this name (a Hub id or a folder); reads no weights.
-
-    Raises:
-        UserError: the configuration cannot be found or read.
-    """
+    """The configuration of the model of this name (a Hub id or a folder), or a UserError."""
     with _loading(f"model {name!r}"):
         return AutoConfig.from_pretrained(name, **kwargs)
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model of this name; it pads with the end of a sequence by default.
-
-    Raises:
-        UserError: the tokenizer cannot be found or read.
-    """
+    """The tokenizer of this name, or a UserError; by default it pads with the end of a sequence."""
     with _loading(f"the tokenizer of {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
     if tokenizer.pad_token is None:
@@ -143,13 +128,12 @@ def meta_base(
 ) -> PreTrainedModel:
     """The base as `load_base` would load it, on the meta device: its tensors hold no bytes.
 
+    A UserError refuses one that was quantized by others than bitsandbytes.
+
     Args:
         dtype: that of what is not quantized; auto: as it was saved.
         quantization: None: as it was saved.
         source: `revision` and `trust_remote_code` of `from_pretrained`.
-
-    Raises:
-        UserError: the base cannot be found or built, or was quantized by others than bitsandbytes.
     """
     config = load_config(name, **source)
     saved = quantization_of(config)
@@ -200,22 +184,21 @@ def _scales(count: int, nested: bool) -> QuantState:
 
 
 def check_quantization(name: str, tune: str, quantization: Any, **kwargs: Any) -> None:
-    """Refuse a base that cannot be tuned in this way. Only its configuration is read.
+    """Do `check_bits` before the base is loaded. Only its configuration is read.
 
     Args:
-        tune: adapter, scales or weights.
         quantization: the quantization settings that it will be loaded with; None: as it was saved.
         kwargs: arguments of `load_config`.
-
-    Raises:
-        UserError: weights of a 4-bit base, scales of a base without any, or a base that is not
-            found.
     """
-    if tune == "adapter":
-        return
-    config = load_config(name, **kwargs)
-    if quantization:
-        config.quantization_config = quantization
+    if tune != "adapter":
+        config = load_config(name, **kwargs)
+        if quantization:
+            config.quantization_config = quantization
+        check_bits(config, tune)
+
+
+def check_bits(config: PreTrainedConfig, tune: str) -> None:
+    """Raise a UserError for weights of a 4-bit base, and for scales of a base without any."""
     bits = bits_of(config)
     if tune == "weights" and bits == 4:
         raise UserError(
@@ -224,6 +207,36 @@ def check_quantization(name: str, tune: str, quantization: Any, **kwargs: Any) -
         )
     if tune == "scales" and bits is None:
         raise UserError(
-            f"tune='scales' needs a quantized base, and {public_name(name)} is not; use "
-            "load_in_8bit or load_in_4bit, or tune='weights'"
+            f"tune='scales' needs a quantized base, and {public_name(config.name_or_path)} is not; "
+            "use load_in_8bit or load_in_4bit, or tune='weights'"
         )
+
+
+def base_hash(model: nn.Module) -> str:
+    """A hash of names and bits of the state dict's tensors, without an adapter's trained ones."""
+    digest = hashlib.blake2b(digest_size=16)
+    named = model.named_parameters() if isinstance(model, PeftModel) else ()
+    trained = {name for name, parameter in named if parameter.requires_grad}
+    for name, tensor in sorted(model.state_dict().items()):
+        if name in trained:
+            continue
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(memoryview(bits.numpy()))
+    return digest.hexdigest()
+
+
+def identity(model: AnyModel) -> dict[str, str]:
+    """A hash of the base's files, or of its tensors if it is of the Hub; and its format."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    bits = bits_of(base.config)
+    loaded = {8: "int8", 4: "4-bit"}[bits] if bits else str(base.dtype)
+    name = model.config.name_or_path
+    files = sorted(Path(name).glob("*.safetensors")) if name else []
+    if not files:
+        return {"tensors": base_hash(model), "loaded": loaded}
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return {"files": digest.hexdigest(), "loaded": loaded}

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from zo_peft.core.batch import Batch
+from zo_peft.models.hub import AnyModel
 
 #: The peak of a step stays within this many times the peak of plain inference on the same batch ...
 PEAK_RATIO = 1.05
@@ -18,8 +17,7 @@ PEAK_RATIO = 1.05
 #: ... or, for a tiny model, exceeds it by at most so many bytes, less than the libraries take.
 FLOOR_BYTES = 16 << 20
 
-#: The tokens of one forward pass of a float base on a CPU. With more, activations leave the cache
-#: and nothing is gained.
+#: The tokens of one forward pass of a float base on a CPU; with more, activations leave the cache.
 CPU_TOKENS = 1024
 
 #: On a CPU the int8 matmul of bitsandbytes takes so many times the activations, because they are
@@ -64,7 +62,7 @@ class Fit:
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: AnyModel,
         adapter_numel: int,
         new_tokens: int = 0,
         device: str | None = None,
@@ -80,8 +78,7 @@ class Fit:
         # Streaming the weights of an offloaded base again costs more than leaving the cache.
         self.max_tokens = CPU_TOKENS if is_float and on_cpu and not offloaded else None
         int8_on_cpu = torch.int8 in dtypes and on_cpu
-        self.copies = CPU_INT8_COPIES if int8_on_cpu else 1
-        self.held = CPU_INT8_HELD if int8_on_cpu else 1.0
+        self.copies, self.held = (CPU_INT8_COPIES, CPU_INT8_HELD) if int8_on_cpu else (1, 1.0)
 
     def __call__(self, batch: Batch, parts: int = 1) -> int:
         """How many candidates fit, each with `parts` copies of the adapter; at least 1."""
@@ -98,21 +95,19 @@ class Fit:
 
     def layer(self, rows: int, length: int, copies: float) -> int:
         """Bytes of `copies` times the activations of a layer, and of the keys and values kept."""
-        layer = int(copies * rows * layer_bytes(self.config, length, self.size))
+        config = self.config
+        layer = int(copies * rows * layer_bytes(config, length, self.size))
         if self.new_tokens:
-            layer += rows * cache_bytes(self.config, length + self.new_tokens, self.size)
+            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            head_width = config.hidden_size // config.num_attention_heads
+            width = heads * (getattr(config, "head_dim", None) or head_width)
+            tokens = rows * (length + self.new_tokens)
+            layer += 2 * config.num_hidden_layers * width * tokens * self.size
         return layer
 
     def logits(self, positions: int) -> int:
         """Bytes of logits, which are held twice in float32: by the model and by the loss."""
         return 2 * 4 * positions * self.config.vocab_size
-
-
-def cache_bytes(config: Any, length: int, size: int) -> int:
-    """Bytes of the keys and values of one sequence in all layers; `size` bytes a number."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * length * size
 
 
 def layer_bytes(config: Any, length: int, size: int) -> int:

@@ -23,9 +23,8 @@ HEAD = re.compile(rf"\b({'|'.join(SEQ_CLS_HEAD_NAMES)})(\.out_proj)?\.weight$")
 def merged_model(model: PeftModel) -> PreTrainedModel:
     """Return the base of a model; its weights are changed in place by the adapter.
 
-    Raises:
-        UserError: PEFT cannot merge this kind of adapter, a weight that it changes has a second use
-            (tied embeddings), or a merged weight would not be finite.
+    A UserError says that PEFT cannot merge this kind of adapter, that a weight has a second use
+    (tied embeddings), or that a merged weight would not be finite.
     """
     kind = model.active_peft_config.peft_type.value
     layers = [m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer)]
@@ -49,11 +48,7 @@ def merged_model(model: PeftModel) -> PreTrainedModel:
 
 
 def saved_adapter(name: str) -> tuple[PeftConfig, int | None]:
-    """An adapter's configuration, and the number of classes of the head that it has, if any.
-
-    Raises:
-        UserError: the adapter cannot be read.
-    """
+    """An adapter's configuration, and how many classes its head has, if any; or a UserError."""
     try:
         config = PeftConfig.from_pretrained(name)
         path = Path(name) / SAFETENSORS_WEIGHTS_NAME

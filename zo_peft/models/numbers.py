@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zo_peft.core.noise import CHUNK
-from zo_peft.errors import UserError
 from zo_peft.models.adapters import matching
-from zo_peft.models.rounding import MAX_CODE, round_codes, round_float
+from zo_peft.models.rounding import round_float
+
+#: Codes of int8 weights lie between minus and plus this.
+MAX_CODE = 127
 
 
 class Numbers:
@@ -23,23 +25,22 @@ class Numbers:
     Attributes:
         name: the tensor's name, as in the model's state dict where it is there.
         parameter: the parameter that holds the tensor or belongs to it.
+        stored: the tensor itself, as the model holds it.
+        matrix: `stored` with all dimensions but the first flattened; a vector is a single row.
         moved, saturated: how many numbers the last move changed, and how many it could not move on
             because they are at the end of their range; int64 on the device.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter) -> None:
+    def __init__(self, name: str, parameter: nn.Parameter, stored: Tensor | None = None) -> None:
         self.name, self.parameter = name, parameter
+        self.stored = parameter.data if stored is None else stored
+        self.matrix = self.stored.view(1 if self.stored.dim() < 2 else len(self.stored), -1)
         self.start_counting()
 
     def start_counting(self) -> None:
         """Set `moved` and `saturated` to zero."""
         zeros = torch.zeros(2, dtype=torch.int64, device=self.parameter.device)
         self.moved, self.saturated = zeros.unbind()
-
-    @property
-    def stored(self) -> Tensor:
-        """The tensor itself, as the model holds it."""
-        return self.parameter.data
 
     def stepped(self, rows: slice | Tensor, steps: Tensor, uniforms: Tensor) -> Tensor:
         """What the rows are after the steps. What is stored stays as it is."""
@@ -56,12 +57,6 @@ class Numbers:
     def value(self, rows: slice) -> Tensor:
         """The numbers that steps are added to, float32 [R, width]."""
         return self.matrix[rows].float()
-
-    @property
-    def matrix(self) -> Tensor:
-        """`stored` with all dimensions but the first flattened; a vector is a single row."""
-        stored = self.stored
-        return stored.view(1, -1) if stored.dim() < 2 else stored.view(len(stored), -1)
 
     def chunks(self) -> Iterator[slice]:
         """All rows, a few at a time, so that scratch memory stays small."""
@@ -91,44 +86,32 @@ class Int8Codes(Numbers):
 
     def stepped(self, rows: slice | Tensor, steps: Tensor, uniforms: Tensor) -> Tensor:
         """Codes are rounded stochastically (QuZO, arXiv:2502.12346) and stop at the ends."""
-        return _bounded(self._moved(rows, steps, uniforms))
+        codes = self._moved(rows, steps, uniforms)
+        return codes.clamp_(-MAX_CODE, MAX_CODE).to(torch.int8)
 
     def write(self, rows: slice, steps: Tensor, uniforms: Tensor) -> None:
         """As of `Numbers`; codes that would leave their range are counted as saturated."""
         moved = self._moved(rows, steps, uniforms)
         self.saturated += (moved.abs() > MAX_CODE).sum()
-        self._store(rows, _bounded(moved))
+        self._store(rows, moved.clamp_(-MAX_CODE, MAX_CODE))
 
     def _moved(self, rows: slice | Tensor, steps: Tensor, uniforms: Tensor) -> Tensor:
+        """Whole numbers, float32, also beyond the ends; opposite steps are rounded alike."""
         per_code = (MAX_CODE / self.scales[rows])[:, None].nan_to_num(0.0, posinf=0.0)
-        return round_codes(self.matrix[rows], steps * per_code, uniforms)
+        steps = steps * per_code
+        return steps.abs().add_(uniforms).floor_().copysign_(steps).add_(self.matrix[rows])
 
     def value(self, rows: slice) -> Tensor:
         """`w`."""
         return self.matrix[rows] * (self.scales[rows] / MAX_CODE)[:, None]
 
 
-def _bounded(codes: Tensor) -> Tensor:
-    return codes.clamp_(-MAX_CODE, MAX_CODE).to(torch.int8)
-
-
 class Scales(Numbers):
     """Quantization scales. Steps are steps of their logarithm, so scales stay positive.
 
-    The codes stay as they are; this is how QZO tunes (arXiv:2505.13430).
-
-    Args:
-        scales: float32, one for each row of int8 weights or each block of NF4 weights.
+    There is one, float32, for each row of int8 weights or each block of NF4 weights. The codes stay
+    as they are; this is how QZO tunes (arXiv:2505.13430).
     """
-
-    def __init__(self, name: str, parameter: nn.Parameter, scales: Tensor) -> None:
-        super().__init__(name, parameter)
-        self.scales = scales
-
-    @property
-    def stored(self) -> Tensor:
-        """The scales, as the layer holds them."""
-        return self.scales
 
     def stepped(self, rows: slice | Tensor, steps: Tensor, uniforms: Tensor) -> Tensor:
         """`s * exp(step)`."""
@@ -148,11 +131,7 @@ Owners = dict[str, tuple[nn.Module, Own]]
 def find_scales(model: PreTrainedModel, unquantized: bool = False) -> Owners:
     """The scales of every quantized layer; nested ones become float32.
 
-    Args:
-        unquantized: also find all float parameters: embeddings, norms, biases, a head.
-
-    Raises:
-        UserError: the base has no quantized layer.
+    With `unquantized`, also all float parameters: embeddings, norms, biases, a head.
     """
     owners: Owners = {}
     for name, layer in _quantized(model):
@@ -162,40 +141,23 @@ def find_scales(model: PreTrainedModel, unquantized: bool = False) -> Owners:
             scales = _unnested(model, layer.weight.quant_state)
             own = {"absmax": Scales(f"{name}.weight.absmax", layer.weight, scales)}
         owners[name] = layer, own
-    if not owners:
-        raise UserError(
-            "tune='scales' needs a base with quantized layers, and this one has none; load it with "
-            "load_in_8bit or load_in_4bit, or use tune='weights'"
-        )
     return _with_floats(model, owners) if unquantized else owners
 
 
 def find_weights(model: PreTrainedModel, unquantized: bool = False) -> Owners:
-    """The codes of every int8 layer, or all float parameters of a base without quantized layers.
+    """The codes of every int8 layer, with `unquantized` also all float parameters.
 
-    Args:
-        unquantized: find the float parameters beside int8 layers, too.
-
-    Raises:
-        UserError: the base has NF4 layers.
+    Of a base without quantized layers, all float parameters.
     """
-    owners: Owners = {}
-    for name, layer in _quantized(model):
-        if isinstance(layer, Linear4bit):
-            raise UserError(
-                "tune='weights' cannot move the codes of 4-bit layers; load the base with "
-                "load_in_8bit or unquantized, or use tune='scales'"
-            )
-        owners[name] = layer, {"weight": Int8Codes(f"{name}.weight", layer)}
+    owners: Owners = {
+        name: (layer, {"weight": Int8Codes(f"{name}.weight", layer)})
+        for name, layer in _quantized(model)
+    }
     return _with_floats(model, owners) if unquantized or not owners else owners
 
 
 def choose(owners: Owners, tunable: str | None) -> Owners:
-    """The numbers in whose names `tunable`, a regular expression, is found; all for None.
-
-    Raises:
-        UserError: `tunable` is no regular expression, or is found in no name.
-    """
+    """The numbers whose names are `matching`."""
     names = {numbers.name for _, own in owners.values() for numbers in own.values()}
     return named(owners, matching(names, tunable))
 

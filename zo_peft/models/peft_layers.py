@@ -17,16 +17,11 @@ from zo_peft.core.lanes import Lanes, NotInLanes, Replacement, lane_product, pla
 def find_replacements(
     model: PeftModel, tuned: Mapping[str, nn.Parameter]
 ) -> dict[str, Replacement]:
-    """How each module that owns tuned parameters of the adapter works lane by lane, by its name.
-
-    Raises:
-        NotInLanes: a module cannot work so.
-    """
+    """How each module with tuned parameters works lane by lane, by its name; or `NotInLanes`."""
 
     def replacement_of(module: nn.Module, name: str) -> Replacement:
-        if getattr(model, "peft_type", None) == PeftType.PROMPT_TUNING and name.startswith(
-            "prompt_encoder."
-        ):
+        is_prompt = name.startswith("prompt_encoder.")
+        if is_prompt and getattr(model, "peft_type", None) == PeftType.PROMPT_TUNING:
             return model, "get_prompt", _prompts
         if not isinstance(module, BaseTunerLayer):
             return plain_replacement(module, name)
@@ -108,13 +103,9 @@ def _tinylora_factors(layer: Any, lanes: Lanes, adapter: str) -> tuple[Tensor, T
 _LORA = partial(_low_rank, _lora_factors)
 
 _BY_TYPE: dict[type[nn.Module], Callable[..., Tensor]] = {
-    lora.Linear: _LORA,
-    lora.Linear8bitLt: _LORA,
-    lora.Linear4bit: _LORA,
+    **dict.fromkeys((lora.Linear, lora.Linear8bitLt, lora.Linear4bit), _LORA),
     vera.Linear: partial(_low_rank, _vera_factors),
     unilora.Linear: partial(_low_rank, _unilora_factors),
     tinylora.Linear: partial(_low_rank, _tinylora_factors),
-    ia3.Linear: _ia3,
-    ia3.Linear8bitLt: _ia3,
-    ia3.Linear4bit: _ia3,
+    **dict.fromkeys((ia3.Linear, ia3.Linear8bitLt, ia3.Linear4bit), _ia3),
 }

@@ -4,9 +4,8 @@ import json
 from contextlib import nullcontext
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from zo_peft.core.batch import Objective
 from zo_peft.core.evaluator import Evaluator
@@ -19,7 +18,9 @@ from zo_peft.core.space import Space
 from zo_peft.core.updates import RULES, UpdateRule
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import peft_config_of, tuned_parameters
+from zo_peft.models.hub import AnyModel
 from zo_peft.models.in_place_space import InPlaceSpace
+from zo_peft.models.loading import check_bits
 from zo_peft.models.memory import Fit
 from zo_peft.models.numbers import choose, find_scales, find_weights
 from zo_peft.models.peft_layers import find_replacements
@@ -28,9 +29,20 @@ from zo_peft.models.trunk import Trunk
 #: The fields of `ZOConfig` that decide what is tuned: the arguments of `space_of`.
 SPACE_FIELDS = ("tune", "tune_unquantized", "tunable", "noise", "noise_rank", "low_rank_noise")
 
+#: Learning rates of plain SGD by adapter type (docs/efficiency.md), LORA's for any other type; and
+#: those of scales and weights.
+SGD_LEARNING_RATES: dict[str, float] = {
+    PeftType.LORA: 1e-3,
+    PeftType.PREFIX_TUNING: 1.0,
+    PeftType.PROMPT_TUNING: 1.0,
+    PeftType.IA3: 1e-1,
+    "scales": 1e-3,
+    "weights": 1e-6,
+}
+
 
 def space_of(
-    model: PreTrainedModel | PeftModel,
+    model: AnyModel,
     tune: str,
     tune_unquantized: bool,
     tunable: str | None,
@@ -38,23 +50,20 @@ def space_of(
     noise_rank: int,
     low_rank_noise: Structure | None,
 ) -> Space:
-    """The space of what is tuned. The arguments are fields of `ZOConfig`."""
+    """The space of what is tuned, from fields of `ZOConfig`; a UserError where it is empty."""
     kind: Distribution | LowRank = noise
     if low_rank_noise is not None:
         kind = LowRank(noise_rank, low_rank_noise, noise)
     if tune == "adapter":
         return FlatSpace(tuned_parameters(model, tunable), kind)
+    check_bits(model.config, tune)
     model.requires_grad_(False)
     find = find_scales if tune == "scales" else find_weights
     return InPlaceSpace(choose(find(model, tune_unquantized), tunable), kind)
 
 
-def check_in_place(model: PreTrainedModel, tune: str) -> None:
-    """Refuse to tune a base itself (`tune` other than adapter) while part of it is offloaded.
-
-    Raises:
-        UserError: part of it is offloaded.
-    """
+def check_in_place(model: AnyModel, tune: str) -> None:
+    """Raise a UserError where a base itself is tuned (`tune`), and part of it is offloaded."""
     if tune != "adapter" and any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(
             f"tune={tune!r} changes the base in place, but part of it is offloaded to the CPU or "
@@ -62,32 +71,28 @@ def check_in_place(model: PreTrainedModel, tune: str) -> None:
         )
 
 
+def sgd_learning_rate(model: AnyModel, tune: str) -> float:
+    """The default learning rate of plain SGD: of an adapter's type, or of `tune`."""
+    config = peft_config_of(model)
+    kind = tune if config is None else config.peft_type
+    return SGD_LEARNING_RATES.get(kind, SGD_LEARNING_RATES[PeftType.LORA])
+
+
 def rule_of(
     space: Space, update_rule: str, learning_rate: float = 0.0, **settings: Any
 ) -> UpdateRule:
-    """The update rule of this name.
-
-    Args:
-        learning_rate: may be left out where each step brings its own, as in a replay.
-        settings: further arguments of `UpdateRule`.
-    """
+    """The update rule of this name; in a replay each step brings its own learning rate."""
     return RULES[update_rule](space, learning_rate, **settings)
 
 
-def trained(model: PreTrainedModel | PeftModel, space: Space) -> dict[str, Tensor]:
+def trained(model: AnyModel, space: Space) -> dict[str, Tensor]:
     """The tensors that are tuned and the others that PEFT made trainable, by name."""
     trainable = tuned_parameters(model) if isinstance(model, PeftModel) else {}
     return trainable | space.tensors()
 
 
-def load_trained(
-    model: PreTrainedModel | PeftModel, space: Space, tensors: dict[str, Tensor]
-) -> None:
-    """Set the tensors that `trained` gave.
-
-    Raises:
-        UserError: their names or shapes are others; then nothing that is tuned is changed.
-    """
+def load_trained(model: AnyModel, space: Space, tensors: dict[str, Tensor]) -> None:
+    """Set the tensors that `trained` gave; a UserError refuses others, and theta stays."""
     tuned = space.tensors().keys()
     others = {name: p for name, p in trained(model, space).items() if name not in tuned}
     space.load({name: tensor for name, tensor in tensors.items() if name not in others})
@@ -95,14 +100,14 @@ def load_trained(
         parameter.data.copy_(tensors[name])
 
 
-def adapter_settings(model: PreTrainedModel | PeftModel) -> dict[str, Any] | None:
+def adapter_settings(model: AnyModel) -> dict[str, Any] | None:
     """The configuration of the adapter in the types of JSON; None without an adapter."""
     config = peft_config_of(model)
     return config and json.loads(json.dumps(config.to_dict(), default=sorted))
 
 
 def evaluator_of(
-    model: PreTrainedModel | PeftModel,
+    model: AnyModel,
     space: Space,
     objective: Objective,
     candidates_per_forward: int | None = None,
@@ -122,9 +127,7 @@ def evaluator_of(
     return Evaluator(model, space, objective, host, candidates_per_forward, ranks)
 
 
-def replacements_of(
-    model: PreTrainedModel | PeftModel, space: Space
-) -> dict[str, Replacement] | NotInLanes:
+def replacements_of(model: AnyModel, space: Space) -> dict[str, Replacement] | NotInLanes:
     """How the modules with tuned parameters work lane by lane, or which of them cannot."""
     try:
         if isinstance(space, InPlaceSpace):

@@ -9,21 +9,6 @@ from torch import Tensor
 
 from zo_peft.core.noise import name_words, philox
 
-#: Codes of int8 weights lie between minus and plus this.
-MAX_CODE = 127
-
-
-def round_codes(codes: Tensor, steps: Tensor, uniforms: Tensor) -> Tensor:
-    """int8 codes moved by float steps: whole numbers, float32, also beyond the ends.
-
-    The same uniforms round a step and its negative to opposite codes.
-
-    Args:
-        uniforms: in [0, 1), of the steps' shape.
-    """
-    whole = steps.abs().add_(uniforms).floor_().copysign_(steps)
-    return whole.add_(codes)
-
 
 def round_float(values: Tensor, dtype: torch.dtype, uniforms: Tensor) -> Tensor:
     """float32 values in bfloat16 or float16; beyond the largest finite number, that."""
@@ -42,10 +27,7 @@ def round_float(values: Tensor, dtype: torch.dtype, uniforms: Tensor) -> Tensor:
 
 
 def row_words(seed: int, name: str, rows: Tensor) -> Tensor:
-    """What `uniform_rows` starts some rows (int64 [R]) of `name` with: int32 [R].
-
-    Philox words of another stream than the noise's.
-    """
+    """Where `uniform_rows` starts some rows (int64 [R]) of `name`: Philox words, int32 [R]."""
     low, high = (torch.full_like(rows, word) for word in name_words(f"{name}, rounding"))
     return philox((rows & 0xFFFFFFFF, rows >> 32, low, high), [seed])[0][0].int()
 

@@ -47,13 +47,9 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 def find_trunk(
     model: nn.Module, tuned: Iterable[nn.Parameter], forward: Callable[[], object]
 ) -> list[nn.Module]:
-    """The layers that a forward pass ends before it reaches a module with tuned parameters.
+    """The first layers: those that `forward` ends before it reaches a module with tuned parameters.
 
-    Args:
-        forward: runs the model on some batch. It is run up to that module.
-
-    Returns:
-        The first layers of the model; none if one does not pass its output straight to the next.
+    There are none if one does not pass its output straight to the next.
     """
     ids = {id(parameter) for parameter in tuned}
     layers = layers_of(model)
@@ -61,12 +57,9 @@ def find_trunk(
     done: list[nn.Module] = []
     last, straight = None, True
 
-    def started(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal straight
+    def finished(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        nonlocal last, straight
         straight &= not done or _hidden(*args, **kwargs) is last
-
-    def finished(layer: nn.Module, _: Any, output: Any) -> None:
-        nonlocal last
         done.append(layer)
         last = _first(output)
 
@@ -76,8 +69,7 @@ def find_trunk(
             if owns and stack.isdisjoint(set(module.modules()) - {module}):
                 hooks.enter_context(module.register_forward_pre_hook(_stop))
         for layer in layers:
-            hooks.enter_context(layer.register_forward_pre_hook(started, with_kwargs=True))
-            hooks.enter_context(layer.register_forward_hook(finished))
+            hooks.enter_context(layer.register_forward_hook(finished, with_kwargs=True))
         with suppress(_Reached):
             forward()
             return []
@@ -85,54 +77,46 @@ def find_trunk(
 
 
 class Trunk:
-    """Runs the layers below every tuned parameter once for each batch.
-
-    Args:
-        tuned: the tuned parameters. The first forward pass finds which layers lie below them.
-    """
+    """Runs the layers below every tuned parameter once for each batch."""
 
     def __init__(self, model: nn.Module, tuned: Iterable[nn.Parameter]) -> None:
         self.model, self.tuned = model, list(tuned)
         self._layers: list[nn.Module] | None = None
-        self._output: Any = None
 
     @contextmanager
     def reused(self, forward: Callable[[], object]) -> Iterator[None]:
         """Run the layers once; within the context they give their output without running.
 
-        Args:
-            forward: runs the model on a batch. Within the context the model may be run on that
-                batch only, repeated any number of times.
+        `forward` runs the model on a batch, the only one that it may be run on within the context,
+        repeated any number of times.
         """
         if self._layers is None:
             self._layers = find_trunk(self.model, self.tuned, forward)
         if not self._layers:
             yield
             return
+        kept: Any = None
+
+        def keep(_: nn.Module, args: Any, output: Any) -> None:
+            nonlocal kept
+            kept = output
+            raise _Reached
+
+        def pass_on(*args: Any, **kwargs: Any) -> Any:
+            hidden = _hidden(*args, **kwargs)
+            return (hidden, *kept[1:]) if isinstance(kept, tuple) else hidden
+
+        def repeat(*args: Any, **kwargs: Any) -> Any:
+            once = _first(kept)
+            times = _hidden(*args, **kwargs).shape[0] // once.shape[0]
+            return pass_on(once.repeat(times, *[1] * (once.dim() - 1)))
+
         *below, last = self._layers
-        with last.register_forward_hook(self._keep), suppress(_Reached):
+        with last.register_forward_hook(keep), suppress(_Reached):
             forward()
-        methods = [(layer, "forward", self._pass_on) for layer in below]
-        try:
-            with replaced([*methods, (last, "forward", self._repeat)]):
-                yield
-        finally:
-            self._output = None
-
-    def _keep(self, _: nn.Module, args: Any, output: Any) -> None:
-        self._output = output
-        raise _Reached
-
-    def _like_output(self, hidden: Tensor) -> Any:
-        return (hidden, *self._output[1:]) if isinstance(self._output, tuple) else hidden
-
-    def _pass_on(self, *args: Any, **kwargs: Any) -> Any:
-        return self._like_output(_hidden(*args, **kwargs))
-
-    def _repeat(self, *args: Any, **kwargs: Any) -> Any:
-        kept = _first(self._output)
-        times = _hidden(*args, **kwargs).shape[0] // kept.shape[0]
-        return self._like_output(kept.repeat(times, *[1] * (kept.dim() - 1)))
+        methods = [(layer, "forward", pass_on) for layer in below]
+        with replaced([*methods, (last, "forward", repeat)]):
+            yield
 
 
 def compile_frozen_parts(

@@ -11,14 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    EvalPrediction,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    TopPLogitsWarper,
-)
+from transformers import EvalPrediction, GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation import LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from zo_peft.core.batch import Batch, Prediction
 from zo_peft.core.noise import derive_seed
@@ -50,7 +44,6 @@ class CommonNoise(LogitsProcessor):
     Attributes:
         seed: the noise depends on it and on the position of the token.
         copies: how many times the whole batch is repeated.
-        temperature, top_p: as in transformers' sampling.
         share: the examples that these are of a larger batch (`Batch.share`). None: all of them.
         position: how many tokens have been drawn.
     """
@@ -72,8 +65,8 @@ class CommonNoise(LogitsProcessor):
         self.position += 1
         rows = len(scores) // self.copies
         first, _, examples = self.share or (0, rows, rows)
-        shape = (examples, scores.shape[1])
-        exponential = torch.empty(shape, device=scores.device).exponential_(generator=generator)
+        empty = torch.empty(examples, scores.shape[1], device=scores.device)
+        exponential = empty.exponential_(generator=generator)
         return scores - exponential[first : first + rows].log_().repeat(self.copies, 1)
 
 
@@ -126,11 +119,11 @@ class RewardObjective:
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Minus the weighted rewards, float32, shape [B]."""
-        return self._losses(self.rewards(model, batch, self._noise(batch)))
+        return self._losses(self.rewards(model, batch, samples=True))
 
     def predict(self, model: nn.Module, batch: Batch) -> Prediction:
         """Losses [B]; each function's rewards [B, K]; zeros [B], because there is no reference."""
-        rewards = self.rewards(model, batch, [])
+        rewards = self.rewards(model, batch, samples=False)
         return self._losses(rewards), rewards, batch["labels"]
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -147,16 +140,12 @@ class RewardObjective:
         If a completion ended before `max_completion_length`, the token that ends it is its last.
         """
         ends, longest = _ends(model, self.tokenizer)[:1], self.max_completion_length
-        drawn = self._generate(model, batch, self._noise(batch))
+        drawn = self._generate(model, batch, samples=True)
         return [ids + ends if len(ids) < longest else ids for ids in drawn]
 
-    def rewards(self, model: nn.Module, batch: Batch, processors: list[LogitsProcessor]) -> Tensor:
-        """The rewards of generated completions, float32 [B, K].
-
-        Raises:
-            UserError: a function raises, or does not return a number for each completion.
-        """
-        ids = self._generate(model, batch, processors)
+    def rewards(self, model: nn.Module, batch: Batch, samples: bool) -> Tensor:
+        """The rewards of generated completions, which are drawn or greedy, float32 [B, K]."""
+        ids = self._generate(model, batch, samples)
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         names = {name: None for columns in batch["columns"] for name in columns}
         columns = {name: [row.get(name) for row in batch["columns"]] for name in names}
@@ -169,20 +158,16 @@ class RewardObjective:
         values = [self._called(function, given) for function in self.reward_funcs]
         return torch.tensor(values, device=batch["input_ids"].device).T
 
-    def _noise(self, batch: Batch) -> list[LogitsProcessor]:
-        if not self.temperature:
-            return []
-        copies = batch.get("copies", 1)
-        return [CommonNoise(self.seed, copies, self.temperature, self.top_p, batch.get("share"))]
-
     def _losses(self, rewards: Tensor) -> Tensor:
         return -(rewards @ self.weights.to(rewards.device))
 
-    def _generate(
-        self, model: nn.Module, batch: Batch, processors: list[LogitsProcessor]
-    ) -> list[list[int]]:
+    def _generate(self, model: nn.Module, batch: Batch, samples: bool) -> list[list[int]]:
         """The token ids of each completion, without the token that ends it."""
-        ends = _ends(model, self.tokenizer)
+        ends, processors = _ends(model, self.tokenizer), LogitsProcessorList()
+        if samples and self.temperature:
+            copies, share = batch.get("copies", 1), batch.get("share")
+            noise = CommonNoise(self.seed, copies, self.temperature, self.top_p, share)
+            processors.append(noise)
         config = GenerationConfig(
             max_new_tokens=self.max_completion_length,
             do_sample=False,
@@ -193,11 +178,12 @@ class RewardObjective:
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             generation_config=config,
-            logits_processor=LogitsProcessorList(processors),
+            logits_processor=processors,
         )[:, batch["input_ids"].shape[1] :]
         return [list(takewhile(lambda id_: id_ not in ends, row)) for row in generated.tolist()]
 
     def _called(self, function: RewardFunction, given: dict[str, Any]) -> list[float]:
+        """What a function returns; a UserError unless that is a number for each completion."""
         name, count = _name(function), len(given["completions"])
         try:
             values = [float(value) for value in function(**given)]
@@ -215,11 +201,7 @@ class RewardObjective:
 
 
 def load_function(name: str) -> RewardFunction:
-    """The function that `module:function` names, also of a module in the working directory.
-
-    Raises:
-        UserError: the function cannot be loaded.
-    """
+    """The function that `module:function` names, also in the working directory; or a UserError."""
     module, _, function = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -6,10 +6,12 @@ share of predictions that equal their reference; a reference of -100 does not co
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
+from transformers import EvalPrediction
 
 from zo_peft.core.batch import IGNORE_INDEX, Batch, Objective, Prediction
 
@@ -186,6 +188,13 @@ class BlackBoxObjective:
     def predict(self, model: nn.Module, batch: Batch) -> Prediction:
         """The loss [1], and labels in place of predictions, because nothing is predicted."""
         return self.losses(model, batch), batch["labels"], batch["labels"]
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of predictions that equal their reference, where there is one."""
+    counted = prediction.label_ids != IGNORE_INDEX
+    right = (prediction.predictions == prediction.label_ids)[counted]
+    return {"accuracy": float(np.mean(right))}
 
 
 def _mean_by(groups: Tensor, values: Tensor, count: int) -> Tensor:

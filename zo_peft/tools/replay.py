@@ -20,9 +20,8 @@ from zo_peft.core.noise import GENERATOR
 from zo_peft.core.tuner import move
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import add_adapter, prepare
-from zo_peft.models.identity import base_hash, identity
 from zo_peft.models.in_place_space import InPlaceSpace
-from zo_peft.models.loading import load_tokenizer
+from zo_peft.models.loading import base_hash, identity, load_tokenizer
 from zo_peft.models.recipe import check_in_place, load_trained, rule_of, space_of
 from zo_peft.runs.arguments import ModelArguments
 from zo_peft.runs.run import load

@@ -1,61 +1,37 @@
 """What forward-only tuning and its gradient baseline share: model, data, evaluation, saving."""
 
-import contextlib
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
-from peft import PeftConfig, PeftModel, PeftType, TaskType
+from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import (
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
-from transformers.trainer_callback import ProgressCallback
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import HubStrategy, has_length
+from transformers.trainer_utils import HubStrategy, has_length, set_seed
 from transformers.utils import PushInProgress
 
-from zo_peft.core.batch import IGNORE_INDEX, Batch, Objective
-from zo_peft.data import Collator, Tokenization, collator_for, tokenize_dataset
+from zo_peft.core.batch import Batch, Objective
+from zo_peft.core.lanes import replaced
+from zo_peft.data import Tokenization, collator_for, tokenize_dataset
 from zo_peft.data.sampler import EpochSampler
 from zo_peft.errors import UserError
-from zo_peft.models.adapters import (
-    add_adapter,
-    classifies,
-    context_length,
-    prepare,
-    start_prefix_from_tokens,
-)
+from zo_peft.models import adapters
+from zo_peft.models.hub import AnyModel
 from zo_peft.models.loading import check_quantization, load_base, load_tokenizer
-from zo_peft.objectives import rewards
-from zo_peft.objectives.scoring import (
-    AccuracyObjective,
-    BlackBoxObjective,
-    ClassificationObjective,
-    CompletionObjective,
-    OptionObjective,
-)
+from zo_peft.objectives import rewards, scoring
 from zo_peft.train.card import write_model_card
 from zo_peft.train.config import ZOConfig
 from zo_peft.train.progress import Clock, Progress
 from zo_peft.train.results import METRICS_NAME, results, write_json
 from zo_peft.train.upload import create_repository, upload
-
-#: The columns that `tokenize_dataset` makes, all of which the collator needs.
-FEATURES = ["input_ids", "labels", "prompt_ids", "option_ids", "label", "also_right"]
-FEATURES += ["columns", "length"]
 
 
 class BaseTrainer(Trainer):
@@ -88,7 +64,7 @@ class BaseTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | AnyModel,
         args: ZOConfig | None = None,
         data_collator: Callable[..., Batch] | None = None,
         train_dataset: Any = None,
@@ -109,6 +85,8 @@ class BaseTrainer(Trainer):
             raise UserError("give one of: an objective, reward_funcs, ZOConfig.objective")
         if args.device.type == "cpu":
             args.dataloader_pin_memory = False
+        # The collator needs all columns that `tokenize_dataset` makes.
+        args.remove_unused_columns = False
         tokenizer = processing_class or load_tokenizer(name)
         # Trainer seeds too late for this: a new adapter's values are part of the run.
         set_seed(args.seed)
@@ -116,52 +94,53 @@ class BaseTrainer(Trainer):
             model = _load_base(model, args, peft_config, train_dataset)
         self.prepare_base(model, args)
         if peft_config is not None:
-            model = add_adapter(model, peft_config)
-        prepare(model, tokenizer)
-        generates = bool(reward_funcs) or args.objective in rewards.METRICS
-        self.tokenization = tokenization = _tokenization(model, tokenizer, args, generates)
-        if isinstance(objective, BlackBoxObjective) and train_dataset is None:
+            model = adapters.add_adapter(model, peft_config)
+        adapters.prepare(model, tokenizer)
+        self.tokenization = Tokenization(
+            tokenizer,
+            adapters.context_length(model, tokenizer),
+            args.max_length,
+            model.config.num_labels if adapters.classifies(model) else None,
+            rewards.generates(reward_funcs, args.objective),
+            args.max_completion_length,
+        )
+        if isinstance(objective, scoring.BlackBoxObjective) and train_dataset is None:
             train_dataset = Dataset.from_list([{"input_ids": [0], "labels": 0}])
             train, evaluation = train_dataset, None
         else:
             train, evaluation = map(self.features, (train_dataset, eval_dataset))
-
-        def chosen(features: Any) -> Objective:
-            return objective or _objective(tokenization, features, args, reward_funcs)
-
-        self.eval_objective = eval_objective or chosen(evaluation or train)
-        self.objective = chosen(train or evaluation)
+        chosen = partial(_objective, self.tokenization, args, reward_funcs)
+        self.eval_objective = eval_objective or objective or chosen(evaluation or train)
+        self.objective = objective or chosen(train or evaluation)
         objectives = (self.objective, self.eval_objective)
         if args.objective == "accuracy":
-            self.objective = AccuracyObjective(self.objective)
-        with _not_quantized(model):
+            self.objective = scoring.AccuracyObjective(self.objective)
+        # The metric that the evaluation objective puts first.
+        self.metric_name = getattr(self.eval_objective, "metric_name", "accuracy")
+        own_metrics = getattr(self.eval_objective, "metrics", scoring.accuracy)
+        # Trainer refuses to back-propagate through a quantized base.
+        with replaced([(model, "is_quantized", False)]):
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=data_collator or Collator(tokenizer.pad_token_id),
+                data_collator=data_collator,
                 train_dataset=train,
                 eval_dataset=evaluation,
                 processing_class=tokenizer,
-                compute_metrics=compute_metrics or _metrics(self.eval_objective),
+                compute_metrics=compute_metrics or own_metrics,
                 callbacks=callbacks,
             )
         self.clock = Clock()
         self.add_callback(self.clock)
         if self.trains and self.pop_callback(ProgressCallback):
             self.add_callback(Progress(lambda: self.forward_passes, self.metric_name))
-        self._signature_columns = FEATURES
         if data_collator is None:
             model.eval()
             self.data_collator = collator_for(model, tokenizer.pad_token_id, *objectives)
-        if peft_config is not None and peft_config.peft_type == PeftType.PREFIX_TUNING and train:
+        if train and getattr(peft_config, "prefix_projection", None) is False:
             self._start_prefix(train)
         self.summary: dict[str, Any] = {}
         self.ready()
-
-    @property
-    def metric_name(self) -> str:
-        """The metric that the evaluation objective puts first."""
-        return getattr(self.eval_objective, "metric_name", "accuracy")
 
     def features(self, dataset: Any) -> Any:
         """A data set of examples (or several by name, or None) as this trainer's models take it."""
@@ -169,23 +148,23 @@ class BaseTrainer(Trainer):
             return {name: self.features(part) for name, part in dataset.items()}
         return None if dataset is None else tokenize_dataset(dataset, self.tokenization)
 
-    def prepare_base(self, model: PreTrainedModel | PeftModel, args: ZOConfig) -> None:
+    def prepare_base(self, model: AnyModel, args: ZOConfig) -> None:
         """A subclass may prepare the base here, before it gets an adapter."""
 
     def ready(self) -> None:
         """A subclass goes on here, when model, data and objectives are there."""
 
     def _start_prefix(self, train: Any) -> None:
-        config = self.model.active_peft_config
-        if config.prefix_projection:
-            return
         first = next(iter(train))
         pool = torch.tensor(first.get("prompt_ids") or first["input_ids"])
-        choice = torch.randint(len(pool), (config.num_virtual_tokens,))
-        start_prefix_from_tokens(self.model, pool[choice])
+        choice = torch.randint(len(pool), (self.model.active_peft_config.num_virtual_tokens,))
+        adapters.start_prefix_from_tokens(self.model, pool[choice])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in Trainer; logs of a training run also say its seconds so far."""
+        """As in Trainer; logs of a training run also say what has been spent so far."""
+        if "learning_rate" in logs:
+            logs["forward_passes"] = self.forward_passes
+            logs["examples_forwarded"] = self.examples_forwarded
         if self.clock.began is not None:
             logs["seconds"] = round(time.monotonic() - self.clock.began, 3)
         super().log(logs, start_time)
@@ -193,8 +172,7 @@ class BaseTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
-            steps = self.args.gradient_accumulation_steps
-            sampler.batch_size = self._train_batch_size * steps
+            sampler.batch_size = self._train_batch_size * self.args.gradient_accumulation_steps
             return EpochSampler(sampler, self.args.data_seed or self.args.seed)
         return sampler
 
@@ -215,37 +193,29 @@ class BaseTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The objective's mean loss, predictions and references of a batch."""
-        losses, predictions, references = self.eval_objective.predict(
-            model, self._prepare_inputs(inputs)
-        )
-        if prediction_loss_only:
-            return losses.mean(), None, None
-        return losses.mean(), predictions, references
+        batch = self._prepare_inputs(inputs)
+        losses, predictions, references = self.eval_objective.predict(model, batch)
+        mean = losses.mean()
+        return (mean, None, None) if prediction_loss_only else (mean, predictions, references)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir
-        os.makedirs(folder, exist_ok=True)
-        if isinstance(self.model, PeftModel):
-            # The base is never written, so its embeddings never need saving either.
-            self.model.save_pretrained(folder, save_embedding_layers=False)
-        else:
-            self.model.save_pretrained(folder)
+        # Beside an adapter the base is never written, so its embeddings never need saving either.
+        options = {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {}
+        self.model.save_pretrained(folder, **options)
         self.processing_class.save_pretrained(folder)
-        write_model_card(folder, self.model, self.args.tune, self.summary or self.facts())
+        write_model_card(folder, self.model, self.args.tune, self.facts)
 
+    @property
     def facts(self) -> dict[str, Any]:
-        """What of `zo_metrics.json` is known to the trainer itself."""
+        """The contents of `zo_metrics.json`: `summary`, or before there is one, what is known."""
         logs = {name: value for log in self.state.log_history for name, value in log.items()}
-        return results(self, {}, logs, wall_seconds=logs.get("train_runtime"))
+        return self.summary or results(self, {}, logs, wall_seconds=logs.get("train_runtime"))
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository `hub_model_id`, unless there is one.
-
-        Raises:
-            UserError: the Hub refuses.
-        """
+        """Make the repository `hub_model_id`, unless there is one, or raise a UserError."""
         if not self.is_world_process_zero():
             return
         args = self.args
@@ -279,7 +249,7 @@ class BaseTrainer(Trainer):
         self._finish_current_push()
         self._save()
         folder = Path(self.args.output_dir)
-        write_json(folder / METRICS_NAME, self.summary or self.facts())
+        write_json(folder / METRICS_NAME, self.facts)
         revision, token = revision or self.args.hub_revision, token or self.args.hub_token
         given = (folder, self.hub_model_id, commit_message, revision, token)
         return upload(*given) if blocking else HfApi().run_as_future(upload, *given)
@@ -288,52 +258,24 @@ class BaseTrainer(Trainer):
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         under_way = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if under_way and not self.args.hub_always_push:
-            return
-        message = f"Training in progress, step {self.state.global_step}"
-        push = self.push_to_hub(message, blocking=False)
-        self.push_in_progress = None if push is None else PushInProgress([push])
+        if self.args.hub_always_push or not under_way:
+            message = f"Training in progress, step {self.state.global_step}"
+            push = self.push_to_hub(message, blocking=False)
+            self.push_in_progress = PushInProgress([push])
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card of `zo_peft.train.card`, which every save writes as well."""
         if self.args.should_save:
-            facts = self.summary or self.facts()
-            write_model_card(self.args.output_dir, self.model, self.args.tune, facts)
+            write_model_card(self.args.output_dir, self.model, self.args.tune, self.facts)
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The share of predictions that equal their reference, where there is one."""
-    counted = prediction.label_ids != IGNORE_INDEX
-    right = (prediction.predictions == prediction.label_ids)[counted]
-    return {"accuracy": float(np.mean(right))}
-
-
-def _metrics(objective: Objective) -> Callable[[EvalPrediction], dict[str, float]]:
-    return getattr(objective, "metrics", accuracy)
-
-
-def _check_tuned(
-    args: ZOConfig, model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None
-) -> None:
+def _check_tuned(args: ZOConfig, model: str | AnyModel, peft_config: PeftConfig | None) -> None:
     if args.tune != "adapter" and (peft_config or isinstance(model, PeftModel)):
         raise UserError(
             f"tune={args.tune!r} tunes the base itself: give no adapter, no peft_config"
         )
     if args.tune == "adapter" and (peft_config is None) != isinstance(model, PeftModel):
         raise UserError("give a peft_config for a new adapter or a PeftModel: one of the two")
-
-
-@contextlib.contextmanager
-def _not_quantized(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Within the context Trainer accepts a quantized base, which it refuses to back-propagate."""
-    quantized = getattr(model, "is_quantized", False) and not isinstance(model, PeftModel)
-    try:
-        if quantized:
-            model.is_quantized = False
-        yield
-    finally:
-        if quantized:
-            model.is_quantized = True
 
 
 def _load_base(
@@ -347,31 +289,15 @@ def _load_base(
     return load_base(name, num_labels, **kwargs)
 
 
-def _tokenization(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    args: ZOConfig,
-    generates: bool,
-) -> Tokenization:
-    return Tokenization(
-        tokenizer,
-        context_length(model, tokenizer),
-        args.max_length,
-        model.config.num_labels if classifies(model) else None,
-        generates,
-        args.max_completion_length,
-    )
-
-
 def _objective(
     tokenization: Tokenization,
-    features: Any,
     args: ZOConfig,
     reward_funcs: Sequence[rewards.RewardFunction],
+    features: Any,
 ) -> Objective:
     """The objective that the features call for."""
     if tokenization.num_labels is not None:
-        return ClassificationObjective()
+        return scoring.ClassificationObjective()
     if isinstance(features, dict):
         features = next(iter(features.values()))
     first = next(iter(features)) if features is not None else {}
@@ -387,4 +313,4 @@ def _objective(
             args.temperature,
             args.top_p,
         )
-    return OptionObjective() if "option_ids" in first else CompletionObjective()
+    return scoring.OptionObjective() if "option_ids" in first else scoring.CompletionObjective()

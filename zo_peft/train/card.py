@@ -1,23 +1,19 @@
-"""The model card that is written beside an adapter, or beside a tuned base.
-
-What it says is in `card.md.jinja`; this module collects the values that the template shows.
-"""
+"""The values of the model card beside an adapter or a tuned base; its text is `card.md.jinja`."""
 
 import json
 import math
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel
+from peft import PeftConfig
 
 from zo_peft.models.adapters import classifies, peft_config_of
-from zo_peft.models.hub import public_name
+from zo_peft.models.hub import AnyModel, public_name
 from zo_peft.models.loading import quantization_of
 from zo_peft.train.checks import GRADIENT
 
@@ -35,106 +31,78 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 UNSAID = {"base_model_name_or_path", "auto_mapping", "inference_mode", "peft_type", "peft_version"}
 
 
-class Base(NamedTuple):
-    """A base model: its name for readers, whether the Hub has it, and its commit there."""
-
-    name: str
-    on_hub: bool
-    revision: str | None
-
-
 def write_model_card(
-    folder: str, model: PreTrainedModel | PeftModel, tune: str, summary: dict[str, Any]
+    folder: str, model: AnyModel, tune: str, summary: dict[str, Any], merged: str | None = None
 ) -> None:
-    """Write `README.md` into `folder`.
+    """Write `README.md` into `folder`; the Hub searches its metadata.
 
     Args:
         tune: adapter, scales or weights.
         summary: the contents of `zo_metrics.json`; what it lacks is left out.
+        merged: the name of the adapter that was merged into the model.
     """
     settings, value = summary.get("settings", {}), summary.get("metric_after")
-    config = peft_config_of(model)
-    dataset = summary.get("dataset") or _hub_dataset(settings)
+    config, title = peft_config_of(model), Path(folder).resolve().name
     kind = tune if config is None else config.peft_type.value
-    gradients, adapts = summary.get("strategy") in GRADIENT, isinstance(model, PeftModel)
-    result = None
+    gradients = summary.get("strategy") in GRADIENT
+    made = [] if gradients else ["zeroth-order"]
+    num_labels = model.config.num_labels if classifies(model) else None
+    task = "text-generation" if num_labels is None else "text-classification"
+    base = _base(model, settings)
+    named, dataset = settings.get("dataset_name", ""), summary.get("dataset")
+    if dataset is None and _on_hub(named, CARD_NAME, repo_type="dataset"):
+        dataset = named
+    results = None
     if value is not None and math.isfinite(value):
-        shown = dataset or settings.get("dataset_name") or settings.get("eval_file") or "custom"
         result = EvalResult(
-            task_type=_task(model),
+            task_type=task,
             dataset_type=dataset or "custom",
-            dataset_name=shown,
+            dataset_name=dataset or named or settings.get("eval_file") or "custom",
             dataset_config=settings.get("dataset_config"),
             dataset_split=settings.get("dataset_test_split"),
             metric_type=summary["metric_name"],
             metric_value=value,
         )
-    metadata = {
-        "library_name": "peft" if adapts else "transformers",
-        "datasets": dataset and [dataset],
-        "metrics": result and [result.metric_type],
-        "tags": ["zo_peft", *([] if gradients else ["zeroth-order"]), kind.lower()],
-        "eval_results": result and [result],
-    }
-    values = {"adapts": adapts, "kind": kind, "gradients": gradients, "dataset": dataset}
-    values["config"] = None if config is None else _chosen(config)
-    _write(folder, model, settings, metadata, summary=summary, **values)
+        results = [result]
+    metadata = ModelCardData(
+        library_name="transformers" if config is None else "peft",
+        pipeline_tag=task,
+        base_model=base["name"] if base["on_hub"] else None,
+        datasets=dataset and [dataset],
+        metrics=[summary["metric_name"]] if results else None,
+        tags=["zo_peft"] if merged else ["zo_peft", *made, kind.lower()],
+        model_name=title,
+        eval_results=results,
+    )
+    card = ModelCard.from_template(
+        metadata,
+        str(TEMPLATE),
+        title=title,
+        base=base,
+        settings=settings,
+        summary=summary,
+        merged=merged,
+        kind=kind,
+        gradients=gradients,
+        dataset=dataset,
+        num_labels=num_labels,
+        quantization=quantization_of(model.config),
+        config=config and _chosen(config),
+        block=_block,
+        yaml=_yaml,
+    )
+    card.save(Path(folder) / CARD_NAME)
 
 
-def write_merged_card(folder: str, merged: PreTrainedModel, settings: dict[str, Any]) -> None:
-    """Write `README.md` into `folder`: which base and adapter it is made of, and how it loads.
-
-    Args:
-        settings: how the base and the adapter (`adapter_name_or_path`) were loaded.
-    """
+def write_merged_card(folder: str, merged: AnyModel, settings: dict[str, Any]) -> None:
+    """Write `README.md` into `folder`; `settings` say how base and adapter were loaded."""
     adapter = public_name(settings["adapter_name_or_path"])
-    metadata = {"library_name": "transformers", "tags": ["zo_peft"]}
-    _write(folder, merged, settings, metadata, merged=adapter, summary={})
+    write_model_card(folder, merged, "weights", {"settings": settings}, adapter)
 
 
 def for_repository(text: str, repo_id: str) -> str:
     """A card's text whose code loads a repository of the Hub instead of the card's folder."""
     return NAMED.sub(lambda found: f'{found[1]}"{repo_id}"', text)
-
-
-def _write(
-    folder: str,
-    model: PreTrainedModel | PeftModel,
-    settings: dict[str, Any],
-    metadata: dict[str, Any],
-    **values: Any,
-) -> None:
-    """Write the card; the Hub searches its metadata, and `values` fill the template."""
-    title, base = Path(folder).resolve().name, _base(model, settings)
-    data = ModelCardData(
-        pipeline_tag=_task(model),
-        base_model=base.name if base.on_hub else None,
-        model_name=title,
-        **metadata,
-    )
-    card = ModelCard.from_template(
-        data,
-        str(TEMPLATE),
-        title=title,
-        base=base,
-        settings=settings,
-        num_labels=model.config.num_labels if classifies(model) else None,
-        quantization=quantization_of(model.config),
-        block=_block,
-        yaml=_yaml,
-        **values,
-    )
-    card.save(Path(folder) / CARD_NAME)
-
-
-def _task(model: PreTrainedModel | PeftModel) -> str:
-    return "text-classification" if classifies(model) else "text-generation"
-
-
-def _hub_dataset(settings: dict[str, Any]) -> str | None:
-    """The data set's id, if it came from the Hub."""
-    name = settings.get("dataset_name", "")
-    return name if _on_hub(name, CARD_NAME, repo_type="dataset") else None
 
 
 def _on_hub(name: str, filename: str, **where: Any) -> bool:
@@ -146,19 +114,19 @@ def _on_hub(name: str, filename: str, **where: Any) -> bool:
     return HUB_ID.fullmatch(name) is not None or found is not None
 
 
-def _base(model: PreTrainedModel | PeftModel, settings: dict[str, Any]) -> Base:
-    """The base, with the commit that was loaded from the Hub, as the cache knows it."""
+def _base(model: AnyModel, settings: dict[str, Any]) -> dict[str, Any]:
+    """The base's name for readers, whether it is `on_hub`, and its commit there as cached."""
     config = peft_config_of(model)
     loaded = model.config.name_or_path
     name = public_name(loaded if config is None else config.base_model_name_or_path)
     place, revision = Path(loaded), settings.get("model_revision")
     is_folder = place.name == name and (place.is_absolute() or place.is_dir())
     if is_folder or not _on_hub(name, "config.json", revision=revision):
-        return Base(name, False, None)
+        return {"name": name, "on_hub": False}
     if revision is not None:
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
         revision = Path(cached).parent.name if isinstance(cached, str) else revision
-    return Base(name, True, revision)
+    return {"name": name, "on_hub": True, "revision": revision}
 
 
 def _chosen(config: PeftConfig) -> dict[str, Any]:
@@ -175,10 +143,8 @@ def _chosen(config: PeftConfig) -> dict[str, Any]:
 
 def _yaml(values: dict[str, Any]) -> str:
     """Values as YAML: sets are sorted, and enumerations and the like written as text."""
-    plain = json.loads(
-        json.dumps(values, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
-    )
-    return yaml.safe_dump(plain, sort_keys=False, width=100, allow_unicode=True).rstrip()
+    text = json.dumps(values, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+    return yaml.safe_dump(json.loads(text), sort_keys=False, width=100, allow_unicode=True).rstrip()
 
 
 def _block(language: str, text: str) -> str:

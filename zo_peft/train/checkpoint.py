@@ -18,9 +18,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from zo_peft.core.eps import Calibration
-from zo_peft.core.faults import Faults
+from zo_peft.core.space import Space
 from zo_peft.core.tuner import Tuner
 from zo_peft.errors import UserError
+from zo_peft.models import recipe
+from zo_peft.models.in_place_space import InPlaceSpace
+from zo_peft.scales import save_scales
+from zo_peft.train.base import BaseTrainer
 
 TENSORS_NAME = "zo_state.safetensors"
 #: This stands before the names of the update rule's tensors.
@@ -34,8 +38,7 @@ RNG_NAME = "zo_rng_state.json"
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors by name, in one piece: a reader sees the old file or the new one.
 
-    Raises:
-        UserError: the disk is full or may not be written.
+    A UserError says that the disk is full or may not be written.
     """
     # The tensors may be views into one buffer, which safetensors refuses.
     copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
@@ -68,12 +71,12 @@ def state_of(tuner: Tuner) -> dict[str, Any]:
 def load_into(tuner: Tuner, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Give a tuner what `state_of` and `remembered` took from it."""
     tuner.elite, tuner.eps.eps = state["elite"], state["zo_eps"]
-    tuner.eps.calibrations = [Calibration(**fields) for fields in state["calibrations"]]
+    tuner.eps.calibrations[:] = [Calibration(**fields) for fields in state["calibrations"]]
     vars(tuner.rule).update(state["update_rule"])
     for name, tensor in remembered(tuner).items():
         tensor.copy_(tensors[name])
     vars(tuner.backoff).update(state["backoff"])
-    tuner.faults = Faults(**state["faults"])
+    vars(tuner.faults).update(state["faults"])
     evaluator = tuner.evaluator
     if evaluator.candidates_per_forward is None:
         evaluator.candidates_per_forward = state["candidates_per_forward"]
@@ -91,11 +94,6 @@ def remembered(tuner: Tuner) -> dict[str, Tensor]:
     }
 
 
-def without_remembered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that training has changed."""
-    return {n: tensor for n, tensor in tensors.items() if not n.startswith(RULE_PREFIX)}
-
-
 def save_state(folder: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write tensors by name and a JSON state into `folder`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -104,11 +102,7 @@ def save_state(folder: str, tensors: Mapping[str, Tensor], state: Mapping[str, A
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of `save_tensors`, on the CPU.
-
-    Raises:
-        UserError: they are missing or damaged.
-    """
+    """The tensors of `save_tensors`, on the CPU; a UserError if they are missing or damaged."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -116,11 +110,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def step_of(folder: str) -> int:
-    """The step at which a checkpoint was saved.
-
-    Raises:
-        UserError: it is not whole; what is read here is written last.
-    """
+    """The step of a checkpoint; a UserError if it is not whole, for this file is written last."""
     try:
         return TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME)).global_step
     except (OSError, ValueError, TypeError) as error:
@@ -136,20 +126,13 @@ def last_whole(folder: Path) -> str | None:
     return found[max(found)] if found else None
 
 
-def load_state(folder: str) -> dict[str, Any]:
-    """The JSON state of `save_state`.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    return _read_json(folder, STATE_NAME)
-
-
-def _read_json(folder: str, name: str) -> dict[str, Any]:
+def load_state(folder: str, name: str = STATE_NAME) -> dict[str, Any]:
+    """A JSON file of a checkpoint; a UserError if it is missing or damaged."""
+    path = Path(folder) / name
     try:
-        return json.loads((Path(folder) / name).read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise _unreadable(Path(folder) / name, error) from error
+        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
@@ -159,26 +142,101 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     )
 
 
-def save_rng_state(folder: str) -> None:
-    """Write the states of Python's, numpy's and torch's generators (CPU and CUDA) as JSON."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state = {
-        "python": [version, words, gauss],
-        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": [s.tolist() for s in torch.cuda.get_rng_state_all()],
-    }
-    (Path(folder) / RNG_NAME).write_text(json.dumps(state))
+class CheckpointTrainer(BaseTrainer):
+    """Saves and loads what a tuner tunes and remembers, in the place of Trainer's pickles.
 
+    `ready` of a subclass sets the attributes; `base_hash` is None where an adapter is tuned.
+    """
 
-def load_rng_state(folder: str) -> None:
-    """Set the generators to what `save_rng_state` wrote; devices that are not here are left out."""
-    state = _read_json(folder, RNG_NAME)
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(torch.tensor(cuda_state, dtype=torch.uint8), device)
+    tuner: Tuner
+    space: Space
+    base_hash: str | None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter, or the tuned base, with tokenizer and card; see `Trainer.save_model`.
+
+        A checkpoint gets no copy of a whole base: its state holds the tensors that are tuned.
+        """
+        if self.args.tune == "adapter" or not _internal_call:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            # transformers asks whether the best checkpoint is there.
+            Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self.args.tune == "scales":
+            assert isinstance(self.space, InPlaceSpace)
+            assert self.base_hash is not None
+            save_scales(output_dir or self.args.output_dir, self.space, self.base_hash)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self.tuner.compare_ranks(self.state.global_step)
+        if not self.args.should_save:
+            return
+        state = state_of(self.tuner) | {
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "base": self.base_hash,
+            "moves": getattr(self.space, "moves", 0),
+        }
+        # A checkpoint is a position in the journal, so the journal is on the disk before it.
+        self.tuner.journal.sync()
+        save_state(output_dir, self._trained() | remembered(self.tuner), state)
+
+    def _trained(self) -> dict[str, Tensor]:
+        """All tensors that training may have changed, by name."""
+        return recipe.trained(self.model, self.space)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is None:
+            return
+        state = load_state(checkpoint_folder)
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
+            group["lr"] = lr
+        load_into(self.tuner, state, load_tensors(Path(checkpoint_folder) / TENSORS_NAME))
+        if isinstance(self.space, InPlaceSpace):
+            self.space.moves = state["moves"]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *_: Any, **__: Any) -> None:
+        if load_state(resume_from_checkpoint)["base"] != self.base_hash:
+            raise UserError(
+                f"{Path(resume_from_checkpoint).name} is of another base or another tune; load the "
+                "model that the run started with, quantized in the same way"
+            )
+        tensors = load_tensors(Path(resume_from_checkpoint) / TENSORS_NAME)
+        self._load_trained({n: t for n, t in tensors.items() if not n.startswith(RULE_PREFIX)})
+
+    def _load_trained(self, tensors: dict[str, Tensor]) -> None:
+        if tensors or self.args.tune != "weights":
+            recipe.load_trained(self.model, self.space, tensors)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Write the states of Python's, numpy's and torch's generators (CPU and CUDA) as JSON."""
+        if not self.args.should_save:
+            return
+        version, words, gauss = random.getstate()
+        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+        state = {
+            "python": [version, words, gauss],
+            "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
+            "torch": torch.get_rng_state().tolist(),
+            "cuda": [s.tolist() for s in torch.cuda.get_rng_state_all()],
+        }
+        (Path(output_dir) / RNG_NAME).write_text(json.dumps(state))
+
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        """Set the generators to what was written; devices that are not here are left out."""
+        if checkpoint_folder is None:
+            return
+        state = load_state(checkpoint_folder, RNG_NAME)
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words), gauss))
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+        for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(torch.tensor(cuda_state, dtype=torch.uint8), device)

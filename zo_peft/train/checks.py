@@ -3,12 +3,10 @@
 import math
 import warnings
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from zo_peft.core.low_rank import STRUCTURES, Structure
-from zo_peft.core.noise import Distribution
-from zo_peft.core.ranks import Parallel
-from zo_peft.core.strategies import STRATEGIES, Probe, Weighting
+from zo_peft.core.low_rank import Structure
+from zo_peft.core.strategies import STRATEGIES
 from zo_peft.core.updates import RULES
 from zo_peft.errors import UserError
 
@@ -32,17 +30,12 @@ PUBLISHED: dict[str, Any] = {
     "train_sampling_strategy": "random",
 }
 
+PAPER: dict[str, Any] = {"probe": "central", "carry_best": False, **PUBLISHED}
+
 #: What each preset fixes: the algorithms exactly as published (arXiv:2601.04710, arXiv:2305.17333).
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper-gv": {
-        "strategy": "gv",
-        "elite_fraction": 0.5,
-        "weighting": "split",
-        "probe": "central",
-        "carry_best": False,
-        **PUBLISHED,
-    },
-    "paper-greedy": {"strategy": "greedy", "probe": "central", "carry_best": False, **PUBLISHED},
+    "paper-gv": {"strategy": "gv", "elite_fraction": 0.5, "weighting": "split", **PAPER},
+    "paper-greedy": {"strategy": "greedy", **PAPER},
     "mezo": {"strategy": "mezo", **PUBLISHED},
     "subzero": {"strategy": "mezo", "low_rank_noise": "subzero", **PUBLISHED},
     "lozo": {"strategy": "mezo", "low_rank_noise": "lozo", **PUBLISHED},
@@ -67,26 +60,26 @@ REFUSED = {
     "optim": "choose an update_rule instead",
 }
 
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    "preset": (None, *get_args(Preset)),
-    "weighting": get_args(Weighting),
-    "probe": get_args(Probe),
-    "noise": get_args(Distribution),
-    "update_rule": (None, *RULES),
-    "tune": get_args(Tune),
-    "low_rank_noise": (None, *STRUCTURES),
-    "objective": (None, *get_args(ObjectiveName)),
-    "parallel": get_args(Parallel),
-}
+#: Arguments that must be positive and finite.
+POSITIVE = ["zo_eps", "learning_rate", "max_forward_passes", "max_length", "candidates_per_forward"]
+POSITIVE += ["max_completion_length", "gradient_accumulation_steps", "per_device_train_batch_size"]
+POSITIVE += ["per_device_eval_batch_size"]
 
 
 def check_choices(config: "ZOConfig") -> None:
-    """Refuse a value that is none of the known ones."""
-    # Strategies are looked up now, because a user's own may have joined the table since the import.
-    for name, choices in (CHOICES | {"strategy": (*STRATEGIES, *GRADIENT)}).items():
-        if getattr(config, name) not in choices:
-            known = ", ".join(filter(None, choices))
-            raise UserError(f"{name}={getattr(config, name)!r} is not known; use one of {known}")
+    """Refuse a value that is none of the known ones: of its `Literal`, or of the tables."""
+    # These are looked up now, because a user's own may have joined the table since the import.
+    known: dict[str, tuple[str, ...]] = {"strategy": (*STRATEGIES, *GRADIENT)}
+    known["update_rule"] = tuple(RULES)
+    for name, hint in get_type_hints(type(config)).items():
+        for part in (hint, *get_args(hint)):
+            words = get_args(part)
+            if get_origin(part) is Literal and isinstance(words[0], str):
+                known[name] = words
+    defaults = {f.name: f.default for f in fields(config)}
+    for name, choices in known.items():
+        if (value := getattr(config, name)) not in (*choices, defaults[name]):
+            raise UserError(f"{name}={value!r} is not known; use one of {', '.join(choices)}")
 
 
 def apply_preset(config: "ZOConfig") -> None:
@@ -124,17 +117,7 @@ def check_values(config: "ZOConfig") -> None:
     for name, default in ((f.name, f.default) for f in fields(config) if f.name in REFUSED):
         if getattr(config, name) not in (None, False, default):
             raise UserError(f"{name} is not for forward-only tuning: {REFUSED[name]}")
-    for name in (
-        "zo_eps",
-        "learning_rate",
-        "max_forward_passes",
-        "max_length",
-        "candidates_per_forward",
-        "max_completion_length",
-        "gradient_accumulation_steps",
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-    ):
+    for name in POSITIVE:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name}={value}; it must be positive and finite")

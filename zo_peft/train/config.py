@@ -192,8 +192,7 @@ class ZOConfig(TrainingArguments):
     @property
     def strategy_options(self) -> Options:
         """What the strategy depends on beside seeds and eps."""
-        values = {f.name: getattr(self, f.name) for f in fields(Options)}
-        return Options(**values)
+        return Options(**{f.name: getattr(self, f.name) for f in fields(Options)})
 
     @property
     def forward_passes_per_step(self) -> int:
@@ -215,10 +214,8 @@ class ZOConfig(TrainingArguments):
         per_step = self.forward_passes_per_step
         chooses = self.zo_eps is None and self.strategy not in GRADIENT
         parts = self._examples if self.per_example_noise else 1
-        steps = budget // per_step
-        if chooses:
-            passes = eps.forward_passes(parts, steps) * self.gradient_accumulation_steps
-            steps = (budget - passes) // per_step
+        chosen = eps.forward_passes(parts, budget // per_step) if chooses else 0
+        steps = (budget - chosen * self.gradient_accumulation_steps) // per_step
         if steps < 1:
             raise UserError(
                 f"max_forward_passes={budget} is less than one step of {self.strategy}, which "
@@ -229,22 +226,14 @@ class ZOConfig(TrainingArguments):
 
 
 #: Arguments of transformers that belong to a run's settings, beside those of zo_peft.
-RUN_FIELDS = {
-    "gradient_accumulation_steps",
-    "lr_scheduler_type",
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "seed",
-    "weight_decay",
-}
-#: Never written to the card or zo_metrics.json: may contain paths or tokens.
-UNTOLD = {"model_init_kwargs"}
+RUN_FIELDS = {"gradient_accumulation_steps", "lr_scheduler_type", "max_steps", "num_train_epochs"}
+RUN_FIELDS |= {"per_device_train_batch_size", "seed", "weight_decay"}
 
 
 def run_settings(config: ZOConfig) -> dict[str, Any]:
     """What of a configuration decides about a run's result, by name, as given or chosen."""
-    told = (RUN_FIELDS | ZOConfig.__annotations__.keys()) - UNTOLD
+    # model_init_kwargs may contain paths or tokens.
+    told = (RUN_FIELDS | ZOConfig.__annotations__.keys()) - {"model_init_kwargs"}
     return {f.name: getattr(config, f.name) for f in fields(config) if f.name in told}
 
 

@@ -2,27 +2,27 @@
 
 from typing import Any
 
-import torch
 from bitsandbytes.nn import Linear8bitLt
 from peft import PeftModel, PeftType, prepare_model_for_kbit_training
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers.training_args import OptimizerNames
 
 from zo_peft.core.batch import Batch
 from zo_peft.core.faults import Faults
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import peft_config_of
+from zo_peft.models.hub import AnyModel
 from zo_peft.objectives.rewards import RewardObjective
 from zo_peft.objectives.scoring import AccuracyObjective, BlackBoxObjective
 from zo_peft.train.base import BaseTrainer
 from zo_peft.train.checks import GRADIENT_PASSES
 from zo_peft.train.config import ZOConfig
 
-#: Learning rates by strategy: of LoRA and its like, and of virtual tokens.
-LEARNING_RATES = {"adam": (1e-3, 1e-2), "sgd": (1e-1, 1.0)}
-
-#: Adapters through which transformers' gradient checkpointing does not go (PEFT refuses it).
-NOT_CHECKPOINTED = (PeftType.PREFIX_TUNING,)
+#: By strategy: the optimizer, and learning rates of LoRA and its like, and of virtual tokens.
+OPTIMIZERS = {
+    "adam": (OptimizerNames.ADAMW_TORCH, 1e-3, 1e-2),
+    "sgd": (OptimizerNames.SGD, 1e-1, 1.0),
+}
 
 
 class GradientTrainer(BaseTrainer):
@@ -41,7 +41,7 @@ class GradientTrainer(BaseTrainer):
 
     trains = True
 
-    def prepare_base(self, model: PreTrainedModel | PeftModel, args: ZOConfig) -> None:
+    def prepare_base(self, model: AnyModel, args: ZOConfig) -> None:
         """Refuse what has no baseline, and let PEFT prepare a quantized base."""
         if args.tune != "adapter":
             raise UserError(f"strategy={args.strategy!r} tunes adapters only; drop tune")
@@ -65,48 +65,22 @@ class GradientTrainer(BaseTrainer):
         self.faults = Faults()
         config = peft_config_of(self.model)
         assert config is not None
-        virtual = config.is_prompt_learning
+        self.args.optim, *rates = OPTIMIZERS[self.args.strategy]
         if self.args.learning_rate is None:
-            self.args.learning_rate = LEARNING_RATES[self.args.strategy][virtual]
-        if config.peft_type not in NOT_CHECKPOINTED:
+            self.args.learning_rate = rates[config.is_prompt_learning]
+        # PEFT refuses gradient checkpointing for a prefix.
+        if config.peft_type != PeftType.PREFIX_TUNING:
             # Trainer reads the new names alone; the old ones are only taken over on construction.
             self.args.activation_checkpointing = True
-            self.args.activation_checkpointing_kwargs = {"use_reentrant": self._has_int8()}
+            # The int8 matmul keeps its input where checkpoints without reentrance cannot drop it;
+            # with it, the inputs must require gradients.
+            has_int8 = any(isinstance(module, Linear8bitLt) for module in self.model.modules())
+            self.args.activation_checkpointing_kwargs = {"use_reentrant": has_int8}
+            if has_int8:
+                self.model.get_base_model().enable_input_require_grads()
 
-    def _has_int8(self) -> bool:
-        """Whether int8 layers are there, for which the inputs are then made to require gradients.
-
-        Their matmul keeps its input where checkpoints without reentrance cannot drop it.
-        """
-        found = any(isinstance(module, Linear8bitLt) for module in self.model.modules())
-        if found:
-            self.model.get_base_model().enable_input_require_grads()
-        return found
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW or SGD over the adapter's parameters."""
-        args = self.args
-        assert args.learning_rate is not None
-        tuned = [p for p in self.model.parameters() if p.requires_grad]
-        kind = {"adam": torch.optim.AdamW, "sgd": torch.optim.SGD}[args.strategy]
-        self.optimizer = kind(tuned, lr=args.learning_rate, weight_decay=args.weight_decay)
-        return self.optimizer
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: Batch, *_: Any, **__: Any) -> Tensor:
         """The mean of the objective's losses over the micro-batch."""
         self.forward_passes += GRADIENT_PASSES
         self.examples_forwarded += GRADIENT_PASSES * len(inputs["labels"])
         return self.objective.losses(model, inputs).mean()
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in Trainer; training logs also say what has been spent."""
-        if "learning_rate" in logs:
-            logs["forward_passes"] = self.forward_passes
-            logs["examples_forwarded"] = self.examples_forwarded
-        super().log(logs, start_time)

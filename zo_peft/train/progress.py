@@ -14,9 +14,8 @@ from transformers.trainer_callback import ProgressCallback
 class Clock(TrainerCallback):
     """Counts the seconds of training, evaluations included, also of a run that was resumed.
 
-    Attributes:
-        began: the `time.monotonic` at which training would have begun if nothing had stopped it;
-            None before training. Time after the last checkpoint of a killed process is not counted.
+    `began` is the `time.monotonic` at which training would have begun if nothing had stopped it;
+    None before training. Time after the last checkpoint of a killed process is not counted.
     """
 
     began: float | None = None
@@ -30,11 +29,8 @@ class Clock(TrainerCallback):
 class Progress(ProgressCallback):
     """transformers' bars, with loss, metric and forward passes; all of it on stderr.
 
-    The bar and its time left count towards `max_forward_passes` where it is given, else steps.
-
-    Args:
-        forward_passes: says how many have been made.
-        metric: the name of the metric that the bar shows, as in the logs without `eval_`.
+    The bar and its time left count towards `max_forward_passes` where it is given, else steps. It
+    shows the metric of that name, which is without `eval_`.
     """
 
     def __init__(self, forward_passes: Callable[[], int], metric: str) -> None:

@@ -19,17 +19,12 @@ def results(
     train_loss: float | None = None,
     wall_seconds: float | None = None,
 ) -> dict[str, Any]:
-    """The contents of `zo_metrics.json`.
+    """The contents of `zo_metrics.json` for a run that has ended, or is under way.
 
     Args:
-        trainer: a trainer of this package whose run has ended, or is under way.
         before, after: what `evaluate` gave before and after training; empty: not measured.
         validated: the same on the examples by which checkpoints are chosen.
         train_loss: the mean over the run's steps.
-
-    Returns:
-        By key: counts of steps, forward passes and examples; seconds and bytes; the metric and the
-        loss of the evaluation examples before and after; what was dropped, chosen and given.
     """
     metric = f"eval_{trainer.metric_name}"
     return {

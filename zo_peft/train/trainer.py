@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -17,9 +16,8 @@ from transformers.trainer_utils import TrainOutput, has_length
 
 from zo_peft.core.batch import Batch
 from zo_peft.core.direction import Direction
-from zo_peft.core.eps import Calibration, EpsChoice
+from zo_peft.core.eps import EpsChoice
 from zo_peft.core.evaluator import Evaluator
-from zo_peft.core.faults import Faults
 from zo_peft.core.journal import INITIAL_NAME, JOURNAL_NAME, Follower, Journal, read
 from zo_peft.core.lanes import replaced
 from zo_peft.core.noise import GENERATOR, derive_seed
@@ -28,44 +26,22 @@ from zo_peft.core.tuner import Tuner
 from zo_peft.core.updates import AUTOMATIC, UpdateRule
 from zo_peft.data.collate import drawn_batch
 from zo_peft.errors import NonFiniteLossError, UserError
-from zo_peft.models.adapters import classifies, peft_config_of
-from zo_peft.models.identity import base_hash, identity
+from zo_peft.models import recipe
 from zo_peft.models.in_place_space import InPlaceSpace
-from zo_peft.models.recipe import (
-    SPACE_FIELDS,
-    adapter_settings,
-    check_in_place,
-    evaluator_of,
-    load_trained,
-    rule_of,
-    space_of,
-    trained,
-)
+from zo_peft.models.loading import base_hash, identity
 from zo_peft.models.trunk import compile_frozen_parts
 from zo_peft.objectives.rewards import RewardObjective
 from zo_peft.objectives.scoring import SequenceObjective
-from zo_peft.scales import save_scales
 from zo_peft.train import checkpoint
-from zo_peft.train.base import BaseTrainer
+from zo_peft.train.checkpoint import CheckpointTrainer
 from zo_peft.train.config import ZOConfig
-
-#: Learning rates of plain SGD by adapter type (docs/efficiency.md), LORA's for any other type; and
-#: those of scales and weights.
-SGD_LEARNING_RATES: dict[str, float] = {
-    PeftType.LORA: 1e-3,
-    PeftType.PREFIX_TUNING: 1.0,
-    PeftType.PROMPT_TUNING: 1.0,
-    PeftType.IA3: 1e-1,
-    "scales": 1e-3,
-    "weights": 1e-6,
-}
 
 #: How far a random walk of all steps would move the loss of an example, in nats, with the automatic
 #: learning rate (docs/efficiency.md).
 WALK = 0.87
 
 
-class ZOTrainer(BaseTrainer):
+class ZOTrainer(CheckpointTrainer):
     """Tunes a PEFT adapter or the base with forward passes only; else a `transformers.Trainer`.
 
     See `BaseTrainer` for the arguments.
@@ -73,7 +49,10 @@ class ZOTrainer(BaseTrainer):
     Attributes:
         tuner: makes the steps (`zo_peft.core.tuner`).
         space: the numbers that are tuned.
+        tuned_numel: how many they are.
         evaluator: gives losses at displacements of the space, and counts forward passes.
+        faults: losses and updates so far that were dropped.
+        calibrations: the choices of eps so far.
     """
 
     trains = True
@@ -81,16 +60,17 @@ class ZOTrainer(BaseTrainer):
     def ready(self) -> None:
         """Make the space, the evaluator and the tuner."""
         model, args = self.model, self.args
-        check_in_place(model, args.tune)
+        recipe.check_in_place(model, args.tune)
         # The hash comes before the space, which takes nested scales of NF4 apart.
         self.base_hash = None if args.tune == "adapter" else base_hash(model)
-        self.space = space_of(model, **self._space_settings())
+        self.space = recipe.space_of(model, **self._space_settings())
+        self.tuned_numel = self.space.numel
         self.ranks = Ranks(args.parallel, args.device) if args.world_size > 1 else OneRank()
         self._train_batch_size *= self.ranks.batches
         if self.ranks.count > 1 and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise UserError("a base on several devices is tuned by one process; drop device_map")
         limit = args.candidates_per_forward
-        self.evaluator = evaluator_of(model, self.space, self.objective, limit, self.ranks)
+        self.evaluator = recipe.evaluator_of(model, self.space, self.objective, limit, self.ranks)
         if args.torch_compile:
             options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
             compile_frozen_parts(model, self.space.parameters.values(), **options)
@@ -106,7 +86,7 @@ class ZOTrainer(BaseTrainer):
             self._say,
             self._trained,
         )
-        self._micro_batches: list[Batch] = []
+        self.faults, self.calibrations = self.tuner.faults, self.tuner.eps.calibrations
 
     @property
     def forward_passes(self) -> int:
@@ -118,25 +98,11 @@ class ZOTrainer(BaseTrainer):
         """So far; candidates times examples."""
         return self.evaluator.examples_forwarded
 
-    @property
-    def tuned_numel(self) -> int:
-        """How many numbers are tuned."""
-        return self.space.numel
-
-    @property
-    def faults(self) -> Faults:
-        """Losses and updates so far that were dropped."""
-        return self.tuner.faults
-
-    @property
-    def calibrations(self) -> list[Calibration]:
-        """The choices of eps so far."""
-        return self.tuner.eps.calibrations
-
     def _smooth(self, batches: Sequence[Batch]) -> tuple[Evaluator, Sequence[Batch]]:
         """The likelihood of drawn completions, by which eps is chosen in the place of rewards."""
         assert isinstance(self.objective, RewardObjective)
-        evaluator = evaluator_of(self.model, self.space, SequenceObjective(), ranks=self.ranks)
+        likelihood = SequenceObjective()
+        evaluator = recipe.evaluator_of(self.model, self.space, likelihood, ranks=self.ranks)
         return evaluator, [drawn_batch(self.objective, self.model, batch) for batch in batches]
 
     def _say(self, message: str) -> None:
@@ -175,8 +141,8 @@ class ZOTrainer(BaseTrainer):
         folder = Path(self.args.output_dir).resolve()
         header = {
             "base": identity(self.model),
-            "num_labels": self.model.config.num_labels if classifies(self.model) else None,
-            "adapter": adapter_settings(self.model),
+            "num_labels": self.tokenization.num_labels,
+            "adapter": recipe.adapter_settings(self.model),
             "seed": self.args.seed,
             "generator": GENERATOR,
             "space": self._space_settings(),
@@ -188,7 +154,13 @@ class ZOTrainer(BaseTrainer):
         settings = "the base, the adapter or the settings"
         self.ranks.check(settings, header, *self._trained().values())
         if self.ranks.least(not resume or (last and not path.exists())):
-            self._start_journal(folder, header)
+            self.tuner.journal = Follower()
+            if self.is_world_process_zero():
+                folder.mkdir(parents=True, exist_ok=True)
+                # Weights start as the base itself has them.
+                values = {} if self.args.tune == "weights" else self._trained()
+                checkpoint.save_tensors(folder / INITIAL_NAME, values)
+                self.tuner.journal = Journal(folder / JOURNAL_NAME, header)
             return None
         if read(path)[0] != header:
             raise UserError(
@@ -209,16 +181,6 @@ class ZOTrainer(BaseTrainer):
             self._load_trained(checkpoint.load_tensors(initial))
         return start
 
-    def _start_journal(self, folder: Path, header: dict[str, Any]) -> None:
-        if not self.is_world_process_zero():
-            self.tuner.journal = Follower()
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        # Weights start as the base itself has them.
-        values = {} if self.args.tune == "weights" else self._trained()
-        checkpoint.save_tensors(folder / INITIAL_NAME, values)
-        self.tuner.journal = Journal(folder / JOURNAL_NAME, header)
-
     # ---- The step -------------------------------------------------------------------------------
 
     def get_batch_samples(
@@ -228,9 +190,7 @@ class ZOTrainer(BaseTrainer):
         self._micro_batches = list(islice(epoch_iterator, num_batches))
         return self._micro_batches, None
 
-    def training_step(
-        self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Batch, *_: Any, **__: Any) -> Tensor:
         """Make the whole step on its last micro-batch; returns the loss.
 
         Raises:
@@ -250,7 +210,10 @@ class ZOTrainer(BaseTrainer):
             self._save_checkpoint(self.model, trial=None)
             last = f"The last good state is in checkpoint-{step}"
             raise NonFiniteLossError(f"{error}; {advice}. {last}") from None
-        self._end_in_time()
+        if self.args.max_forward_passes is not None:
+            # Stop where another step would go beyond the budget.
+            left = self.args.max_forward_passes - self.forward_passes
+            self.control.should_training_stop |= left < self.args.forward_passes_per_step
         return torch.tensor(estimate.loss, device=self.args.device)
 
     def _advice(self, batches: Sequence[Batch]) -> str:
@@ -261,13 +224,6 @@ class ZOTrainer(BaseTrainer):
         if any(parameter.dtype == torch.float16 for parameter in self.model.parameters()):
             return "float16 overflows: load the model in bfloat16 or float32"
         return "the loss has diverged: lower learning_rate"
-
-    def _end_in_time(self) -> None:
-        """Stop where another step would go beyond the budget."""
-        budget = self.args.max_forward_passes
-        if budget is not None:
-            left = budget - self.forward_passes
-            self.control.should_training_stop |= left < self.args.forward_passes_per_step
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Operations of all candidates on a micro-batch; transformers counts a backward as two."""
@@ -282,11 +238,14 @@ class ZOTrainer(BaseTrainer):
         return self.optimizer
 
     def _update_rule(self) -> UpdateRule:
-        rate = self.args.learning_rate or self._default_learning_rate()
-        return rule_of(self.space, **self._rule_settings(), learning_rate=rate)
+        args, rate = self.args, recipe.sgd_learning_rate(self.model, self.args.tune)
+        if args.update_rule == "momentum":
+            rate *= 1 - args.momentum
+        settings = self._rule_settings()
+        return recipe.rule_of(self.space, **settings, learning_rate=args.learning_rate or rate)
 
     def _space_settings(self) -> dict[str, Any]:
-        return {name: getattr(self.args, name) for name in SPACE_FIELDS}
+        return {name: getattr(self.args, name) for name in recipe.SPACE_FIELDS}
 
     def _rule_settings(self) -> dict[str, Any]:
         args = self.args
@@ -299,12 +258,6 @@ class ZOTrainer(BaseTrainer):
             "momentum": args.momentum,
             "beta2": args.adam_beta2,
         }
-
-    def _default_learning_rate(self) -> float:
-        config = peft_config_of(self.model)
-        kind = self.args.tune if config is None else config.peft_type
-        rate = SGD_LEARNING_RATES.get(kind, SGD_LEARNING_RATES[PeftType.LORA])
-        return rate * (1 - self.args.momentum) if self.args.update_rule == "momentum" else rate
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -352,94 +305,16 @@ class ZOTrainer(BaseTrainer):
         return None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in Trainer; training logs also say the slope and what has been spent."""
+        """As in `BaseTrainer`; training logs also say the slope and what goes with it."""
         if "learning_rate" in logs:
-            tuner, faults = self.tuner, self.tuner.faults
-            logs["slope"] = 0.0 if tuner.estimate is None else tuner.estimate.slope
-            logs["spread"] = 0.0 if tuner.estimate is None else tuner.estimate.spread
+            tuner = self.tuner
+            assert tuner.estimate is not None
+            logs["slope"], logs["spread"] = tuner.estimate.slope, tuner.estimate.spread
             logs["zo_eps"] = tuner.eps.eps
-            logs["non_finite"], logs["skipped"] = faults.non_finite, faults.skipped
+            logs["non_finite"], logs["skipped"] = self.faults.non_finite, self.faults.skipped
             logs["step_size"] = tuner.rule.step_size
             if isinstance(self.space, InPlaceSpace):
                 logs |= self.space.shares()
-            logs["forward_passes"] = self.forward_passes
-            logs["examples_forwarded"] = self.examples_forwarded
             if self.ranks.count > 1:
                 logs["wire_bytes"] = self.ranks.wire_bytes
         super().log(logs, start_time)
-
-    # ---- Saving and resuming: safetensors and JSON ----------------------------------------------
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter, or the tuned base, with tokenizer and card; see `Trainer.save_model`.
-
-        A checkpoint gets no copy of a whole base: its state holds the tensors that are tuned.
-        """
-        if self.args.tune == "adapter" or not _internal_call:
-            super().save_model(output_dir, _internal_call)
-        elif self.args.should_save:
-            # transformers asks whether the best checkpoint is there.
-            Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and self.args.tune == "scales":
-            assert isinstance(self.space, InPlaceSpace)
-            assert self.base_hash is not None
-            save_scales(output_dir or self.args.output_dir, self.space, self.base_hash)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        self.tuner.compare_ranks(self.state.global_step)
-        if not self.args.should_save:
-            return
-        state = checkpoint.state_of(self.tuner) | {
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "base": self.base_hash,
-            "moves": getattr(self.space, "moves", 0),
-        }
-        remembered = checkpoint.remembered(self.tuner)
-        # A checkpoint is a position in the journal, so the journal is on the disk before it.
-        self.tuner.journal.sync()
-        checkpoint.save_state(output_dir, self._trained() | remembered, state)
-
-    def _trained(self) -> dict[str, Tensor]:
-        """All tensors that training may have changed, by name."""
-        return trained(self.model, self.space)
-
-    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
-        if checkpoint_folder is None:
-            return
-        state = checkpoint.load_state(checkpoint_folder)
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
-            group["lr"] = lr
-        tensors = checkpoint.load_tensors(Path(checkpoint_folder) / checkpoint.TENSORS_NAME)
-        checkpoint.load_into(self.tuner, state, tensors)
-        if isinstance(self.space, InPlaceSpace):
-            self.space.moves = state["moves"]
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        if checkpoint.load_state(resume_from_checkpoint)["base"] != self.base_hash:
-            raise UserError(
-                f"{Path(resume_from_checkpoint).name} is of another base or another tune; load the "
-                "model that the run started with, quantized in the same way"
-            )
-        tensors = checkpoint.load_tensors(Path(resume_from_checkpoint) / checkpoint.TENSORS_NAME)
-        self._load_trained(checkpoint.without_remembered(tensors))
-
-    def _load_trained(self, tensors: dict[str, Tensor]) -> None:
-        if tensors or self.args.tune != "weights":
-            load_trained(self.model, self.space, tensors)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        if self.args.should_save:
-            checkpoint.save_rng_state(output_dir)
-
-    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
-        if checkpoint_folder is not None:
-            checkpoint.load_rng_state(checkpoint_folder)

@@ -36,8 +36,7 @@ HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 def create_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
     """Make a repository unless it exists, and return its whole name.
 
-    Raises:
-        UserError: the Hub refuses, or the repository exists and is public against `private`.
+    A UserError says that the Hub refuses, or that there is a public one in spite of `private`.
     """
     api = HfApi(token=token)
     with hub_errors(repo_id):
@@ -64,7 +63,7 @@ def upload(
         token: of the Hub; None: the one of the environment or of `hf auth login`.
 
     Raises:
-        UserError: as `push`.
+        UserError: the Hub refuses, there is nothing to send, or a file holds a token.
     """
     files = public_files(folder, repo_id, token)
     check_tokens("commit_message", commit_message, token)
@@ -81,13 +80,8 @@ def upload(
 def public_files(folder: Path, repo_id: str, token: str | None = None) -> dict[str, bytes | Path]:
     """Return what goes up by file name: the file itself, or its new content if that is changed.
 
-    JSON names folders by their last part alone, and the card loads from `repo_id`.
-
-    Args:
-        token: of the Hub. No file may hold it, nor the token of the environment.
-
-    Raises:
-        UserError: there is neither an adapter nor a model, or a file is damaged or holds a token.
+    JSON names folders by their last part alone, and the card loads from `repo_id`. A UserError says
+    that there is neither an adapter nor a model, or that a file is damaged or holds a token.
     """
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if set(ADAPTER) <= present:
