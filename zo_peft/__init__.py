@@ -11,13 +11,14 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
-    from zo_peft.core.direction import Direction
-    from zo_peft.errors import NonFiniteLossError, UserError
-    from zo_peft.objectives.rewards import RewardObjective
-    from zo_peft.objectives.scoring import BlackBoxObjective
-    from zo_peft.train.config import ZOConfig
-    from zo_peft.train.gradient import GradientTrainer
-    from zo_peft.train.trainer import ZOTrainer
+    from zo_peft.core.direction import Direction as Direction
+    from zo_peft.errors import NonFiniteLossError as NonFiniteLossError
+    from zo_peft.errors import UserError as UserError
+    from zo_peft.objectives.rewards import RewardObjective as RewardObjective
+    from zo_peft.objectives.scoring import BlackBoxObjective as BlackBoxObjective
+    from zo_peft.train.config import ZOConfig as ZOConfig
+    from zo_peft.train.gradient import GradientTrainer as GradientTrainer
+    from zo_peft.train.trainer import ZOTrainer as ZOTrainer
 
 __version__ = "0.1.0"
 
@@ -34,16 +35,7 @@ _HOMES = {
     "ZOTrainer": "zo_peft.train.trainer",
 }
 
-__all__ = [
-    "BlackBoxObjective",
-    "Direction",
-    "GradientTrainer",
-    "NonFiniteLossError",
-    "RewardObjective",
-    "UserError",
-    "ZOConfig",
-    "ZOTrainer",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

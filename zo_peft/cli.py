@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage(), file=sys.stdout if known else sys.stderr)
         return 0 if known else 2
     command = COMMANDS[name]
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    # SIGTERM, by which machines are taken away, ends a command as Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         as_json, result = _run(name, command, rest)
     except UserError as error:
@@ -108,8 +109,3 @@ def _run(name: str, command: Command, argv: Sequence[str]) -> tuple[bool, dict[s
     # Trainer prints its logs on stdout, where only the result belongs.
     with contextlib.redirect_stdout(sys.stderr):
         return output.json, named(command.job)(*parsed)
-
-
-def _interrupt(signum: int, frame: Any) -> NoReturn:
-    """SIGTERM, by which machines are taken away, ends a command as Ctrl-C does."""
-    raise KeyboardInterrupt

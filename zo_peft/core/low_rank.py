@@ -13,7 +13,7 @@ Whatever has not two dimensions gets full noise.
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from zo_peft.core.direction import Direction
 from zo_peft.core.noise import CHUNK, Distribution, Layout, noise_blocks
 
 Structure = Literal["eggroll", "lozo", "subzero"]
-STRUCTURES = get_args(Structure)
 
 #: Steps after which each structure draws its basis anew; eggroll has none.
 BASIS_STEPS: dict[Structure, int] = {"eggroll": 1, "subzero": 1000, "lozo": 100}

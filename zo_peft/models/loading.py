@@ -62,13 +62,22 @@ def bits_of(config: PreTrainedConfig) -> Literal[8, 4] | None:
     return 8 if settings.get("load_in_8bit") else 4 if settings.get("load_in_4bit") else None
 
 
-def load_base(name: str, num_labels: int | None = None, **kwargs: Any) -> PreTrainedModel:
+def load_base(
+    name: str, num_labels: int | None = None, tune: str = "adapter", **kwargs: Any
+) -> PreTrainedModel:
     """The base of this name (a Hub id or a folder), read from safetensors, or a UserError.
 
     Args:
         num_labels: classes of a sequence-classification head; None for a causal language model.
+        tune: what will be tuned; `check_bits` looks at the configuration before weights are read.
         kwargs: arguments of `from_pretrained`.
     """
+    if tune != "adapter":
+        source = {n: kwargs[n] for n in ("revision", "trust_remote_code") if n in kwargs}
+        config = load_config(name, **source)
+        if quantization := kwargs.get("quantization_config"):
+            config.quantization_config = quantization
+        check_bits(config, tune)
     head = {} if num_labels is None else {"num_labels": num_labels}
     auto = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
     with _loading(f"model {name!r}"):
@@ -181,20 +190,6 @@ def _scales(count: int, nested: bool) -> QuantState:
     outer_state = QuantState(outer, code=code, blocksize=256, dtype=torch.float32)
     codes = torch.empty(count, dtype=torch.uint8)
     return QuantState(codes, offset=torch.empty(()), state2=outer_state)
-
-
-def check_quantization(name: str, tune: str, quantization: Any, **kwargs: Any) -> None:
-    """Do `check_bits` before the base is loaded. Only its configuration is read.
-
-    Args:
-        quantization: the quantization settings that it will be loaded with; None: as it was saved.
-        kwargs: arguments of `load_config`.
-    """
-    if tune != "adapter":
-        config = load_config(name, **kwargs)
-        if quantization:
-            config.quantization_config = quantization
-        check_bits(config, tune)
 
 
 def check_bits(config: PreTrainedConfig, tune: str) -> None:

@@ -16,7 +16,7 @@ from zo_peft.data.tasks import ANSWER_TOKENS, TASKS
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter
 from zo_peft.models.hub import public_name
-from zo_peft.models.loading import check_quantization, load_base, load_tokenizer
+from zo_peft.models.loading import load_base, load_tokenizer
 from zo_peft.objectives.rewards import RewardObjective, generates, load_function
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.runs.jobs import flags
@@ -162,13 +162,11 @@ def load(model: ModelArguments, tune: str, num_labels: int | None) -> PreTrained
     Raises:
         UserError: the base cannot be loaded, or not tuned in this way.
     """
-    quantization = model.quantization(num_labels is not None)
-    name, kwargs = model.model_name_or_path, model.source
-    check_quantization(name, tune, quantization, **kwargs)
+    kwargs = {"dtype": model.dtype, "device_map": model.device_map, **model.source}
     # If it is None, it must not be given: it would hide that the base was saved quantized.
-    if quantization is not None:
+    if quantization := model.quantization(num_labels is not None):
         kwargs["quantization_config"] = quantization
-    return load_base(name, num_labels, dtype=model.dtype, device_map=model.device_map, **kwargs)
+    return load_base(model.model_name_or_path, num_labels, tune, **kwargs)
 
 
 def _evaluate(trainer: BaseTrainer, dataset: Any) -> dict[str, float]:

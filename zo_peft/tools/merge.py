@@ -10,13 +10,12 @@ from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
 from zo_peft.errors import UserError
-from zo_peft.models.adapters import load_adapter
+from zo_peft.models.adapters import load_adapter, merged_model, saved_adapter
 from zo_peft.models.hub import public_name
 from zo_peft.models.loading import load_tokenizer
-from zo_peft.models.merging import merged_model, saved_adapter
 from zo_peft.runs.arguments import ModelArguments
 from zo_peft.runs.run import load
-from zo_peft.train.card import write_merged_card
+from zo_peft.train.card import write_model_card
 
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]?B", re.IGNORECASE)
 
@@ -67,7 +66,8 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
         merged.to(dtype)
     merged.save_pretrained(given.output_dir, max_shard_size=given.max_shard_size)
     tokenizer.save_pretrained(given.output_dir)
-    write_merged_card(given.output_dir, merged, vars(model))
+    adapter = public_name(model.adapter_name_or_path)
+    write_model_card(given.output_dir, merged, "weights", {"settings": vars(model)}, adapter)
     return {
         "output_dir": given.output_dir,
         "files": sorted(path.name for path in Path(given.output_dir).glob("*.safetensors")),

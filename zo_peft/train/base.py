@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy, has_length, set_seed
@@ -25,7 +25,7 @@ from zo_peft.data.sampler import EpochSampler
 from zo_peft.errors import UserError
 from zo_peft.models import adapters
 from zo_peft.models.hub import AnyModel
-from zo_peft.models.loading import check_quantization, load_base, load_tokenizer
+from zo_peft.models.loading import load_base, load_tokenizer
 from zo_peft.objectives import rewards, scoring
 from zo_peft.train.card import write_model_card
 from zo_peft.train.config import ZOConfig
@@ -91,7 +91,11 @@ class BaseTrainer(Trainer):
         # Trainer seeds too late for this: a new adapter's values are part of the run.
         set_seed(args.seed)
         if isinstance(model, str):
-            model = _load_base(model, args, peft_config, train_dataset)
+            num_labels = None
+            if peft_config is not None and peft_config.task_type == TaskType.SEQ_CLS:
+                num_labels = 1 + max((row["label"] for row in train_dataset or ()), default=1)
+            kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+            model = load_base(model, num_labels, args.tune, **kwargs)
         self.prepare_base(model, args)
         if peft_config is not None:
             model = adapters.add_adapter(model, peft_config)
@@ -276,17 +280,6 @@ def _check_tuned(args: ZOConfig, model: str | AnyModel, peft_config: PeftConfig 
         )
     if args.tune == "adapter" and (peft_config is None) != isinstance(model, PeftModel):
         raise UserError("give a peft_config for a new adapter or a PeftModel: one of the two")
-
-
-def _load_base(
-    name: str, args: ZOConfig, peft_config: PeftConfig | None, train_dataset: Any
-) -> PreTrainedModel:
-    num_labels = None
-    if peft_config is not None and peft_config.task_type == TaskType.SEQ_CLS:
-        num_labels = 1 + max((row["label"] for row in train_dataset or ()), default=1)
-    kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-    check_quantization(name, args.tune, kwargs.get("quantization_config"))
-    return load_base(name, num_labels, **kwargs)
 
 
 def _objective(

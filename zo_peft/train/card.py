@@ -94,12 +94,6 @@ def write_model_card(
     card.save(Path(folder) / CARD_NAME)
 
 
-def write_merged_card(folder: str, merged: AnyModel, settings: dict[str, Any]) -> None:
-    """Write `README.md` into `folder`; `settings` say how base and adapter were loaded."""
-    adapter = public_name(settings["adapter_name_or_path"])
-    write_model_card(folder, merged, "weights", {"settings": settings}, adapter)
-
-
 def for_repository(text: str, repo_id: str) -> str:
     """A card's text whose code loads a repository of the Hub instead of the card's folder."""
     return NAMED.sub(lambda found: f'{found[1]}"{repo_id}"', text)
