@@ -81,12 +81,6 @@ def _gaussian(words: list[Tensor]) -> Tensor:
     return torch.stack(numbers, dim=-1).flatten(1)
 
 
-def _rademacher(words: list[Tensor]) -> Tensor:
-    """128 signs (+1 or -1, float32) a counter, one for each bit of its words."""
-    octets = _octets(words)
-    return _signs(octets.device).index_select(0, octets.flatten()).view(len(octets), -1)
-
-
 def _octets(words: list[Tensor]) -> Tensor:
     """The bytes of C counters' words, lowest first: int32 [seeds, 16 C] in [0, 256)."""
     # Conversion wraps: the bits stay as they are.
@@ -104,7 +98,11 @@ def _numbers(
     blocks: Tensor, low: Tensor, high: Tensor, seeds: Sequence[int], distribution: Distribution
 ) -> Tensor:
     words = philox((blocks & _MASK, blocks >> 32, low, high), seeds)
-    return _gaussian(words) if distribution == "gaussian" else _rademacher(words)
+    if distribution == "gaussian":
+        return _gaussian(words)
+    # One sign, +1 or -1, for each bit of the words.
+    octets = _octets(words)
+    return _signs(octets.device).index_select(0, octets.flatten()).view(len(octets), -1)
 
 
 def noise_blocks(

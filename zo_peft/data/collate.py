@@ -180,14 +180,10 @@ def _scores_alike(
         return False
     options = [_SOME_IDS[:3], _SOME_IDS[2:], _SOME_IDS[4:]]
     features = [{"prompt_ids": _SOME_IDS, "option_ids": options, "label": 0}]
+    made = (collator(features).items() for collator in collators)
+    batches = (Batch({n: t.to(input_device(model)) for n, t in items}) for items in made)
     try:
-        first, second = (
-            objective.scores(
-                model,
-                Batch({n: t.to(input_device(model)) for n, t in collator(features).items()}),
-            )
-            for collator in collators
-        )
+        first, second = (objective.scores(model, batch) for batch in batches)
     except (TypeError, ValueError, RuntimeError):
         return False
     return torch.allclose(first, second, rtol=1e-4 if model.dtype == torch.float32 else 2e-2)

@@ -158,10 +158,6 @@ def _record_rows(row: Row) -> Iterator[Row]:
         yield {"passage": text, "query": asked["query"], "entities": entities, "answers": answers}
 
 
-def _squad(row: Row) -> Row:
-    return {"answers": list(dict.fromkeys(row["answers"]["text"]))}
-
-
 def _squad_rows(row: Row) -> Iterator[Row]:
     for article in row["data"]:
         for paragraph in article["paragraphs"]:
@@ -213,7 +209,7 @@ CODE: dict[str, dict[str, Any]] = {
     "copa": {"columns": _copa},
     "record": {"columns": _record, "flatten": ("query", _record_rows)},
     "squad": {
-        "columns": _squad,
+        "columns": lambda row: {"answers": list(dict.fromkeys(row["answers"]["text"]))},
         "flatten": ("context", _squad_rows),
         "rewards": _rewards(metrics.squad_f1, metrics.squad_exact_match),
     },

@@ -61,11 +61,7 @@ class Fit:
     """
 
     def __init__(
-        self,
-        model: AnyModel,
-        adapter_numel: int,
-        new_tokens: int = 0,
-        device: str | None = None,
+        self, model: AnyModel, adapter_numel: int, new_tokens: int = 0, device: str | None = None
     ) -> None:
         self.new_tokens = new_tokens
         self.config = model.config.get_text_config()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from matplotlib.figure import Figure
 from transformers import TrainerState
 from transformers.hf_argparser import HfArg
@@ -75,16 +76,11 @@ def plot(folder: Path, result: dict[str, Any]) -> None:
         xlabel="examples forwarded (a backward pass counts as two forwards)", ylabel="training loss"
     )
     panels["losses"].legend()
-    runs = result.values()
-    metric = next(iter(runs))["metric_name"]
+    runs = pd.DataFrame([*result.values()])
     bars = {
-        "metric": (f"{metric} after", [run["metric_after"] or 0.0 for run in runs], "{:.3f}"),
-        "seconds": ("seconds", [run["wall_seconds"] for run in runs], "{:,.0f}"),
-        "memory": (
-            "peak memory, MiB",
-            [run["peak_memory_bytes"] / 2**20 for run in runs],
-            "{:,.0f}",
-        ),
+        "metric": (f"{runs['metric_name'][0]} after", runs["metric_after"].fillna(0.0), "{:.3f}"),
+        "seconds": ("seconds", runs["wall_seconds"], "{:,.0f}"),
+        "memory": ("peak memory, MiB", runs["peak_memory_bytes"] / 2**20, "{:,.0f}"),
     }
     for panel, (title, values, form) in bars.items():
         axes = panels[panel]

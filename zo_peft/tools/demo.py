@@ -1,7 +1,7 @@
 """The embedded default: a tiny language model and labelled texts, shipped with the package."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,7 @@ def demo(given: DemoArguments) -> dict[str, Any]:
         label_words=LABEL_WORDS,
     )
     args = ZOConfig(
-        output_dir=str(adapter),
-        seed=given.seed,
-        strategy=given.strategy,
-        max_forward_passes=given.max_forward_passes,
+        **(asdict(given) | {"output_dir": str(adapter)}),
         per_device_train_batch_size=16,
         per_device_eval_batch_size=50,
         logging_steps=0.1,

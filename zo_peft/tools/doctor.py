@@ -64,12 +64,7 @@ def attempt(arguments: Sequence[str], timeout: float = TIMEOUT) -> str | None:
     """Run Python, which may die or hang; returns what went wrong, None if nothing did."""
     try:
         done = subprocess.run(
-            [sys.executable, *arguments],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            timeout=timeout,
+            [sys.executable, *arguments], capture_output=True, errors="replace", timeout=timeout
         )
     except subprocess.TimeoutExpired:
         return f"no answer within {timeout:.0f} s"

@@ -18,9 +18,6 @@ from zo_peft.train.results import write_json
 
 RESULT_NAME, TABLE_NAME = "reproduction.json", "reproduction.md"
 
-#: What is tuned, in the words of the tables, by `peft_type`.
-KINDS = {None: "full", "LORA": "LoRA", "PREFIX_TUNING": "prefix"}
-
 TABLE = Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")
 PUBLISHED: dict[str, Any] = yaml.safe_load(TABLE)
 
@@ -50,7 +47,7 @@ class ReproduceArguments:
     @property
     def kind(self) -> str:
         """What is tuned, in the words of the table."""
-        return KINDS[self.peft_type]
+        return PUBLISHED["kinds"][self.peft_type]["name"]
 
     @property
     def method(self) -> str:
@@ -62,7 +59,7 @@ class ReproduceArguments:
 
 def settings(given: ReproduceArguments) -> tuple[dict[str, Any], list[float]]:
     """The published options of `zo-peft train`, and the learning rates to try."""
-    kind, guided = PUBLISHED["kinds"][given.kind], PUBLISHED["guided"]
+    kind, guided = PUBLISHED["kinds"][given.peft_type], PUBLISHED["guided"]
     options, rates = PUBLISHED["common"] | kind["options"], kind["learning_rates"]
     if given.preset in ("paper-gv", "paper-greedy"):
         options = options | guided["options"]
