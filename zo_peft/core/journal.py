@@ -89,11 +89,7 @@ class Record:
 
     @classmethod
     def unpack(cls, content: bytes) -> "Record":
-        """The inverse of `pack`.
-
-        Raises:
-            ValueError: the content is no record, or a number in it is not finite.
-        """
+        """The inverse of `pack`; a ValueError if this is no record, or a number is not finite."""
         if len(content) < _NUMBERS.size:
             raise ValueError("it is too short")
         *numbers, elite, basis_seed, count, length = _NUMBERS.unpack_from(content)
@@ -121,11 +117,7 @@ _FIELDS = tuple(f.name for f in fields(Record))[:10]
 
 
 class Follower:
-    """The journal of a process that writes none: the steps behind it, which it goes on from.
-
-    Args:
-        past: records of those steps.
-    """
+    """The journal of a process that writes none: the steps behind it, which it goes on from."""
 
     def __init__(self, past: Iterable[Record] = ()) -> None:
         self._past = {record.step: record for record in past}

@@ -28,12 +28,7 @@ class NotInLanes(Exception):
 
 
 class Lanes:
-    """K values of every tuned parameter.
-
-    Args:
-        values: [K, *shape], by parameter.
-        count: K.
-    """
+    """K values of every tuned parameter: [K, *shape], by parameter."""
 
     def __init__(self, values: Mapping[Tensor, Tensor], count: int) -> None:
         self._values, self.count = values, count
@@ -46,9 +41,7 @@ class Lanes:
     def split(self, x: Tensor, name: str) -> Tensor:
         """[K * R, ...] as [K, R, ...].
 
-        Raises:
-            NotInLanes: the input of the module `name` does not hold the rows of the batch, or
-                holds only some of them.
+        `NotInLanes` if the input of the module `name` does not hold all the rows of the batch.
         """
         if x.shape[0] % (self.count * self._rows) and x.shape[0] != self.count * self._scored:
             raise NotInLanes(f"{name} (its input of shape {list(x.shape)} is not the batch)")
@@ -90,11 +83,7 @@ def replaced(methods: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
 
 
 def plain_replacement(module: nn.Module, name: str) -> Replacement:
-    """The replacement of a linear layer or an embedding of plain PyTorch.
-
-    Raises:
-        NotInLanes: the module is neither.
-    """
+    """The replacement of a linear layer or an embedding of plain PyTorch; else `NotInLanes`."""
     known: dict[type, Callable[..., Tensor]] = {nn.Linear: _linear, nn.Embedding: _embedding}
     replacement = known.get(type(module))
     if replacement is None:
@@ -108,14 +97,11 @@ def find_replacements(
     replacement_of: Callable[[nn.Module, str], Replacement] = plain_replacement,
     layers: tuple[type, ...] = (),
 ) -> dict[str, Replacement]:
-    """How each module that owns tuned parameters works lane by lane, by the module's name.
+    """How each module that owns tuned parameters works lane by lane, by name; or `NotInLanes`.
 
     Args:
         replacement_of: gives the replacement of a module and its name, or raises `NotInLanes`.
         layers: kinds of modules that own all parameters inside of them.
-
-    Raises:
-        NotInLanes: a module cannot work so.
     """
     names = {id(parameter): name for name, parameter in tuned.items()}
     found: dict[str, Replacement] = {}

@@ -133,11 +133,7 @@ def make_examples(
 def converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Row]) -> list[Row]:
     """What `convert` makes of each row.
 
-    Args:
-        source: where the rows come from, for error messages.
-
-    Raises:
-        UserError: `convert` does not find a column of a row, or cannot use its values.
+    A UserError names `source` and a row that lacks a column, or whose values cannot be used.
     """
     made = []
     for number, row in enumerate(rows, start=1):

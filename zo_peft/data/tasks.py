@@ -258,11 +258,7 @@ def task_rows(name: str, folder: str | None, part: int) -> list[Row]:
 
 
 def hub_rows(name: str, config: str | None, split: str) -> list[Row]:
-    """All rows of a split of a data set of the Hub.
-
-    Raises:
-        UserError: the split cannot be loaded.
-    """
+    """All rows of a split of a data set of the Hub, or a UserError."""
     try:
         return datasets.load_dataset(name, config, split=split).to_list()
     except (*LOAD_ERRORS, RuntimeError, DatasetsError) as error:

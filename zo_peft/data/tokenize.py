@@ -37,13 +37,8 @@ class Tokenization:
     def __call__(self, example: Row, index: int) -> Row:
         """The features of an example, as `Collator` takes them.
 
-        `length` among them is for transformers' `train_sampling_strategy="group_by_length"`.
-
-        Args:
-            index: the place of the example in its data set from 0, for messages.
-
-        Raises:
-            UserError: the example cannot be used.
+        `length` among them is for transformers' `train_sampling_strategy="group_by_length"`. A
+        UserError says that the example of this index cannot be used.
         """
         try:
             features = self._features(example)

@@ -243,12 +243,9 @@ def matching(names: Collection[str], tunable: str | None) -> set[str]:
 
 @torch.no_grad()
 def start_prefix_from_tokens(model: PeftModel, token_ids: Tensor) -> None:
-    """Set a prefix to the keys and values that the base computes for real tokens, in place.
+    """Set a prefix to the keys and values that the base computes for T real tokens, in place.
 
     A random prefix does not learn in this way (MeZO, arXiv:2305.17333, appendix on prefix tuning).
-
-    Args:
-        token_ids: one for each virtual token, int64 [T].
     """
     config: Any = model.active_peft_config
     base = model.get_base_model()

@@ -49,14 +49,7 @@ class ModelArguments:
         return {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}
 
     def quantization(self, has_classes: bool) -> BitsAndBytesConfig | None:
-        """How the base is quantized when it is loaded; None: as it was saved.
-
-        Args:
-            has_classes: the base gets a head for sequence classification.
-
-        Raises:
-            UserError: two kinds of quantization are asked for.
-        """
+        """How the base, with a head for classes or not, is quantized; None: as it was saved."""
         dtype = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
         return quantization_config(self.load_in_8bit, self.load_in_4bit, dtype, has_classes)
 

@@ -153,15 +153,7 @@ def _trainer(
 
 
 def load(model: ModelArguments, tune: str, num_labels: int | None) -> PreTrainedModel:
-    """The base, quantized if the arguments say so.
-
-    Args:
-        tune: what will be tuned: adapter, scales or weights.
-        num_labels: classes of a sequence-classification head; None for a language model.
-
-    Raises:
-        UserError: the base cannot be loaded, or not tuned in this way.
-    """
+    """The base, as `load_base` gives it, quantized if the arguments say so."""
     kwargs = {"dtype": model.dtype, "device_map": model.device_map, **model.source}
     # If it is None, it must not be given: it would hide that the base was saved quantized.
     if quantization := model.quantization(num_labels is not None):

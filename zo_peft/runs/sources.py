@@ -14,15 +14,12 @@ Examples = list[Row]
 def training_examples(
     data: DataArguments, classifies: bool, generates: bool, seed: int
 ) -> tuple[Examples, Examples | None]:
-    """Examples to train on and, for a benchmark task, examples to validate on.
+    """Examples to train on and, for a benchmark task, examples to validate on; or a UserError.
 
     Args:
         classifies: make examples for a sequence-classification head.
         generates: make examples for rewards of generated completions.
         seed: decides which of a task's examples are taken.
-
-    Raises:
-        UserError: there are no examples, or they cannot be read or used.
     """
     if data.task is None:
         split = data.dataset_train_split
@@ -38,11 +35,7 @@ def training_examples(
 
 
 def evaluation_examples(data: DataArguments, classifies: bool, generates: bool) -> Examples | None:
-    """Examples to evaluate on, or None if there are none; those of a task are its test examples.
-
-    Raises:
-        UserError: the examples cannot be read or used.
-    """
+    """Examples to evaluate on, or None if there are none; those of a task are its test examples."""
     if data.task is None:
         return _own_examples(data, data.eval_file, data.dataset_test_split, classifies, generates)
     task = TASKS[data.task]

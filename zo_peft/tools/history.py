@@ -61,11 +61,7 @@ def names(folders: Sequence[Path]) -> list[str]:
 
 
 def load(folder: Path, name: str) -> Run:
-    """Read a run's folder.
-
-    Raises:
-        UserError: the folder holds no run, or a damaged one.
-    """
+    """Read a run's folder; a UserError says that it holds no run, or a damaged one."""
     journal, metrics = folder / JOURNAL_NAME, _json(folder / METRICS_NAME)
     steps = _journalled(journal) if journal.is_file() else None
     if steps is not None and metrics.get("forward_passes") not in [*steps["forward_passes"][-1:]]:

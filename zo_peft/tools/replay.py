@@ -101,11 +101,7 @@ def _replayed(arguments: ModelArguments, given: ReplayArguments) -> dict[str, An
 
 
 def show(given: ShowArguments) -> dict[str, Any]:
-    """Return the `header` and the `records` of a journal.
-
-    Raises:
-        UserError: the journal is damaged.
-    """
+    """Return the `header` and the `records` of a journal; a UserError says that it is damaged."""
     header, records = read(Path(given.journal))
     return {"header": header, "records": [asdict(record) for record in records]}
 

@@ -56,11 +56,7 @@ def report(given: ReportArguments) -> dict[str, Any]:
 
 
 def page(runs: Sequence[Run], charts: dict[str, Path]) -> str:
-    """Return the page, with its charts inside.
-
-    Args:
-        charts: PNG files by the names that `draw` gives them.
-    """
+    """Return the page, with its charts inside: PNG files by the names that `draw` gives them."""
     rows = [row(run) for run in runs]
     settings = [run.metrics.get("settings", {}) for run in runs]
     every = {name for own in settings for name in own}
