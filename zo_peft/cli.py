@@ -39,7 +39,7 @@ class Command:
     goes_on: str = ""
 
 
-TABLE = yaml.safe_load(Path(__file__).with_name("commands.yaml").read_text(encoding="utf-8"))
+TABLE = yaml.safe_load(Path(__file__).with_name("commands.yaml").read_bytes())
 COMMANDS = {name: Command(**entries) for name, entries in TABLE.items()}
 RUN = COMMANDS["train"].arguments
 

@@ -77,8 +77,7 @@ class Task:
     def classified(self, row: Row) -> Row:
         """The example for a classification head: `text`, `label` and, if there is one, `passage`.
 
-        Raises:
-            UserError: the task has no classes.
+        A UserError says that the task has no classes.
         """
         example = self.example(row)
         if self.text is not None:
@@ -220,22 +219,19 @@ CODE: dict[str, dict[str, Any]] = {
     },
 }
 
-TABLE = yaml.safe_load(Path(__file__).with_name("tasks.yaml").read_text(encoding="utf-8"))
+TABLE = yaml.safe_load(Path(__file__).with_name("tasks.yaml").read_bytes())
 
 #: The tasks by name.
 TASKS = {name: Task(**entries, **CODE.get(name, {})) for name, entries in TABLE.items()}
 
 
 def task_rows(name: str, folder: str | None, part: int) -> list[Row]:
-    """All rows of a task, with the Hub's columns.
+    """All rows of a task, with the Hub's columns; or a UserError.
 
     Args:
         folder: holds the original release, or the Hub's rows as JSON lines. None: load the data
             from the Hub.
         part: 0 for the rows to train on, 1 for those to evaluate on.
-
-    Raises:
-        UserError: the data cannot be found or read.
     """
     task = TASKS[name]
     if folder is None:

@@ -54,11 +54,7 @@ class ModelArguments:
         return quantization_config(self.load_in_8bit, self.load_in_4bit, dtype, has_classes)
 
     def peft_config(self) -> PeftConfig:
-        """The configuration of a new adapter.
-
-        Raises:
-            UserError: PEFT does not know the type.
-        """
+        """The configuration of a new adapter; a UserError if PEFT does not know the type."""
         if self.peft_type not in PeftType.__members__:
             known = ", ".join(PeftType.__members__)
             raise UserError(f"peft_type={self.peft_type!r} is not known; PEFT has {known}")

@@ -21,10 +21,8 @@ def train(folder: Path, options: Sequence[str]) -> dict[str, Any]:
     """Run `zo-peft train` with these options in `folder`, and return its `zo_metrics.json`.
 
     The run has a process of its own, so that it measures its own time and peak memory. If a run
-    with the same options has ended, it is not repeated; if it was stopped, it goes on.
-
-    Raises:
-        UserError: the run fails, or the folder holds a run with other options.
+    with the same options has ended, it is not repeated; if it was stopped, it goes on. A UserError
+    says that it fails, or that the folder holds a run with other options.
     """
     folder.mkdir(parents=True, exist_ok=True)
     metrics, noted = folder / METRICS_NAME, folder / OPTIONS_NAME

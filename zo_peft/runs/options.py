@@ -41,15 +41,12 @@ def parse(
     positional: Sequence[str] = (),
     trains: bool = False,
 ) -> tuple[OutputArguments, list[Any]]:
-    """The arguments of a command. The command line overrides a `--config` file.
+    """The arguments of a command, or a UserError. The command line overrides a `--config` file.
 
     Args:
         arguments: the command's dataclasses.
         positional: names of arguments that may come first without their names.
         trains: all other options are those of `zo-peft train`. They are returned last, as a list.
-
-    Raises:
-        UserError: an option is not known, or its value makes no sense.
     """
     for index, argument in enumerate(positional):
         if len(argv) > 2 * index and not argv[2 * index].startswith("-"):

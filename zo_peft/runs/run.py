@@ -61,8 +61,8 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     validated = _evaluate(trainer, trainer.eval_dataset) if dev else {}
     seconds = round(time.time() - psutil.Process().create_time(), 2)
     trainer.summary = results(trainer, before, after, validated, result.training_loss, seconds)
-    trainer.summary["command"] = command(model, data, args)
-    trainer.summary["settings"] = settings(model, data, args)
+    given = model, data, args
+    trainer.summary |= {"command": command(*given), "settings": settings(*given)}
     if data.task is not None and data.task_data_dir is None:
         trainer.summary["dataset"] = TASKS[data.task].hub[0]
     if args.should_save:

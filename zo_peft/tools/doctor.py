@@ -21,9 +21,7 @@ from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 #: Seconds that a check may take, the start of its process included.
 TIMEOUT = 300.0
 
-TABLE: dict[str, Any] = yaml.safe_load(
-    Path(__file__).with_name("doctor.yaml").read_text(encoding="utf-8")
-)
+TABLE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("doctor.yaml").read_bytes())
 CHECKS: dict[str, dict[str, Any]] = TABLE["checks"]
 
 TRAIN = {

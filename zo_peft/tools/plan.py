@@ -86,7 +86,7 @@ class Memory:
 
 @dataclass(eq=False)
 class Planner:
-    """The memory of runs on one base that differ in batch, length and candidates.
+    """The memory of runs on one base that differ in batch, length and candidates; or a UserError.
 
     Attributes:
         completion_length: the scored tokens of each example.
@@ -94,9 +94,6 @@ class Planner:
         device: cpu or cuda.
         tuned: how many numbers are tuned.
         positions: the longest sequence that the base takes, if its configuration says so.
-
-    Raises:
-        UserError: the base is not found, or cannot be tuned in this way.
     """
 
     model: ModelArguments
@@ -139,15 +136,10 @@ class Planner:
             if isinstance(layer, Linear4bit):
                 self.scratch = self.largest * (layer.compute_dtype or base.dtype).itemsize
 
-    def on_base(self, options: dict[str, Any]) -> "Planner":
-        """The planner of the same runs on a base with these options of `ModelArguments`."""
-        return replace(self, model=replace(self.model, **options)) if options else self
-
     def candidates(self, batch: int, length: int, limit: int | None = None) -> list[int]:
         """How many candidates share a forward pass: in a step, and while zo_eps is chosen.
 
-        Args:
-            limit: `candidates_per_forward`; None: as `zo_peft.models.memory.Fit` chooses.
+        `limit` is `candidates_per_forward`; None: as `zo_peft.models.memory.Fit` chooses.
         """
         if limit is None:
             shapes = {"input_ids": torch.empty(batch, length, device="meta")}
@@ -337,7 +329,7 @@ def _proposal(planner: Planner, length: int, room: int) -> tuple[Options | None,
     accumulated = planner.args.gradient_accumulation_steps
     parts = [count for count in range(1, batch + 1) if batch % count == 0]
     for bits in _fewer_bits(planner):
-        smaller = planner.on_base(bits)
+        smaller = replace(planner, model=replace(planner.model, **bits)) if bits else planner
         for count, limit, eval_batch in product(parts, (asked, 1), (None, 1)):
             if smaller.forward_only(batch // count, length, limit, eval_batch).peak <= room:
                 options = dict(bits)

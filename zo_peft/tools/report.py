@@ -62,14 +62,13 @@ def page(runs: Sequence[Run], charts: dict[str, Path]) -> str:
     every = {name for own in settings for name in own}
     differ = {name for name in every if len({str(own.get(name, "")) for own in settings}) > 1}
     ordered = sorted(every, key=lambda name: (name not in differ, name))
+    images = {name: base64.b64encode(path.read_bytes()).decode() for name, path in charts.items()}
     template = Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True)
     return template.render(
         title=f"zo_peft: {runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}",
         header=rows[0].keys(),
         rows=[list(own.values()) for own in rows],
-        charts={
-            name: base64.b64encode(path.read_bytes()).decode() for name, path in charts.items()
-        },
+        charts=images,
         settings_header=["", *(run.name for run in runs)],
         settings=[[name, *(own.get(name, "") for own in settings)] for name in ordered],
         differing=len(differ),

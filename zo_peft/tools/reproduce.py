@@ -18,8 +18,7 @@ from zo_peft.train.results import write_json
 
 RESULT_NAME, TABLE_NAME = "reproduction.json", "reproduction.md"
 
-TABLE = Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")
-PUBLISHED: dict[str, Any] = yaml.safe_load(TABLE)
+PUBLISHED: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("published.yaml").read_bytes())
 
 
 @dataclass
@@ -45,16 +44,12 @@ class ReproduceArguments:
             raise UserError(f"task={self.task!r} is not known; use one of {', '.join(TASKS)}")
 
     @property
-    def kind(self) -> str:
-        """What is tuned, in the words of the table."""
-        return PUBLISHED["kinds"][self.peft_type]["name"]
-
-    @property
-    def method(self) -> str:
-        """The method, in the words of the table."""
+    def row(self) -> str:
+        """The row of the table: the method, and what is tuned."""
+        method = PUBLISHED["methods"][self.preset]
         if self.preset == "paper-gv" and self.low_rank_noise is not None:
-            return f"{PUBLISHED['methods'][self.low_rank_noise]}-GV"
-        return PUBLISHED["methods"][self.preset]
+            method = f"{PUBLISHED['methods'][self.low_rank_noise]}-GV"
+        return f"{method} ({PUBLISHED['kinds'][self.peft_type]['name']})"
 
 
 def settings(given: ReproduceArguments) -> tuple[dict[str, Any], list[float]]:
@@ -63,7 +58,7 @@ def settings(given: ReproduceArguments) -> tuple[dict[str, Any], list[float]]:
     options, rates = PUBLISHED["common"] | kind["options"], kind["learning_rates"]
     if given.preset in ("paper-gv", "paper-greedy"):
         options = options | guided["options"]
-        rates = guided["full_learning_rates"] if given.kind == "full" else rates
+        rates = guided["full_learning_rates"] if given.peft_type is None else rates
     chosen = {
         "model_name_or_path": given.model_name_or_path,
         "task": given.task,
@@ -109,7 +104,7 @@ def reproduce(given: ReproduceArguments, options: list[str]) -> dict[str, Any]:
     runs = [grid[best], *(run(best, seed) for seed in others)]
     result = {
         "task": given.task,
-        "method": f"{given.method} ({given.kind})",
+        "method": given.row,
         "model": public_name(given.model_name_or_path),
         "learning_rate": best,
         "grid": {f"{rate:g}": found["metric_dev"] for rate, found in grid.items()},
@@ -119,17 +114,16 @@ def reproduce(given: ReproduceArguments, options: list[str]) -> dict[str, Any]:
         "forward_passes": runs[0]["forward_passes"],
         "wall_seconds": mean(found["wall_seconds"] for found in runs),
         "peak_memory_bytes": max(found["peak_memory_bytes"] for found in runs),
-        "published": figure(given.method, given.kind, given.task),
+        "published": figure(given.row, given.task),
     }
     write_json(folder / RESULT_NAME, result)
     (folder / TABLE_NAME).write_text(text("reproduce", result) + "\n")
     return result
 
 
-def figure(method: str, kind: str, task: str) -> str | None:
+def figure(row: str, task: str) -> str | None:
     """The published figure in percent with its model and table, if there is one."""
     for name, rows in PUBLISHED["tables"].items():
-        row = rows.get(f"{method} ({kind})", {})
-        if task in row:
-            return f"{row[task]} (OPT-13B, Table {name})"
+        if task in rows.get(row, {}):
+            return f"{rows[row][task]} (OPT-13B, Table {name})"
     return None

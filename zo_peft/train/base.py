@@ -109,8 +109,7 @@ class BaseTrainer(Trainer):
             args.max_completion_length,
         )
         if isinstance(objective, scoring.BlackBoxObjective) and train_dataset is None:
-            train_dataset = Dataset.from_list([{"input_ids": [0], "labels": 0}])
-            train, evaluation = train_dataset, None
+            train, evaluation = Dataset.from_list([{"input_ids": [0], "labels": 0}]), None
         else:
             train, evaluation = map(self.features, (train_dataset, eval_dataset))
         chosen = partial(_objective, self.tokenization, args, reward_funcs)

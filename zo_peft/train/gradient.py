@@ -10,7 +10,6 @@ from transformers.training_args import OptimizerNames
 from zo_peft.core.batch import Batch
 from zo_peft.core.faults import Faults
 from zo_peft.errors import UserError
-from zo_peft.models.adapters import peft_config_of
 from zo_peft.models.hub import AnyModel
 from zo_peft.objectives.rewards import RewardObjective
 from zo_peft.objectives.scoring import AccuracyObjective, BlackBoxObjective
@@ -63,8 +62,7 @@ class GradientTrainer(BaseTrainer):
         self.tuned_numel = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.calibrations: list[Any] = []
         self.faults = Faults()
-        config = peft_config_of(self.model)
-        assert config is not None
+        config = self.model.active_peft_config
         self.args.optim, *rates = OPTIMIZERS[self.args.strategy]
         if self.args.learning_rate is None:
             self.args.learning_rate = rates[config.is_prompt_learning]
