@@ -93,10 +93,8 @@ class Evaluator:
         """The losses of every part of the batches, each at `theta` plus displacements of its own.
 
         Part g of G is the g-th G-th of each micro-batch's rows. The losses stay on the device until
-        the last forward pass is queued, and are read once.
-
-        Args:
-            points: [G][M]; G is 1 or what `parts` says.
+        the last forward pass is queued, and are read once. `points` are [G][M]; G is 1 or what
+        `parts` says.
         """
         by_candidate = list(zip(*points))
         parts, count = len(points), len(by_candidate)

@@ -182,8 +182,7 @@ class Journal(Follower):
     def append(self, record: Record) -> None:
         """Write a record; once this returns, the process may die without losing it.
 
-        Raises:
-            UserError: the disk is full or fails; the journal is as it was.
+        A UserError says that the disk is full or fails; the journal is as it was.
         """
         self._write(framed(record.pack()))
 
@@ -225,8 +224,7 @@ def framed(content: bytes) -> bytes:
 def read(path: Path) -> tuple[dict[str, Any], Iterator[Record]]:
     """The header and the records of a journal, in order; a torn record at its end is left out.
 
-    Raises:
-        UserError: it is missing, no journal, or damaged; the message has the record's number.
+    A UserError says that it is missing, no journal, or damaged, and the number of the record.
     """
     header, _, records = _opened(path)
     return header, (record for record, _ in records)

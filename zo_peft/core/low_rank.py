@@ -59,20 +59,18 @@ class LowRank:
                 [self.basis_seed], f"{name}, right", 0, columns * rank, self.distribution, device
             )
             return left.view(-1, rows, rank) / math.sqrt(rank), right.view(1, columns, rank)
-        core = summed(directions, name, 0, rank * rank, self.distribution, device).view(
-            -1, rank, rank
-        )
+        core = summed(directions, name, 0, rank * rank, self.distribution, device)
+        left = self._basis(f"{name}, left", rows, rank, device)
         right = self._basis(f"{name}, right", columns, rank, device)
-        return self._basis(f"{name}, left", rows, rank, device) @ core, right[None]
+        return left @ core.view(-1, rank, rank), right[None]
 
     def dense(
         self, directions: Sequence[Direction], name: str, shape: torch.Size, device: torch.device
     ) -> Tensor:
         """The directions themselves, float32 `[K, *shape]`."""
         if len(shape) != 2:
-            return summed(directions, name, 0, shape.numel(), self.distribution, device).view(
-                -1, *shape
-            )
+            flat = summed(directions, name, 0, shape.numel(), self.distribution, device)
+            return flat.view(-1, *shape)
         left, right = self.factors(directions, name, shape, device)
         return left @ right.transpose(1, 2)
 
@@ -90,12 +88,10 @@ class LowRank:
         padded = [[*d.terms, *[(seeds[0], 0.0)] * (most - len(d.terms))] for d in directions]
         which = torch.tensor([[number[s] for s, _ in terms] for terms in padded], device=device)
         weights = torch.tensor([[w for _, w in terms] for terms in padded], device=device)
-        left = noise_blocks(seeds, f"{name}, left", 0, rows * rank, self.distribution, device).view(
-            -1, rows, rank
-        )
+        left = noise_blocks(seeds, f"{name}, left", 0, rows * rank, self.distribution, device)
         right = noise_blocks(seeds, f"{name}, right", 0, columns * rank, self.distribution, device)
         weights = weights / math.sqrt(rank)
-        lefts = left[which] * weights[..., None, None]
+        lefts = left.view(-1, rows, rank)[which] * weights[..., None, None]
         rights = right.view(-1, columns, rank)[which]
         return _side_by_side(lefts), _side_by_side(rights)
 

@@ -31,10 +31,8 @@ def read_rows(path: str | Path) -> list[Row]:
 
     A file of one JSON object has one row, also where the object takes several lines.
     CSV and TSV files begin with a header line, and all their values are strings. In TSV files
-    quotes are ordinary characters, as in GLUE's files.
-
-    Raises:
-        UserError: the file is missing, empty or of another kind, or a line cannot be read.
+    quotes are ordinary characters, as in GLUE's files. A UserError says that the file is missing,
+    empty or of another kind, or that a line cannot be read.
     """
     path = Path(path)
     readers = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}

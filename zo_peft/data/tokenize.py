@@ -214,9 +214,8 @@ class Tokenization:
         A token that reaches from the prompt into an ending belongs to the ending. The prompt is cut
         from the left until it and the longest ending fit `max_length`.
         """
-        alone, *joined = (
-            self._open(self.tokenizer(prompt + ending)["input_ids"]) for ending in ("", *endings)
-        )
+        texts = (prompt + ending for ending in ("", *endings))
+        alone, *joined = (self._open(self.tokenizer(text)["input_ids"]) for text in texts)
         # The prompt ends where the texts begin to differ. An ending has at least one token.
         seam = len(list(takewhile(lambda ids: len(set(ids)) == 1, zip(alone, *joined))))
         seam = min(seam, *(len(whole) - 1 for whole in joined))
@@ -256,9 +255,8 @@ def spaced(prompt: str, ending: str) -> str:
 def tokenize_dataset(dataset: Any, tokenization: Tokenization) -> Dataset | IterableDataset:
     """A data set of examples (or a sequence of dictionaries) as features for `Collator`.
 
-    Raises:
-        UserError: the data set is empty, its columns make none of the forms of `zo_peft.data` that
-            the model can use, or an example cannot be used.
+    A UserError says that the data set is empty, that its columns make none of the forms of
+    `zo_peft.data` that the model can use, or that an example cannot be used.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         dataset = Dataset.from_list(list(dataset))

@@ -31,7 +31,6 @@ class InPlaceSpace:
     Attributes:
         numbers: the tuned numbers by name. Tied weights are one `Numbers` of several owners.
         parameters: the parameters that hold tuned numbers or belong to them, by name.
-        numel: how many numbers are tuned.
         moves: how many moves were made; the random numbers that round a move depend on it.
     """
 

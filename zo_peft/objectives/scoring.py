@@ -148,12 +148,9 @@ class ClassificationObjective:
 
 
 class AccuracyObjective:
-    """The share of another objective's predictions that are wrong.
+    """The share of the predictions of another objective, `inner`, that are wrong.
 
     It is 0 or 1 for options and classes, and may lie between for the tokens of a completion.
-
-    Args:
-        inner: the objective whose predictions are compared with their references.
     """
 
     def __init__(self, inner: Objective) -> None:

@@ -73,11 +73,7 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
 
 
 def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
-    """The metric and the loss of an adapter on its base, or of a base alone on a task.
-
-    Raises:
-        UserError: something in the arguments cannot work.
-    """
+    """The metric and the loss of an adapter, or of a base alone on a task; or a UserError."""
     if model.adapter_name_or_path is None and data.task is None and args.tune == "adapter":
         raise UserError("nothing to evaluate; give --adapter_name_or_path, or a --task")
     rewarded = generates(data.reward_funcs, args.objective)

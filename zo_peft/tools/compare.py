@@ -37,10 +37,7 @@ def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
     """Train with each strategy in a process of its own, on the same data with the same budget.
 
     Beside the result, `output_dir` gets `comparison.png` and a folder for each run. A run that is
-    there already is not made again.
-
-    Args:
-        options: of `zo-peft train`, for all runs.
+    there already is not made again. `options` are of `zo-peft train`, for all runs.
 
     Returns:
         The contents of `comparison.json`: by strategy, its `zo_metrics.json`.

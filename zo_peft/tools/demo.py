@@ -30,8 +30,7 @@ class DemoArguments:
 def demo(given: DemoArguments) -> dict[str, Any]:
     """Tune a LoRA on the embedded model, int8-quantized, and save base and adapter.
 
-    Returns:
-        The contents of `zo_metrics.json`, and `base` and `adapter`, the folders.
+    It returns the contents of `zo_metrics.json`, and `base` and `adapter`, the folders.
     """
     base, adapter = Path(given.output_dir) / "base", Path(given.output_dir) / "adapter"
     shutil.copytree(EMBEDDED / "model", base, dirs_exist_ok=True)

@@ -36,9 +36,8 @@ TRAIN = {
 def doctor() -> dict[str, Any]:
     """Find out which versions and devices are here, and which checks of `doctor.yaml` work.
 
-    Returns:
-        `versions` by package, `devices`, and `checks` by name: `works`, and if it does not, `error`
-        and `fix`.
+    It returns `versions` by package, `devices`, and `checks` by name: `works`, and if it does not,
+    `error` and `fix`.
     """
     checks: dict[str, dict[str, Any]] = {}
     for name, check in CHECKS.items():

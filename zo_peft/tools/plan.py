@@ -120,10 +120,9 @@ class Planner:
 
     def _measure_layers(self, base: PreTrainedModel) -> None:
         """Measure what quantized layers need beside their codes."""
-        quantized = Linear8bitLt | Linear4bit
-        layers = {n: m for n, m in base.named_modules() if isinstance(m, quantized)}
+        layers = [m for m in base.modules() if isinstance(m, Linear8bitLt | Linear4bit)]
         self.quantized, on_cpu = bool(layers), self.device == "cpu"
-        self.largest = max((m.in_features * m.out_features for m in layers.values()), default=0)
+        self.largest = max((m.in_features * m.out_features for m in layers), default=0)
         # For gradients, PEFT makes float32 of what is not quantized.
         floats = [p for p in base.parameters() if p.is_floating_point()]
         self.upcast = sum(4 * p.numel() - p.nbytes for p in floats) if layers else 0
@@ -132,7 +131,7 @@ class Planner:
         self.scratch = 0 if has_int8 else 4 * self.largest
         if on_cpu:
             check_4bit_widths(base, "meta")
-        for layer in layers.values():
+        for layer in layers:
             if isinstance(layer, Linear4bit):
                 self.scratch = self.largest * (layer.compute_dtype or base.dtype).itemsize
 
@@ -160,8 +159,7 @@ class Planner:
     ) -> Memory:
         """The memory of a run with forward passes; arguments as in `candidates`.
 
-        Args:
-            eval_batch: examples of an evaluation's forward pass; None: as the run's options say.
+        `eval_batch` examples share an evaluation's forward pass; None: as the run's options say.
         """
         fit, is_adapter = self.fit, self.args.tune == "adapter"
         count = max(self.candidates(batch, length, limit))

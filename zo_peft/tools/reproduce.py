@@ -72,10 +72,8 @@ def settings(given: ReproduceArguments) -> tuple[dict[str, Any], list[float]]:
 def reproduce(given: ReproduceArguments, options: list[str]) -> dict[str, Any]:
     """Try each learning rate with the first seed, and then the best one with all other seeds.
 
-    Which is best is decided on validation examples. Runs that are there are not made again.
-
-    Args:
-        options: further options of `zo-peft train`, which replace published ones.
+    Which is best is decided on validation examples. Runs that are there are not made again. Further
+    `options` of `zo-peft train` replace published ones.
 
     Returns:
         The contents of `reproduction.json`. Beside it, `reproduction.md` is the table.

@@ -237,11 +237,8 @@ class BaseTrainer(Trainer):
     ) -> Any:
         """As in Trainer, but only those files go up that `zo_peft.train.upload` allows.
 
-        Returns:
-            The commit; without `blocking`, its future; None on other ranks than the first.
-
-        Raises:
-            UserError: the Hub refuses, or a file holds a token.
+        It returns the commit; without `blocking`, its future; None on other ranks than the first. A
+        UserError says that the Hub refuses, or that a file holds a token.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:

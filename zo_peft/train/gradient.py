@@ -28,14 +28,12 @@ class GradientTrainer(BaseTrainer):
     """Trains an adapter by back-propagation: `strategy` adam (AdamW) or sgd of a `ZOConfig`.
 
     It checkpoints activations where PEFT allows it, and prepares a quantized base as PEFT does.
-    Its checkpoints are those of the stock Trainer.
+    Its checkpoints are those of the stock Trainer. A UserError says that the objective has no
+    gradient, or that the base itself would be tuned.
 
     Attributes:
         forward_passes: so far; a micro-batch counts as three (its backward pass as two).
         examples_forwarded: so far, counted in the same way.
-
-    Raises:
-        UserError: the objective has no gradient, or the base itself would be tuned.
     """
 
     trains = True
