@@ -58,7 +58,7 @@ class EpsChoice:
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether the step of a run of so many steps begins with a choice."""
-        return self.given is None and step in steps(total_steps)
+        return self.given is None and (step in steps(total_steps) or not self.eps)
 
     def choose(
         self, evaluator: Evaluator, batches: Sequence[Batch], parts: int, seed: int

@@ -57,6 +57,7 @@ class FlatSpace:
         self.noise, self.parameters = noise, dict(parameters)
         self.numel = sum(parameter.numel() for parameter in parameters.values())
         self._flats = [_Flat(group, device) for device, group in by_device.items()]
+        self._vectors: list[Mapping[str, Tensor]] = []
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -74,7 +75,7 @@ class FlatSpace:
         try:
             for flat in self._flats:
                 flat.live.copy_(flat.theta)
-                add_directions(flat.live[None], [displacement], self.noise, flat.layout)
+                self._add(flat, flat.live[None], [displacement])
             yield
         finally:
             self._restore()
@@ -84,7 +85,7 @@ class FlatSpace:
         values: dict[Tensor, Tensor] = {}
         for flat in self._flats:
             points = flat.theta.repeat(len(displacements), 1)
-            add_directions(points, displacements, self.noise, flat.layout)
+            self._add(flat, points, displacements)
             views = flat.layout.views(points)
             values |= {self.parameters[name]: view for name, view in views.items()}
         return Lanes(values, len(displacements))
@@ -132,6 +133,28 @@ class FlatSpace:
         for name, tensor in tensors.items():
             mine[name].copy_(tensor)
         self._restore()
+
+    @contextmanager
+    def vectors(self, vectors: Sequence[Mapping[str, Tensor]]) -> Iterator[list[int]]:
+        """Within the context evaluations know vectors, each by tensors by name (others: zero).
+
+        Yields:
+            Seeds that stand for them in directions; those of noise are never negative.
+        """
+        self._vectors = list(vectors)
+        try:
+            yield [-1 - index for index in range(len(vectors))]
+        finally:
+            self._vectors = []
+
+    def _add(self, flat: _Flat, into: Tensor, displacements: Sequence[Direction]) -> None:
+        noise = [Direction(tuple(t for t in d.terms if t[0] >= 0)) for d in displacements]
+        add_directions(into, noise, self.noise, flat.layout)
+        for row, displacement in enumerate(displacements):
+            for seed, weight in displacement.terms:
+                for name, tensor in self._vectors[-1 - seed].items() if seed < 0 else ():
+                    if name in flat.layout.slices:
+                        into[row, flat.layout.slices[name]].add_(tensor.flatten(), alpha=weight)
 
     def _restore(self) -> None:
         for flat in self._flats:

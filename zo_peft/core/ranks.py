@@ -55,6 +55,10 @@ class OneRank:
         """The parts that a batch can have on all ranks, where on this one it can have so many."""
         return parts
 
+    def mean(self, values: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+        """Means over the examples of the whole batch, where each rank has those over its own."""
+        return list(values)
+
     def least(self, number: int) -> int:
         """The smallest of the ranks' numbers (64 bits); each rank waits for all others."""
         return number
@@ -117,6 +121,19 @@ class Ranks(OneRank):
     def parts(self, parts: int) -> int:
         """As of `OneRank`: what all ranks can do, where each sees other examples."""
         return parts if self.parallel == "candidates" else self.least(parts)
+
+    def mean(self, values: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+        """As of `OneRank`: every rank adds up the same numbers in the same order."""
+        first, last, _ = batch.share or (0, batch.examples, 0)
+        own = [torch.ones(1, device=self.device), *(value.flatten() for value in values)]
+        flat = torch.cat([part.to(self.device, torch.float32) for part in own]) * (last - first)
+        count, *sums = (
+            self._exchange(flat)
+            .view(self.count, -1)
+            .sum(dim=0)
+            .split([1, *(value.numel() for value in values)])
+        )
+        return [(s / count).view_as(value).to(value.device) for s, value in zip(sums, values)]
 
     def least(self, number: int) -> int:
         """As of `OneRank`."""

@@ -9,9 +9,11 @@ Notation as in arXiv:2601.04710 (Jin, Cen, Tan): M candidates `z_i`, losses
 """
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from torch import Tensor
 
 from zo_peft.core.direction import Direction
 
@@ -30,6 +32,8 @@ class Estimate:
         elite: seed of the candidate with the lowest loss; None where nothing is selected.
         spread: standard deviation of the candidates' batch losses, over eps.
         sensitivity: the same of one example's losses, root mean square over the batch.
+        gradients: in place of the direction, the gradient of some parameters, float32 by name; the
+            others stay where they are.
     """
 
     direction: Direction
@@ -38,6 +42,7 @@ class Estimate:
     elite: int | None = None
     spread: float = 0.0
     sensitivity: float = 0.0
+    gradients: Mapping[str, Tensor] | None = None
 
     @property
     def loss(self) -> float:

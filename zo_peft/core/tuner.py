@@ -22,6 +22,8 @@ from zo_peft.core.direction import Direction
 from zo_peft.core.eps import Calibration, EpsChoice
 from zo_peft.core.evaluator import Evaluation, Evaluator
 from zo_peft.core.faults import IN_A_ROW, Faults
+from zo_peft.core.guide import EPS as guide_eps
+from zo_peft.core.guide import Guide, Guided
 from zo_peft.core.journal import Follower, Journal, Record
 from zo_peft.core.low_rank import LowRank
 from zo_peft.core.noise import derive_seed
@@ -43,6 +45,8 @@ class Tuner:
         per_example_noise: each example has candidates of its own, where the evaluator can do that.
         say: is told in one line what a user should know.
         trained: all tensors that training changes, which processes compare; default: the space's.
+        guide: reads gradients off forward passes; where it is not to be believed, and for numbers
+            that it does not know, the strategy makes the steps.
 
     Attributes:
         journal: where records go to, and past steps come from.
@@ -61,12 +65,16 @@ class Tuner:
         per_example_noise: bool = True,
         say: Callable[[str], None] = print,
         trained: Callable[[], dict[str, Tensor]] | None = None,
+        guide: Guide | None = None,
     ) -> None:
         self.evaluator, self.rule, self.space = evaluator, rule, evaluator.space
         self.strategy, self.options, self.seed = STRATEGIES[strategy], options or Options(), seed
         self.per_example_noise, self.say = per_example_noise, say
         self.trained = trained or self.space.tensors
         self.eps, self.faults, self.backoff = eps or EpsChoice(), Faults(), Backoff()
+        self.guided = None
+        if guide is not None:
+            self.guided = Guided(guide, evaluator, seed, eps=self.eps.given or guide_eps)
         self.journal: Journal | Follower = Follower()
         self.total_steps, self._compared = 0, False
         self.estimate: Estimate | None = None
@@ -94,7 +102,7 @@ class Tuner:
                 f"step {number} of the journal was made with other settings; resume with those of "
                 "the run, or from a checkpoint by its name"
             )
-        move(self.rule, record)
+        move(self.rule, record, estimate if estimate.gradients is not None else None)
         if self.faults.in_a_row >= IN_A_ROW:
             last = f"the last one at step {number} with zo_eps={record.eps:g}: {record.skipped}"
             raise NonFiniteLossError(f"{IN_A_ROW} updates in a row were skipped, {last}")
@@ -102,8 +110,14 @@ class Tuner:
 
     def _measure(self, batches: Sequence[Batch], number: int) -> tuple[Estimate, dict[str, Any]]:
         """Ask and evaluate: what the losses say, and what was chosen or found to be wrong."""
+        guided, chosen = self.guided, dict[str, Any]()
+        if guided is not None and guided.asks(number):
+            estimate, chosen = guided.estimate(batches, number)
+            if "guide" in chosen:
+                self.say(guided.told)
+            if estimate.gradients:
+                return estimate, chosen | self.faults.found(estimate, estimate.losses)
         parts = self.evaluator.parts(batches) if self.per_example_noise else 1
-        chosen: dict[str, Any] = {}
         if self.eps.due(number, self.total_steps):
             start = derive_seed(self.seed, number, -1)
             calibration, message = self.eps.choose(self.evaluator, batches, parts, start)
@@ -132,7 +146,17 @@ class Tuner:
             return Estimate(Direction(), 0.0, estimate.losses), chosen
         spreads = (evaluations[0].spread, evaluations[0].example_spread)
         spread, sensitivity = (value / self.eps.eps for value in spreads)
-        return replace(estimate, spread=spread, sensitivity=sensitivity), chosen
+        estimate = replace(estimate, spread=spread, sensitivity=sensitivity)
+        if guided is not None and guided.mends(number):
+            estimate = replace(estimate, gradients=guided.others(estimate))
+        return estimate, chosen
+
+    def passes(self, number: int) -> int:
+        """The most forward passes that a step takes for each micro-batch, but for a choice of eps."""
+        own = sum(self.strategy.asks(self.options))
+        if self.guided is None:
+            return own
+        return self.guided.passes(number) + (0 if self.guided.reads(number) else own)
 
     def _recall(self, known: Record) -> tuple[Estimate, dict[str, Any]]:
         """The same as `_measure` from the journal, without a forward pass."""
@@ -179,12 +203,16 @@ class Tuner:
         self.evaluator.ranks.check(f"at step {number}, what is tuned", *self.trained().values())
 
 
-def move(rule: UpdateRule, record: Record) -> None:
-    """Move `theta` as a record says: the end of every step, and all that a replay does."""
+def move(rule: UpdateRule, record: Record, estimate: Estimate | None = None) -> None:
+    """Move `theta` as a record says: the end of every step, and all that a replay does.
+
+    Args:
+        estimate: in place of the record's, where gradients are known, which no record holds.
+    """
     noise = rule.space.noise
     if isinstance(noise, LowRank):
         noise.basis_seed = record.basis_seed
     rule.param_groups[0]["lr"], rule.backoff = record.learning_rate, record.backoff
     if record.skipped is None:
-        rule.estimate = record.estimate
+        rule.estimate = estimate or record.estimate
         rule.step()

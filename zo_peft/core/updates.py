@@ -5,7 +5,8 @@ before each `step`. The estimated gradient is `g = estimate.slope * estimate.dir
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -73,6 +74,16 @@ class UpdateRule(torch.optim.Optimizer):
         self._move(rate, self.estimate, shrink)
         self.estimate = None
 
+    def _gradient(self, index: int, estimate: Estimate) -> Tensor:
+        """The estimated gradient of a buffer; zero where it is not known."""
+        if estimate.gradients is None:
+            return self.space.dense(index, estimate.slope * estimate.direction)
+        gradient = torch.zeros_like(self.space.buffers[index])
+        for name, view in self.space.views(index, gradient).items():
+            if name in estimate.gradients:
+                view.copy_(estimate.gradients[name])
+        return gradient
+
     def _move(self, rate: float, estimate: Estimate, shrink: Mapping[str, float]) -> None:
         raise NotImplementedError
 
@@ -105,10 +116,28 @@ class Momentum(UpdateRule):
 
     def _move(self, rate: float, estimate: Estimate, shrink: Mapping[str, float]) -> None:
         for index, m in enumerate(self.buffers["momentum"]):
-            g = self.space.dense(index, estimate.slope * estimate.direction)
-            m.mul_(self.momentum).add_(g)
-            self._remember(index, g)
-            self.space.shift(index, self._step(index), -rate, shrink)
+            with self._known(index, estimate) as known:
+                g = self._gradient(index, estimate)
+                m.mul_(self.momentum).add_(g)
+                self._remember(index, g)
+                step = self._step(index)
+            self.space.shift(index, step if known is None else step * known, -rate, shrink)
+
+    @contextmanager
+    def _known(self, index: int, estimate: Estimate) -> Iterator[Tensor | None]:
+        """Which numbers of a buffer an estimate knows, if not all; the rule forgets none of the
+        others within the context.
+        """
+        if estimate.gradients is None:
+            yield None
+            return
+        known = torch.zeros_like(self.space.buffers[index], dtype=torch.bool)
+        for name, view in self.space.views(index, known).items():
+            view.fill_(name in estimate.gradients)
+        before = {name: flats[index].clone() for name, flats in self.buffers.items()}
+        yield known
+        for name, flats in self.buffers.items():
+            flats[index].copy_(torch.where(known, flats[index], before[name]))
 
     def _remember(self, index: int, g: Tensor) -> None:
         """For a subclass: what to keep of the gradient of a buffer beside `m`."""

@@ -109,3 +109,8 @@ _BY_TYPE: dict[type[nn.Module], Callable[..., Tensor]] = {
     tinylora.Linear: partial(_low_rank, _tinylora_factors),
     **dict.fromkeys((ia3.Linear, ia3.Linear8bitLt, ia3.Linear4bit), _ia3),
 }
+
+
+def is_plain_lora(module: nn.Module) -> bool:
+    """Whether a module is a LoRA of the form that was first published, on a linear layer."""
+    return type(module) in (lora.Linear, lora.Linear8bitLt, lora.Linear4bit) and _is_plain(module)

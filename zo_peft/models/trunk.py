@@ -22,12 +22,12 @@ def _stop(*_: Any) -> None:
     raise _Reached
 
 
-def _first(output: Any) -> Tensor:
+def first_of(output: Any) -> Tensor:
     """The hidden states in the output of a layer."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def _hidden(*args: Any, **kwargs: Any) -> Tensor:
+def hidden_of(*args: Any, **kwargs: Any) -> Tensor:
     """The hidden states among the arguments of a layer."""
     return args[0] if args else kwargs["hidden_states"]
 
@@ -59,9 +59,9 @@ def find_trunk(
 
     def finished(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         nonlocal last, straight
-        straight &= not done or _hidden(*args, **kwargs) is last
+        straight &= not done or hidden_of(*args, **kwargs) is last
         done.append(layer)
-        last = _first(output)
+        last = first_of(output)
 
     with ExitStack() as hooks:
         for module in model.modules():
@@ -103,12 +103,12 @@ class Trunk:
             raise _Reached
 
         def pass_on(*args: Any, **kwargs: Any) -> Any:
-            hidden = _hidden(*args, **kwargs)
+            hidden = hidden_of(*args, **kwargs)
             return (hidden, *kept[1:]) if isinstance(kept, tuple) else hidden
 
         def repeat(*args: Any, **kwargs: Any) -> Any:
-            once = _first(kept)
-            times = _hidden(*args, **kwargs).shape[0] // once.shape[0]
+            once = first_of(kept)
+            times = hidden_of(*args, **kwargs).shape[0] // once.shape[0]
             return pass_on(once.repeat(times, *[1] * (once.dim() - 1)))
 
         *below, last = self._layers

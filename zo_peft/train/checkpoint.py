@@ -62,6 +62,7 @@ def state_of(tuner: Tuner) -> dict[str, Any]:
         "update_rule": {name: getattr(tuner.rule, name) for name in RULE_NUMBERS},
         "backoff": vars(tuner.backoff),
         "faults": asdict(tuner.faults),
+        "guided": tuner.guided and tuner.guided.state,
         "candidates_per_forward": tuner.evaluator.candidates_per_forward,
         "forward_passes": tuner.evaluator.forward_passes,
         "examples_forwarded": tuner.evaluator.examples_forwarded,
@@ -77,6 +78,8 @@ def load_into(tuner: Tuner, state: Mapping[str, Any], tensors: Mapping[str, Tens
         tensor.copy_(tensors[name])
     vars(tuner.backoff).update(state["backoff"])
     vars(tuner.faults).update(state["faults"])
+    if tuner.guided is not None:
+        tuner.guided.state = state["guided"]
     evaluator = tuner.evaluator
     if evaluator.candidates_per_forward is None:
         evaluator.candidates_per_forward = state["candidates_per_forward"]

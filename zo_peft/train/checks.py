@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 #: The strategies that back-propagate, as baselines (`zo_peft.GradientTrainer`).
 GRADIENT = ("adam", "sgd")
+#: The strategy that reads its directions off forward passes (`zo_peft.core.guide`).
+GUIDED = "guided"
 #: Forward passes that they count for a micro-batch: a backward pass takes about as long as two.
 GRADIENT_PASSES = 3
 Preset = Literal["paper-gv", "paper-greedy", "mezo", "subzero", "lozo"]
@@ -69,7 +71,7 @@ POSITIVE += ["per_device_eval_batch_size"]
 def check_choices(config: "ZOConfig") -> None:
     """Refuse a value that is none of the known ones: of its `Literal`, or of the tables."""
     # These are looked up now, because a user's own may have joined the table since the import.
-    known: dict[str, tuple[str, ...]] = {"strategy": (*STRATEGIES, *GRADIENT)}
+    known: dict[str, tuple[str, ...]] = {"strategy": (*STRATEGIES, GUIDED, *GRADIENT)}
     known["update_rule"] = tuple(RULES)
     for name, hint in get_type_hints(type(config)).items():
         for part in (hint, *get_args(hint)):

@@ -15,7 +15,7 @@ from zo_peft.core.ranks import Parallel
 from zo_peft.core.strategies import STRATEGIES, Options, Probe, Weighting
 from zo_peft.errors import UserError
 from zo_peft.train import checks
-from zo_peft.train.checks import GRADIENT, GRADIENT_PASSES, ObjectiveName, Preset, Tune
+from zo_peft.train.checks import GRADIENT_PASSES, GUIDED, ObjectiveName, Preset, Tune
 
 
 @dataclass
@@ -48,8 +48,14 @@ class ZOConfig(TrainingArguments):
     )
     strategy: str = HfArg(
         default="gv",
-        help=f"How a direction is found: {', '.join(STRATEGIES)}; adam and sgd are "
+        help=f"How a direction is found: guided (read off each forward pass, and checked with "
+        f"candidates); from candidates alone: {', '.join(STRATEGIES)}; adam and sgd are "
         "baselines that back-propagate.",
+    )
+    exact_layers: int = HfArg(
+        default=0,
+        help="guided: back-propagate through so many of the uppermost layers. Below them the error "
+        "at their input takes the place of that at the output. Costs memory and time.",
     )
     num_candidates: int | None = HfArg(
         default=None,
@@ -200,8 +206,8 @@ class ZOConfig(TrainingArguments):
 
         A step with gradients counts three for a micro-batch, for a backward pass counts as two.
         """
-        passes = GRADIENT_PASSES
-        if self.strategy not in GRADIENT:
+        passes = {GUIDED: 1}.get(self.strategy, GRADIENT_PASSES)
+        if self.strategy in STRATEGIES:
             passes = sum(STRATEGIES[self.strategy].asks(self.strategy_options))
         return passes * self.gradient_accumulation_steps
 
@@ -212,7 +218,7 @@ class ZOConfig(TrainingArguments):
 
     def _limit_steps(self, budget: int) -> None:
         per_step = self.forward_passes_per_step
-        chooses = self.zo_eps is None and self.strategy not in GRADIENT
+        chooses = self.zo_eps is None and self.strategy in STRATEGIES
         parts = self._examples if self.per_example_noise else 1
         chosen = eps.forward_passes(parts, budget // per_step) if chooses else 0
         steps = (budget - chosen * self.gradient_accumulation_steps) // per_step

@@ -27,18 +27,27 @@ from zo_peft.core.updates import AUTOMATIC, UpdateRule
 from zo_peft.data.collate import drawn_batch
 from zo_peft.errors import NonFiniteLossError, UserError
 from zo_peft.models import recipe
+from zo_peft.models.guide import ResidualGuide
 from zo_peft.models.in_place_space import InPlaceSpace
 from zo_peft.models.loading import base_hash, identity
 from zo_peft.models.trunk import compile_frozen_parts
 from zo_peft.objectives.rewards import RewardObjective
-from zo_peft.objectives.scoring import SequenceObjective
+from zo_peft.objectives.scoring import (
+    ClassificationObjective,
+    CompletionObjective,
+    OptionObjective,
+    SequenceObjective,
+)
 from zo_peft.train import checkpoint
 from zo_peft.train.checkpoint import CheckpointTrainer
+from zo_peft.train.checks import GUIDED
 from zo_peft.train.config import ZOConfig
 
 #: How far a random walk of all steps would move the loss of an example, in nats, with the automatic
 #: learning rate (docs/efficiency.md).
 WALK = 0.87
+#: The same where the guide makes the steps, which go one way for longer.
+GUIDED_WALK = 0.22
 
 
 class ZOTrainer(CheckpointTrainer):
@@ -78,13 +87,14 @@ class ZOTrainer(CheckpointTrainer):
         self.tuner = Tuner(
             self.evaluator,
             self._update_rule(),
-            args.strategy,
+            "gv" if args.strategy == GUIDED else args.strategy,
             args.strategy_options,
             args.seed,
             EpsChoice(args.zo_eps, self._smooth if rewarded else None),
             args.per_example_noise,
             self._say,
             self._trained,
+            self._guide() if args.strategy == GUIDED else None,
         )
         self.faults, self.calibrations = self.tuner.faults, self.tuner.eps.calibrations
 
@@ -97,6 +107,17 @@ class ZOTrainer(CheckpointTrainer):
     def examples_forwarded(self) -> int:
         """So far; candidates times examples."""
         return self.evaluator.examples_forwarded
+
+    def _guide(self) -> ResidualGuide:
+        args = self.args
+        if args.tune != "adapter" or not isinstance(
+            self.objective, CompletionObjective | OptionObjective | ClassificationObjective
+        ):
+            raise UserError(
+                "strategy='guided' reads the gradient of an adapter off the error at the output; "
+                "it needs tune='adapter' and an objective that has a gradient. Use 'gv'"
+            )
+        return ResidualGuide(self.model, self.space.parameters, self.objective, args.exact_layers)
 
     def _smooth(self, batches: Sequence[Batch]) -> tuple[Evaluator, Sequence[Batch]]:
         """The likelihood of drawn completions, by which eps is chosen in the place of rewards."""
@@ -153,6 +174,8 @@ class ZOTrainer(CheckpointTrainer):
         path = whose / JOURNAL_NAME
         settings = "the base, the adapter or the settings"
         self.ranks.check(settings, header, *self._trained().values())
+        if self.tuner.guided is not None:
+            header["guide"] = True
         if self.ranks.least(not resume or (last and not path.exists())):
             self.tuner.journal = Follower()
             if self.is_world_process_zero():
@@ -169,7 +192,9 @@ class ZOTrainer(CheckpointTrainer):
             )
         start = checkpoint.last_whole(folder) if last else str(resume)
         step = 0 if start is None else checkpoint.step_of(start)
-        keep, initial = None if last else step, path.with_name(INITIAL_NAME)
+        # What the guide read is not in the journal; the steps are made again with the data.
+        keep = None if last and self.tuner.guided is None else step
+        initial = path.with_name(INITIAL_NAME)
         if self.is_world_process_zero():
             self.tuner.journal = Journal.resumed(path, folder / JOURNAL_NAME, keep)
             if whose != folder:
@@ -213,7 +238,8 @@ class ZOTrainer(CheckpointTrainer):
         if self.args.max_forward_passes is not None:
             # Stop where another step would go beyond the budget.
             left = self.args.max_forward_passes - self.forward_passes
-            self.control.should_training_stop |= left < self.args.forward_passes_per_step
+            needed = self.tuner.passes(step + 1) * self.args.gradient_accumulation_steps
+            self.control.should_training_stop |= left < needed
         return torch.tensor(estimate.loss, device=self.args.device)
 
     def _advice(self, batches: Sequence[Batch]) -> str:
@@ -268,9 +294,18 @@ class ZOTrainer(CheckpointTrainer):
         if rule.automatic:
             # Momentum makes steps alike: they go further than as many independent ones.
             kept = rule.momentum if rule.BUFFERS else 0.0
+            walk = WALK if self.tuner.guided is None else GUIDED_WALK
             independent = num_training_steps * (1 + kept) / (1 - kept)
-            rule.param_groups[0]["lr"] = WALK / math.sqrt(independent)
-        return super().create_scheduler(num_training_steps, optimizer)
+            rule.param_groups[0]["lr"] = walk / math.sqrt(independent)
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        budget = self.args.max_forward_passes
+        if self.tuner.guided is not None and budget is not None:
+            # Steps take one forward pass or several; the schedule follows the passes.
+            scheduler.lr_lambdas = [
+                lambda _, own=own: own(num_training_steps * self.forward_passes / budget)
+                for own in scheduler.lr_lambdas
+            ]
+        return scheduler
 
     def create_accelerator_and_postprocess(self) -> None:
         """Accelerate prepares data and optimizer; the model stays as it is (no DDP, no buckets)."""

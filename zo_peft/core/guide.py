@@ -1,0 +1,298 @@
+"""The guide: what one forward pass tells about the gradient, and how far it is believed.
+
+A forward pass yields the exact error at the output, `p = d loss / d h_L`, and the inputs of every
+module. A transformer adds the output of each layer to a residual stream, so with the layers above
+taken as the identity, `p` is the error at every layer. With it the gradients of an adapter have
+closed forms (`low_rank`, `mixed`, `covariance`), and no backward pass is needed. That the error of
+the output is sent straight to every layer is direct feedback alignment (arXiv:1609.01596), with the
+residual stream in the place of random matrices.
+
+`Guided` decides whether and which parts of such an estimate are followed. The measured loss has the
+last word: the estimate is a candidate, as in guided evolution strategies (arXiv:1806.10230).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zo_peft.core.batch import Batch
+from zo_peft.core.direction import Direction
+from zo_peft.core.evaluator import Evaluator
+from zo_peft.core.flat_space import FlatSpace
+from zo_peft.core.noise import derive_seed
+from zo_peft.core.strategies import Estimate
+
+#: Gradients by parameter name, float32.
+Gradients = dict[str, Tensor]
+
+#: The first check of a guide uses this distance; later ones that of the check before.
+EPS = 1e-2
+#: Along the guide, a check goes as far as should change the loss by this share of it.
+NEAR = 0.1
+#: A guide is followed if the loss falls along it so many times as fast as it changes along noise.
+BETTER_THAN_NOISE = 3.0
+#: A guide is followed no longer if it surely keeps less than this share of the slope it promises.
+KEPT = 0.1
+#: The forward passes of a check, and the most that the first one takes to find its distance.
+CHECK_PASSES, FIRST_PASSES = 2, 12
+#: The steps from the first check to the second; from check to check they double.
+FIRST_WAIT = 16
+#: One step of so many is made with candidates, for the numbers that the guide does not know.
+CANDIDATES_EVERY = 16
+
+
+def low_rank(
+    errors: Tensor, inputs: Tensor, a: Tensor, b: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `A` and `B` of a LoRA, `y = W x + scaling * B A x`.
+
+    Args:
+        errors: d loss / d y at N positions, [N, out].
+        inputs: x there, [N, in].
+        a, b: [r, in] and [out, r].
+    """
+    return scaling * (errors @ b).T @ inputs, scaling * errors.T @ (inputs @ a.T)
+
+
+def mixed(
+    errors: Tensor, inputs: Tensor, a: Tensor, b: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `A` and `B` of a LoRA on the values of an attention.
+
+    The error of head h at a scored position reaches the value at position j in proportion to the
+    weight with which the head attends to j. So the inputs count only as sums with these weights.
+
+    Args:
+        errors: d loss / d (the output of each head) at N positions, [N, heads, width].
+        inputs: sums over j of weight times x_j, [N, heads, in].
+        a, b: [r, in] and [value heads * width, r]; a value head serves equally many heads in a row.
+    """
+    count, heads, width = errors.shape
+    shared = heads // (len(b) // width)
+    by_head = b.view(-1, width, b.shape[1]).repeat_interleave(shared, dim=0)
+    grad_a = torch.einsum("nhw,hwr,nhi->ri", errors, by_head, inputs)
+    outer = torch.einsum("nhw,nhr->hwr", errors, inputs @ a.T)
+    grad_b = outer.view(-1, shared, width, b.shape[1]).sum(dim=1).view_as(b)
+    return scaling * grad_a, scaling * grad_b
+
+
+def covariance(weights: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """What carries the error at a head's output to its query: [N, heads, width, width].
+
+    The weights w are a softmax of scores q . k_j, so d output / d q is the covariance of values and
+    keys under w: `sum_j w_j k_j (v_j - v)^T`, with `v = sum_j w_j v_j`.
+
+    Args:
+        weights: [N, heads, S].
+        keys, values: [N, heads, S, width].
+    """
+    centred = values - (weights[..., None] * values).sum(dim=2, keepdim=True)
+    return torch.einsum("nhs,nhsk,nhsv->nhkv", weights, keys, centred)
+
+
+def unrotated(errors: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Errors of rotated queries as errors of the queries before: [N, heads, width].
+
+    Rotary embeddings turn the pairs (i, i + width / 2) of a query. The angles are read off the
+    query itself, `before` and `after`; with no rotation they are zero.
+    """
+    turn = _pairs(after) / _pairs(before)
+    return torch.view_as_real(turn.conj() * _pairs(errors)).movedim(-1, -2).flatten(-2)
+
+
+def _pairs(x: Tensor) -> Tensor:
+    return torch.complex(*x.float().chunk(2, dim=-1))
+
+
+class Guide(Protocol):
+    """Reads gradients off forward passes; `zo_peft.models.guide` has the one for transformers."""
+
+    def read(self, batch: Batch) -> tuple[Tensor, Gradients]:
+        """The losses [B] of a batch, and gradients of their mean for the parameters it knows."""
+
+    def part(self, name: str) -> int:
+        """The part of the model, for example the layer, to which a parameter belongs."""
+
+
+@dataclass
+class Guided:
+    """Which parts of a guide are followed, and when it is checked again.
+
+    A check compares losses on the batch that the guide has read, at both sides of `theta` along the
+    guide, with a random sign for each of its parts, which every example has of its own where lanes
+    allow it: two forward passes. The first check also measures how far noise moves the losses.
+
+    Attributes:
+        followed: the parts whose measured slope agrees; none: candidates make the steps.
+        due: the step of the next check.
+        wait: the steps between the last check and the next.
+        eps: the distance of noise in checks.
+        sensitivity: how far noise moves the loss of an example, over its distance.
+    """
+
+    guide: Guide
+    evaluator: Evaluator
+    seed: int
+    followed: list[int] = field(default_factory=list)
+    due: int = 0
+    wait: int = FIRST_WAIT
+    eps: float = EPS
+    sensitivity: float = 0.0
+    known: list[str] = field(default_factory=list)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What is carried from step to step, in the types of JSON."""
+        return {f.name: getattr(self, f.name) for f in fields(self)[3:]}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+    def estimate(self, batches: Sequence[Batch], number: int) -> tuple[Estimate, dict[str, Any]]:
+        """The gradients of all parts that are followed, and what a check found."""
+        loss, gradients = self._read(batches)
+        size = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
+        chosen: dict[str, Any] = {}
+        if number >= self.due and math.isfinite(size):
+            chosen["guide"] = self._check(batches, number, loss, gradients)
+        known = {n: g for n, g in gradients.items() if self.guide.part(n) in self.followed}
+        estimate = Estimate(
+            Direction(), size, (loss,), sensitivity=self.sensitivity, gradients=known
+        )
+        return estimate, chosen
+
+    def others(self, estimate: Estimate) -> Gradients:
+        """What candidates found for the numbers that the guide does not know."""
+        space, found = self.evaluator.space, Gradients()
+        for index in range(len(space.buffers)):
+            flat = space.dense(index, estimate.slope * estimate.direction)
+            views = space.views(index, flat)
+            found |= {name: view for name, view in views.items() if name in self.rest}
+        return found
+
+    def reads(self, number: int) -> bool:
+        """Whether a step is made of the guide's gradients, as far as is known before it."""
+        return bool(self.followed) and self.asks(number)
+
+    def passes(self, number: int) -> int:
+        """The most forward passes of a step's reading and check."""
+        if not self.asks(number):
+            return 0
+        check = CHECK_PASSES if number >= self.due else 0
+        return 1 + check + (0 if number else FIRST_PASSES)
+
+    @property
+    def told(self) -> str:
+        """What is known and followed, in one line."""
+        count = len(self.evaluator.space.parameters)
+        what = f"the guide reads {len(self.known)} of {count} tensors off each forward pass"
+        if not self.followed:
+            return f"{what}, but the loss does not follow; candidates make the steps"
+        parts = len({self.guide.part(name) for name in self.known})
+        rest = "; candidates tune the others" if self.rest else ""
+        return f"{what} and is followed in {len(self.followed)} of {parts} parts{rest}"
+
+    def asks(self, number: int) -> bool:
+        """Whether a step reads the guide; else candidates make it."""
+        return number >= self.due or (bool(self.followed) and not self.mends(number))
+
+    def mends(self, number: int) -> bool:
+        """Whether candidates make a step for the numbers alone that the guide does not know."""
+        return bool(self.followed and self.rest) and number % CANDIDATES_EVERY == 1
+
+    @property
+    def rest(self) -> set[str]:
+        """The parameters that the guide does not know."""
+        return self.evaluator.space.parameters.keys() - set(self.known)
+
+    def _read(self, batches: Sequence[Batch]) -> tuple[float, Gradients]:
+        losses: list[Tensor] = []
+        sums: Gradients = {}
+        for batch in batches:
+            loss, gradients = self.guide.read(batch)
+            mean, *shares = self.evaluator.ranks.mean(
+                [loss.mean(), *(gradients[name] for name in sorted(gradients))], batch
+            )
+            losses.append(mean.double())
+            for name, share in zip(sorted(gradients), shares):
+                sums[name] = sums.get(name, 0.0) + share / len(batches)
+            self.evaluator.forward_passes += 1
+            self.evaluator.examples_forwarded += batch.examples
+        self.known = sorted(sums)
+        return torch.stack(losses).mean().item(), sums
+
+    def _check(
+        self, batches: Sequence[Batch], number: int, loss: float, gradients: Gradients
+    ) -> dict[str, Any]:
+        """Measure the slope of the loss along each part, and follow those that agree."""
+        space, evaluator = self.evaluator.space, self.evaluator
+        assert isinstance(space, FlatSpace)
+        examples = evaluator.parts(batches)
+        if not number:
+            self._find_distance(batches, examples)
+        parts = sorted({self.guide.part(name) for name in gradients})
+        groups = _grouped(parts, max(1, examples // 2))
+        units = [
+            {n: _unit(g) for n, g in gradients.items() if self.guide.part(n) in group}
+            for group in groups
+        ]
+        promised = [sum((u * gradients[n]).sum().item() for n, u in unit.items()) for unit in units]
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, number, -4) % 2**62)
+        signs = torch.randint(2, (examples, len(groups)), generator=generator) * 2.0 - 1.0
+        whole_promise = sum(promised)
+        near = min(self.eps, NEAR * loss / whole_promise) if whole_promise else self.eps
+        with space.vectors(units) as along:
+            mixes = [near * Direction.combine(along, own) for own in signs.tolist()]
+            found = evaluator.evaluate([[mix, -mix] for mix in mixes], batches).losses
+        plus, minus = torch.tensor(found, dtype=torch.float64).unbind(dim=1)
+        slopes, covariances = _least_squares(signs.double(), (plus - minus) / (2 * near))
+        whole, error = slopes.sum().item(), covariances.sum().sqrt().item()
+        believed = whole + 2 * error > KEPT * whole_promise
+        if not self.followed:
+            believed &= whole > BETTER_THAN_NOISE * self.sensitivity
+        highest = (slopes + 2 * covariances.diagonal().sqrt()).tolist()
+        agree = {part for group, slope in zip(groups, highest) if slope > 0 for part in group}
+        self.followed = sorted(agree) if believed else []
+        self.wait = self.wait * 2 if number else FIRST_WAIT
+        self.due = number + self.wait
+        return {
+            "slope": whole,
+            "promised": whole_promise,
+            "error": error,
+            "followed": self.followed,
+        }
+
+    def _find_distance(self, batches: Sequence[Batch], examples: int) -> None:
+        """The first distance along noise for which the losses are near a line, and their slope."""
+        noise = [Direction.of(derive_seed(self.seed, i, -5)) for i in range(examples)]
+        for _ in range(4):
+            points = [[Direction(), self.eps * z, -self.eps * z] for z in noise]
+            losses = torch.tensor(self.evaluator.evaluate(points, batches).losses)
+            start, plus, minus = losses.double().unbind(dim=1)
+            self.sensitivity = ((plus - minus) / (2 * self.eps)).square().mean().sqrt().item()
+            if (plus + minus - 2 * start).norm() < (plus - minus).norm():
+                return
+            self.eps /= 10
+
+
+def _grouped(parts: Sequence[int], most: int) -> list[list[int]]:
+    """The parts in at most so many groups of neighbours."""
+    size = math.ceil(len(parts) / most)
+    return [list(parts[start : start + size]) for start in range(0, len(parts), size)]
+
+
+def _least_squares(signs: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The slope of each part, and their covariances; zero where there are too few values to tell."""
+    slopes = torch.linalg.lstsq(signs, values[:, None], driver="gelsd").solution[:, 0]
+    free = len(values) - len(slopes)
+    variance = (values - signs @ slopes).square().sum() / free if free > 0 else 0.0
+    return slopes, variance * torch.linalg.pinv(signs.T @ signs)
+
+
+def _unit(gradient: Tensor) -> Tensor:
+    return gradient * (math.sqrt(gradient.numel()) / gradient.norm()).nan_to_num(0.0, posinf=0.0)
