@@ -203,6 +203,8 @@ class Guided:
 
     def mends(self, number: int) -> bool:
         """Whether candidates make a step for the numbers alone that the guide does not know."""
+        import os
+        if os.environ.get('NOMEND'): return False
         return bool(self.followed and self.rest) and number % CANDIDATES_EVERY == 1
 
     @property
