@@ -71,7 +71,7 @@ def mixed(
         inputs: sums over j of weight times x_j, [N, heads, in].
         a, b: [r, in] and [value heads * width, r]; a value head serves equally many heads in a row.
     """
-    count, heads, width = errors.shape
+    _, heads, width = errors.shape
     shared = heads // (len(b) // width)
     by_head = b.view(-1, width, b.shape[1]).repeat_interleave(shared, dim=0)
     grad_a = torch.einsum("nhw,hwr,nhi->ri", errors, by_head, inputs)
@@ -158,8 +158,10 @@ class Guided:
         loss, gradients = self._read(batches)
         size = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
         chosen: dict[str, Any] = {}
-        if number >= self.due and math.isfinite(size):
-            chosen["guide"] = self._check(batches, number, loss, gradients)
+        if number >= self.due:
+            self.wait = self.wait * 2 if number else FIRST_WAIT
+            self.due, known = number + self.wait, bool(gradients) and math.isfinite(size)
+            chosen["guide"] = self._check(batches, number, loss, gradients) if known else {}
         known = {n: g for n, g in gradients.items() if self.guide.part(n) in self.followed}
         estimate = Estimate(
             Direction(), size, (loss,), sensitivity=self.sensitivity, gradients=known
@@ -203,8 +205,6 @@ class Guided:
 
     def mends(self, number: int) -> bool:
         """Whether candidates make a step for the numbers alone that the guide does not know."""
-        import os
-        if os.environ.get('NOMEND'): return False
         return bool(self.followed and self.rest) and number % CANDIDATES_EVERY == 1
 
     @property
@@ -260,8 +260,6 @@ class Guided:
         highest = (slopes + 2 * covariances.diagonal().sqrt()).tolist()
         agree = {part for group, slope in zip(groups, highest) if slope > 0 for part in group}
         self.followed = sorted(agree) if believed else []
-        self.wait = self.wait * 2 if number else FIRST_WAIT
-        self.due = number + self.wait
         return {
             "slope": whole,
             "promised": whole_promise,
@@ -289,7 +287,7 @@ def _grouped(parts: Sequence[int], most: int) -> list[list[int]]:
 
 
 def _least_squares(signs: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """The slope of each part, and their covariances; zero where there are too few values to tell."""
+    """The slopes of parts, and their covariances; these are zero where too few values tell."""
     slopes = torch.linalg.lstsq(signs, values[:, None], driver="gelsd").solution[:, 0]
     free = len(values) - len(slopes)
     variance = (values - signs @ slopes).square().sum() / free if free > 0 else 0.0

@@ -152,7 +152,7 @@ class Tuner:
         return estimate, chosen
 
     def passes(self, number: int) -> int:
-        """The most forward passes that a step takes for each micro-batch, but for a choice of eps."""
+        """The most forward passes of a step for each micro-batch, beside a choice of eps."""
         own = sum(self.strategy.asks(self.options))
         if self.guided is None:
             return own

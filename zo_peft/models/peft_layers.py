@@ -114,3 +114,10 @@ _BY_TYPE: dict[type[nn.Module], Callable[..., Tensor]] = {
 def is_plain_lora(module: nn.Module) -> bool:
     """Whether a module is a LoRA of the form that was first published, on a linear layer."""
     return type(module) in (lora.Linear, lora.Linear8bitLt, lora.Linear4bit) and _is_plain(module)
+
+
+def lora_factors(module: Any) -> tuple[Tensor, Tensor, float]:
+    """A [r, in] and B [out, r] of a plain LoRA, float32, and its scaling."""
+    name = module.active_adapters[0]
+    a, b = module.lora_A[name].weight, module.lora_B[name].weight
+    return a.detach().float(), b.detach().float(), module.scaling[name]

@@ -47,7 +47,7 @@ from zo_peft.train.config import ZOConfig
 #: learning rate (docs/efficiency.md).
 WALK = 0.87
 #: The same where the guide makes the steps, which go one way for longer.
-GUIDED_WALK = 0.22
+GUIDED_WALK = 0.35
 
 
 class ZOTrainer(CheckpointTrainer):

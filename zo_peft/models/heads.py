@@ -1,0 +1,220 @@
+"""Attention as the scored positions see it, and what its heads tell of an adapter's gradient.
+
+Every attention of transformers is called through one interface, with queries, keys and values by
+head. From these the weights of the scored positions alone are computed once more; with the error at
+the heads' outputs they give the gradients of values, queries and prefixes in closed form.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+
+from zo_peft.core.batch import Batch
+from zo_peft.core.guide import covariance, low_rank, mixed, unrotated
+from zo_peft.models.peft_layers import is_plain_lora, lora_factors
+
+#: Errors [N, width] in; out come gradients by tuned parameter.
+Reading = Callable[[Tensor], list[tuple[nn.Parameter, Tensor]]]
+
+#: How far rounding may take attention weights and rotations from what is expected.
+ROUNDING = 2e-2
+
+
+class Scored:
+    """The N positions of a batch that the loss sees: those with a label, or else all tokens.
+
+    Attributes:
+        single: whether each row has exactly one.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        if "rows" in batch:
+            self.rows, self.positions = batch["rows"], batch["positions"]
+        else:
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+            self.rows, self.positions = mask.nonzero(as_tuple=True)
+        self.length = batch["input_ids"].shape[1]
+        self.single = self.rows.tolist() == list(range(batch.rows))
+
+    def of(self, x: Tensor) -> Tensor:
+        """[N, ...] of [B, T, ...]; virtual tokens stand in front of a row's own."""
+        return x[self.rows, self.positions + x.shape[1] - self.length]
+
+    def chunks(self) -> list[tuple[Tensor, Tensor]]:
+        """Rows [R] and positions [R, n] in the order of `of`: all rows at once, or one by one."""
+        if self.single:
+            return [(self.rows, self.positions[:, None])]
+        return [(row[None], self.positions[self.rows == row][None]) for row in self.rows.unique()]
+
+
+class Heads:
+    """One call of an attention.
+
+    Args:
+        module: the attention, which says whether it is causal where there is no mask.
+        query, key, value: [B, heads, T or S, width]; key and value may have fewer heads.
+        mask: [B or 1, 1 or heads, T, S], added to the scores or True where a position is seen.
+    """
+
+    def __init__(
+        self,
+        scored: Scored,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float | None,
+    ) -> None:
+        self.scored, self.scaling = scored, scaling or query.shape[-1] ** -0.5
+        self.heads, self.shared = query.shape[1], query.shape[1] // key.shape[1]
+        self.query, self.value = query, value
+        self.keys, self.values = (x.repeat_interleave(self.shared, 1) for x in (key, value))
+        length, total = query.shape[2], key.shape[2]
+        if mask is None and length > 1 and getattr(module, "is_causal", False):
+            mask = torch.ones(length, total, dtype=torch.bool, device=query.device)
+            mask = mask.tril(total - length)[None, None]
+        self.weights: list[tuple[Tensor, Tensor]] = []
+        for rows, positions in scored.chunks():
+            where = positions + length - scored.length
+            picked = query[rows[:, None], :, where].transpose(1, 2)
+            scores = (picked @ self.keys[rows].transpose(2, 3)).float() * self.scaling
+            if mask is not None:
+                seen = mask.expand(len(query), -1, -1, -1)[rows[:, None], :, where].transpose(1, 2)
+                seen = seen[..., :total]
+                boolean = seen.dtype == torch.bool
+                scores = scores.masked_fill(~seen, -torch.inf) if boolean else scores + seen
+            self.weights.append((rows, scores.softmax(dim=-1).to(query.dtype)))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Sums over S with the weights of each scored position and head: [N, heads, c].
+
+        Args:
+            x: [B, S, c], or [B, heads, S, c].
+        """
+        x = x[:, None] if x.dim() == 3 else x
+        sums = [weights @ x[rows].to(weights) for rows, weights in self.weights]
+        return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in sums])
+
+    @property
+    def outputs(self) -> Tensor:
+        """The outputs of the heads at the scored positions, [N, heads, width]."""
+        return self.mix(self.values)
+
+    def by_head(self, errors: Tensor) -> Tensor:
+        """[N, heads * width] as [N, heads, width]."""
+        return errors.view(len(errors), self.heads, -1)
+
+    def of_values(self, module: Any, x: Tensor) -> Reading:
+        """The gradients of a LoRA on the values, whose input is x [B, S, in].
+
+        Where a row has many scored positions, only what A makes of x is kept, and A stays.
+        """
+        a, _, _ = lora_factors(module)
+        inputs = self.mix(x if self.scored.single else F.linear(x.to(a.dtype), a))
+        parameters = lora_parameters(module)
+
+        def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+            a, b, scaling = lora_factors(module)
+            if self.scored.single:
+                found = mixed(self.by_head(errors), inputs.float(), a, b, scaling)
+                return list(zip(parameters, found))
+            one = torch.eye(len(a), device=a.device)
+            found = mixed(self.by_head(errors), inputs.float(), one, b, scaling)
+            return [(parameters[0], torch.zeros_like(parameters[0])), (parameters[1], found[1])]
+
+        return read
+
+    def of_queries(self, module: Any, x: Tensor, made: Tensor) -> Reading:
+        """The gradients of a LoRA on the queries, whose input and output are x and `made`."""
+        (rows, weights), *_ = self.weights
+        carried = covariance(weights[:, :, 0], self.keys[rows], self.values[rows])
+        where = self.scored.positions + self.query.shape[2] - self.scored.length
+        after, before = self.query[rows, :, where], self.by_head(self.scored.of(made))
+        inputs, parameters = self.scored.of(x), lora_parameters(module)
+
+        def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+            own = self.scaling * (carried.float() @ self.by_head(errors)[..., None])[..., 0]
+            own = unrotated(own, before.float(), after.float()).flatten(1)
+            return list(zip(parameters, low_rank(own, inputs.float(), *lora_factors(module))))
+
+        return read
+
+    def of_prefix(self, model: PeftModel, layer: int) -> Reading:
+        """The gradient of a prefix, whose keys and values stand in front of those of the tokens."""
+        count = model.active_peft_config.num_virtual_tokens
+        parameter = model.prompt_encoder[model.active_adapter].embedding.weight
+        kept = [weights[..., :count].transpose(1, 2).flatten(0, 1) for _, weights in self.weights]
+        weights, outputs = torch.cat(kept), self.outputs
+        queries, values = self.scored.of(self.query.transpose(1, 2)), self.values[0, :, :count]
+
+        def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+            own, w = self.by_head(errors), weights.float()
+            scores = torch.einsum("nhw,hpw->nhp", own, values.float())
+            scores = scores - (own * outputs.float()).sum(dim=-1, keepdim=True)
+            by_key = self.scaling * torch.einsum("nhp,nhw->phw", w * scores, queries.float())
+            by_value = torch.einsum("nhp,nhw->phw", w, own)
+            gradient = torch.zeros_like(parameter, dtype=torch.float32)
+            places = gradient.view(count, -1, 2, self.heads // self.shared, own.shape[-1])
+            for index, whole in enumerate((by_key, by_value)):
+                places[:, layer, index] = whole.unflatten(1, (-1, self.shared)).sum(dim=2)
+            return [(parameter, gradient)]
+
+        return read
+
+
+@dataclass
+class Role:
+    """What is known of an attention module, once it has been called.
+
+    Attributes:
+        agrees: its outputs are those of the weights that are computed here.
+        value, query: the LoRAs that make its values and queries, if there are any.
+        out: the linear module that its outputs go into.
+    """
+
+    agrees: bool
+    value: nn.Module | None = None
+    query: nn.Module | None = None
+    out: nn.Module | None = None
+
+
+def role_of(module: nn.Module, heads: Heads, output: Tensor, made: dict[nn.Module, Tensor]) -> Role:
+    """Find the role of an attention.
+
+    Args:
+        output: of the attention, [B, T, heads, width].
+        made: the outputs of the modules of its layer so far.
+    """
+    theirs = heads.scored.of(output)
+    role = Role(_near(heads.outputs, theirs))
+    for candidate in filter(is_plain_lora, module.modules()):
+        if (y := made.get(candidate)) is None or y.shape[-1] % heads.query.shape[-1]:
+            continue
+        y = y.unflatten(-1, (-1, heads.query.shape[-1])).transpose(1, 2)
+        if y.shape == heads.value.shape and torch.equal(y, heads.value):
+            role.value = candidate
+        elif y.shape == heads.query.shape and _turned(y, heads.query):
+            role.query = candidate
+    return role
+
+
+def lora_parameters(module: Any) -> list[nn.Parameter]:
+    """A and B of a LoRA."""
+    name = module.active_adapters[0]
+    return [module.lora_A[name].weight, module.lora_B[name].weight]
+
+
+def _turned(before: Tensor, after: Tensor) -> bool:
+    """Whether queries are those before, each of their pairs turned and all scaled by one number."""
+    sizes = [torch.complex(*x.float().chunk(2, dim=-1)).abs() for x in (before, after)]
+    return _near(sizes[0] * (sizes[1].norm() / sizes[0].norm()), sizes[1])
+
+
+def _near(x: Tensor, y: Tensor) -> bool:
+    return torch.allclose(x.float(), y.float(), rtol=ROUNDING, atol=ROUNDING * float(y.abs().max()))
