@@ -160,8 +160,9 @@ class Guided:
         chosen: dict[str, Any] = {}
         if number >= self.due:
             self.wait = self.wait * 2 if number else FIRST_WAIT
-            self.due, known = number + self.wait, bool(gradients) and math.isfinite(size)
-            chosen["guide"] = self._check(batches, number, loss, gradients) if known else {}
+            self.due = number + self.wait
+            sound = bool(gradients) and math.isfinite(size)
+            chosen["guide"] = self._check(batches, number, loss, gradients) if sound else {}
         known = {n: g for n, g in gradients.items() if self.guide.part(n) in self.followed}
         estimate = Estimate(
             Direction(), size, (loss,), sensitivity=self.sensitivity, gradients=known

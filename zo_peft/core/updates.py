@@ -185,9 +185,10 @@ class Adam(Momentum):
     def _step(self, index: int) -> Tensor:
         first = (1.0 - self.momentum) / (1.0 - self.momentum**self.steps)
         second = 1.0 / (1.0 - self.beta2**self.steps)
-        tiny = torch.finfo(torch.float32).tiny
+        # Below it a square is zero, so that nothing is known of a number's size.
+        least = math.sqrt(torch.finfo(torch.float32).tiny)
         m, square = self.buffers["momentum"][index], self.buffers["square"][index]
-        return first * m / (second * square).sqrt_().clamp_min(tiny)
+        return first * m / (second * square).sqrt_().clamp_min(least)
 
 
 RULES: dict[str, type[UpdateRule]] = {

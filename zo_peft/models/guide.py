@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zo_peft.core.batch import Batch, Objective
 from zo_peft.core.guide import Gradients, low_rank
 from zo_peft.core.lanes import replaced
+from zo_peft.errors import UserError
 from zo_peft.models.heads import Heads, Reading, Role, Scored, lora_parameters, role_of
 from zo_peft.models.peft_layers import is_plain_lora, lora_factors
 from zo_peft.models.trunk import first_of, hidden_of, layers_of
@@ -43,6 +44,9 @@ class ResidualGuide:
     Args:
         tuned: the tuned parameters by name.
         exact_layers: through so many of the uppermost layers the error is taken by autograd.
+
+    Raises:
+        UserError: no stack of transformer layers is found, or it has fewer layers than that.
     """
 
     def __init__(
@@ -54,6 +58,11 @@ class ResidualGuide:
     ) -> None:
         self.model, self.objective = model, objective
         layers = layers_of(model)
+        if not layers or exact_layers > len(layers):
+            raise UserError(
+                f"strategy='guided' found {len(layers)} transformer layers in one stack; it needs "
+                f"one or more, and exact_layers={exact_layers} of them at most. Use strategy='gv'"
+            )
         self.read_layers = layers[: len(layers) - exact_layers]
         self.boundary = layers[len(self.read_layers)] if exact_layers else None
         self.names = {id(parameter): name for name, parameter in tuned.items()}
@@ -159,12 +168,7 @@ class _Pass:
         x = self._inputs[module] = args[0]
         if self._open is not None:
             role, output, readings = self._open
-            if (
-                role.out is None
-                and x.shape[:2] == output.shape[:2]
-                and x.shape[2:].numel() == output.shape[2:].numel()
-                and torch.equal(x.flatten(), output.flatten())
-            ):
+            if role.out is None and x.shape == output.shape and torch.equal(x, output):
                 role.out = module
             if role.out is module:
                 self._open = None
@@ -211,7 +215,7 @@ class _Pass:
             readings.append(heads.of_queries(known.query, *states))
         if known.agrees and prefix:
             readings.append(heads.of_prefix(self.guide.model, index))
-        self._open = (known, output[0], readings) if readings else None
+        self._open = (known, output[0].flatten(2), readings) if readings else None
         return output
 
 

@@ -67,6 +67,11 @@ def _replayed(arguments: ModelArguments, given: ReplayArguments) -> dict[str, An
     header, records = read(path)
     if header["generator"] != GENERATOR:
         raise UserError(f"{path.name} has noise of {header['generator']!r}, not of {GENERATOR!r}")
+    if header.get("guide"):
+        raise UserError(
+            f"{path.name} is of strategy 'guided', whose gradients come from the training data and "
+            "are not in the journal; go on from a checkpoint with --resume_from_checkpoint"
+        )
     tune = header["space"]["tune"]
     set_seed(header["seed"])
     model: PreTrainedModel | PeftModel = load(arguments, tune, header["num_labels"])

@@ -131,6 +131,16 @@ def check_values(config: "ZOConfig") -> None:
         raise UserError(f"temperature={config.temperature}; it must be 0 or more")
     if not 0 < config.top_p <= 1:
         raise UserError(f"top_p={config.top_p}; it must be above 0 and at most 1")
+    if config.exact_layers < 0 or (config.exact_layers and config.strategy != GUIDED):
+        raise UserError(
+            f"exact_layers={config.exact_layers}; it must be 0 or more, and more only with "
+            "strategy='guided'"
+        )
+    if config.strategy == GUIDED and config.update_rule in ("sgd", "fzoo"):
+        raise UserError(
+            f"update_rule={config.update_rule!r} moves along candidates; with strategy='guided' "
+            "use adam, normalized, spectral or momentum"
+        )
     if config.tune_unquantized and config.tune == "adapter":
         raise UserError("tune_unquantized=True has no meaning for tune='adapter'")
     if config.load_best_model_at_end and config.save_only_model:
@@ -139,7 +149,8 @@ def check_values(config: "ZOConfig") -> None:
 
 def check_candidates(config: "ZOConfig") -> None:
     """Refuse a number of candidates that leaves the strategy nothing to compare."""
-    selects = config.strategy in STRATEGIES and STRATEGIES[config.strategy].selects
+    strategy = "gv" if config.strategy == GUIDED else config.strategy
+    selects = strategy in STRATEGIES and STRATEGIES[strategy].selects
     assert config.num_candidates is not None
     if config.num_candidates < (2 if selects else 1):
         raise UserError(
@@ -150,7 +161,7 @@ def check_candidates(config: "ZOConfig") -> None:
         raise UserError(f"carry_best=True has no meaning for strategy={config.strategy!r}")
     if config.carry_best and config.per_example_noise:
         raise UserError("carry_best=True needs per_example_noise=False: one best candidate a step")
-    if config.strategy == "gv" and config.weighting == "split":
+    if strategy == "gv" and config.weighting == "split":
         top = int(config.elite_fraction * config.num_candidates)
         if not 0 < top < config.num_candidates:
             raise UserError(

@@ -72,7 +72,8 @@ class ZOConfig(TrainingArguments):
         default=None,
         help="How the estimate moves what is tuned: sgd, momentum, normalized (momentum, "
         "each tensor's step at unit length), spectral (the same, orthogonalized), adam or fzoo "
-        "(steps of like length, no memory). Default: normalized; fzoo for tune=weights.",
+        "(steps of like length, no memory). Default: normalized; adam for strategy=guided; fzoo "
+        "for tune=weights.",
     )
     momentum: float = HfArg(default=0.9, help="Of all update rules but sgd and fzoo; in [0, 1).")
     objective: ObjectiveName | None = HfArg(
@@ -177,7 +178,8 @@ class ZOConfig(TrainingArguments):
         checks.apply_preset(self)
         checks.choose_noise(self)
         if self.update_rule is None:
-            self.update_rule = "fzoo" if self.tune == "weights" else "normalized"
+            guided = "adam" if self.strategy == GUIDED else "normalized"
+            self.update_rule = "fzoo" if self.tune == "weights" else guided
         checks.check_values(self)
         if self.num_candidates is None:
             own = self.per_example_noise and self._examples >= 4

@@ -59,6 +59,7 @@ class GradientTrainer(BaseTrainer):
         self.forward_passes = self.examples_forwarded = 0
         self.tuned_numel = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.calibrations: list[Any] = []
+        self.guide = None
         self.faults = Faults()
         config = self.model.active_peft_config
         self.args.optim, *rates = OPTIMIZERS[self.args.strategy]

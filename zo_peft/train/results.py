@@ -45,6 +45,7 @@ def results(
         "non_finite": trainer.faults.non_finite,
         "skipped": trainer.faults.skipped,
         "processes": trainer.args.world_size,
+        "guide": trainer.guide,
         "calibrations": [asdict(calibration) for calibration in trainer.calibrations],
         "settings": given_settings(trainer.args),
     }

@@ -46,8 +46,6 @@ from zo_peft.train.config import ZOConfig
 #: How far a random walk of all steps would move the loss of an example, in nats, with the automatic
 #: learning rate (docs/efficiency.md).
 WALK = 0.87
-#: The same where the guide makes the steps, which go one way for longer.
-GUIDED_WALK = 0.35
 
 
 class ZOTrainer(CheckpointTrainer):
@@ -107,6 +105,11 @@ class ZOTrainer(CheckpointTrainer):
     def examples_forwarded(self) -> int:
         """So far; candidates times examples."""
         return self.evaluator.examples_forwarded
+
+    @property
+    def guide(self) -> str | None:
+        """What the guide reads and how far it is followed, in one line; None without one."""
+        return self.tuner.guided and self.tuner.guided.told
 
     def _guide(self) -> ResidualGuide:
         args = self.args
@@ -294,9 +297,8 @@ class ZOTrainer(CheckpointTrainer):
         if rule.automatic:
             # Momentum makes steps alike: they go further than as many independent ones.
             kept = rule.momentum if rule.BUFFERS else 0.0
-            walk = WALK if self.tuner.guided is None else GUIDED_WALK
             independent = num_training_steps * (1 + kept) / (1 - kept)
-            rule.param_groups[0]["lr"] = walk / math.sqrt(independent)
+            rule.param_groups[0]["lr"] = WALK / math.sqrt(independent)
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         budget = self.args.max_forward_passes
         if self.tuner.guided is not None and budget is not None:
