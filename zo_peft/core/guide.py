@@ -109,7 +109,12 @@ def _pairs(x: Tensor) -> Tensor:
 
 
 class Guide(Protocol):
-    """Reads gradients off forward passes; `zo_peft.models.guide` has the one for transformers."""
+    """Reads gradients off forward passes; `zo_peft.models.guide` has the one for transformers.
+
+    `passes` is what the last reading cost, in forward passes.
+    """
+
+    passes: int
 
     def read(self, batch: Batch) -> tuple[Tensor, Gradients]:
         """The losses [B] of a batch, and gradients of their mean for the parameters it knows."""
@@ -187,7 +192,7 @@ class Guided:
         if not self.asks(number):
             return 0
         check = CHECK_PASSES if number >= self.due else 0
-        return 1 + check + (0 if number else FIRST_PASSES)
+        return self.guide.passes + check + (0 if number else FIRST_PASSES)
 
     @property
     def told(self) -> str:
@@ -224,8 +229,8 @@ class Guided:
             losses.append(mean.double())
             for name, share in zip(sorted(gradients), shares):
                 sums[name] = sums.get(name, 0.0) + share / len(batches)
-            self.evaluator.forward_passes += 1
-            self.evaluator.examples_forwarded += batch.examples
+            self.evaluator.forward_passes += self.guide.passes
+            self.evaluator.examples_forwarded += self.guide.passes * batch.examples
         self.known = sorted(sums)
         return torch.stack(losses).mean().item(), sums
 

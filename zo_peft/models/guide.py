@@ -5,6 +5,7 @@ that the loss sees. Then the error at the output is taken through the final norm
 loss, which are all that is ever differentiated (with `exact_layers`, the layers below them, too).
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -63,6 +64,7 @@ class ResidualGuide:
                 f"strategy='guided' found {len(layers)} transformer layers in one stack; it needs "
                 f"one or more, and exact_layers={exact_layers} of them at most. Use strategy='gv'"
             )
+        self._depth = len(layers)
         self.read_layers = layers[: len(layers) - exact_layers]
         self.boundary = layers[len(self.read_layers)] if exact_layers else None
         self.names = {id(parameter): name for name, parameter in tuned.items()}
@@ -77,6 +79,9 @@ class ResidualGuide:
             for name, parameter in tuned.items()
             if self._parts.get(name, len(layers)) >= len(self.read_layers)
         }
+        # A backward pass takes about as long as two forward passes.
+        self.passes = self._usual = 1 + math.ceil(2 * exact_layers / len(layers))
+        self.extra_runs = 0
         self.roles: dict[nn.Module, Role] = {}
         self.writers: set[nn.Module] = set()
         self.first = True
@@ -99,7 +104,8 @@ class ResidualGuide:
             for parameter, gradient in read(errors):
                 if (name := self.names.get(id(parameter))) is not None:
                     gradients[name] = gradients.get(name, 0.0) + gradient
-        self.first = False
+        self.first, self.passes = False, self._usual + math.ceil(self.extra_runs / self._depth)
+        self.extra_runs = 0
         return losses.detach(), gradients
 
 
@@ -163,6 +169,7 @@ class _Pass:
             modules = [m for m in _linears(layer) if is_plain_lora(m) and m.out_features == width]
             with replaced([(self, "_attentions", self._attentions)]):
                 self.guide.writers |= set(_writers(layer, modules, args, kwargs))
+            self.guide.extra_runs += 1 + len(modules) if modules else 0
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = self._inputs[module] = args[0]

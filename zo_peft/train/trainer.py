@@ -109,7 +109,7 @@ class ZOTrainer(CheckpointTrainer):
     @property
     def guide(self) -> str | None:
         """What the guide reads and how far it is followed, in one line; None without one."""
-        return self.tuner.guided and self.tuner.guided.told
+        return None if self.tuner.guided is None else self.tuner.guided.told
 
     def _guide(self) -> ResidualGuide:
         args = self.args
