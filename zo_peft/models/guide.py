@@ -122,7 +122,7 @@ class _Pass:
         self.leaf = torch.empty(0)
         self._inputs: dict[nn.Module, Tensor] = {}
         self._outputs: dict[nn.Module, Tensor] = {}
-        self._attentions = 0
+        self._attentions, self._still = 0, False
         #: An attention whose outputs have not gone into a module yet, and what it tells.
         self._open: tuple[Role, Tensor, list[Reading]] | None = None
 
@@ -136,8 +136,9 @@ class _Pass:
                 for module in _linears(layer):
                     stack.enter_context(module.register_forward_pre_hook(self._before))
                     stack.enter_context(module.register_forward_hook(self._after))
-                hook = layer.register_forward_pre_hook(self._enter, with_kwargs=True)
-                stack.enter_context(hook)
+                if guide.first:
+                    hook = layer.register_forward_hook(self._look_back, with_kwargs=True)
+                    stack.enter_context(hook)
             if guide.boundary is None:
                 stack.enter_context(guide.read_layers[-1].register_forward_hook(self._leave))
             else:
@@ -162,17 +163,27 @@ class _Pass:
 
     # ---- Modules that write into the residual stream ---------------------------------------------
 
-    def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._inputs, self._outputs = {}, {}
-        if self.guide.first:
-            width = hidden_of(*args, **kwargs).shape[-1]
-            modules = [m for m in _linears(layer) if is_plain_lora(m) and m.out_features == width]
-            with replaced([(self, "_attentions", self._attentions)]):
-                self.guide.writers |= set(_writers(layer, modules, args, kwargs))
-            self.guide.extra_runs += 1 + len(modules) if modules else 0
+    def _look_back(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Find the writers among a layer's LoRAs that no attention has taken."""
+        inputs, self._inputs = self._inputs, {}
+        width = hidden_of(*args, **kwargs).shape[-1]
+        modules = [module for module in inputs if module.out_features == width]
+        with replaced([(self, "_still", True)]):
+            found = list(_writers(layer, modules, args, kwargs))
+        self.guide.writers |= set(found)
+        self.guide.extra_runs += 1 + len(modules) if modules else 0
+        self.readings += [_of_writer(module, self.scored, inputs[module]) for module in found]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = self._inputs[module] = args[0]
+        if self._still:
+            return
+        x = args[0]
+        if module in self.guide.writers:
+            self.readings.append(_of_writer(module, self.scored, x))
+        elif is_plain_lora(module):
+            self._inputs[module] = x
         if self._open is not None:
             role, output, readings = self._open
             if role.out is None and x.shape == output.shape and torch.equal(x, output):
@@ -180,11 +191,10 @@ class _Pass:
             if role.out is module:
                 self._open = None
                 self.readings.append(partial(_through, module, readings))
-        if module in self.guide.writers:
-            self.readings.append(_of_writer(module, self.scored, x))
 
     def _after(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self._outputs[module] = output
+        if is_plain_lora(module):
+            self._outputs[module] = output
 
     # ---- Attention -------------------------------------------------------------------------------
 
@@ -203,6 +213,8 @@ class _Pass:
         **kwargs: Any,
     ) -> Any:
         output = function(module, query, key, value, mask, *args, **kwargs)
+        if self._still:
+            return output
         index, self._attentions = self._attentions, self._attentions + 1
         if torch.is_grad_enabled():
             return output
@@ -222,6 +234,7 @@ class _Pass:
             readings.append(heads.of_queries(known.query, *states))
         if known.agrees and prefix:
             readings.append(heads.of_prefix(self.guide.model, index))
+        self._inputs, self._outputs = {}, {}
         self._open = (known, output[0].flatten(2), readings) if readings else None
         return output
 
