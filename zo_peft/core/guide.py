@@ -14,6 +14,7 @@ last word: the estimate is a candidate, as in guided evolution strategies (arXiv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import compress
 from typing import Any, Protocol
 
 import torch
@@ -33,9 +34,9 @@ Gradients = dict[str, Tensor]
 EPS = 1e-2
 #: Along the guide, a check goes as far as should change the loss by this share of it.
 NEAR = 0.1
-#: A guide is followed if the loss falls along it so many times as fast as it changes along noise.
-BETTER_THAN_NOISE = 3.0
-#: A guide is followed no longer if it surely keeps less than this share of the slope it promises.
+#: A guide is followed if the slope of the loss along it is surely there, and at least this share
+#: of what it promises (noise of its length keeps 1 / sqrt(its numbers)) and at most so many times
+#: it. From then on it is followed until it surely keeps less.
 KEPT = 0.1
 #: The forward passes of a check, and the most that the first one takes to find its distance.
 CHECK_PASSES, FIRST_PASSES = 2, 12
@@ -259,19 +260,16 @@ class Guided:
             found = evaluator.evaluate([[mix, -mix] for mix in mixes], batches).losses
         plus, minus = torch.tensor(found, dtype=torch.float64).unbind(dim=1)
         slopes, covariances = _least_squares(signs.double(), (plus - minus) / (2 * near))
-        whole, error = slopes.sum().item(), covariances.sum().sqrt().item()
-        believed = whole + 2 * error > KEPT * whole_promise
-        if not self.followed:
-            believed &= whole > BETTER_THAN_NOISE * self.sensitivity
-        highest = (slopes + 2 * covariances.diagonal().sqrt()).tolist()
-        agree = {part for group, slope in zip(groups, highest) if slope > 0 for part in group}
+        agrees = (slopes + 2 * covariances.diagonal().sqrt()) > 0
+        whole, promise = slopes[agrees].sum().item(), sum(compress(promised, agrees))
+        error = covariances[agrees][:, agrees].sum().sqrt().item()
+        if self.followed:
+            believed = whole + 2 * error > KEPT * promise
+        else:
+            believed = whole > 2 * error and KEPT * promise < whole < promise / KEPT
+        agree = (part for group in compress(groups, agrees) for part in group)
         self.followed = sorted(agree) if believed else []
-        return {
-            "slope": whole,
-            "promised": whole_promise,
-            "error": error,
-            "followed": self.followed,
-        }
+        return {"slope": whole, "promised": promise, "error": error, "followed": self.followed}
 
     def _find_distance(self, batches: Sequence[Batch], examples: int) -> None:
         """The first distance along noise for which the losses are near a line, and their slope."""

@@ -1,0 +1,188 @@
+"""Closed forms against back-propagation, and which guides are followed."""
+
+import math
+from collections.abc import Mapping
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from zo_peft.core.batch import Batch
+from zo_peft.core.evaluator import Evaluator
+from zo_peft.core.flat_space import FlatSpace
+from zo_peft.core.guide import (
+    CHECK_PASSES,
+    FIRST_PASSES,
+    FIRST_WAIT,
+    Gradients,
+    Guided,
+    covariance,
+    low_rank,
+    mixed,
+    unrotated,
+)
+
+SCALING = 0.7
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def close(mine: Tensor, theirs: Tensor) -> bool:
+    return bool((mine - theirs).norm() <= 1e-5 * theirs.norm())
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6))
+def test_low_rank_is_the_gradient_of_a_lora(count: int, rank: int, width: int) -> None:
+    torch.manual_seed(count)
+    a, b = noise(rank, width).requires_grad_(), noise(3, rank).requires_grad_()
+    x, errors = noise(count, width), noise(count, 3)
+    (SCALING * x @ a.T @ b.T * errors).sum().backward()
+    found = low_rank(errors, x, a.detach(), b.detach(), SCALING)
+    assert close(found[0], a.grad)
+    assert close(found[1], b.grad)
+
+
+@given(st.integers(1, 3), st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)]))
+def test_mixed_is_the_gradient_of_a_lora_on_values(count: int, heads: tuple[int, int]) -> None:
+    torch.manual_seed(count)
+    (query_heads, value_heads), width, rank, length = heads, 2, 3, 5
+    a = noise(rank, 4).requires_grad_()
+    b = noise(value_heads * width, rank).requires_grad_()
+    x = noise(count, length, 4)
+    weights = noise(count, query_heads, length).softmax(dim=-1)
+    errors = noise(count, query_heads, width)
+    values = (SCALING * x @ a.T @ b.T).view(count, length, value_heads, width)
+    values = values.repeat_interleave(query_heads // value_heads, dim=2)
+    (torch.einsum("nhs,nshw->nhw", weights, values) * errors).sum().backward()
+    inputs = torch.einsum("nhs,nsi->nhi", weights, x)
+    found = mixed(errors, inputs, a.detach(), b.detach(), SCALING)
+    assert close(found[0], a.grad)
+    assert close(found[1], b.grad)
+
+
+def test_covariance_carries_errors_through_a_softmax() -> None:
+    torch.manual_seed(0)
+    query, keys, values = noise(2, 3, 4).requires_grad_(), noise(2, 3, 5, 4), noise(2, 3, 5, 4)
+    weights = torch.einsum("nhw,nhsw->nhs", query, keys).softmax(dim=-1)
+    errors = noise(2, 3, 4)
+    (torch.einsum("nhs,nhsw->nhw", weights, values) * errors).sum().backward()
+    carried = covariance(weights.detach(), keys, values)
+    assert close((carried @ errors[..., None])[..., 0], query.grad)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_unrotated_turns_errors_back(scale: float) -> None:
+    torch.manual_seed(0)
+    before, errors = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3, 8)
+    angles = torch.randn(2, 1, 4)
+    first, second = before.chunk(2, dim=-1)
+    cos, sin = scale * angles.cos(), scale * angles.sin()
+    after = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    (after * errors).sum().backward()
+    assert close(unrotated(errors, before.detach(), after.detach()), before.grad)
+
+
+class Squares:
+    """The losses of a small regression, one for each example."""
+
+    repeatable = True
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        return (model(batch["input_ids"]) - batch["labels"]).square().mean(dim=1)
+
+
+class Told:
+    """A guide that knows the gradients of a model, each changed in some way."""
+
+    passes = 1
+
+    def __init__(self, model: nn.Module, changes: Mapping[str, float | None]) -> None:
+        self.model, self.changes = model, changes
+
+    def part(self, name: str) -> int:
+        return int(name.split(".")[0])
+
+    def read(self, batch: Batch) -> tuple[Tensor, Gradients]:
+        losses = Squares().losses(self.model, batch)
+        names = dict(self.model.named_parameters())
+        found = dict(zip(names, torch.autograd.grad(losses.mean(), list(names.values()))))
+        torch.manual_seed(0)
+        return losses.detach(), {
+            name: torch.randn_like(found[name])
+            * found[name].norm()
+            / math.sqrt(found[name].numel())
+            if change is None
+            else change * found[name]
+            for name, change in self.changes.items()
+        }
+
+
+def guided(changes: Mapping[str, float | None]) -> tuple[Guided, list[Batch]]:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(24, 24, bias=False), nn.Linear(24, 24, bias=False))
+    batch = Batch({"input_ids": torch.randn(64, 24), "labels": torch.randn(64, 24)})
+    space = FlatSpace(dict(model.named_parameters()))
+    evaluator = Evaluator(model, space, Squares())
+    return Guided(Told(model, changes), evaluator, 0), [batch]
+
+
+@pytest.mark.parametrize(
+    ("changes", "followed"),
+    [
+        ({"0.weight": 1.0, "1.weight": 1.0}, [0, 1]),
+        ({"0.weight": 1.0}, [0]),
+        ({"0.weight": -1.0, "1.weight": -1.0}, []),
+        ({"0.weight": None, "1.weight": None}, []),
+        ({"0.weight": -0.3, "1.weight": 1.0}, [1]),
+        ({}, []),
+    ],
+    ids=["true", "one part", "uphill", "noise", "one part uphill", "nothing"],
+)
+def test_parts_are_followed_if_the_loss_agrees(
+    changes: Mapping[str, float | None], followed: list[int]
+) -> None:
+    run, batches = guided(changes)
+    before = {name: tensor.clone() for name, tensor in run.evaluator.space.tensors().items()}
+    estimate, chosen = run.estimate(batches, 0)
+    assert run.followed == followed
+    assert "guide" in chosen
+    assert estimate.gradients is not None
+    assert estimate.gradients.keys() == {n for n in changes if run.guide.part(n) in followed}
+    assert run.rest == before.keys() - changes.keys()
+    for name, tensor in run.evaluator.space.tensors().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_the_measured_slope_is_that_of_the_losses() -> None:
+    run, batches = guided({"0.weight": 1.0, "1.weight": 1.0})
+    _, chosen = run.estimate(batches, 0)
+    found = chosen["guide"]
+    # The true gradient keeps what it promises, as far as examples and the distance let one see.
+    assert abs(found["slope"] - found["promised"]) < 3 * found["error"]
+
+
+def test_checks_become_rare_and_cost_what_is_said() -> None:
+    run, batches = guided({"0.weight": 1.0, "1.weight": 1.0})
+    checked = []
+    for step in range(120):
+        allowed, before = run.passes(step), run.evaluator.forward_passes
+        if run.asks(step):
+            _, chosen = run.estimate(batches, step)
+            checked += [step] if "guide" in chosen else []
+        assert run.evaluator.forward_passes - before <= allowed
+    assert checked == [0, FIRST_WAIT, 3 * FIRST_WAIT, 7 * FIRST_WAIT]
+    first = run.evaluator.forward_passes - 120 - 3 * CHECK_PASSES
+    assert first <= FIRST_PASSES + CHECK_PASSES
+
+
+def test_state_carries_a_guide_on() -> None:
+    run, batches = guided({"0.weight": 1.0})
+    run.estimate(batches, 0)
+    other, _ = guided({"0.weight": 1.0})
+    other.state = run.state
+    assert (other.followed, other.due, other.rest) == (run.followed, run.due, run.rest)
+    assert other.told == run.told

@@ -1,0 +1,191 @@
+"""The guide of a transformer against back-propagation, on models whose upper layers do nothing."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from tiny import BASES, LAYERS, PAD, VOCABULARY, bert, llama, opt
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from zo_peft import UserError
+from zo_peft.core.batch import Batch
+from zo_peft.models.adapters import tuned_parameters
+from zo_peft.models.guide import ResidualGuide
+from zo_peft.models.loading import load_base
+from zo_peft.objectives.scoring import (
+    ClassificationObjective,
+    CompletionObjective,
+    OptionObjective,
+)
+
+#: The modules of each family that write into the residual stream, from the attention and the MLP.
+WRITERS = {"llama": ("o_proj", "down_proj"), "opt": ("out_proj", "fc2")}
+QUERY_VALUE = ["q_proj", "v_proj"]
+
+
+def batch(rows: int = 5, length: int = 9, scored: int = 1) -> Batch:
+    """Prompts of several lengths, padded in front; the last `scored` positions have labels."""
+    torch.manual_seed(3)
+    ids = torch.randint(1, VOCABULARY, (rows, length))
+    mask = torch.ones_like(ids)
+    for row in range(rows - 1):
+        ids[row, :row], mask[row, :row] = PAD, 0
+    where = torch.arange(length - scored, length)
+    return Batch(
+        {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": torch.randint(2, (rows,)) if scored == 1 else ids,
+            "rows": torch.arange(rows).repeat_interleave(scored),
+            "positions": where.repeat(rows),
+            "option_tokens": torch.tensor([[5, 6]] * rows),
+            "tokens": torch.randint(1, VOCABULARY, (rows * scored,)),
+        }
+    )
+
+
+def silenced(model: PreTrainedModel, writers: tuple[str, str]) -> PreTrainedModel:
+    """Only the attention of the lowest layer still writes into the residual stream."""
+    for name, module in model.named_modules():
+        attention, mlp = (name.endswith(writer) for writer in writers)
+        if mlp or (attention and ".0." not in name):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+    return model
+
+
+def adapted(model: PreTrainedModel, targets: list[str], **settings: Any) -> PeftModel:
+    config = LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=targets, **settings)
+    torch.manual_seed(4)
+    adapter = get_peft_model(model, config).eval()
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return adapter
+
+
+def gradients(model: PeftModel, objective: Any, given: Batch) -> dict[str, Tensor]:
+    tuned = tuned_parameters(model)
+    objective.losses(model, given).mean().backward()
+    found = {name: p.grad.clone() for name, p in tuned.items() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def read(model: PeftModel, objective: Any, given: Batch, **settings: Any) -> dict[str, Tensor]:
+    """What a guide reads, which must not depend on what its first pass finds out."""
+    guide = ResidualGuide(model, tuned_parameters(model), objective, **settings)
+    losses, first = guide.read(given)
+    assert torch.equal(losses, objective.losses(model, given))
+    second = guide.read(given)[1]
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    return second
+
+
+def assert_near(mine: dict[str, Tensor], true: dict[str, Tensor], part: str, error: float) -> None:
+    names = [name for name in mine if part in name]
+    assert names
+    for name in names:
+        assert (mine[name] - true[name]).norm() <= error * true[name].norm(), name
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_reads_the_gradient_where_upper_layers_do_nothing(family: str) -> None:
+    model = {"llama": llama, "opt": opt}[family]()
+    writers = WRITERS[family]
+    model = adapted(silenced(model, writers), [*QUERY_VALUE, writers[0]])
+    for name, parameter in model.named_parameters():
+        if writers[0] in name and ".0." not in name and "lora_B" in name:
+            nn.init.zeros_(parameter)
+    found = read(model, OptionObjective(), batch())
+    assert len(found) == LAYERS * 6
+    assert_near(found, gradients(model, OptionObjective(), batch()), ".0.", 1e-5)
+
+
+def test_reads_the_gradient_of_a_writer_in_the_last_layer() -> None:
+    model = adapted(llama(), ["down_proj", "up_proj"])
+    found = read(model, OptionObjective(), batch())
+    assert {name for name in found if "up_proj" in name} == set()
+    true = gradients(model, OptionObjective(), batch())
+    assert_near(found, true, f".{LAYERS - 1}.mlp.down_proj", 1e-5)
+
+
+@pytest.mark.parametrize("base", ["float32", "bfloat16", "int8", "nf4"])
+def test_reads_the_gradient_on_every_base(base: str, tmp_path: Any) -> None:
+    torch.manual_seed(5)
+    silenced(llama(), WRITERS["llama"]).save_pretrained(tmp_path)
+    found = read(
+        adapted(load_base(str(tmp_path), **BASES[base]), QUERY_VALUE), OptionObjective(), batch()
+    )
+    same = load_base(str(tmp_path), **BASES[base])
+    same = same.dequantize(torch.float32) if base in ("int8", "nf4") else same.float()
+    true = gradients(adapted(same, QUERY_VALUE), OptionObjective(), batch())
+    # An int8 layer rounds its input, and bfloat16 everything.
+    assert_near(found, true, ".0.", {"float32": 1e-5, "nf4": 1e-5}.get(base, 3e-2))
+
+
+def test_reads_the_gradient_of_a_prefix() -> None:
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(silenced(llama(), WRITERS["llama"]), config).eval()
+    (name,) = tuned_parameters(model)
+    found = read(model, OptionObjective(), batch())[name].view(3, LAYERS, -1)
+    true = gradients(model, OptionObjective(), batch())[name].view(3, LAYERS, -1)
+    assert (found[:, 0] - true[:, 0]).norm() <= 1e-5 * true[:, 0].norm()
+
+
+def test_of_completions_b_is_read_and_a_stays() -> None:
+    model = adapted(silenced(llama(), WRITERS["llama"]), ["v_proj", "q_proj"])
+    given, objective = batch(scored=3), CompletionObjective()
+    found, true = read(model, objective, given), gradients(model, objective, given)
+    assert not [name for name in found if "q_proj" in name]
+    assert all(not found[name].any() for name in found if "lora_A" in name)
+    only_b = {name: gradient for name, gradient in found.items() if "lora_B" in name}
+    # Errors at a scored position also reach it through values of others that are scored.
+    assert_near(only_b, true, ".0.", 1e-5)
+
+
+def test_a_new_head_gets_its_exact_gradient() -> None:
+    config = LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query", "value"])
+    model = get_peft_model(bert(num_labels=3), config).eval()
+    given = batch()
+    found = read(model, ClassificationObjective(), given)
+    assert_near(found, gradients(model, ClassificationObjective(), given), "classifier", 1e-6)
+    assert [name for name in found if "value" in name]
+
+
+@pytest.mark.parametrize("exact_layers", [0, 1, LAYERS])
+def test_the_dial_differentiates_so_many_layers_and_no_more(exact_layers: int) -> None:
+    model = adapted(llama(), [*QUERY_VALUE, "up_proj"])
+    layers = model.get_base_model().model.layers
+    seen: list[bool] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    guide = ResidualGuide(model, tuned_parameters(model), OptionObjective(), exact_layers)
+    guide.read(batch())
+    seen.clear()
+    found = guide.read(batch())[1]
+    below = LAYERS - exact_layers
+    assert seen == [False] * below + [True] * exact_layers
+    true = gradients(model, OptionObjective(), batch())
+    exact = {name: g for name, g in found.items() if guide.part(name) >= below}
+    assert len(exact) == 6 * exact_layers
+    for name, gradient in exact.items():
+        assert (gradient - true[name]).norm() <= 1e-5 * true[name].norm()
+    assert guide.passes == {0: 1, 1: 2, LAYERS: 3}[exact_layers]
+
+
+def test_nothing_that_is_tuned_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(llama(), QUERY_VALUE)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    read(model, OptionObjective(), batch())
+    assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_models_without_such_layers_are_refused() -> None:
+    model = adapted(llama(), QUERY_VALUE)
+    with pytest.raises(UserError, match="exact_layers=4"):
+        ResidualGuide(model, tuned_parameters(model), OptionObjective(), 4)
