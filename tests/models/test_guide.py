@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from tiny import BASES, LAYERS, PAD, VOCABULARY, bert, llama, opt
+from tiny import BASES, LAYERS, MODEL, PAD, VOCABULARY, bert, llama, opt
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from zo_peft import UserError
 from zo_peft.core.batch import Batch
-from zo_peft.models.adapters import tuned_parameters
+from zo_peft.models.adapters import prepare, tuned_parameters
 from zo_peft.models.guide import ResidualGuide
 from zo_peft.models.loading import load_base
 from zo_peft.objectives.scoring import (
@@ -117,9 +117,9 @@ def test_reads_the_gradient_of_a_writer_in_the_last_layer() -> None:
 def test_reads_the_gradient_on_every_base(base: str, tmp_path: Any) -> None:
     torch.manual_seed(5)
     silenced(llama(), WRITERS["llama"]).save_pretrained(tmp_path)
-    found = read(
-        adapted(load_base(str(tmp_path), **BASES[base]), QUERY_VALUE), OptionObjective(), batch()
-    )
+    model = load_base(str(tmp_path), **BASES[base])
+    prepare(model, AutoTokenizer.from_pretrained(MODEL))
+    found = read(adapted(model, QUERY_VALUE), OptionObjective(), batch())
     same = load_base(str(tmp_path), **BASES[base])
     same = same.dequantize(torch.float32) if base in ("int8", "nf4") else same.float()
     true = gradients(adapted(same, QUERY_VALUE), OptionObjective(), batch())
