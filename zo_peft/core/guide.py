@@ -34,14 +34,16 @@ Gradients = dict[str, Tensor]
 EPS = 1e-2
 #: Along the guide, a check goes as far as should change the loss by this share of it.
 NEAR = 0.1
-#: A guide is followed if the slope of the loss along it is surely there, and at least this share
-#: of what it promises (noise of its length keeps 1 / sqrt(its numbers)) and at most so many times
-#: it. From then on it is followed until it surely keeps less.
+#: A guide is followed if the slope of the loss along it is at least this share of what it promises
+#: (noise of its length keeps about 1 / sqrt(its numbers)) and at most promised / this share. From
+#: then on it is followed until it surely keeps less.
 KEPT = 0.1
 #: The forward passes of a check, and the most that the first one takes to find its distance.
-CHECK_PASSES, FIRST_PASSES = 2, 12
+CHECK_PASSES, FIRST_PASSES = 4, 12
 #: The steps from the first check to the second; from check to check they double.
 FIRST_WAIT = 16
+#: A guide that was dropped is followed again after so many checks in a row that agree.
+AGAIN = 3
 #: One step of so many is made with candidates, for the numbers that the guide does not know.
 CANDIDATES_EVERY = 16
 
@@ -128,14 +130,16 @@ class Guide(Protocol):
 class Guided:
     """Which parts of a guide are followed, and when it is checked again.
 
-    A check compares losses on the batch that the guide has read, at both sides of `theta` along the
-    guide, with a random sign for each of its parts, which every example has of its own where lanes
-    allow it: two forward passes. The first check also measures how far noise moves the losses.
+    A check compares losses on the batch that the guide has read, at both sides of `theta`: along
+    the guide, and along it with a random sign for each of its parts, which every example has of its
+    own where lanes allow it. That is four forward passes. The first check also measures how far
+    noise moves the losses.
 
     Attributes:
         followed: the parts whose measured slope agrees; none: candidates make the steps.
         due: the step of the next check.
         wait: the steps between the last check and the next.
+        in_a_row, needed: the last checks that agreed, and how many must before it is followed.
         eps: the distance of noise in checks.
         sensitivity: how far noise moves the loss of an example, over its distance.
     """
@@ -146,6 +150,8 @@ class Guided:
     followed: list[int] = field(default_factory=list)
     due: int = 0
     wait: int = FIRST_WAIT
+    in_a_row: int = 0
+    needed: int = 1
     eps: float = EPS
     sensitivity: float = 0.0
     known: list[str] = field(default_factory=list)
@@ -165,7 +171,6 @@ class Guided:
         size = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
         chosen: dict[str, Any] = {}
         if number >= self.due:
-            self.wait = self.wait * 2 if number else FIRST_WAIT
             self.due = number + self.wait
             sound = bool(gradients) and math.isfinite(size)
             chosen["guide"] = self._check(batches, number, loss, gradients) if sound else {}
@@ -256,20 +261,37 @@ class Guided:
         whole_promise = sum(promised)
         near = min(self.eps, NEAR * loss / whole_promise) if whole_promise else self.eps
         with space.vectors(units) as along:
+            one = near * Direction.combine(along, [1.0] * len(along))
             mixes = [near * Direction.combine(along, own) for own in signs.tolist()]
-            found = evaluator.evaluate([[mix, -mix] for mix in mixes], batches).losses
-        plus, minus = torch.tensor(found, dtype=torch.float64).unbind(dim=1)
-        slopes, covariances = _least_squares(signs.double(), (plus - minus) / (2 * near))
-        agrees = (slopes + 2 * covariances.diagonal().sqrt()) > 0
-        whole, promise = slopes[agrees].sum().item(), sum(compress(promised, agrees))
-        error = covariances[agrees][:, agrees].sum().sqrt().item()
+            points = [[one, -one, mix, -mix] for mix in mixes]
+            found = torch.tensor(evaluator.evaluate(points, batches).losses, dtype=torch.float64)
+        slopes = (found[:, ::2] - found[:, 1::2]) / (2 * near)
+        own, covariances = _least_squares(signs.double(), slopes[:, 1])
+        agrees = own + 2 * covariances.diagonal().sqrt() > 0
+        # The sum is measured much better than its parts.
+        whole = slopes[:, 0].mean().item() - own[~agrees].sum().item()
+        error, promise = covariances.sum().sqrt().item(), sum(compress(promised, agrees))
         if self.followed:
             believed = whole + 2 * error > KEPT * promise
         else:
-            believed = whole > 2 * error and KEPT * promise < whole < promise / KEPT
-        agree = (part for group in compress(groups, agrees) for part in group)
-        self.followed = sorted(agree) if believed else []
+            believed = KEPT * promise < whole < promise / KEPT
+        agree = sorted(part for group in compress(groups, agrees) for part in group)
+        self.followed = self._judged(agree if believed else [], number)
         return {"slope": whole, "promised": promise, "error": error, "followed": self.followed}
+
+    def _judged(self, agree: list[int], number: int) -> list[int]:
+        """The parts to follow after a check, and when the next one is due."""
+        self.in_a_row = self.in_a_row + 1 if agree else 0
+        self.wait *= 2
+        if not agree:
+            self.needed = AGAIN
+        elif self.in_a_row < self.needed:
+            self.due = number + 1
+            return []
+        elif not self.followed:
+            self.wait = FIRST_WAIT
+        self.due = number + self.wait
+        return agree
 
     def _find_distance(self, batches: Sequence[Batch], examples: int) -> None:
         """The first distance along noise for which the losses are near a line, and their slope."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from zo_peft.core.backoff import Backoff
 from zo_peft.core.batch import Batch
 from zo_peft.core.direction import Direction
-from zo_peft.core.eps import Calibration, EpsChoice
+from zo_peft.core.eps import Calibration, EpsChoice, points
 from zo_peft.core.evaluator import Evaluation, Evaluator
 from zo_peft.core.faults import IN_A_ROW, Faults
 from zo_peft.core.guide import EPS as guide_eps
@@ -76,7 +76,7 @@ class Tuner:
         if guide is not None:
             self.guided = Guided(guide, evaluator, seed, eps=self.eps.given or guide_eps)
         self.journal: Journal | Follower = Follower()
-        self.total_steps, self._compared = 0, False
+        self.total_steps, self._compared, self.parts = 0, False, 1
         self.estimate: Estimate | None = None
         self.elite: int | None = None
 
@@ -102,7 +102,7 @@ class Tuner:
                 f"step {number} of the journal was made with other settings; resume with those of "
                 "the run, or from a checkpoint by its name"
             )
-        move(self.rule, record, estimate if estimate.gradients is not None else None)
+        move(self.rule, record, estimate if self.guided is not None else None)
         if self.faults.in_a_row >= IN_A_ROW:
             last = f"the last one at step {number} with zo_eps={record.eps:g}: {record.skipped}"
             raise NonFiniteLossError(f"{IN_A_ROW} updates in a row were skipped, {last}")
@@ -110,14 +110,14 @@ class Tuner:
 
     def _measure(self, batches: Sequence[Batch], number: int) -> tuple[Estimate, dict[str, Any]]:
         """Ask and evaluate: what the losses say, and what was chosen or found to be wrong."""
-        guided, chosen = self.guided, dict[str, Any]()
+        self.parts = self.evaluator.parts(batches) if self.per_example_noise else 1
+        guided, chosen, parts = self.guided, dict[str, Any](), self.parts
         if guided is not None and guided.asks(number):
             estimate, chosen = guided.estimate(batches, number)
             if "guide" in chosen:
                 self.say(guided.told)
             if estimate.gradients:
                 return estimate, chosen | self.faults.found(estimate, estimate.losses)
-        parts = self.evaluator.parts(batches) if self.per_example_noise else 1
         if self.eps.due(number, self.total_steps):
             start = derive_seed(self.seed, number, -1)
             calibration, message = self.eps.choose(self.evaluator, batches, parts, start)
@@ -152,11 +152,14 @@ class Tuner:
         return estimate, chosen
 
     def passes(self, number: int) -> int:
-        """The most forward passes of a step for each micro-batch, beside a choice of eps."""
+        """The most forward passes of a step for each micro-batch; of a choice of eps those alone
+        that only a guided run cannot tell in advance.
+        """
         own = sum(self.strategy.asks(self.options))
-        if self.guided is None:
-            return own
-        return self.guided.passes(number) + (0 if self.guided.reads(number) else own)
+        if self.guided is None or self.guided.reads(number):
+            return own if self.guided is None else self.guided.passes(number)
+        chooses = self.eps.due(number, self.total_steps)
+        return self.guided.passes(number) + own + chooses * points(self.parts)
 
     def _recall(self, known: Record) -> tuple[Estimate, dict[str, Any]]:
         """The same as `_measure` from the journal, without a forward pass."""
@@ -207,7 +210,7 @@ def move(rule: UpdateRule, record: Record, estimate: Estimate | None = None) -> 
     """Move `theta` as a record says: the end of every step, and all that a replay does.
 
     Args:
-        estimate: in place of the record's, where gradients are known, which no record holds.
+        estimate: in place of the record's, which holds no gradients.
     """
     noise = rule.space.noise
     if isinstance(noise, LowRank):

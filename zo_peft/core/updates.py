@@ -191,6 +191,23 @@ class Adam(Momentum):
         return first * m / (second * square).sqrt_().clamp_min(least)
 
 
+class Guided(Adam, Normalized):
+    """`Adam` for gradients that a guide has read, `Normalized` for what candidates have found.
+
+    A step with candidates is longer, by the square root of its forward passes, as in a run of such
+    steps alone, of which there are so many times fewer.
+    """
+
+    def _move(self, rate: float, estimate: Estimate, shrink: Mapping[str, float]) -> None:
+        self._from_candidates = bool(estimate.direction.terms)
+        if self._from_candidates:
+            rate *= math.sqrt(len(estimate.losses))
+        super()._move(rate, estimate, shrink)
+
+    def _step(self, index: int) -> Tensor:
+        return (Normalized if self._from_candidates else Adam)._step(self, index)
+
+
 RULES: dict[str, type[UpdateRule]] = {
     "sgd": SGD,
     "momentum": Momentum,
@@ -198,8 +215,9 @@ RULES: dict[str, type[UpdateRule]] = {
     "spectral": Spectral,
     "adam": Adam,
     "fzoo": FZOO,
+    "guided": Guided,
 }
 
 #: The rules whose step has a root mean square of about 1 at a learning rate of 1, whatever the
 #: gradient, so that a learning rate can be chosen by what such a step does.
-AUTOMATIC = frozenset({"normalized", "spectral", "adam", "fzoo"})
+AUTOMATIC = frozenset({"normalized", "spectral", "adam", "fzoo", "guided"})

@@ -139,7 +139,7 @@ def check_values(config: "ZOConfig") -> None:
     if config.strategy == GUIDED and config.update_rule in ("sgd", "fzoo"):
         raise UserError(
             f"update_rule={config.update_rule!r} moves along candidates; with strategy='guided' "
-            "use adam, normalized, spectral or momentum"
+            "use guided, adam, normalized, spectral or momentum"
         )
     if config.tune_unquantized and config.tune == "adapter":
         raise UserError("tune_unquantized=True has no meaning for tune='adapter'")

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from zo_peft.core import eps
+from zo_peft.core.guide import CHECK_PASSES, FIRST_PASSES
 from zo_peft.core.low_rank import Structure
 from zo_peft.core.noise import Distribution
 from zo_peft.core.ranks import Parallel
@@ -72,8 +73,8 @@ class ZOConfig(TrainingArguments):
         default=None,
         help="How the estimate moves what is tuned: sgd, momentum, normalized (momentum, "
         "each tensor's step at unit length), spectral (the same, orthogonalized), adam or fzoo "
-        "(steps of like length, no memory). Default: normalized; adam for strategy=guided; fzoo "
-        "for tune=weights.",
+        "(steps of like length, no memory). Default: normalized; fzoo for tune=weights; for "
+        "strategy=guided guided (adam for what is read, normalized for candidates).",
     )
     momentum: float = HfArg(default=0.9, help="Of all update rules but sgd and fzoo; in [0, 1).")
     objective: ObjectiveName | None = HfArg(
@@ -178,7 +179,7 @@ class ZOConfig(TrainingArguments):
         checks.apply_preset(self)
         checks.choose_noise(self)
         if self.update_rule is None:
-            guided = "adam" if self.strategy == GUIDED else "normalized"
+            guided = "guided" if self.strategy == GUIDED else "normalized"
             self.update_rule = "fzoo" if self.tune == "weights" else guided
         checks.check_values(self)
         if self.num_candidates is None:
@@ -224,6 +225,16 @@ class ZOConfig(TrainingArguments):
         parts = self._examples if self.per_example_noise else 1
         chosen = eps.forward_passes(parts, budget // per_step) if chooses else 0
         steps = (budget - chosen * self.gradient_accumulation_steps) // per_step
+        if self.strategy == GUIDED:
+            first = (
+                1 + FIRST_PASSES + CHECK_PASSES + sum(STRATEGIES["gv"].asks(self.strategy_options))
+            )
+            first += eps.points(parts) if self.zo_eps is None else 0
+            if budget < first * self.gradient_accumulation_steps:
+                raise UserError(
+                    f"max_forward_passes={budget} may not be enough for the first step of guided, "
+                    f"which takes up to {first} for each micro-batch; raise it"
+                )
         if steps < 1:
             raise UserError(
                 f"max_forward_passes={budget} is less than one step of {self.strategy}, which "
