@@ -3,7 +3,10 @@
 Whole training steps of ZOTrainer are timed on a shape with random weights and a LoRA, and within
 the same steps the time inside the model's forward. Peak memory above the weights is measured in a
 process of its own: during steps, during plain forwards of the same batch (no adapter, all logits,
-`torch.no_grad`), and during steps of Adam with gradients.
+`torch.no_grad`), and during steps of Adam with gradients, with and without activation checkpoints.
+
+Small peaks are hidden by memory that glibc keeps; MALLOC_MMAP_THRESHOLD_=65536 in the environment
+shows them.
 
     python scripts/bench_cost.py
 """
@@ -32,13 +35,15 @@ from measuring import (
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from zo_peft import ZOConfig, ZOTrainer
+from zo_peft import GradientTrainer, ZOConfig, ZOTrainer
 from zo_peft.core.strategies import STRATEGIES
 
 BATCH_SIZE, LENGTH = 16, 48
 
 
-def make_trainer(shape: str, strategy: str, steps: int, folder: str) -> ZOTrainer:
+def make_trainer(
+    shape: str, strategy: str, steps: int, folder: str
+) -> ZOTrainer | GradientTrainer:
     """A trainer of the shape with random weights in float32, LoRA r=8 on query and value."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.float32)
@@ -46,12 +51,13 @@ def make_trainer(shape: str, strategy: str, steps: int, folder: str) -> ZOTraine
     args = ZOConfig(
         folder,
         strategy=strategy,
-        zo_eps=1e-3,
+        zo_eps=None if strategy == "adam" else 1e-3,
         max_steps=steps,
         per_device_train_batch_size=BATCH_SIZE,
         **SILENT,
     )
-    return ZOTrainer(
+    kind = GradientTrainer if strategy == "adam" else ZOTrainer
+    return kind(
         model.eval(),
         args,
         train_dataset=random_rows(BATCH_SIZE, LENGTH),
@@ -99,13 +105,13 @@ def run_forwards(trainer: ZOTrainer, steps: int) -> None:
 def measure_memory(shape: str, what: str, steps: int) -> float:
     """Peak above what the process held with the weights, MiB."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(shape, "gv", steps, folder)
+        strategy = {"checkpointed": "adam", "guided": "guided"}.get(what, "gv")
+        trainer = make_trainer(shape, strategy, steps, folder)
         actions = {
-            "train": trainer.train,
             "adam": lambda: take_adam_steps(trainer, steps),
             "forward": lambda: run_forwards(trainer, steps),
         }
-        return peak_above(actions[what])
+        return peak_above(actions.get(what, trainer.train))
 
 
 def main() -> None:
@@ -120,15 +126,17 @@ def main() -> None:
         f"{given.steps} steps"
     )
     print_header("strategy", "forward passes a step", "seconds a step", "outside the forward")
-    for strategy in STRATEGIES:
+    for strategy in (*STRATEGIES, "guided"):
         passes, seconds, outside = measure_time(given.shape, strategy, given.steps)
-        print_row(strategy, f"{passes:.0f}", f"{seconds:.2f}", f"{outside:.1%}")
+        print_row(strategy, f"{passes:.1f}", f"{seconds:.2f}", f"{outside:.1%}")
     print()
     print_header("what", "peak memory above the weights, MiB", "against a plain forward")
     names = {
         "forward": "plain forward",
-        "train": "zo_peft, gv",
-        "adam": "the same adapter with gradients (Adam)",
+        "gv": "zo_peft, gv",
+        "guided": "zo_peft, guided",
+        "checkpointed": "the same adapter with gradients (Adam), activations checkpointed",
+        "adam": "the same without checkpoints",
     }
     peaks = {what: in_a_process(measure_memory, given.shape, what, given.steps) for what in names}
     for what, name in names.items():

@@ -157,6 +157,22 @@ def test_the_number_of_processes_does_not_change_the_run(
     assert same({names[n]: t.numpy() for n, t in saved.items()}, found[0]["adapter"])
 
 
+@pytest.mark.parametrize("parallel", ["data", "candidates"])
+def test_all_processes_follow_the_same_guide(parallel: str, tmp_path: Path) -> None:
+    settings = {"strategy": "guided", "max_steps": 6, "update_rule": "momentum"}
+    settings |= {"learning_rate": 1e-3}
+    expected = trained(tmp_path / "alone", **settings)
+    batch = 8 if parallel == "data" else 16
+    settings |= {"parallel": parallel, "per_device_train_batch_size": batch}
+    found = on_ranks(2, trained_with, tmp_path / "both", settings)
+    np.testing.assert_allclose(
+        losses(tmp_path / "both"), losses(tmp_path / "alone"), atol=1e-4, rtol=0
+    )
+    for result in found:
+        assert result["spent"] == expected["spent"]
+        assert same(result["adapter"], found[0]["adapter"])
+
+
 def trained_with(folder: Path, settings: dict[str, Any], resume: Any = None) -> dict[str, Any]:
     return trained(folder, resume, **settings)
 
