@@ -41,9 +41,7 @@ from zo_peft.core.strategies import STRATEGIES
 BATCH_SIZE, LENGTH = 16, 48
 
 
-def make_trainer(
-    shape: str, strategy: str, steps: int, folder: str
-) -> ZOTrainer | GradientTrainer:
+def make_trainer(shape: str, strategy: str, steps: int, folder: str) -> ZOTrainer | GradientTrainer:
     """A trainer of the shape with random weights in float32, LoRA r=8 on query and value."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.float32)

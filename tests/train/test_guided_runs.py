@@ -133,13 +133,14 @@ class Uphill(ResidualGuide):
 def test_a_guide_that_points_uphill_is_dropped(tmp_path: Path) -> None:
     settings = {"max_forward_passes": 400, "max_steps": -1, "per_device_train_batch_size": 16}
     alone = make(tmp_path / "a", train=examples(count=200), **settings | {"strategy": "gv"})
+    before = loss(alone)
     alone.train()
     misled = make(tmp_path / "b", train=examples(count=200), **settings)
     guided = misled.tuner.guided
     guided.guide = Uphill(misled.model, misled.space.parameters, misled.objective)
     misled.train()
     assert guided.followed == []
-    assert loss(misled) < 1.5 * loss(alone)
+    assert before - loss(misled) > 0.95 * (before - loss(alone))
 
 
 def test_metrics_say_what_was_read(tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ def test_accumulated_micro_batches_are_one_larger_batch(tmp_path: Path) -> None:
         ({"strategy": "guided", "update_rule": "fzoo"}, "adam"),
         ({"exact_layers": 1}, "guided"),
         ({"strategy": "guided", "exact_layers": -1}, "exact_layers=-1"),
-        ({"strategy": "guided", "max_forward_passes": 30}, "first step of guided"),
+        ({"strategy": "guided", "max_forward_passes": 10}, "first step of guided"),
     ],
 )
 def test_settings_without_meaning_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -166,7 +166,10 @@ class Guided:
         vars(self).update(state)
 
     def estimate(self, batches: Sequence[Batch], number: int) -> tuple[Estimate, dict[str, Any]]:
-        """The gradients of all parts that are followed, and what a check found."""
+        """The gradients of all parts that are followed, and what a check found.
+
+        Where nothing is followed there are none, and the step moves nothing.
+        """
         loss, gradients = self._read(batches)
         size = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
         chosen: dict[str, Any] = {}
@@ -189,14 +192,8 @@ class Guided:
             found |= {name: view for name, view in views.items() if name in self.rest}
         return found
 
-    def reads(self, number: int) -> bool:
-        """Whether a step is made of the guide's gradients, as far as is known before it."""
-        return bool(self.followed) and self.asks(number)
-
     def passes(self, number: int) -> int:
-        """The most forward passes of a step's reading and check."""
-        if not self.asks(number):
-            return 0
+        """The most forward passes of a step that reads the guide."""
         check = CHECK_PASSES if number >= self.due else 0
         return self.guide.passes + check + (0 if number else FIRST_PASSES)
 

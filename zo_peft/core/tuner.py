@@ -116,8 +116,7 @@ class Tuner:
             estimate, chosen = guided.estimate(batches, number)
             if "guide" in chosen:
                 self.say(guided.told)
-            if estimate.gradients:
-                return estimate, chosen | self.faults.found(estimate, estimate.losses)
+            return estimate, chosen | self.faults.found(estimate, estimate.losses)
         if self.eps.due(number, self.total_steps):
             start = derive_seed(self.seed, number, -1)
             calibration, message = self.eps.choose(self.evaluator, batches, parts, start)
@@ -156,10 +155,11 @@ class Tuner:
         that only a guided run cannot tell in advance.
         """
         own = sum(self.strategy.asks(self.options))
-        if self.guided is None or self.guided.reads(number):
-            return own if self.guided is None else self.guided.passes(number)
-        chooses = self.eps.due(number, self.total_steps)
-        return self.guided.passes(number) + own + chooses * points(self.parts)
+        if self.guided is None:
+            return own
+        if self.guided.asks(number):
+            return self.guided.passes(number)
+        return own + self.eps.due(number, self.total_steps) * points(self.parts)
 
     def _recall(self, known: Record) -> tuple[Estimate, dict[str, Any]]:
         """The same as `_measure` from the journal, without a forward pass."""

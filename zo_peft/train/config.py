@@ -225,16 +225,12 @@ class ZOConfig(TrainingArguments):
         parts = self._examples if self.per_example_noise else 1
         chosen = eps.forward_passes(parts, budget // per_step) if chooses else 0
         steps = (budget - chosen * self.gradient_accumulation_steps) // per_step
-        if self.strategy == GUIDED:
-            first = (
-                1 + FIRST_PASSES + CHECK_PASSES + sum(STRATEGIES["gv"].asks(self.strategy_options))
+        first = (1 + FIRST_PASSES + CHECK_PASSES) * self.gradient_accumulation_steps
+        if self.strategy == GUIDED and budget < first:
+            raise UserError(
+                f"max_forward_passes={budget} is less than the first step of guided may take, "
+                f"{first}; raise it"
             )
-            first += eps.points(parts) if self.zo_eps is None else 0
-            if budget < first * self.gradient_accumulation_steps:
-                raise UserError(
-                    f"max_forward_passes={budget} may not be enough for the first step of guided, "
-                    f"which takes up to {first} for each micro-batch; raise it"
-                )
         if steps < 1:
             raise UserError(
                 f"max_forward_passes={budget} is less than one step of {self.strategy}, which "
