@@ -46,7 +46,7 @@ def test_it_is_small_and_real() -> None:
 
 
 def test_the_demo_learns_on_int8(tmp_path: Path) -> None:
-    result = demo(DemoArguments(str(tmp_path), seed=4, max_forward_passes=1200))
+    result = demo(DemoArguments(str(tmp_path), seed=4, max_forward_passes=100))
     assert result["metric_before"] <= 0.65
     assert result["metric_after"] >= 0.9
     assert result["settings"]["load_in_8bit"]

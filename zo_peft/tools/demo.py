@@ -14,7 +14,7 @@ from zo_peft.train.config import ZOConfig
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 TEMPLATE = "{text} It was"
 LABEL_WORDS = "terrible,great"
-FORWARD_PASSES = 2000
+FORWARD_PASSES = 200
 
 
 @dataclass
@@ -23,7 +23,7 @@ class DemoArguments:
 
     output_dir: str = HfArg(default="zo_peft_demo", help="Folder for the base and the adapter.")
     seed: int = HfArg(default=0, help="Seed of data order and noise.")
-    strategy: str = HfArg(default="gv", help="How a direction is found.")
+    strategy: str = HfArg(default="guided", help="How a direction is found.")
     max_forward_passes: int = HfArg(default=FORWARD_PASSES, help="The budget.")
 
 
