@@ -2,10 +2,11 @@
 
 A forward pass yields the exact error at the output, `p = d loss / d h_L`, and the inputs of every
 module. A transformer adds the output of each layer to a residual stream, so with the layers above
-taken as the identity, `p` is the error at every layer. With it the gradients of an adapter have
-closed forms (`low_rank`, `mixed`, `covariance`), and no backward pass is needed. That the error of
-the output is sent straight to every layer is direct feedback alignment (arXiv:1609.01596), with the
-residual stream in the place of random matrices.
+taken as the identity, `p` is the error at every layer (where norms lie in that stream, they and the
+MLPs are not taken so). With it the gradients of an adapter have closed forms (`low_rank`, `mixed`,
+`covariance`), and no backward pass is needed. That the error of the output is sent straight to
+every layer is direct feedback alignment (arXiv:1609.01596), with the residual stream in the place
+of random matrices.
 
 `Guided` decides whether and which parts of such an estimate are followed. The measured loss has the
 last word: the estimate is a candidate, as in guided evolution strategies (arXiv:1806.10230).

@@ -3,6 +3,7 @@
 During the pass hooks keep what the closed forms of `zo_peft.core.guide` need, at the N positions
 that the loss sees. Then the error at the output is taken through the final norm, the head and the
 loss, which are all that is ever differentiated (with `exact_layers`, the layers below them, too).
+Below these it is the error at every layer, but for what `zo_peft.models.feedback` takes it through.
 """
 
 import math
@@ -13,10 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bitsandbytes.nn import Linear8bitLt
 from peft import PeftModel, PeftType
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -24,6 +22,7 @@ from zo_peft.core.batch import Batch, Objective
 from zo_peft.core.guide import Gradients, low_rank
 from zo_peft.core.lanes import replaced
 from zo_peft.errors import UserError
+from zo_peft.models.feedback import Feedback, PostNorm, linears_of, through_linear
 from zo_peft.models.heads import Heads, Reading, Role, Scored, lora_parameters, role_of
 from zo_peft.models.peft_layers import is_plain_lora, lora_factors
 from zo_peft.models.trunk import first_of, hidden_of, layers_of
@@ -83,6 +82,7 @@ class ResidualGuide:
         self.passes = self._usual = 1 + math.ceil(2 * exact_layers / len(layers))
         self.extra_runs = 0
         self.roles: dict[nn.Module, Role] = {}
+        self.post_norms: dict[nn.Module, PostNorm | None] = {}
         self.writers: set[nn.Module] = set()
         self.first = True
 
@@ -100,8 +100,9 @@ class ResidualGuide:
         errors, *exact = torch.autograd.grad(losses.mean(), wanted, allow_unused=True)
         gradients = {n: g.float() for n, g in zip(self._above, exact) if g is not None}
         errors = reading.scored.of(errors).float()
-        for read in reading.readings:
-            for parameter, gradient in read(errors):
+        errors_at = reading.feedback.down(errors)
+        for module, read in reading.readings:
+            for parameter, gradient in read(errors_at(module)):
                 if (name := self.names.get(id(parameter))) is not None:
                     gradients[name] = gradients.get(name, 0.0) + gradient
         self.first, self.passes = False, self._usual + math.ceil(self.extra_runs / self._depth)
@@ -113,12 +114,14 @@ class _Pass:
     """One forward pass: its hooks, and the readings that they make.
 
     Attributes:
+        readings: each with the module that wants the errors at its output.
         leaf: the hidden states from which on the pass is differentiated, [B, T, d].
     """
 
     def __init__(self, guide: ResidualGuide, batch: Batch) -> None:
         self.guide, self.scored = guide, Scored(batch)
-        self.readings: list[Reading] = []
+        self.feedback = Feedback(self.scored, guide.post_norms)
+        self.readings: list[tuple[nn.Module, Reading]] = []
         self.leaf = torch.empty(0)
         self._inputs: dict[nn.Module, Tensor] = {}
         self._outputs: dict[nn.Module, Tensor] = {}
@@ -132,8 +135,9 @@ class _Pass:
         guide = self.guide
         interface = partial(self._interface, ALL_ATTENTION_FUNCTIONS.get_interface)
         with ExitStack() as stack:
+            stack.enter_context(self.feedback.hooks(guide.read_layers))
             for layer in guide.read_layers:
-                for module in _linears(layer):
+                for module in linears_of(layer):
                     stack.enter_context(module.register_forward_pre_hook(self._before))
                     stack.enter_context(module.register_forward_hook(self._after))
                 if guide.first:
@@ -174,7 +178,7 @@ class _Pass:
             found = list(_writers(layer, modules, args, kwargs))
         self.guide.writers |= set(found)
         self.guide.extra_runs += 1 + len(modules) if modules else 0
-        self.readings += [_of_writer(module, self.scored, inputs[module]) for module in found]
+        self.readings += [_of_writer(m, self.scored, inputs[m]) for m in found]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._still:
@@ -190,7 +194,7 @@ class _Pass:
                 role.out = module
             if role.out is module:
                 self._open = None
-                self.readings.append(partial(_through, module, readings))
+                self.readings.append((module, partial(_through, module, readings)))
 
     def _after(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if is_plain_lora(module):
@@ -257,7 +261,7 @@ def _writers(
             yield module
 
 
-def _of_writer(module: Any, scored: Scored, x: Tensor) -> Reading:
+def _of_writer(module: Any, scored: Scored, x: Tensor) -> tuple[nn.Module, Reading]:
     """The gradients of a LoRA that writes into the residual stream, whose input is x [B, T, in].
 
     Where a row has many scored positions, only what A makes of x is kept, and A stays.
@@ -272,32 +276,12 @@ def _of_writer(module: Any, scored: Scored, x: Tensor) -> Reading:
         still = torch.zeros_like(parameters[0])
         return [(parameters[0], still), (parameters[1], scaling * errors.T @ inputs.float())]
 
-    return read
+    return module, read
 
 
 def _through(
     module: nn.Module, readings: list[Reading], errors: Tensor
 ) -> list[tuple[nn.Parameter, Tensor]]:
     """Take errors through the module behind an attention, to the outputs of its heads."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    back = errors @ _weight(base).float()
-    if is_plain_lora(module):
-        a, b, scaling = lora_factors(module)
-        back = back + scaling * (errors @ b) @ a
+    back = through_linear(module, errors)
     return [found for read in readings for found in read(back)]
-
-
-def _weight(module: Any) -> Tensor:
-    """The weight of a linear layer in floating point, [out, in]."""
-    if isinstance(module, Linear8bitLt):
-        scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB
-        return module.weight.data * (scales / 127.0)[:, None]
-    return dequantize_module_weight(module)
-
-
-def _linears(layer: nn.Module) -> list[nn.Module]:
-    """The linear modules of a layer, an adapter's with what it wraps as one."""
-    adapters = [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
-    inner = {part for adapter in adapters for part in adapter.modules()} - set(adapters)
-    kinds = (nn.Linear, BaseTunerLayer)
-    return [m for m in layer.modules() if isinstance(m, kinds) and m not in inner]

@@ -41,9 +41,9 @@ class Scored:
         self.length = batch["input_ids"].shape[1]
         self.single = self.rows.tolist() == list(range(batch.rows))
 
-    def of(self, x: Tensor) -> Tensor:
-        """[N, ...] of [B, T, ...]; virtual tokens stand in front of a row's own."""
-        return x[self.rows, self.positions + x.shape[1] - self.length]
+    def of(self, x: Tensor, some: Tensor | slice = slice(None)) -> Tensor:
+        """[N, ...] of [B, T, ...], or some of them; virtual tokens stand in front of each row."""
+        return x[self.rows[some], self.positions[some] + x.shape[1] - self.length]
 
     def chunks(self) -> list[tuple[Tensor, Tensor]]:
         """Rows [R] and positions [R, n] in the order of `of`: all rows at once, or one by one."""
