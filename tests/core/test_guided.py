@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from zo_peft.core.batch import Batch
+from zo_peft.core.direction import Direction
 from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.flat_space import FlatSpace
 from zo_peft.core.guide import (
@@ -23,6 +24,8 @@ from zo_peft.core.guide import (
     mixed,
     unrotated,
 )
+from zo_peft.core.strategies import Estimate
+from zo_peft.core.updates import RULES
 
 SCALING = 0.7
 
@@ -186,3 +189,23 @@ def test_state_carries_a_guide_on() -> None:
     other.state = run.state
     assert (other.followed, other.due, other.rest) == (run.followed, run.due, run.rest)
     assert other.told == run.told
+
+
+def test_the_rule_forgets_what_candidates_left() -> None:
+    theta = nn.Parameter(torch.zeros(6))
+    space = FlatSpace({"theta": theta})
+    rule = RULES["guided"](space, learning_rate=0.1)
+
+    def step(estimate: Estimate) -> Tensor:
+        before = theta.detach().clone()
+        rule.estimate = estimate
+        rule.step()
+        return theta.detach() - before
+
+    found = Estimate(Direction.of(3), 1e6, (1.0,) * 4)
+    # As `Normalized`: a root mean square of the learning rate, twice as long for four passes.
+    assert step(found).square().mean().sqrt().item() == pytest.approx(0.2, rel=1e-4)
+    gradient = torch.tensor([1.0, -2.0, 3.0, -4.0, 5.0, -6.0])
+    read = Estimate(Direction(), 1.0, (1.0,), gradients={"theta": gradient})
+    # As the first step of Adam: the learning rate, against the sign of the gradient.
+    torch.testing.assert_close(step(read), -0.1 * gradient.sign())

@@ -133,7 +133,7 @@ def test_an_estimate_of_zero_moves_nothing_and_stays_finite(name: str) -> None:
         assert torch.equal(tensor, before[parameter])
 
 
-@pytest.mark.parametrize("name", sorted(AUTOMATIC - {"fzoo", "adam"}))
+@pytest.mark.parametrize("name", sorted(AUTOMATIC - {"fzoo", "adam", "guided"}))
 def test_an_automatic_step_moves_the_loss_of_an_example_by_its_nats(name: str) -> None:
     space, rule = make(name, lr=0.01, automatic=True)
     for step, sensitivity in enumerate((4.0, 8.0, 2.0)):

@@ -36,6 +36,8 @@ class UpdateRule(torch.optim.Optimizer):
     """
 
     BUFFERS: ClassVar[tuple[str, ...]] = ()
+    #: What else a rule carries from step to step.
+    NUMBERS: ClassVar[tuple[str, ...]] = ("steps", "sensitivity", "backoff")
 
     def __init__(
         self,
@@ -195,13 +197,22 @@ class Guided(Adam, Normalized):
     """`Adam` for gradients that a guide has read, `Normalized` for what candidates have found.
 
     A step with candidates is longer, by the square root of its forward passes, as in a run of such
-    steps alone, of which there are so many times fewer.
+    steps alone, of which there are so many times fewer. Their estimates are hundreds of times as
+    long as a gradient, so the guide forgets what they left where they have made whole steps.
     """
+
+    NUMBERS: ClassVar[tuple[str, ...]] = (*UpdateRule.NUMBERS, "forgets")
+    forgets = False
 
     def _move(self, rate: float, estimate: Estimate, shrink: Mapping[str, float]) -> None:
         self._from_candidates = bool(estimate.direction.terms)
         if self._from_candidates:
             rate *= math.sqrt(len(estimate.losses))
+            self.forgets |= estimate.gradients is None
+        elif self.forgets and estimate.gradients:
+            for flat in (flat for flats in self.buffers.values() for flat in flats):
+                flat.zero_()
+            self.forgets, self.steps = False, 1
         super()._move(rate, estimate, shrink)
 
     def _step(self, index: int) -> Tensor:

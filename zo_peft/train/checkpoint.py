@@ -29,8 +29,6 @@ from zo_peft.train.base import BaseTrainer
 TENSORS_NAME = "zo_state.safetensors"
 #: This stands before the names of the update rule's tensors.
 RULE_PREFIX = "update_rule."
-#: What else of the update rule is saved.
-RULE_NUMBERS = ("steps", "sensitivity", "backoff")
 STATE_NAME = "zo_state.json"
 RNG_NAME = "zo_rng_state.json"
 
@@ -59,7 +57,7 @@ def state_of(tuner: Tuner) -> dict[str, Any]:
         "elite": tuner.elite,
         "zo_eps": tuner.eps.eps,
         "calibrations": [asdict(calibration) for calibration in tuner.eps.calibrations],
-        "update_rule": {name: getattr(tuner.rule, name) for name in RULE_NUMBERS},
+        "update_rule": {name: getattr(tuner.rule, name) for name in tuner.rule.NUMBERS},
         "backoff": vars(tuner.backoff),
         "faults": asdict(tuner.faults),
         "guided": tuner.guided and tuner.guided.state,
