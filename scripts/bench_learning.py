@@ -155,7 +155,7 @@ def seen(trainer: ZOTrainer, batches: Iterable[Batch]) -> Seen:
 
 def fitted(rows: Seen, penalty: float) -> Tensor:
     """The V [K, d] of least `mean cross entropy(offsets + V h) + penalty * mean |h|^2 |V|^2`."""
-    states, offsets, labels = rows
+    states, offsets, _ = rows
     scale = penalty * states.square().sum(dim=1).mean()
     v = states.new_zeros(offsets.shape[1], states.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([v], max_iter=500, line_search_fn="strong_wolfe")
@@ -280,9 +280,7 @@ class Bench:
         """The mean over seeds of the train loss at the end."""
         return mean(self.run(workload, method, settings, seed) for seed in seeds)
 
-    def passes_to(
-        self, workload: str, method: str, target: float, seeds: Sequence[int]
-    ) -> float:
+    def passes_to(self, workload: str, method: str, target: float, seeds: Sequence[int]) -> float:
         """Forward passes that one of `OURS` needs for a mean loss of `target`.
 
         It is the smallest budget whose runs end there, between two budgets by log-linear
