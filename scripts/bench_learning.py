@@ -65,8 +65,7 @@ SHARES = {
 #: The forward passes of one more run of each of them, whatever the budget.
 PASSES = 400
 ADAM_RATES, ADAM_STEPS = (1e-3, 3e-3, 1e-2), 150
-#: Training rows of the readout, its penalties, and the share of the rows that chooses among them.
-READOUT_ROWS = 1000
+#: The penalties of the readout, and the share of its rows that chooses among them.
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 HELD_OUT = 0.2
 
@@ -131,8 +130,8 @@ def seen(trainer: ZOTrainer, batches: Iterable[Batch]) -> Seen:
     With label words, the states are those at the scored positions, and their logits the offsets. A
     head for classes is new: its offsets are zero, and the states have a constant for its bias.
     """
-    words = isinstance(trainer.objective, OptionObjective)
-    model = trainer.model.eval()
+    objective, model = trainer.objective, trainer.model.eval()
+    words = isinstance(objective, OptionObjective)
     head = model.get_output_embeddings() if words else model.base_model.model.classifier
     states: list[Tensor] = []
     offsets: list[Tensor] = []
@@ -146,10 +145,10 @@ def seen(trainer: ZOTrainer, batches: Iterable[Batch]) -> Seen:
     with model.disable_adapter(), head.register_forward_hook(keep):
         for batch in batches:
             labels.append(batch["labels"])
-            if words:
-                offsets.append(trainer.objective.scores(model, batch))
+            if isinstance(objective, OptionObjective):
+                offsets.append(objective.scores(model, batch))
             else:
-                trainer.objective.losses(model, batch)
+                objective.losses(model, batch)
     return torch.cat(states).double(), torch.cat(offsets).double(), torch.cat(labels)
 
 
@@ -184,8 +183,9 @@ def readout_run(trainer: ZOTrainer, rows: int) -> dict[str, Any]:
     """
     reset_peak()
     start = time.perf_counter()
-    passes = math.ceil(rows / trainer.args.train_batch_size)
-    known = seen(trainer, itertools.islice(trainer.get_train_dataloader(), passes))
+    most = math.ceil(rows / trainer.args.train_batch_size)
+    batches = list(itertools.islice(trainer.get_train_dataloader(), most))
+    known = seen(trainer, batches)
     count = int(len(known[2]) * (1 - HELD_OUT))
     kept, held = [part[:count] for part in known], [part[count:] for part in known]
     tried = {penalty: readout_loss(held, fitted(kept, penalty)).item() for penalty in PENALTIES}
@@ -200,7 +200,7 @@ def readout_run(trainer: ZOTrainer, rows: int) -> dict[str, Any]:
     return {
         "train_loss": readout_loss(train, v).item(),
         "dev_accuracy": right.double().mean().item(),
-        "forward_passes": passes,
+        "forward_passes": len(batches),
         "seconds": seconds,
         "peak_mib": peak,
         "penalty": penalty,
@@ -346,7 +346,7 @@ def print_runs(bench: Bench, workload: str, method: str) -> None:
         print_row(
             workload,
             ", ".join([method, *(f"{name} {value:g}" for name, value in settings.items())]),
-            f"{group[0].get('forward_passes', 0):,}",
+            f"{group[0]['forward_passes']:,}" if method != "Adam" else "",
             f"{mean(losses):.4f} ({', '.join(f'{loss:.4f}' for loss in losses)})",
             f"{mean(record.get('dev_accuracy', 0.0) for record in group):.3f}",
             f"{mean(record.get('seconds', 0.0) for record in group):.1f}",
@@ -368,6 +368,7 @@ def main() -> None:
     parser.add_argument("--eps", nargs="*", type=float, help="in place of all grids'")
     parser.add_argument("--forward_passes", type=int, help="in place of a workload's budget")
     parser.add_argument("--shares", nargs="*", type=float, help="of the budget, in place of all")
+    parser.add_argument("--readout_rows", nargs="*", type=int, default=[1000])
     given = parser.parse_args()
     disable_progress_bars()
     torch.set_num_threads(1)  # more only wait for each other on models this small
@@ -398,7 +399,8 @@ def main() -> None:
             settings = OURS[own] | {"max_forward_passes": min(PASSES, budget)}
             bench.mean_loss(workload, own, settings, given.seeds)
         if "readout" in given.methods:
-            bench.run(workload, "readout", {"rows": READOUT_ROWS}, 0)
+            for count in given.readout_rows:
+                bench.run(workload, "readout", {"rows": count}, 0)
         if "Adam" in given.methods:
             for rate in given.learning_rates or ADAM_RATES:
                 settings = {"learning_rate": rate, "steps": min(ADAM_STEPS, budget)}

@@ -76,7 +76,7 @@ SMALLEST = [
         "bench_learning",
         "--workloads 'embedded LoRA float32' --methods MeZO defaults guided readout Adam "
         "--seeds 0 --shares 1 --learning_rates 1e-3 --eps 1e-2 --forward_passes 40 "
-        "--results results.jsonl",
+        "--readout_rows 40 --results results.jsonl",
         table("workload", "embedded LoRA float32"),
         r"Adam, .*: \d",
         r"^\| embedded LoRA float32 \| readout, rows 1000 \| 63 \| 0\.\d",
