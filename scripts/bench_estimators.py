@@ -6,14 +6,21 @@ expectation beside it is that of a linear loss in many dimensions, by formula or
 the candidates' slopes. In the last rows each example has candidates of its own; there the
 expectation also depends on how far the gradients of the batch's examples agree.
 
+With `--guide` the table has in its place the cosine of what strategy="guided" reads off a forward
+pass with the gradient, by layer over all tensors that are read there (-1: outside of the layers).
+`stacked` has 12 layers: those of the embedded model three times over, and all that each of them
+writes into the residual stream divided by sqrt(3). It was not trained as such.
+
     python scripts/bench_estimators.py
     python scripts/bench_estimators.py --work encoder --draws 300 --data_dir ../shared/data
+    python scripts/bench_estimators.py --work stacked --guide --batch_size 16
 """
 
 import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +28,11 @@ import numpy as np
 import torch
 from datasets import disable_progress_bars
 from measuring import print_header, print_row
-from torch import Tensor
-from workloads import embedded, encoder, lora
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from workloads import COMMON, embedded, encoder, lora, texts
 
-from zo_peft import Direction, ZOTrainer
+from zo_peft import Direction, ZOConfig, ZOTrainer
 from zo_peft.core.batch import Batch
 from zo_peft.core.noise import derive_seed
 from zo_peft.core.strategies import (
@@ -39,9 +47,13 @@ from zo_peft.core.strategies import (
     run_steps,
     split_weights,
 )
+from zo_peft.models.loading import load_tokenizer
+from zo_peft.tools.demo import EMBEDDED
 
 EPS = 1e-3
 SIMULATED = 200_000
+#: How often the embedded model's layers are stacked.
+TIMES = 3
 
 
 def split(m: int) -> Callable[[Sequence[int]], Asking]:
@@ -149,24 +161,85 @@ class Alignment:
         return float(len(self.gradients) * self.gradient.square().sum() / own)
 
 
+def stacked(**settings: Any) -> ZOTrainer:
+    """A trainer of the embedded model with its layers three times over, and a LoRA."""
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED / "model")
+    layers = [deepcopy(layer) for _ in range(TIMES) for layer in model.model.layers]
+    for index, layer in enumerate(layers):
+        layer.self_attn.layer_idx = index
+        for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            writer.weight.data /= TIMES**0.5
+    model.model.layers = nn.ModuleList(layers)
+    model.config.num_hidden_layers = len(layers)
+    return ZOTrainer(
+        model,
+        ZOConfig(**(COMMON | settings)),
+        train_dataset=texts("train"),
+        processing_class=load_tokenizer(str(EMBEDDED / "model")),
+        peft_config=lora(),
+    )
+
+
+def cosines(trainer: ZOTrainer, batch: Batch) -> dict[str, str]:
+    """The cosine of the guide with the gradient of a batch, by layer, and the batch's loss."""
+    assert trainer.tuner.guided is not None
+    guide, parameters = trainer.tuner.guided.guide, trainer.space.parameters
+    trainer.model.eval()
+    losses, read = guide.read(batch)
+    loss = trainer.objective.losses(trainer.model, batch).mean()
+    found = torch.autograd.grad(
+        loss, list(parameters.values()), allow_unused=True, materialize_grads=True
+    )
+    true = dict(zip(parameters, found))
+    parts = sorted({guide.part(name) for name in read})
+
+    def cosine(names: Sequence[str]) -> str:
+        one, other = (torch.cat([g[n].flatten() for n in names]).double() for g in (read, true))
+        return f"{float(one @ other / (one.norm() * other.norm())):.3f}"
+
+    by_layer = {str(part): cosine([n for n in read if guide.part(n) == part]) for part in parts}
+    return by_layer | {"all": cosine(list(read)), "loss": f"{losses.mean():.4f}"}
+
+
+def print_guide(trainer: ZOTrainer, batch: Batch) -> None:
+    """Print the table of the guide, at the start and after the trainer's steps."""
+    before = cosines(trainer, batch)
+    with contextlib.redirect_stdout(sys.stderr):
+        trainer.train()
+    after = cosines(trainer, batch)
+    print_header("layer", "start", f"after {trainer.state.global_step} guided steps")
+    for name in before:
+        print_row(name, before[name], after[name])
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", choices=["embedded", "encoder"], default="embedded")
+    parser.add_argument("--work", choices=["embedded", "encoder", "stacked"], default="embedded")
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--data_dir", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--guide", action="store_true", help="the table of the guide")
+    parser.add_argument("--steps", type=int, default=50, help="guided steps before its end")
     given = parser.parse_args()
     disable_progress_bars()
     settings: dict[str, Any] = {"noise": "gaussian", "train_sampling_strategy": "sequential"}
+    if given.guide:
+        settings = {"strategy": "guided", "max_steps": given.steps}
     with contextlib.redirect_stdout(sys.stderr):
         if given.work == "embedded":
             trainer = embedded(lora(), **settings)
+        elif given.work == "stacked":
+            trainer = stacked(**settings)
         else:
             files = (given.data_dir / "sst2/train.tsv", given.data_dir / "sst2/dev.tsv")
             trainer = encoder(files, "{sentence}", **settings)
     rows = [trainer.train_dataset[index] for index in range(given.batch_size)]
-    bench = Alignment(trainer, trainer.data_collator(rows))
+    batch = trainer.data_collator(rows)
+    if given.guide:
+        print_guide(trainer, batch)
+        return
+    bench = Alignment(trainer, batch)
     draws = [bench.draw(number) for number in range(given.draws)]
     print(f"{given.work}, {trainer.space.numel:,} numbers, {given.draws:,} draws, eps {EPS:g}")
     print_header("strategy", "forward passes", "alignment", "expected", "ratio", "per forward pass")

@@ -2,9 +2,13 @@
 
 A published method gets a grid of learning rates and eps. All learning rates are tried at the first
 eps, then the other eps at the best learning rate; with `--whole_grid` every pair is tried. The best
-point, by the train loss at the end, is run on all seeds. zo_peft runs with its defaults, with no
-setting tuned, on several budgets. Every run is a line of `results.jsonl`, and a run that is there
-is not made again. The losses over forward passes are drawn beside it, in `learning.png`.
+point, by the train loss at the end, is run on all seeds. zo_peft runs with its defaults and with
+strategy="guided", with no setting tuned, on several budgets. Beside them stand Adam with gradients,
+and the readout: the best linear head on the states of the frozen model (`readout_run`).
+
+Every run is a line of `results.jsonl`, and a run that is there is not made again. The losses over
+forward passes are drawn beside it, in `learning.png`. Peaks are those of the resident set with all
+that the process has loaded before, so the first run of a process tells the most.
 
     python scripts/bench_learning.py --data_dir ../shared/data
     python scripts/bench_learning.py --learning_rates 1e-3 --eps 1e-2 --forward_passes 200
@@ -12,10 +16,12 @@ is not made again. The losses over forward passes are drawn beside it, in `learn
 
 import argparse
 import contextlib
+import itertools
 import json
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import geometric_mean, mean
@@ -23,11 +29,15 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
 from datasets import disable_progress_bars
-from measuring import print_header, print_row
+from measuring import peak_mib, print_header, print_row, reset_peak
+from torch import Tensor, nn
 from workloads import Workload, workloads
 
 from zo_peft import NonFiniteLossError, ZOTrainer
+from zo_peft.core.batch import Batch
+from zo_peft.objectives.scoring import OptionObjective
 
 #: Learning rates, and eps of which the first is tried with every learning rate.
 Grid = tuple[Sequence[float], Sequence[float]]
@@ -38,16 +48,26 @@ GRIDS: dict[str, Grid] = {
     "embedded prefix float32": ([0.1, 0.3, 1.0, 3.0, 10.0], [1e-1, 1e-2, 3e-1]),
     "encoder SST-2": ([3e-4, 7e-4, 1.4e-3, 2.8e-3, 5.6e-3], [1e-2, 1e-3, 3e-2]),
     "encoder RTE": ([3e-4, 1e-3, 3e-3, 1e-2, 3e-2], [1e-2, 1e-3, 3e-2]),
+    "encoder BoolQ": ([3e-4, 1e-3, 3e-3, 1e-2, 3e-2], [1e-2, 1e-3, 3e-2]),
 }
 PUBLISHED: dict[str, dict[str, Any]] = {
     "MeZO": {"preset": "mezo"},
     "GV, M=8": {"preset": "paper-gv", "num_candidates": 8},
     "Greedy, M=4": {"preset": "paper-greedy", "num_candidates": 4},
 }
-OURS = "defaults"
-#: Shares of a workload's budget, which the defaults are given one after the other.
-SHARES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
-ADAM_RATES = (1e-3, 3e-3, 1e-2)
+#: What is run with no setting tuned.
+OURS: dict[str, dict[str, Any]] = {"defaults": {}, "guided": {"strategy": "guided"}}
+#: Shares of a workload's budget, which each of them is given one after the other.
+SHARES = {
+    "defaults": (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0),
+    "guided": (0.02, 0.03, 0.05, 0.1, 0.2, 0.4, 1.0),
+}
+#: The forward passes of one more run of each of them, whatever the budget.
+PASSES = 400
+ADAM_RATES, ADAM_STEPS = (1e-3, 3e-3, 1e-2), 150
+#: The penalties of the readout, and the share of its rows that chooses among them.
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+HELD_OUT = 0.2
 
 
 def train_loss(trainer: ZOTrainer) -> float:
@@ -57,17 +77,20 @@ def train_loss(trainer: ZOTrainer) -> float:
 
 def zo_run(trainer: ZOTrainer) -> dict[str, Any]:
     """Train with forward passes; the loss is infinite if the run breaks off."""
+    reset_peak()
     start = time.perf_counter()
     try:
         trainer.train()
     except NonFiniteLossError:
         return {"train_loss": float("inf"), "forward_passes": trainer.forward_passes}
-    seconds = time.perf_counter() - start
+    seconds, peak = time.perf_counter() - start, peak_mib()
     return {
         "train_loss": train_loss(trainer),
         "dev_accuracy": trainer.evaluate(trainer.eval_dataset["dev"])["eval_accuracy"],
         "forward_passes": trainer.forward_passes,
         "seconds": seconds,
+        "peak_mib": peak,
+        "guide": trainer.guide,
     }
 
 
@@ -75,6 +98,7 @@ def adam_run(trainer: ZOTrainer, learning_rate: float, steps: int) -> dict[str, 
     """Train with Adam by back-propagation on the same adapter, batches and loss."""
     parameters = list(trainer.space.parameters.values())
     optimizer = torch.optim.Adam(parameters, learning_rate)
+    reset_peak()
     start, done = time.perf_counter(), 0
     trainer.model.eval()
     while done < steps:
@@ -85,10 +109,102 @@ def adam_run(trainer: ZOTrainer, learning_rate: float, steps: int) -> dict[str, 
             done += 1
             if done == steps:
                 break
-    seconds = time.perf_counter() - start
-    loss = train_loss(trainer)
-    accuracy = trainer.evaluate(trainer.eval_dataset["dev"])["eval_accuracy"]
-    return {"train_loss": loss, "dev_accuracy": accuracy, "steps": steps, "seconds": seconds}
+    seconds, peak = time.perf_counter() - start, peak_mib()
+    return {
+        "train_loss": train_loss(trainer),
+        "dev_accuracy": trainer.evaluate(trainer.eval_dataset["dev"])["eval_accuracy"],
+        "steps": steps,
+        "seconds": seconds,
+        "peak_mib": peak,
+    }
+
+
+#: What a readout sees of rows: states [N, d], offsets [N, K] and labels [N], float64 but for these.
+Seen = Sequence[Tensor]
+
+
+@torch.no_grad()
+def seen(trainer: ZOTrainer, batches: Iterable[Batch]) -> Seen:
+    """What the head of the frozen model sees of batches.
+
+    With label words, the states are those at the scored positions, and their logits the offsets. A
+    head for classes is new: its offsets are zero, and the states have a constant for its bias.
+    """
+    objective, model = trainer.objective, trainer.model.eval()
+    words = isinstance(objective, OptionObjective)
+    head = model.get_output_embeddings() if words else model.base_model.model.classifier
+    states: list[Tensor] = []
+    offsets: list[Tensor] = []
+    labels: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> None:
+        states.append(args[0] if words else F.pad(args[0], (0, 1), value=1.0))
+        if not words:
+            offsets.append(torch.zeros_like(logits))
+
+    with model.disable_adapter(), head.register_forward_hook(keep):
+        for batch in batches:
+            labels.append(batch["labels"])
+            if isinstance(objective, OptionObjective):
+                offsets.append(objective.scores(model, batch))
+            else:
+                objective.losses(model, batch)
+    return torch.cat(states).double(), torch.cat(offsets).double(), torch.cat(labels)
+
+
+def fitted(rows: Seen, penalty: float) -> Tensor:
+    """The V [K, d] of least `mean cross entropy(offsets + V h) + penalty * mean |h|^2 |V|^2`."""
+    states, offsets, _ = rows
+    scale = penalty * states.square().sum(dim=1).mean()
+    v = states.new_zeros(offsets.shape[1], states.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([v], max_iter=500, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = readout_loss(rows, v) + scale * v.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return v.detach()
+
+
+def readout_loss(rows: Seen, v: Tensor) -> Tensor:
+    """The mean cross entropy."""
+    states, offsets, labels = rows
+    return F.cross_entropy(offsets + states @ v.T, labels)
+
+
+def readout_run(trainer: ZOTrainer, rows: int) -> dict[str, Any]:
+    """Fit the best linear head on the states that the frozen model has of the training batches.
+
+    It needs a forward pass for each batch and nothing else, so it tells what a method has to beat
+    that changes more than the head. The penalty is the best on rows that are held out.
+    """
+    reset_peak()
+    start = time.perf_counter()
+    most = math.ceil(rows / trainer.args.train_batch_size)
+    batches = list(itertools.islice(trainer.get_train_dataloader(), most))
+    known = seen(trainer, batches)
+    count = int(len(known[2]) * (1 - HELD_OUT))
+    kept, held = [part[:count] for part in known], [part[count:] for part in known]
+    tried = {penalty: readout_loss(held, fitted(kept, penalty)).item() for penalty in PENALTIES}
+    penalty = min(tried, key=tried.__getitem__)
+    v = fitted(known, penalty)
+    seconds, peak = time.perf_counter() - start, peak_mib()
+    train, dev = (
+        seen(trainer, trainer.get_eval_dataloader(trainer.eval_dataset[part]))
+        for part in ("train", "dev")
+    )
+    right = (dev[1] + dev[0] @ v.T).argmax(dim=1) == dev[2]
+    return {
+        "train_loss": readout_loss(train, v).item(),
+        "dev_accuracy": right.double().mean().item(),
+        "forward_passes": len(batches),
+        "seconds": seconds,
+        "peak_mib": peak,
+        "penalty": penalty,
+    }
 
 
 class Bench:
@@ -98,7 +214,7 @@ class Bench:
         path: the file.
         workloads: what is learned, by name.
         grids: what the published methods try, by workload.
-        shares: the shares of a workload's budget that the defaults are given, in rising order.
+        shares: the shares of a workload's budget that each of `OURS` is given, in rising order.
     """
 
     def __init__(
@@ -106,7 +222,7 @@ class Bench:
         path: Path,
         workloads: dict[str, Workload],
         grids: dict[str, Grid],
-        shares: Sequence[float],
+        shares: dict[str, Sequence[float]],
     ) -> None:
         self.path, self.workloads, self.grids, self.shares = path, workloads, grids, shares
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,6 +243,8 @@ class Bench:
             with contextlib.redirect_stdout(sys.stderr):
                 if method == "Adam":
                     found = adam_run(work.build(seed=seed), **settings)
+                elif method == "readout":
+                    found = readout_run(work.build(seed=seed), **settings)
                 else:
                     found = zo_run(work.build(seed=seed, **settings))
             self.done[key] = record | found
@@ -162,17 +280,17 @@ class Bench:
         """The mean over seeds of the train loss at the end."""
         return mean(self.run(workload, method, settings, seed) for seed in seeds)
 
-    def passes_to(self, workload: str, target: float, seeds: Sequence[int]) -> float:
-        """Forward passes that the defaults need for a mean loss of `target`.
+    def passes_to(self, workload: str, method: str, target: float, seeds: Sequence[int]) -> float:
+        """Forward passes that one of `OURS` needs for a mean loss of `target`.
 
         It is the smallest budget whose runs end there, between two budgets by log-linear
         interpolation, and infinite where the largest budget is not enough.
         """
         before: tuple[float, float] | None = None
-        for share in self.shares:
-            passes = share * self.workloads[workload].forward_passes
-            settings = {"max_forward_passes": int(passes)}
-            loss = self.mean_loss(workload, OURS, settings, seeds)
+        for share in self.shares[method]:
+            passes = int(share * self.workloads[workload].forward_passes)
+            settings = OURS[method] | {"max_forward_passes": passes}
+            loss = self.mean_loss(workload, method, settings, seeds)
             if loss <= target:
                 if before is None:
                     return passes
@@ -185,16 +303,24 @@ class Bench:
         """Draw each workload's losses at the end of runs over forward passes, means over seeds."""
         figure, all_axes = plt.subplots(1, len(names), figsize=(4 * len(names), 4), squeeze=False)
         for axes, name in zip(all_axes[0], names):
-            for method in (*PUBLISHED, OURS):
+            for method in (*PUBLISHED, *OURS):
                 if points := self._means(name, method, seeds):
-                    axes.plot(*zip(*points), "o-" if method == OURS else "s", label=method)
-            adam = min((self.done[k]["train_loss"] for k in self._keys(name, "Adam")), default=None)
-            if adam is not None:
-                axes.axhline(adam, color="grey", linestyle=":", label="Adam, a tenth of the steps")
+                    axes.plot(*zip(*points), "o-" if method in OURS else "s", label=method)
+            for method, style in (("Adam", ":"), ("readout", "--")):
+                losses = [self.done[key]["train_loss"] for key in self._keys(name, method)]
+                if losses:
+                    axes.axhline(min(losses), color="grey", linestyle=style, label=method)
             axes.set(title=name, xlabel="forward passes", ylabel="train loss", yscale="log")
             axes.legend()
         figure.tight_layout()
         figure.savefig(self.path.with_name("learning.png"), dpi=120)
+
+    def groups(self, workload: str, method: str) -> list[list[dict[str, Any]]]:
+        """The records of the method's runs, those with the same settings together."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for key in self._keys(workload, method):
+            found.setdefault(json.dumps(json.loads(key)[2]), []).append(self.done[key])
+        return list(found.values())
 
     def _keys(self, workload: str, method: str) -> list[str]:
         return [k for k in self.done if json.loads(k)[:2] == [workload, method]]
@@ -204,13 +330,27 @@ class Bench:
 
         A published method has one such point, as all seeds are run at its best grid point alone.
         """
-        runs: dict[str, list[dict[str, Any]]] = {}
-        for key in self._keys(workload, method):
-            runs.setdefault(json.dumps(json.loads(key)[2]), []).append(self.done[key])
         return sorted(
             (group[0]["forward_passes"], mean(record["train_loss"] for record in group))
-            for group in runs.values()
+            for group in self.groups(workload, method)
             if len(group) >= len(seeds)
+        )
+
+
+def print_runs(bench: Bench, workload: str, method: str) -> None:
+    """Print the runs of a method, a row for each of its settings, with means over seeds."""
+    for group in bench.groups(workload, method):
+        hidden = {"max_forward_passes", "preset", "strategy", "num_candidates"}
+        settings = {k: v for k, v in group[0]["settings"].items() if k not in hidden}
+        losses = [record["train_loss"] for record in group]
+        print_row(
+            workload,
+            ", ".join([method, *(f"{name} {value:g}" for name, value in settings.items())]),
+            f"{group[0]['forward_passes']:,}" if method != "Adam" else "",
+            f"{mean(losses):.4f} ({', '.join(f'{loss:.4f}' for loss in losses)})",
+            f"{mean(record.get('dev_accuracy', 0.0) for record in group):.3f}",
+            f"{mean(record.get('seconds', 0.0) for record in group):.1f}",
+            f"{group[0].get('peak_mib', 0.0):,.0f}",
         )
 
 
@@ -220,14 +360,15 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, default=Path("../shared/data"))
     parser.add_argument("--results", type=Path, default=Path("out/learning/results.jsonl"))
     parser.add_argument("--workloads", nargs="*", default=[*GRIDS], choices=[*GRIDS])
-    methods = [*PUBLISHED, OURS, "Adam"]
+    methods = [*PUBLISHED, *OURS, "readout", "Adam"]
     parser.add_argument("--methods", nargs="*", default=methods, choices=methods)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--whole_grid", action="store_true", help="try every pair of the grid")
     parser.add_argument("--learning_rates", nargs="*", type=float, help="in place of all grids'")
     parser.add_argument("--eps", nargs="*", type=float, help="in place of all grids'")
     parser.add_argument("--forward_passes", type=int, help="in place of a workload's budget")
-    parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of the budget")
+    parser.add_argument("--shares", nargs="*", type=float, help="of the budget, in place of all")
+    parser.add_argument("--readout_rows", nargs="*", type=int, default=[1000])
     given = parser.parse_args()
     disable_progress_bars()
     torch.set_num_threads(1)  # more only wait for each other on models this small
@@ -239,28 +380,41 @@ def main() -> None:
         name: (given.learning_rates or rates, given.eps or all_eps)
         for name, (rates, all_eps) in GRIDS.items()
     }
-    bench = Bench(given.results, works, grids, given.shares)
-    ratios: dict[str, list[float]] = {}
+    shares = {method: given.shares or own for method, own in SHARES.items()}
+    bench = Bench(given.results, works, grids, shares)
+    ours = [method for method in OURS if method in given.methods]
+    ratios: dict[tuple[str, str], list[float]] = {}
     rows = []
     for workload in given.workloads:
         budget = works[workload].forward_passes
         for method in (name for name in PUBLISHED if name in given.methods):
             settings = bench.best(workload, method, given.whole_grid)
             loss = bench.mean_loss(workload, method, settings, given.seeds)
-            rows.append([workload, method, f"{loss:.4f}", "", ""])
-            if OURS in given.methods:
-                passes = bench.passes_to(workload, loss, given.seeds)
-                ratios.setdefault(method, []).append(passes / budget)
-                rows[-1][3:] = f"{passes:,.0f}", f"{passes / budget:.2f}"
+            for own in ours:
+                passes = bench.passes_to(workload, own, loss, given.seeds)
+                ratios.setdefault((own, method), []).append(passes / budget)
+                share = f"{passes / budget:.3f}"
+                rows.append([workload, method, f"{loss:.4f}", own, f"{passes:,.0f}", share])
+        for own in ours:
+            settings = OURS[own] | {"max_forward_passes": min(PASSES, budget)}
+            bench.mean_loss(workload, own, settings, given.seeds)
+        if "readout" in given.methods:
+            for count in given.readout_rows:
+                bench.run(workload, "readout", {"rows": count}, 0)
         if "Adam" in given.methods:
             for rate in given.learning_rates or ADAM_RATES:
-                bench.run(workload, "Adam", {"learning_rate": rate, "steps": budget // 10}, 0)
+                settings = {"learning_rate": rate, "steps": min(ADAM_STEPS, budget)}
+                bench.run(workload, "Adam", settings, 0)
     bench.plot(given.workloads, given.seeds)
-    print_header("workload", "method", "train loss", "defaults reach it after", "share")
+    print_header("workload", "run", "forward passes", "train loss", "dev", "s", "peak MiB")
+    for workload in given.workloads:
+        for method in methods:
+            print_runs(bench, workload, method)
+    print_header("workload", "method", "train loss", "of zo_peft", "reaches it after", "share")
     for row in rows:
         print_row(*row)
-    for method, values in ratios.items():
-        print(f"{method}: geometric mean {geometric_mean(values):.2f}")
+    for (own, method), values in ratios.items():
+        print(f"{own} against {method}: geometric mean {geometric_mean(values):.3f}")
 
 
 if __name__ == "__main__":

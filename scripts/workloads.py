@@ -86,6 +86,10 @@ def encoder_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
+def _first(rows: Dataset, most: int) -> Dataset:
+    return rows.select(range(min(most, len(rows))))
+
+
 class MeanPooledClassifier(BertPreTrainedModel):
     """BERT with a linear head on the mean of the last layer over an example's tokens."""
 
@@ -112,6 +116,8 @@ def encoder(
     r: int = 4,
     lora_alpha: int = 8,
     head_scale: float = 1.0,
+    label_column: str = "label",
+    dev_rows: int = 2000,
     **settings: Any,
 ) -> ZOTrainer:
     """A trainer of the encoder, with evaluation data as in `embedded`.
@@ -119,10 +125,14 @@ def encoder(
     Args:
         files: with the training and the development data.
         head_scale: multiplies the new head's first weights.
+        label_column: of the files, an index or a truth value.
+        dev_rows: the most development rows that are evaluated.
     """
     logging.getLogger("transformers").setLevel(logging.ERROR)
     train, dev = (
-        Dataset.from_list(make_examples(read_rows(path), path.name, template, classifies=True))
+        Dataset.from_list(
+            make_examples(read_rows(path), path.name, template, label_column, classifies=True)
+        )
         for path in files
     )
     args = ZOConfig(**(COMMON | settings))
@@ -137,7 +147,7 @@ def encoder(
         add_adapter(base, config),
         args,
         train_dataset=train,
-        eval_dataset={"train": train.select(range(min(512, len(train)))), "dev": dev},
+        eval_dataset={"train": _first(train, 512), "dev": _first(dev, dev_rows)},
         processing_class=load_tokenizer(str(encoder_folder())),
     )
 
@@ -165,14 +175,22 @@ class Workload:
 
 
 def workloads(data_dir: Path) -> dict[str, Workload]:
-    """All workloads by name; `data_dir` holds the folders `sst2` and `rte`."""
+    """All workloads by name; `data_dir` holds the folders `sst2`, `rte` and `boolq`."""
     sst2 = (data_dir / "sst2/train.tsv", data_dir / "sst2/dev.tsv")
     rte = (data_dir / "rte/train.jsonl", data_dir / "rte/validation.jsonl")
+    boolq = (data_dir / "boolq/train.jsonl", data_dir / "boolq/validation.jsonl")
     pair = "{premise} {hypothesis}"
+    asked: dict[str, Any] = {
+        "template": "{question} {passage}",
+        "label_column": "answer",
+        "dev_rows": 500,
+        "max_length": 128,
+    }
     return {
         "embedded LoRA float32": Workload(lambda **s: embedded(lora(), **s), 1000),
         "embedded LoRA int8": Workload(lambda **s: embedded(lora(), "int8", **s), 1000),
         "embedded prefix float32": Workload(lambda **s: embedded(PREFIX, **s), 1000),
         "encoder SST-2": Workload(lambda **s: encoder(sst2, "{sentence}", **s), 4000),
         "encoder RTE": Workload(lambda **s: encoder(rte, pair, max_length=64, **s), 1000),
+        "encoder BoolQ": Workload(lambda **s: encoder(boolq, **asked, **s), 1000),
     }

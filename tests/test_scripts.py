@@ -63,12 +63,24 @@ SMALLEST = [
         table("strategy", "mezo"),
     ),
     form(
+        "bench_estimators",
+        "--work stacked --guide --steps 2 --batch_size 2",
+        table("layer", r"11 \| -?\d\.\d+"),
+    ),
+    form(
+        "bench_guides",
+        "--works 'embedded LoRA float32' --seeds 0 --forward_passes 40 --data_dir none",
+        table("work", r"embedded LoRA float32 \| guided, shuffled \| \d"),
+    ),
+    form(
         "bench_learning",
-        "--workloads 'embedded LoRA float32' --methods MeZO defaults Adam --seeds 0 --shares 1 "
-        "--learning_rates 1e-3 --eps 1e-2 --forward_passes 40 --results results.jsonl",
+        "--workloads 'embedded LoRA float32' --methods MeZO defaults guided readout Adam "
+        "--seeds 0 --shares 1 --learning_rates 1e-3 --eps 1e-2 --forward_passes 40 "
+        "--readout_rows 40 --results results.jsonl",
         table("workload", "embedded LoRA float32"),
         r"Adam, .*: \d",
-        r"geometric mean (\d|inf)",
+        r"^\| embedded LoRA float32 \| readout, rows 40 \| 3 \| 0\.\d",
+        r"^guided against MeZO: geometric mean (\d|inf)",
     ),
     form(
         "bench_memory",
