@@ -36,8 +36,8 @@ EPS = 1e-2
 #: Along the guide, a check goes as far as should change the loss by this share of it.
 NEAR = 0.1
 #: A guide is followed if the slope of the loss along it is at least this share of what it promises
-#: (noise of its length keeps about 1 / sqrt(its numbers)) and at most promised / this share. From
-#: then on it is followed until it surely keeps less.
+#: (noise of its length keeps about 1 / sqrt(its numbers)) and at most promised / this share. It is
+#: dropped after two checks in a row that say otherwise.
 KEPT = 0.1
 #: The forward passes of a check, and the most that the first one takes to find its distance.
 CHECK_PASSES, FIRST_PASSES = 4, 12
@@ -140,7 +140,8 @@ class Guided:
         followed: the parts whose measured slope agrees; none: candidates make the steps.
         due: the step of the next check.
         wait: the steps between the last check and the next.
-        in_a_row, needed: the last checks that agreed, and how many must before it is followed.
+        agreed, failed: how many of the last checks did, in a row.
+        needed: how many must agree before the guide is followed.
         eps: the distance of noise in checks.
         sensitivity: how far noise moves the loss of an example, over its distance.
     """
@@ -151,7 +152,8 @@ class Guided:
     followed: list[int] = field(default_factory=list)
     due: int = 0
     wait: int = FIRST_WAIT
-    in_a_row: int = 0
+    agreed: int = 0
+    failed: int = 0
     needed: int = 1
     eps: float = EPS
     sensitivity: float = 0.0
@@ -269,27 +271,32 @@ class Guided:
         # The sum is measured much better than its parts.
         whole = slopes[:, 0].mean().item() - own[~agrees].sum().item()
         error, promise = covariances.sum().sqrt().item(), sum(compress(promised, agrees))
-        if self.followed:
-            believed = whole + 2 * error > KEPT * promise
-        else:
-            believed = KEPT * promise < whole < promise / KEPT
+        believed = KEPT * promise < whole < promise / KEPT
         agree = sorted(part for group in compress(groups, agrees) for part in group)
         self.followed = self._judged(agree if believed else [], number)
         return {"slope": whole, "promised": promise, "error": error, "followed": self.followed}
 
     def _judged(self, agree: list[int], number: int) -> list[int]:
         """The parts to follow after a check, and when the next one is due."""
-        self.in_a_row = self.in_a_row + 1 if agree else 0
-        self.wait *= 2
+        self.agreed = self.agreed + 1 if agree else 0
+        self.failed = 0 if agree else self.failed + 1
+        self.wait, new = self.wait * 2, not self.followed
+        if self.followed and self.failed == 1:
+            self.due = number + 1
+            return self.followed
         if not agree:
             self.needed = AGAIN
-        elif self.in_a_row < self.needed:
+        elif new and self.agreed < self.needed:
             self.due = number + 1
             return []
-        elif not self.followed:
+        elif new:
             self.wait = FIRST_WAIT
         self.due = number + self.wait
         return agree
+
+    def doubt(self, number: int) -> None:
+        """Check the guide in the next step, and often from then on: the loss has risen."""
+        self.due, self.wait = number + 1, FIRST_WAIT // 2
 
     def _find_distance(self, batches: Sequence[Batch], examples: int) -> None:
         """The first distance along noise for which the losses are near a line, and their slope."""

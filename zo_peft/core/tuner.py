@@ -181,6 +181,8 @@ class Tuner:
             self.say(f"skipped: {chosen['skipped']}")
         elif self.rule.automatic and self.backoff(estimate.loss) < 1:
             self.rule.backoff *= 0.5
+            if self.guided is not None:
+                self.guided.doubt(number)
             self.say(f"the loss rises: steps are {self.rule.backoff:g} times as long now")
         noise = self.space.noise
         return Record(
