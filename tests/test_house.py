@@ -77,9 +77,9 @@ def lines(*paths: Path) -> int:
 @pytest.mark.parametrize(
     ("what", "paths", "most"),
     [
-        ("the story of a step", STORY, 1410),
-        ("the core", [*(PACKAGE / "core").glob("*.py")], 2_820),
-        ("the package", MODULES, 10_930),
+        ("the story of a step", STORY, 1430),
+        ("the core", [*(PACKAGE / "core").glob("*.py")], 2_840),
+        ("the package", MODULES, 10_950),
     ],
 )
 def test_it_stays_small(what: str, paths: list[Path], most: int) -> None:
