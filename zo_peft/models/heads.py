@@ -106,26 +106,24 @@ class Heads:
         """The outputs of the heads at the scored positions, [N, heads, width]."""
         return self.mix(self.values)
 
-    def by_head(self, errors: Tensor) -> Tensor:
-        """[N, heads * width] as [N, heads, width]."""
-        return errors.view(len(errors), self.heads, -1)
-
     def of_values(self, module: Any, x: Tensor) -> Reading:
         """The gradients of a LoRA on the values, whose input is x [B, S, in].
 
         Where a row has many scored positions, only what A makes of x is kept, and A stays.
         """
         a, _, _ = lora_factors(module)
-        inputs = self.mix(x if self.scored.single else F.linear(x.to(a.dtype), a))
+        # What reads later must not hold the states of this attention.
+        single, heads = self.scored.single, self.heads
+        inputs = self.mix(x if single else F.linear(x.to(a.dtype), a))
         parameters = lora_parameters(module)
 
         def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
             a, b, scaling = lora_factors(module)
-            if self.scored.single:
-                found = mixed(self.by_head(errors), inputs.float(), a, b, scaling)
+            if single:
+                found = mixed(_by_head(errors, heads), inputs.float(), a, b, scaling)
                 return list(zip(parameters, found))
             one = torch.eye(len(a), device=a.device)
-            found = mixed(self.by_head(errors), inputs.float(), one, b, scaling)
+            found = mixed(_by_head(errors, heads), inputs.float(), one, b, scaling)
             return [(parameters[0], torch.zeros_like(parameters[0])), (parameters[1], found[1])]
 
         return read
@@ -135,11 +133,12 @@ class Heads:
         (rows, weights), *_ = self.weights
         carried = covariance(weights[:, :, 0], self.keys[rows], self.values[rows])
         where = self.scored.positions + self.query.shape[2] - self.scored.length
-        after, before = self.query[rows, :, where], self.by_head(self.scored.of(made))
+        after, before = self.query[rows, :, where], _by_head(self.scored.of(made), self.heads)
         inputs, parameters = self.scored.of(x), lora_parameters(module)
+        heads, scaling = self.heads, self.scaling
 
         def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-            own = self.scaling * (carried.float() @ self.by_head(errors)[..., None])[..., 0]
+            own = scaling * (carried.float() @ _by_head(errors, heads)[..., None])[..., 0]
             own = unrotated(own, before.float(), after.float()).flatten(1)
             return list(zip(parameters, low_rank(own, inputs.float(), *lora_factors(module))))
 
@@ -151,18 +150,20 @@ class Heads:
         parameter = model.prompt_encoder[model.active_adapter].embedding.weight
         kept = [weights[..., :count].transpose(1, 2).flatten(0, 1) for _, weights in self.weights]
         weights, outputs = torch.cat(kept), self.outputs
-        queries, values = self.scored.of(self.query.transpose(1, 2)), self.values[0, :, :count]
+        queries = self.scored.of(self.query.transpose(1, 2))
+        values = self.values[0, :, :count].clone()
+        heads, shared, scaling = self.heads, self.shared, self.scaling
 
         def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-            own, w = self.by_head(errors), weights.float()
+            own, w = _by_head(errors, heads), weights.float()
             scores = torch.einsum("nhw,hpw->nhp", own, values.float())
             scores = scores - (own * outputs.float()).sum(dim=-1, keepdim=True)
-            by_key = self.scaling * torch.einsum("nhp,nhw->phw", w * scores, queries.float())
+            by_key = scaling * torch.einsum("nhp,nhw->phw", w * scores, queries.float())
             by_value = torch.einsum("nhp,nhw->phw", w, own)
             gradient = torch.zeros_like(parameter, dtype=torch.float32)
-            places = gradient.view(count, -1, 2, self.heads // self.shared, own.shape[-1])
+            places = gradient.view(count, -1, 2, heads // shared, own.shape[-1])
             for index, whole in enumerate((by_key, by_value)):
-                places[:, layer, index] = whole.unflatten(1, (-1, self.shared)).sum(dim=2)
+                places[:, layer, index] = whole.unflatten(1, (-1, shared)).sum(dim=2)
             return [(parameter, gradient)]
 
         return read
@@ -208,6 +209,11 @@ def lora_parameters(module: Any) -> list[nn.Parameter]:
     """A and B of a LoRA."""
     name = module.active_adapters[0]
     return [module.lora_A[name].weight, module.lora_B[name].weight]
+
+
+def _by_head(errors: Tensor, heads: int) -> Tensor:
+    """[N, heads * width] as [N, heads, width]."""
+    return errors.view(len(errors), heads, -1)
 
 
 def _turned(before: Tensor, after: Tensor) -> bool:

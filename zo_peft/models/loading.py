@@ -77,7 +77,7 @@ def load_base(
         config = load_config(name, **source)
         if quantization := kwargs.get("quantization_config"):
             config.quantization_config = quantization
-        check_bits(config, tune)
+        check_bits(bits_of(config), config.name_or_path, tune)
     head = {} if num_labels is None else {"num_labels": num_labels}
     auto = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
     with _loading(f"model {name!r}"):
@@ -192,9 +192,14 @@ def _scales(count: int, nested: bool) -> QuantState:
     return QuantState(codes, offset=torch.empty(()), state2=outer_state)
 
 
-def check_bits(config: PreTrainedConfig, tune: str) -> None:
+def bits_in(model: nn.Module) -> Literal[8, 4] | None:
+    """The bits of the layers that bitsandbytes has quantized, whatever the configuration says."""
+    kinds = {type(module) for module in model.modules()}
+    return 4 if Linear4bit in kinds else 8 if Linear8bitLt in kinds else None
+
+
+def check_bits(bits: Literal[8, 4] | None, name: str, tune: str) -> None:
     """Raise a UserError for weights of a 4-bit base, and for scales of a base without any."""
-    bits = bits_of(config)
     if tune == "weights" and bits == 4:
         raise UserError(
             "tune='weights' cannot move the codes of a 4-bit base; load it in 8 bit or "
@@ -202,7 +207,7 @@ def check_bits(config: PreTrainedConfig, tune: str) -> None:
         )
     if tune == "scales" and bits is None:
         raise UserError(
-            f"tune='scales' needs a quantized base, and {public_name(config.name_or_path)} is not; "
+            f"tune='scales' needs a quantized base, and {public_name(name)} is not; "
             "use load_in_8bit or load_in_4bit, or tune='weights'"
         )
 
