@@ -101,7 +101,7 @@ class Squares:
 class Told:
     """A guide that knows the gradients of a model, each changed in some way."""
 
-    passes = 1
+    passes, looked = 1, 0
 
     def __init__(self, model: nn.Module, changes: Mapping[str, float | None]) -> None:
         self.model, self.changes = model, changes

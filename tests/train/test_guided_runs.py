@@ -54,7 +54,7 @@ def test_base_is_never_written_and_no_layer_has_a_graph(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_resuming_is_not_stopping_bit_for_bit(stop: int, tmp_path: Path) -> None:
-    targets = ["v_proj", "up_proj"]  # of which the guide knows one
+    targets = ["v_proj", "up_proj", "o_proj"]  # of which the guide knows two, and looks for one
     lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=targets)
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1}
     whole = make(tmp_path / "whole", lora, **settings)

@@ -27,6 +27,7 @@ from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.flat_space import FlatSpace
 from zo_peft.core.noise import derive_seed
 from zo_peft.core.strategies import Estimate
+from zo_peft.core.updates import unit
 
 #: Gradients by parameter name, float32.
 Gradients = dict[str, Tensor]
@@ -115,10 +116,11 @@ def _pairs(x: Tensor) -> Tensor:
 class Guide(Protocol):
     """Reads gradients off forward passes; `zo_peft.models.guide` has the one for transformers.
 
-    `passes` is what the last reading cost, in forward passes.
+    `passes` is what a reading costs, in forward passes, and `looked` what the first one costs more.
     """
 
     passes: int
+    looked: int
 
     def read(self, batch: Batch) -> tuple[Tensor, Gradients]:
         """The losses [B] of a batch, and gradients of their mean for the parameters it knows."""
@@ -181,10 +183,8 @@ class Guided:
             sound = bool(gradients) and math.isfinite(size)
             chosen["guide"] = self._check(batches, number, loss, gradients) if sound else {}
         known = {n: g for n, g in gradients.items() if self.guide.part(n) in self.followed}
-        estimate = Estimate(
-            Direction(), size, (loss,), sensitivity=self.sensitivity, gradients=known
-        )
-        return estimate, chosen
+        found = Estimate(Direction(), size, (loss,), sensitivity=self.sensitivity, gradients=known)
+        return found, chosen
 
     def others(self, estimate: Estimate) -> Gradients:
         """What candidates found for the numbers that the guide does not know."""
@@ -227,7 +227,7 @@ class Guided:
     def _read(self, batches: Sequence[Batch]) -> tuple[float, Gradients]:
         losses: list[Tensor] = []
         sums: Gradients = {}
-        for batch in batches:
+        for index, batch in enumerate(batches):
             loss, gradients = self.guide.read(batch)
             mean, *shares = self.evaluator.ranks.mean(
                 [loss.mean(), *(gradients[name] for name in sorted(gradients))], batch
@@ -235,8 +235,10 @@ class Guided:
             losses.append(mean.double())
             for name, share in zip(sorted(gradients), shares):
                 sums[name] = sums.get(name, 0.0) + share / len(batches)
-            self.evaluator.forward_passes += self.guide.passes
-            self.evaluator.examples_forwarded += self.guide.passes * batch.examples
+            # A run that goes on from a checkpoint looks again, and has counted that before.
+            passes = self.guide.passes + self.guide.looked * (not index and not self.known)
+            self.evaluator.forward_passes += passes
+            self.evaluator.examples_forwarded += passes * batch.examples
         self.known = sorted(sums)
         return torch.stack(losses).mean().item(), sums
 
@@ -252,7 +254,7 @@ class Guided:
         parts = sorted({self.guide.part(name) for name in gradients})
         groups = _grouped(parts, max(1, examples // 2))
         units = [
-            {n: _unit(g) for n, g in gradients.items() if self.guide.part(n) in group}
+            {n: unit(g) for n, g in gradients.items() if self.guide.part(n) in group}
             for group in groups
         ]
         promised = [sum((u * gradients[n]).sum().item() for n, u in unit.items()) for unit in units]
@@ -323,7 +325,3 @@ def _least_squares(signs: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     free = len(values) - len(slopes)
     variance = (values - signs @ slopes).square().sum() / free if free > 0 else 0.0
     return slopes, variance * torch.linalg.pinv(signs.T @ signs)
-
-
-def _unit(gradient: Tensor) -> Tensor:
-    return gradient * (math.sqrt(gradient.numel()) / gradient.norm()).nan_to_num(0.0, posinf=0.0)

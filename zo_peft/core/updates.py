@@ -17,6 +17,11 @@ from zo_peft.core.space import Space
 from zo_peft.core.strategies import Estimate
 
 
+def unit(tensor: Tensor) -> Tensor:
+    """A tensor at a root mean square of 1; zero stays zero."""
+    return tensor * (math.sqrt(tensor.numel()) / tensor.norm()).nan_to_num(0.0, posinf=0.0)
+
+
 class UpdateRule(torch.optim.Optimizer):
     """What all rules share: weight decay and the automatic step size.
 
@@ -162,7 +167,7 @@ class Normalized(Momentum):
         return step
 
     def _unit(self, m: Tensor) -> Tensor:
-        return m * (math.sqrt(m.numel()) / m.norm()).nan_to_num(0.0, posinf=0.0)
+        return unit(m)
 
 
 class Spectral(Normalized):

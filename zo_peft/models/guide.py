@@ -79,8 +79,8 @@ class ResidualGuide:
             if self._parts.get(name, len(layers)) >= len(self.read_layers)
         }
         # A backward pass takes about as long as two forward passes.
-        self.passes = self._usual = 1 + math.ceil(2 * exact_layers / len(layers))
-        self.extra_runs = 0
+        self.passes, self.looked = 1 + math.ceil(2 * exact_layers / len(layers)), 0
+        self.layer_runs = 0
         self.roles: dict[nn.Module, Role] = {}
         self.post_norms: dict[nn.Module, PostNorm | None] = {}
         self.writers: set[nn.Module] = set()
@@ -105,8 +105,7 @@ class ResidualGuide:
             for parameter, gradient in read(errors_at(module)):
                 if (name := self.names.get(id(parameter))) is not None:
                     gradients[name] = gradients.get(name, 0.0) + gradient
-        self.first, self.passes = False, self._usual + math.ceil(self.extra_runs / self._depth)
-        self.extra_runs = 0
+        self.first, self.looked = False, math.ceil(self.layer_runs / self._depth)
         return losses.detach(), gradients
 
 
@@ -177,7 +176,7 @@ class _Pass:
         with replaced([(self, "_still", True)]):
             found = list(_writers(layer, modules, args, kwargs))
         self.guide.writers |= set(found)
-        self.guide.extra_runs += 1 + len(modules) if modules else 0
+        self.guide.layer_runs += 1 + len(modules) if modules else 0
         self.readings += [_of_writer(m, self.scored, inputs[m]) for m in found]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
