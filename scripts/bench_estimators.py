@@ -223,7 +223,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="guided steps before its end")
     given = parser.parse_args()
     disable_progress_bars()
-    settings: dict[str, Any] = {"noise": "gaussian", "train_sampling_strategy": "sequential"}
+    settings: dict[str, Any] = {
+        "strategy": "gv",
+        "noise": "gaussian",
+        "train_sampling_strategy": "sequential",
+    }
     if given.guide:
         settings = {"strategy": "guided", "max_steps": given.steps}
     with contextlib.redirect_stdout(sys.stderr):

@@ -1,8 +1,8 @@
-"""Forward passes to reach a loss: zo_peft's defaults against published methods at their best.
+"""Forward passes to a loss: gv and guided, not tuned, against published methods at their best.
 
 A published method gets a grid of learning rates and eps. All learning rates are tried at the first
 eps, then the other eps at the best learning rate; with `--whole_grid` every pair is tried. The best
-point, by the train loss at the end, is run on all seeds. zo_peft runs with its defaults and with
+point, by the train loss at the end, is run on all seeds. zo_peft runs with strategy="gv" and with
 strategy="guided", with no setting tuned, on several budgets. Beside them stand Adam with gradients,
 and the readout: the best linear head on the states of the frozen model (`readout_run`).
 
@@ -56,10 +56,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Greedy, M=4": {"preset": "paper-greedy", "num_candidates": 4},
 }
 #: What is run with no setting tuned.
-OURS: dict[str, dict[str, Any]] = {"defaults": {}, "guided": {"strategy": "guided"}}
+OURS: dict[str, dict[str, Any]] = {name: {"strategy": name} for name in ("gv", "guided")}
 #: Shares of a workload's budget, which each of them is given one after the other.
 SHARES = {
-    "defaults": (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0),
+    "gv": (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0),
     "guided": (0.02, 0.03, 0.05, 0.1, 0.2, 0.4, 1.0),
 }
 #: The forward passes of one more run of each of them, whatever the budget.

@@ -156,6 +156,7 @@ def make_trainer(work: Work, mode: str, folder: str) -> ZOTrainer:
         adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
     args = ZOConfig(
         folder,
+        strategy="gv",
         per_device_train_batch_size=work.batch_size,
         num_candidates=work.candidates,
         max_steps=work.steps,

@@ -49,6 +49,7 @@ def run(folder: Path, parallel: Any, batch_size: int, candidates: int, shared: b
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     args = ZOConfig(
         str(folder),
+        strategy="gv",
         parallel=parallel,
         max_steps=1_000_000,
         per_device_train_batch_size=batch_size // (ranks if parallel == "data" else 1),

@@ -144,6 +144,7 @@ def trainer_on(model: PreTrainedModel, row: Row, folder: str) -> tuple[ZOTrainer
     )
     args = ZOConfig(
         folder,
+        strategy="gv",
         num_candidates=row.candidates,
         candidates_per_forward=row.candidates_per_forward,
         zo_eps=EPS,

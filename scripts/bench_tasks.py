@@ -1,4 +1,4 @@
-"""The benchmark tasks at hand, trained with forward passes and evaluated, with no setting tuned.
+"""The benchmark tasks at hand, trained with strategy="gv" and evaluated, with no setting tuned.
 
 The embedded model sees each task of `--data_dir` as prompts, and the pretrained encoder of 22M
 parameters sees it as sequence classification (LoRA on query and value and a new head). The training
@@ -87,6 +87,7 @@ def row(task: str, model: str, given: argparse.Namespace) -> list[str]:
     data = DataArguments(task=task, task_data_dir=str(given.data_dir / task), num_eval=500)
     args = ZOConfig(
         "out/tasks",
+        strategy="gv",
         max_forward_passes=given.max_forward_passes,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=32,

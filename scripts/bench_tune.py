@@ -1,6 +1,6 @@
 """What to tune, at equal forward passes: adapters, scales or weights of the embedded model.
 
-Each row is a run of `zo-peft train` with its defaults, in a process of its own.
+Each row is a run of `zo-peft train --strategy gv` with its defaults, in a process of its own.
 
     python scripts/bench_tune.py
     python scripts/bench_tune.py --rows "LoRA, int8"    # only these rows
@@ -48,6 +48,7 @@ def row(name: str, forward_passes: int, seed: int) -> list[str]:
             "eval_file": EMBEDDED / "test.jsonl",
             "prompt_template": TEMPLATE,
             "label_words": LABEL_WORDS,
+            "strategy": "gv",
             "max_forward_passes": forward_passes,
             "per_device_train_batch_size": 16,
             "per_device_eval_batch_size": 50,

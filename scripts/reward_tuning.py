@@ -2,9 +2,9 @@
 
 A prompt is the first sentence of a bad review, followed by ` This was a`. The reward of a
 completion is 1 where it has a word of praise and no word of blame, else 0. Each adapter is tuned
-with the defaults, and its greedy completions of held-out prompts are rewarded as training goes on.
-The last column says how many times larger the variance of the difference of two candidates' rewards
-would be without common random numbers, at the run's first eps.
+with strategy="gv" and the defaults, and its greedy completions of held-out prompts are rewarded as
+training goes on. The last column says how many times larger the variance of the difference of two
+candidates' rewards would be without common random numbers, at the run's first eps.
 
     python scripts/reward_tuning.py
 """
@@ -127,6 +127,7 @@ def make(adapter: str, output_dir: Path, reward: Any = praises, **settings: Any)
             model_init_kwargs=BASES[base],
             max_completion_length=COMPLETION_TOKENS,
             **{
+                "strategy": "gv",
                 "per_device_train_batch_size": 16,
                 "per_device_eval_batch_size": HELD_OUT,
                 "save_strategy": "no",

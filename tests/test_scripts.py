@@ -76,7 +76,7 @@ SMALLEST = [
     ),
     form(
         "bench_learning",
-        "--workloads 'embedded LoRA float32' --methods MeZO defaults guided readout Adam "
+        "--workloads 'embedded LoRA float32' --methods MeZO gv guided readout Adam "
         "--seeds 0 --shares 1 --learning_rates 1e-3 --eps 1e-2 --forward_passes 40 "
         "--readout_rows 40 --results results.jsonl",
         table("workload", "embedded LoRA float32"),
