@@ -81,6 +81,8 @@ class ResidualGuide:
         # A backward pass takes about as long as two forward passes.
         self.passes, self.looked = 1 + math.ceil(2 * exact_layers / len(layers)), 0
         self.layer_runs = 0
+        kind = model.peft_type == PeftType.PREFIX_TUNING
+        self.prefix = kind and not model.active_peft_config.prefix_projection
         self.roles: dict[nn.Module, Role] = {}
         self.post_norms: dict[nn.Module, PostNorm | None] = {}
         self.writers: set[nn.Module] = set()
@@ -107,6 +109,23 @@ class ResidualGuide:
                     gradients[name] = gradients.get(name, 0.0) + gradient
         self.first, self.looked = False, math.ceil(self.layer_runs / self._depth)
         return losses.detach(), gradients
+
+
+def may_read(model: PeftModel, tuned: Mapping[str, nn.Parameter]) -> bool:
+    """Whether a guide knows something of what is tuned, as far as that can be told unseen."""
+    layers = layers_of(model)
+    if not layers:
+        return False
+    if model.peft_type == PeftType.PREFIX_TUNING:
+        return not model.active_peft_config.prefix_projection
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    first = [model.get_input_embeddings(), getattr(model, "prompt_encoder", nn.Module())]
+    below = {id(parameter) for module in first for parameter in module.parameters()}
+    if any(id(parameter) not in inside | below for parameter in tuned.values()):
+        return True
+    ids = set(map(id, tuned.values()))
+    loras = (module for layer in layers for module in layer.modules() if is_plain_lora(module))
+    return any(id(p) in ids for lora in loras for p in lora_parameters(lora))
 
 
 class _Pass:
@@ -211,21 +230,21 @@ class _Pass:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None,
+        attention_mask: Tensor | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        output = function(module, query, key, value, mask, *args, **kwargs)
+        output = function(module, query, key, value, attention_mask, *args, **kwargs)
         if self._still:
             return output
         index, self._attentions = self._attentions, self._attentions + 1
         if torch.is_grad_enabled():
             return output
-        prefix = self.guide.model.peft_type == PeftType.PREFIX_TUNING
+        prefix = self.guide.prefix
         known = self.guide.roles.get(module)
         if known is not None and not (known.agrees and (known.value or known.query or prefix)):
             return output
-        heads = Heads(self.scored, module, query, key, value, mask, kwargs.get("scaling"))
+        heads = Heads(self.scored, module, query, key, value, attention_mask, kwargs.get("scaling"))
         if known is None:
             known = role_of(module, heads, output[0], self._outputs)
             self.guide.roles[module] = known
