@@ -95,17 +95,21 @@ def covariance(weights: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         weights: [N, heads, S].
         keys, values: [N, heads, S, width].
     """
-    centred = values - (weights[..., None] * values).sum(dim=2, keepdim=True)
-    return torch.einsum("nhs,nhsk,nhsv->nhkv", weights, keys, centred)
+    centred = values - weights[:, :, None] @ values
+    return keys.transpose(2, 3) @ centred.mul_(weights[..., None])
 
 
 def unrotated(errors: Tensor, before: Tensor, after: Tensor) -> Tensor:
     """Errors of rotated queries as errors of the queries before: [N, heads, width].
 
-    Rotary embeddings turn the pairs (i, i + width / 2) of a query. The angles are read off the
-    query itself, `before` and `after`; with no rotation they are zero.
+    Rotary embeddings turn the pairs (i, i + width / 2) of a query, of all heads alike. The angles
+    are read off the queries themselves, `before` and `after`; with no rotation they are zero. A
+    pair that is zero in all heads tells no angle, and its errors become zero.
     """
-    turn = _pairs(after) / _pairs(before)
+    pairs = _pairs(before)
+    size = pairs.abs().square().sum(dim=1, keepdim=True)
+    turn = (_pairs(after) * pairs.conj()).sum(dim=1, keepdim=True) / size
+    turn = turn.masked_fill(size == 0, 0)
     return torch.view_as_real(turn.conj() * _pairs(errors)).movedim(-1, -2).flatten(-2)
 
 

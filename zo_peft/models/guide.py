@@ -81,6 +81,10 @@ class ResidualGuide:
         # A backward pass takes about as long as two forward passes.
         self.passes, self.looked = 1 + math.ceil(2 * exact_layers / len(layers)), 0
         self.layer_runs = 0
+        linears = [module for layer in self.read_layers for module in linears_of(layer)]
+        self.loras = {module for module in linears if is_plain_lora(module)}
+        #: The modules that a pass looks into: all at first, then those that it needs.
+        self.watched = linears
         self.roles: dict[nn.Module, Role] = {}
         self.post_norms: dict[nn.Module, PostNorm | None] = {}
         self.writers: set[nn.Module] = set()
@@ -105,6 +109,10 @@ class ResidualGuide:
             for parameter, gradient in read(errors_at(module)):
                 if (name := self.names.get(id(parameter))) is not None:
                     gradients[name] = gradients.get(name, 0.0) + gradient
+        if self.first:
+            roles = self.roles.values()
+            needed = self.writers.union(*({r.value, r.query, r.out} for r in roles if r.agrees))
+            self.watched = [module for module in self.watched if module in needed]
         self.first, self.looked = False, math.ceil(self.layer_runs / self._depth)
         return losses.detach(), gradients
 
@@ -135,13 +143,13 @@ class _Pass:
         interface = partial(self._interface, ALL_ATTENTION_FUNCTIONS.get_interface)
         with ExitStack() as stack:
             stack.enter_context(self.feedback.hooks(guide.read_layers))
-            for layer in guide.read_layers:
-                for module in linears_of(layer):
-                    stack.enter_context(module.register_forward_pre_hook(self._before))
+            for module in guide.watched:
+                stack.enter_context(module.register_forward_pre_hook(self._before))
+                if module in guide.loras:
                     stack.enter_context(module.register_forward_hook(self._after))
-                if guide.first:
-                    hook = layer.register_forward_hook(self._look_back, with_kwargs=True)
-                    stack.enter_context(hook)
+            for layer in guide.read_layers if guide.first else ():
+                hook = layer.register_forward_hook(self._look_back, with_kwargs=True)
+                stack.enter_context(hook)
             if guide.boundary is None:
                 stack.enter_context(guide.read_layers[-1].register_forward_hook(self._leave))
             else:
@@ -185,7 +193,7 @@ class _Pass:
         x = args[0]
         if module in self.guide.writers:
             self.readings.append(_of_writer(module, self.scored, x))
-        elif is_plain_lora(module):
+        elif module in self.guide.loras:
             self._inputs[module] = x
         if self._open is not None:
             role, output, readings = self._open
@@ -193,11 +201,11 @@ class _Pass:
                 role.out = module
             if role.out is module:
                 self._open = None
-                self.readings.append((module, partial(_through, module, readings)))
+                if readings:
+                    self.readings.append((module, partial(_through, module, readings)))
 
     def _after(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if is_plain_lora(module):
-            self._outputs[module] = output
+        self._outputs[module] = output
 
     # ---- Attention -------------------------------------------------------------------------------
 
@@ -238,7 +246,7 @@ class _Pass:
         if known.agrees and prefix:
             readings.append(heads.of_prefix(self.guide.model, index))
         self._inputs, self._outputs = {}, {}
-        self._open = (known, output[0].flatten(2), readings) if readings else None
+        self._open = known, output[0].flatten(2), readings
         return output
 
 

@@ -45,11 +45,12 @@ class Scored:
         """[N, ...] of [B, T, ...], or some of them; virtual tokens stand in front of each row."""
         return x[self.rows[some], self.positions[some] + x.shape[1] - self.length]
 
-    def chunks(self) -> list[tuple[Tensor, Tensor]]:
-        """Rows [R] and positions [R, n] in the order of `of`: all rows at once, or one by one."""
+    def chunks(self) -> list[tuple[slice, Tensor]]:
+        """R rows and positions [R, n] in the order of `of`: all rows at once, or one by one."""
         if self.single:
-            return [(self.rows, self.positions[:, None])]
-        return [(row[None], self.positions[self.rows == row][None]) for row in self.rows.unique()]
+            return [(slice(None), self.positions[:, None])]
+        rows = self.rows.unique().tolist()
+        return [(slice(row, row + 1), self.positions[self.rows == row][None]) for row in rows]
 
 
 class Heads:
@@ -73,20 +74,18 @@ class Heads:
     ) -> None:
         self.scored, self.scaling = scored, scaling or query.shape[-1] ** -0.5
         self.heads, self.shared = query.shape[1], query.shape[1] // key.shape[1]
-        self.query, self.value = query, value
-        self.keys, self.values = (x.repeat_interleave(self.shared, 1) for x in (key, value))
+        self.query, self.key, self.value = query, key, value
         length, total = query.shape[2], key.shape[2]
         if mask is None and length > 1 and getattr(module, "is_causal", False):
             mask = torch.ones(length, total, dtype=torch.bool, device=query.device)
             mask = mask.tril(total - length)[None, None]
-        self.weights: list[tuple[Tensor, Tensor]] = []
+        self.weights: list[tuple[slice, Tensor]] = []
         for rows, positions in scored.chunks():
             where = positions + length - scored.length
-            picked = query[rows[:, None], :, where].transpose(1, 2)
-            scores = (picked @ self.keys[rows].transpose(2, 3)).float() * self.scaling
+            picked = _at(query[rows], where)
+            scores = _grouped(picked, key[rows].transpose(2, 3)).float() * self.scaling
             if mask is not None:
-                seen = mask.expand(len(query), -1, -1, -1)[rows[:, None], :, where].transpose(1, 2)
-                seen = seen[..., :total]
+                seen = _at(mask.expand(len(query), -1, -1, -1)[rows], where)[..., :total]
                 boolean = seen.dtype == torch.bool
                 scores = scores.masked_fill(~seen, -torch.inf) if boolean else scores + seen
             self.weights.append((rows, scores.softmax(dim=-1).to(query.dtype)))
@@ -95,16 +94,16 @@ class Heads:
         """Sums over S with the weights of each scored position and head: [N, heads, c].
 
         Args:
-            x: [B, S, c], or [B, heads, S, c].
+            x: [B, S, c], or [B, heads, S, c]; it may have fewer heads.
         """
         x = x[:, None] if x.dim() == 3 else x
-        sums = [weights @ x[rows].to(weights) for rows, weights in self.weights]
+        sums = [_grouped(weights, x[rows].to(weights)) for rows, weights in self.weights]
         return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in sums])
 
     @property
     def outputs(self) -> Tensor:
         """The outputs of the heads at the scored positions, [N, heads, width]."""
-        return self.mix(self.values)
+        return self.mix(self.value)
 
     def of_values(self, module: Any, x: Tensor) -> Reading:
         """The gradients of a LoRA on the values, whose input is x [B, S, in].
@@ -130,10 +129,10 @@ class Heads:
 
     def of_queries(self, module: Any, x: Tensor, made: Tensor) -> Reading:
         """The gradients of a LoRA on the queries, whose input and output are x and `made`."""
-        (rows, weights), *_ = self.weights
-        carried = covariance(weights[:, :, 0], self.keys[rows], self.values[rows])
-        where = self.scored.positions + self.query.shape[2] - self.scored.length
-        after, before = self.query[rows, :, where], _by_head(self.scored.of(made), self.heads)
+        ((_, weights),) = self.weights
+        carried = covariance(weights[:, :, 0], self._repeated(self.key), self._repeated(self.value))
+        before = _by_head(self.scored.of(made), self.heads)
+        after = self.scored.of(self.query.transpose(1, 2))
         inputs, parameters = self.scored.of(x), lora_parameters(module)
         heads, scaling = self.heads, self.scaling
 
@@ -144,6 +143,10 @@ class Heads:
 
         return read
 
+    def _repeated(self, x: Tensor) -> Tensor:
+        """Keys or values of all heads, no copies where each has its own."""
+        return x[:, :, None].expand(-1, -1, self.shared, -1, -1).flatten(1, 2)
+
     def of_prefix(self, model: PeftModel, layer: int) -> Reading:
         """The gradient of a prefix, whose keys and values stand in front of those of the tokens."""
         count = model.active_peft_config.num_virtual_tokens
@@ -151,7 +154,7 @@ class Heads:
         kept = [weights[..., :count].transpose(1, 2).flatten(0, 1) for _, weights in self.weights]
         weights, outputs = torch.cat(kept), self.outputs
         queries = self.scored.of(self.query.transpose(1, 2))
-        values = self.values[0, :, :count].clone()
+        values = self._repeated(self.value[:1, :, :count])[0].clone()
         heads, shared, scaling = self.heads, self.shared, self.scaling
 
         def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
@@ -203,6 +206,23 @@ def role_of(module: nn.Module, heads: Heads, output: Tensor, made: dict[nn.Modul
         elif y.shape == heads.query.shape and _turned(y, heads.query):
             role.query = candidate
     return role
+
+
+def _at(x: Tensor, positions: Tensor) -> Tensor:
+    """[R, heads, n, ...] of [R, heads, T, ...] at positions [R, n] of each row."""
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    return x[rows, :, positions].transpose(1, 2)
+
+
+def _grouped(x: Tensor, y: Tensor) -> Tensor:
+    """The products [R, heads, n, c] of x [R, heads, n, S] and of y [R, groups, S, c].
+
+    The heads of a group share a y.
+    """
+    _, heads, count, _ = x.shape
+    shared = heads // y.shape[1]
+    product = x.unflatten(1, (-1, shared)).flatten(2, 3) @ y
+    return product.unflatten(2, (shared, count)).flatten(1, 2)
 
 
 def lora_parameters(module: Any) -> list[nn.Parameter]:
