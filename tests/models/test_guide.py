@@ -13,6 +13,7 @@ from zo_peft import UserError
 from zo_peft.core.batch import Batch
 from zo_peft.models.adapters import prepare, tuned_parameters
 from zo_peft.models.guide import ResidualGuide
+from zo_peft.models.heads import FEW
 from zo_peft.models.loading import load_base
 from zo_peft.objectives.scoring import (
     ClassificationObjective,
@@ -25,23 +26,29 @@ WRITERS = {"llama": ("o_proj", "down_proj"), "opt": ("out_proj", "fc2")}
 QUERY_VALUE = ["q_proj", "v_proj"]
 
 
-def batch(rows: int = 5, length: int = 9, scored: int = 1) -> Batch:
-    """Prompts of several lengths, padded in front; the last `scored` positions have labels."""
+def batch(rows: int = 5, scored: int = 1, uneven: bool = False) -> Batch:
+    """Prompts of several lengths, padded in front; the last `scored` positions have labels.
+
+    Args:
+        uneven: the first of them has no label in the first row.
+    """
     torch.manual_seed(3)
+    length = 8 + scored
     ids = torch.randint(1, VOCABULARY, (rows, length))
     mask = torch.ones_like(ids)
     for row in range(rows - 1):
         ids[row, :row], mask[row, :row] = PAD, 0
     where = torch.arange(length - scored, length)
+    first = int(uneven)
     return Batch(
         {
             "input_ids": ids,
             "attention_mask": mask,
             "labels": torch.randint(2, (rows,)) if scored == 1 else ids,
-            "rows": torch.arange(rows).repeat_interleave(scored),
-            "positions": where.repeat(rows),
+            "rows": torch.arange(rows).repeat_interleave(scored)[first:],
+            "positions": where.repeat(rows)[first:],
             "option_tokens": torch.tensor([[5, 6]] * rows),
-            "tokens": torch.randint(1, VOCABULARY, (rows * scored,)),
+            "tokens": torch.randint(1, VOCABULARY, (rows * scored - first,)),
         }
     )
 
@@ -136,9 +143,21 @@ def test_reads_the_gradient_of_a_prefix() -> None:
     assert (found[:, 0] - true[:, 0]).norm() <= 1e-5 * true[:, 0].norm()
 
 
-def test_of_completions_b_is_read_and_a_stays() -> None:
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_reads_the_gradient_where_rows_have_few_scored_positions(family: str, uneven: bool) -> None:
+    """As of options of several tokens. A value head of this llama serves two heads."""
+    model = {"llama": llama, "opt": opt}[family]()
+    model = adapted(silenced(model, WRITERS[family]), QUERY_VALUE)
+    given, objective = batch(scored=3, uneven=uneven), CompletionObjective()
+    found = read(model, objective, given)
+    assert len(found) == LAYERS * 4
+    assert_near(found, gradients(model, objective, given), ".0.", 1e-5)
+
+
+def test_of_long_completions_b_is_read_and_a_stays() -> None:
     model = adapted(silenced(llama(), WRITERS["llama"]), ["v_proj", "q_proj"])
-    given, objective = batch(scored=3), CompletionObjective()
+    given, objective = batch(scored=FEW + 1), CompletionObjective()
     found, true = read(model, objective, given), gradients(model, objective, given)
     assert not [name for name in found if "q_proj" in name]
     assert all(not found[name].any() for name in found if "lora_A" in name)

@@ -37,9 +37,10 @@ DISPLACED = 0.1
 class ResidualGuide:
     """Reads gradients of an adapter off forward passes; see `zo_peft.core.guide.Guide`.
 
-    What it knows: a LoRA on the values of attention, on its queries where each example has one
-    scored position, and on modules that write into the residual stream; a prefix; and exactly all
-    that lies above the last layer. Which modules these are is found by looking at the first pass.
+    What it knows: a LoRA on the values of attention, on its queries where rows have few scored
+    positions, and on modules that write into the residual stream; a prefix; and exactly all that
+    lies above the last layer. Where rows have many, it knows B alone, of values and of writers.
+    Which modules these are is found by looking at the first pass.
 
     Args:
         tuned: the tuned parameters by name.
@@ -83,6 +84,10 @@ class ResidualGuide:
         self.layer_runs = 0
         kind = model.peft_type == PeftType.PREFIX_TUNING
         self.prefix = kind and not model.active_peft_config.prefix_projection
+        linears = [module for layer in self.read_layers for module in linears_of(layer)]
+        self.loras = {module for module in linears if is_plain_lora(module)}
+        #: The modules that a pass looks into: all at first, then those that it needs.
+        self.watched = linears
         self.roles: dict[nn.Module, Role] = {}
         self.post_norms: dict[nn.Module, PostNorm | None] = {}
         self.writers: set[nn.Module] = set()
@@ -107,6 +112,10 @@ class ResidualGuide:
             for parameter, gradient in read(errors_at(module)):
                 if (name := self.names.get(id(parameter))) is not None:
                     gradients[name] = gradients.get(name, 0.0) + gradient
+        if self.first:
+            roles = self.roles.values()
+            needed = self.writers.union(*({r.value, r.query, r.out} for r in roles if r.agrees))
+            self.watched = [module for module in self.watched if module in needed]
         self.first, self.looked = False, math.ceil(self.layer_runs / self._depth)
         return losses.detach(), gradients
 
@@ -154,13 +163,13 @@ class _Pass:
         interface = partial(self._interface, ALL_ATTENTION_FUNCTIONS.get_interface)
         with ExitStack() as stack:
             stack.enter_context(self.feedback.hooks(guide.read_layers))
-            for layer in guide.read_layers:
-                for module in linears_of(layer):
-                    stack.enter_context(module.register_forward_pre_hook(self._before))
+            for module in guide.watched:
+                stack.enter_context(module.register_forward_pre_hook(self._before))
+                if module in guide.loras:
                     stack.enter_context(module.register_forward_hook(self._after))
-                if guide.first:
-                    hook = layer.register_forward_hook(self._look_back, with_kwargs=True)
-                    stack.enter_context(hook)
+            for layer in guide.read_layers if guide.first else ():
+                hook = layer.register_forward_hook(self._look_back, with_kwargs=True)
+                stack.enter_context(hook)
             if guide.boundary is None:
                 stack.enter_context(guide.read_layers[-1].register_forward_hook(self._leave))
             else:
@@ -204,7 +213,7 @@ class _Pass:
         x = args[0]
         if module in self.guide.writers:
             self.readings.append(_of_writer(module, self.scored, x))
-        elif is_plain_lora(module):
+        elif module in self.guide.loras:
             self._inputs[module] = x
         if self._open is not None:
             role, output, readings = self._open
@@ -212,11 +221,11 @@ class _Pass:
                 role.out = module
             if role.out is module:
                 self._open = None
-                self.readings.append((module, partial(_through, module, readings)))
+                if readings:
+                    self.readings.append((module, partial(_through, module, readings)))
 
     def _after(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if is_plain_lora(module):
-            self._outputs[module] = output
+        self._outputs[module] = output
 
     # ---- Attention -------------------------------------------------------------------------------
 
@@ -251,13 +260,13 @@ class _Pass:
         readings: list[Reading] = []
         if known.agrees and known.value is not None:
             readings.append(heads.of_values(known.value, self._inputs[known.value]))
-        if known.agrees and known.query is not None and self.scored.single:
+        if known.agrees and known.query is not None and self.scored.few:
             states = self._inputs[known.query], self._outputs[known.query]
             readings.append(heads.of_queries(known.query, *states))
         if known.agrees and prefix:
             readings.append(heads.of_prefix(self.guide.model, index))
         self._inputs, self._outputs = {}, {}
-        self._open = (known, output[0].flatten(2), readings) if readings else None
+        self._open = known, output[0].flatten(2), readings
         return output
 
 
@@ -285,11 +294,11 @@ def _of_writer(module: Any, scored: Scored, x: Tensor) -> tuple[nn.Module, Readi
     Where a row has many scored positions, only what A makes of x is kept, and A stays.
     """
     parameters, (a, _, _) = lora_parameters(module), lora_factors(module)
-    inputs = scored.of(x if scored.single else F.linear(x.to(a.dtype), a))
+    inputs = scored.of(x if scored.few else F.linear(x.to(a.dtype), a))
 
     def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
         a, b, scaling = lora_factors(module)
-        if scored.single:
+        if scored.few:
             return list(zip(parameters, low_rank(errors, inputs.float(), a, b, scaling)))
         still = torch.zeros_like(parameters[0])
         return [(parameters[0], still), (parameters[1], scaling * errors.T @ inputs.float())]
