@@ -25,7 +25,7 @@ from zo_peft.errors import UserError
 from zo_peft.models.feedback import Feedback, PostNorm, linears_of, through_linear
 from zo_peft.models.heads import Heads, Reading, Role, Scored, lora_parameters, role_of
 from zo_peft.models.peft_layers import is_plain_lora, lora_factors
-from zo_peft.models.trunk import first_of, hidden_of, layers_of
+from zo_peft.models.trunk import first_of, hidden_of, layers_of, with_hidden
 
 #: A module writes into the residual stream if its layer's output follows it: the least cosine of
 #: what it is displaced by and of what the layer's output is displaced by.
@@ -163,8 +163,7 @@ class _Pass:
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = self._differentiated(hidden_of(*args, **kwargs))
-        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+        return with_hidden(self._differentiated(hidden_of(*args, **kwargs)), args, kwargs)
 
     def _differentiated(self, hidden: Tensor) -> Tensor:
         """The hidden states, from which on the rest of the pass has a graph."""
@@ -190,7 +189,8 @@ class _Pass:
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._still:
             return
-        x = args[0]
+        # Some layers pass all tokens of a batch to their MLP as if they were one row.
+        x = args[0] if args[0].dim() == 3 else args[0].unflatten(0, (self.scored.count, -1))
         if module in self.guide.writers:
             self.readings.append(_of_writer(module, self.scored, x))
         elif module in self.guide.loras:
@@ -262,7 +262,7 @@ def _writers(
     start = first_of(layer.forward(*args, **kwargs))
     noise *= DISPLACED * start.std()
     for module in modules:
-        with module.register_forward_hook(lambda _, args, output: output + noise):
+        with module.register_forward_hook(lambda _, args, output: output + noise.view_as(output)):
             moved = first_of(layer.forward(*args, **kwargs)) - start
         if F.cosine_similarity(moved.flatten(), noise.flatten(), dim=0) > FOLLOWS:
             yield module

@@ -29,7 +29,8 @@ class Scored:
     """The N positions of a batch that the loss sees: those with a label, or else all tokens.
 
     Attributes:
-        single: whether each row has exactly one.
+        count, length: the rows of the batch, and their tokens without virtual ones.
+        single: whether each row has exactly one such position.
     """
 
     def __init__(self, batch: Batch) -> None:
@@ -38,8 +39,8 @@ class Scored:
         else:
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
             self.rows, self.positions = mask.nonzero(as_tuple=True)
-        self.length = batch["input_ids"].shape[1]
-        self.single = self.rows.tolist() == list(range(batch.rows))
+        self.count, self.length = batch["input_ids"].shape
+        self.single = self.rows.tolist() == list(range(self.count))
 
     def of(self, x: Tensor, some: Tensor | slice = slice(None)) -> Tensor:
         """[N, ...] of [B, T, ...], or some of them; virtual tokens stand in front of each row."""
