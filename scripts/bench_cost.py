@@ -150,8 +150,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_shape_option(parser, "OPT-125M", "the model; its weights are random")
     parser.add_argument("--steps", type=int, default=6, help="at least 2; the first is a warm-up")
-    names = [*STRATEGIES, "guided"]
-    parser.add_argument("--strategies", nargs="*", default=names, choices=names)
+    strategies = [*STRATEGIES, "guided"]
+    parser.add_argument("--strategies", nargs="*", default=strategies, choices=strategies)
     given = parser.parse_args()
     quiet()
     print(

@@ -12,6 +12,7 @@ back what is freed; there Adam checkpoints its activations. A plot is written be
 
 import argparse
 import contextlib
+import math
 import os
 import statistics
 import sys
@@ -23,9 +24,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from bench_cost import BATCH_SIZE, LENGTH, make_trainer
-from bench_learning import ADAM_RATES, adam_run, zo_run
+from bench_learning import ADAM_RATES, take_adam_steps, train_loss
 from bench_plan import MALLOC
 from measuring import (
+    SHAPES,
     StepClock,
     add_shape_option,
     in_a_process,
@@ -38,6 +40,10 @@ from workloads import Workload, workloads
 
 from zo_peft.models.trunk import layers_of
 
+#: What is learned, and the seeds.
+WORKS = {"embedded LoRA float32": (0, 1, 2), "encoder SST-2": (0,)}
+#: At most so many numbers of exact layers are tried beside none.
+POINTS = 4
 #: Steps of which the time and the peak are taken; the first has the check of a guide.
 TIMED = 4
 
@@ -47,19 +53,30 @@ Losses = dict[int | None, list[float]]
 Costs = dict[int | None, tuple[float, float]]
 
 
+def dial(layers: int) -> range:
+    """The numbers of exact layers that are tried, evenly spaced."""
+    return range(0, layers + 1, math.ceil(layers / POINTS))
+
+
 def losses_of(work: Workload, steps: int, seeds: Sequence[int]) -> Losses:
     """The train losses after so many steps, at every number of exact layers and of Adam."""
     found: Losses = {}
     with contextlib.redirect_stdout(sys.stderr):
         layers = len(layers_of(work.build().model))
-        for exact in range(layers + 1):
+        for exact in dial(layers):
             settings = {"strategy": "guided", "exact_layers": exact, "max_steps": steps}
-            runs = [zo_run(work.build(seed=seed, **settings)) for seed in seeds]
-            found[exact] = [run["train_loss"] for run in runs]
-        adam = [
-            [adam_run(work.build(seed=seed), rate, steps)["train_loss"] for seed in seeds]
-            for rate in ADAM_RATES
-        ]
+            found[exact] = []
+            for seed in seeds:
+                trainer = work.build(seed=seed, **settings)
+                trainer.train()
+                found[exact].append(train_loss(trainer))
+        adam: list[list[float]] = []
+        for rate in ADAM_RATES:
+            adam.append([])
+            for seed in seeds:
+                trainer = work.build(seed=seed)
+                take_adam_steps(trainer, rate, steps)
+                adam[-1].append(train_loss(trainer))
     found[None] = min(adam, key=statistics.mean)
     return found
 
@@ -115,12 +132,10 @@ def main() -> None:
     """Print a table of losses and one of costs, and draw both."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data_dir", type=Path, default=Path("../shared/data"))
-    names = ["embedded LoRA float32", "encoder SST-2"]
-    parser.add_argument("--workloads", nargs="*", default=names)
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--workloads", nargs="*", default=[*WORKS], choices=[*WORKS])
+    parser.add_argument("--seeds", nargs="*", type=int, help="in place of those of a workload")
+    parser.add_argument("--steps", type=int, default=50)
     add_shape_option(parser, "OPT-125M", "of the model whose steps are timed")
-    parser.add_argument("--exact_layers", nargs="*", type=int, default=[0, 2, 4, 6, 8, 10, 12])
     parser.add_argument("--plot", type=Path, default=Path("out/dial.png"))
     given = parser.parse_args()
     quiet()
@@ -130,14 +145,14 @@ def main() -> None:
     losses: dict[str, Losses] = {}
     print_header("workload", "exact layers", f"train loss after {given.steps} steps")
     for name in given.workloads:
-        losses[name] = losses_of(works[name], given.steps, given.seeds)
+        losses[name] = losses_of(works[name], given.steps, given.seeds or WORKS[name])
         for exact, found in losses[name].items():
             each = ", ".join(f"{loss:.4f}" for loss in found)
             print_row(name, named(exact), f"{statistics.mean(found):.4f} ({each})")
     print()
     print_header("exact layers", "seconds a step", "peak memory above the weights, MiB")
     costs: Costs = {}
-    for exact in (*given.exact_layers, None):
+    for exact in (*dial(SHAPES[given.shape]().num_hidden_layers), None):
         costs[exact] = in_a_process(measure, given.shape, exact)
         print_row(named(exact), f"{costs[exact][0]:.2f}", f"{costs[exact][1]:.0f}")
     given.plot.parent.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,7 @@ SMALLEST = [
     ),
     form(
         "bench_dial",
-        "--workloads 'embedded LoRA float32' --seeds 0 --steps 1 --shape embedded --exact_layers 0",
+        "--workloads 'embedded LoRA float32' --seeds 0 --steps 1 --shape embedded",
         table("workload", "embedded LoRA float32"),
         table("exact layers", "0"),
         r"^\| Adam, full gradients \| \d",

@@ -124,7 +124,7 @@ class _Pass:
     def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
         hidden = first_of(output)
         size = hidden.element_size()
-        for module in filter(is_plain_lora, linears_of(layer)):
+        for module in _loras(layer):
             if module.out_features == hidden.shape[-1] and id(module) not in self._attended:
                 rank = len(lora_factors(module)[0])
                 self._read.append((size * module.in_features, size * rank))
@@ -148,7 +148,7 @@ class _Pass:
     ) -> Any:
         _, self.heads, _, width = query.shape
         made = [_leaves(tensor) for tensor in (query, key, value)]
-        for lora in filter(is_plain_lora, module.modules()):
+        for lora in _loras(module):
             ids, (a, _, _) = {id(p) for p in lora.parameters()}, lora_factors(lora)
             size, inputs = query.element_size(), lora.in_features
             of_query, of_key, of_value = (not ids.isdisjoint(leaves) for leaves in made)
@@ -172,6 +172,10 @@ class _Pass:
         for tensor in (query, *map(torch.empty_like, (query, query)), output, mask, sums):
             self._keep(tensor)
         return output, None
+
+
+def _loras(module: nn.Module) -> list[Any]:
+    return [linear for linear in linears_of(module) if is_plain_lora(linear)]
 
 
 def _leaves(tensor: Tensor) -> set[int]:
