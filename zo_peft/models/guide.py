@@ -25,7 +25,7 @@ from zo_peft.errors import UserError
 from zo_peft.models.feedback import Feedback, PostNorm, linears_of, through_linear
 from zo_peft.models.heads import Heads, Reading, Role, Scored, lora_parameters, role_of
 from zo_peft.models.peft_layers import is_plain_lora, lora_factors
-from zo_peft.models.trunk import first_of, hidden_of, layers_of
+from zo_peft.models.trunk import first_of, hidden_of, layers_of, with_hidden
 
 #: A module writes into the residual stream if its layer's output follows it: the least cosine of
 #: what it is displaced by and of what the layer's output is displaced by.
@@ -37,10 +37,9 @@ DISPLACED = 0.1
 class ResidualGuide:
     """Reads gradients of an adapter off forward passes; see `zo_peft.core.guide.Guide`.
 
-    What it knows: a LoRA on the values of attention, on its queries where rows have few scored
-    positions, and on modules that write into the residual stream; a prefix; and exactly all that
-    lies above the last layer. Where rows have many, it knows B alone, of values and of writers.
-    Which modules these are is found by looking at the first pass.
+    What it knows: a LoRA on the values and queries of attention, and on modules that write into the
+    residual stream; a prefix; and exactly all that lies above the last layer. Which modules these
+    are is found by looking at the first pass.
 
     Args:
         tuned: the tuned parameters by name.
@@ -183,8 +182,7 @@ class _Pass:
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = self._differentiated(hidden_of(*args, **kwargs))
-        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+        return with_hidden(self._differentiated(hidden_of(*args, **kwargs)), args, kwargs)
 
     def _differentiated(self, hidden: Tensor) -> Tensor:
         """The hidden states, from which on the rest of the pass has a graph."""
@@ -210,7 +208,8 @@ class _Pass:
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._still:
             return
-        x = args[0]
+        # Some layers pass all tokens of a batch to their MLP as if they were one row.
+        x = args[0] if args[0].dim() == 3 else args[0].unflatten(0, (self.scored.count, -1))
         if module in self.guide.writers:
             self.readings.append(_of_writer(module, self.scored, x))
         elif module in self.guide.loras:
@@ -260,7 +259,7 @@ class _Pass:
         readings: list[Reading] = []
         if known.agrees and known.value is not None:
             readings.append(heads.of_values(known.value, self._inputs[known.value]))
-        if known.agrees and known.query is not None and self.scored.few:
+        if known.agrees and known.query is not None:
             states = self._inputs[known.query], self._outputs[known.query]
             readings.append(heads.of_queries(known.query, *states))
         if known.agrees and prefix:
@@ -282,26 +281,18 @@ def _writers(
     start = first_of(layer.forward(*args, **kwargs))
     noise *= DISPLACED * start.std()
     for module in modules:
-        with module.register_forward_hook(lambda _, args, output: output + noise):
+        with module.register_forward_hook(lambda _, args, output: output + noise.view_as(output)):
             moved = first_of(layer.forward(*args, **kwargs)) - start
         if F.cosine_similarity(moved.flatten(), noise.flatten(), dim=0) > FOLLOWS:
             yield module
 
 
 def _of_writer(module: Any, scored: Scored, x: Tensor) -> tuple[nn.Module, Reading]:
-    """The gradients of a LoRA that writes into the residual stream, whose input is x [B, T, in].
-
-    Where a row has many scored positions, only what A makes of x is kept, and A stays.
-    """
-    parameters, (a, _, _) = lora_parameters(module), lora_factors(module)
-    inputs = scored.of(x if scored.few else F.linear(x.to(a.dtype), a))
+    """The gradients of a LoRA that writes into the residual stream, whose input is x [B, T, in]."""
+    parameters, inputs = lora_parameters(module), scored.of(x)
 
     def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-        a, b, scaling = lora_factors(module)
-        if scored.few:
-            return list(zip(parameters, low_rank(errors, inputs.float(), a, b, scaling)))
-        still = torch.zeros_like(parameters[0])
-        return [(parameters[0], still), (parameters[1], scaling * errors.T @ inputs.float())]
+        return list(zip(parameters, low_rank(errors, inputs.float(), *lora_factors(module))))
 
     return module, read
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -23,8 +22,6 @@ Reading = Callable[[Tensor], list[tuple[nn.Parameter, Tensor]]]
 
 #: How far rounding may take attention weights and rotations from what is expected.
 ROUNDING = 2e-2
-#: The most scored positions of a row, on average, at which inputs, keys and values are kept.
-FEW = 16
 
 
 class Scored:
@@ -33,7 +30,6 @@ class Scored:
     Attributes:
         count, length: the rows of the batch, and their tokens without virtual ones.
         single: whether each row has exactly one such position.
-        few: whether rows have so few of them that all they see can be kept.
     """
 
     def __init__(self, batch: Batch) -> None:
@@ -45,7 +41,6 @@ class Scored:
         self.count, self.length = batch["input_ids"].shape
         counts = self.rows.bincount(minlength=self.count)
         self.single = bool((counts == 1).all())
-        self.few = len(self.rows) <= FEW * self.count
         #: How many each row has, where they are equally many.
         self._each = int(counts[0]) if (counts == counts[0]).all() else None
 
@@ -116,36 +111,20 @@ class Heads:
     def of_values(self, module: Any, x: Tensor) -> Reading:
         """The gradients of a LoRA on the values, whose input is x [B, S, in].
 
-        Where a row has many scored positions, only what A makes of x is kept, and A stays.
+        Where rows have one scored position, what is kept of x are its sums by head.
         """
-        if self.scored.few and not self.scored.single:
-            return self._of_few_values(module, x)
-        a, _, _ = lora_factors(module)
         # What reads later must not hold the states of this attention.
-        single, heads = self.scored.single, self.heads
-        inputs = self.mix(x if single else F.linear(x.to(a.dtype), a))
-        parameters = lora_parameters(module)
+        single, heads, parameters = self.scored.single, self.heads, lora_parameters(module)
+        inputs, carry = (self.mix(x), None) if single else (x.flatten(0, 1), self._carry())
 
         def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
             a, b, scaling = lora_factors(module)
-            if single:
+            if carry is None:
                 found = mixed(_by_head(errors, heads), inputs.float(), a, b, scaling)
-                return list(zip(parameters, found))
-            one = torch.eye(len(a), device=a.device)
-            found = mixed(_by_head(errors, heads), inputs.float(), one, b, scaling)
-            return [(parameters[0], torch.zeros_like(parameters[0])), (parameters[1], found[1])]
-
-        return read
-
-    def _of_few_values(self, module: Any, x: Tensor) -> Reading:
-        carry, parameters = self._carry(), lora_parameters(module)
-
-        def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-            _, at_values = carry(errors)
-            own = at_values.transpose(1, 2).flatten(2).flatten(0, 1)
-            return list(
-                zip(parameters, low_rank(own, x.flatten(0, 1).float(), *lora_factors(module)))
-            )
+            else:
+                own = carry(errors)[1].transpose(1, 2).flatten(2).flatten(0, 1)
+                found = low_rank(own, inputs.float(), a, b, scaling)
+            return list(zip(parameters, found))
 
         return read
 
