@@ -1,14 +1,17 @@
 """What a step costs beside the model's forward passes: time outside them, and peak memory.
 
 Whole training steps of ZOTrainer are timed on a shape with random weights and a LoRA, and within
-the same steps the time inside the model's forward. Peak memory above the weights is measured in a
-process of its own: during steps, during plain forwards of the same batch (no adapter, all logits,
-`torch.no_grad`), and during steps of Adam with gradients, with and without activation checkpoints.
+the same steps the time inside the model's forward. After each step a plain forward pass is timed:
+the losses of the same batch, with the adapter and the logits of scored positions alone. Peak memory
+above the weights is measured in a process of its own: during steps, during plain forwards of the
+same batch (no adapter, all logits, `torch.no_grad`), and during steps of Adam with gradients, with
+and without activation checkpoints.
 
 Small peaks are hidden by memory that glibc keeps; MALLOC_MMAP_THRESHOLD_=65536 in the environment
 shows them.
 
     python scripts/bench_cost.py
+    python scripts/bench_cost.py --strategies guided --steps 20
 """
 
 import argparse
@@ -16,6 +19,8 @@ import contextlib
 import statistics
 import sys
 import tempfile
+import time
+from typing import Any
 
 import torch
 from measuring import (
@@ -41,7 +46,9 @@ from zo_peft.core.strategies import STRATEGIES
 BATCH_SIZE, LENGTH = 16, 48
 
 
-def make_trainer(shape: str, strategy: str, steps: int, folder: str) -> ZOTrainer | GradientTrainer:
+def make_trainer(
+    shape: str, strategy: str, steps: int, folder: str, exact_layers: int = 0
+) -> ZOTrainer | GradientTrainer:
     """A trainer of the shape with random weights in float32, LoRA r=8 on query and value."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.float32)
@@ -49,6 +56,7 @@ def make_trainer(shape: str, strategy: str, steps: int, folder: str) -> ZOTraine
     args = ZOConfig(
         folder,
         strategy=strategy,
+        exact_layers=exact_layers,
         zo_eps=None if strategy == "adam" else 1e-3,
         max_steps=steps,
         per_device_train_batch_size=BATCH_SIZE,
@@ -64,19 +72,44 @@ def make_trainer(shape: str, strategy: str, steps: int, folder: str) -> ZOTraine
     )
 
 
-def measure_time(shape: str, strategy: str, steps: int) -> tuple[float, float, float]:
+class PlainClock(StepClock):
+    """A `StepClock` that times a plain forward pass after each step, too.
+
+    Attributes:
+        ratios: the seconds of each step for each of its forward passes, over those of a plain one.
+    """
+
+    def __init__(self, trainer: ZOTrainer) -> None:
+        super().__init__(trainer.model)
+        self.trainer, self.passes, self.ratios = trainer, 0, list[float]()
+        (self.batch,) = trainer.get_train_dataloader()
+
+    @torch.no_grad()
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop the step's clock, and make the plain forward pass."""
+        super().on_step_end()
+        before, self.passes = self.passes, self.trainer.forward_passes
+        start = time.perf_counter()
+        self.trainer.objective.losses(self.trainer.model, self.batch)
+        plain = time.perf_counter() - start
+        self.ratios.append(self.steps[-1] / (self.passes - before) / plain)
+
+
+def measure_time(shape: str, strategy: str, steps: int) -> tuple[float, float, float, float]:
     """Forward passes and median seconds of a step, and its median share outside the forward.
 
-    The first step is a warm-up and left out.
+    The last is the median of `PlainClock.ratios`. The first step is a warm-up and left out.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         trainer = make_trainer(shape, strategy, steps, folder)
-        clock = StepClock(trainer.model)
+        assert isinstance(trainer, ZOTrainer)
+        clock = PlainClock(trainer)
         trainer.add_callback(clock)
         trainer.train()
     taken, inside = clock.steps[1:], clock.forwards[1:]
     outside = statistics.median(1 - f / s for s, f in zip(taken, inside))
-    return trainer.forward_passes / steps, statistics.median(taken), outside
+    ratio = statistics.median(clock.ratios[1:])
+    return trainer.forward_passes / steps, statistics.median(taken), outside, ratio
 
 
 def take_adam_steps(trainer: ZOTrainer, steps: int) -> None:
@@ -117,16 +150,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_shape_option(parser, "OPT-125M", "the model; its weights are random")
     parser.add_argument("--steps", type=int, default=6, help="at least 2; the first is a warm-up")
+    strategies = [*STRATEGIES, "guided"]
+    parser.add_argument("--strategies", nargs="*", default=strategies, choices=strategies)
     given = parser.parse_args()
     quiet()
     print(
         f"{given.shape} shape, LoRA r=8, float32, batch {BATCH_SIZE} x {LENGTH} tokens, "
         f"{given.steps} steps"
     )
-    print_header("strategy", "forward passes a step", "seconds a step", "outside the forward")
-    for strategy in (*STRATEGIES, "guided"):
-        passes, seconds, outside = measure_time(given.shape, strategy, given.steps)
-        print_row(strategy, f"{passes:.1f}", f"{seconds:.2f}", f"{outside:.1%}")
+    print_header(
+        "strategy",
+        "forward passes a step",
+        "seconds a step",
+        "outside the forward",
+        "a forward pass against a plain one",
+    )
+    for strategy in given.strategies:
+        passes, seconds, outside, ratio = measure_time(given.shape, strategy, given.steps)
+        print_row(strategy, f"{passes:.1f}", f"{seconds:.2f}", f"{outside:.1%}", f"{ratio:.2f}")
     print()
     print_header("what", "peak memory above the weights, MiB", "against a plain forward")
     names = {

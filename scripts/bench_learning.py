@@ -94,12 +94,11 @@ def zo_run(trainer: ZOTrainer) -> dict[str, Any]:
     }
 
 
-def adam_run(trainer: ZOTrainer, learning_rate: float, steps: int) -> dict[str, Any]:
+def take_adam_steps(trainer: ZOTrainer, learning_rate: float, steps: int) -> None:
     """Train with Adam by back-propagation on the same adapter, batches and loss."""
     parameters = list(trainer.space.parameters.values())
     optimizer = torch.optim.Adam(parameters, learning_rate)
-    reset_peak()
-    start, done = time.perf_counter(), 0
+    done = 0
     trainer.model.eval()
     while done < steps:
         for batch in trainer.get_train_dataloader():
@@ -109,6 +108,13 @@ def adam_run(trainer: ZOTrainer, learning_rate: float, steps: int) -> dict[str, 
             done += 1
             if done == steps:
                 break
+
+
+def adam_run(trainer: ZOTrainer, learning_rate: float, steps: int) -> dict[str, Any]:
+    """Take steps of Adam, and evaluate."""
+    reset_peak()
+    start = time.perf_counter()
+    take_adam_steps(trainer, learning_rate, steps)
     seconds, peak = time.perf_counter() - start, peak_mib()
     return {
         "train_loss": train_loss(trainer),

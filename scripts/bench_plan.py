@@ -10,6 +10,7 @@ likes, yet the resident set counts them.
 
     python scripts/bench_plan.py                      # the table of docs/benchmarks.md
     python scripts/bench_plan.py --rows OPT-125M      # only rows whose names contain this
+    python scripts/bench_plan.py --rows guided        # or what makes their steps
     python scripts/bench_plan.py --shape embedded     # the same batches, all of one shape
 """
 
@@ -51,6 +52,8 @@ LLAMA = "Llama, 128k vocabulary"
 #: Makes glibc hand back what is freed, so that the resident set is what is held.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
 BASES = ("float32", "int8", "nf4")
+#: Of the guided rows: none, some, and all of OPT-125M's.
+EXACT_LAYERS = (0, 2, 12)
 TARGETS = ["q_proj", "v_proj"]
 
 
@@ -69,11 +72,23 @@ class Row:
     length: int
     scored: int
     strategy: str = "gv"
+    exact_layers: int = 0
+
+    @property
+    def run(self) -> str:
+        """What the table calls it."""
+        return f"{self.shape}, {self.base}, {self.batch} x {self.length}, {self.scored} scored"
 
     @property
     def name(self) -> str:
-        """What the table calls it."""
-        return f"{self.shape}, {self.base}, {self.batch} x {self.length}, {self.scored} scored"
+        """By which it is chosen."""
+        return f"{self.run}, {self.how}"
+
+    @property
+    def how(self) -> str:
+        """What makes its steps."""
+        hows = {"adam": "gradients", "guided": f"guided, exact_layers={self.exact_layers}"}
+        return hows.get(self.strategy, "forward only")
 
     @property
     def has_gradients(self) -> bool:
@@ -85,6 +100,7 @@ class Row:
         return ZOConfig(
             folder,
             strategy=self.strategy,
+            exact_layers=self.exact_layers,
             per_device_train_batch_size=self.batch,
             max_steps=steps,
             zo_eps=1e-3,
@@ -97,6 +113,9 @@ ROWS = [
     *(Row("OPT-125M", base, 16, 64, 64) for base in BASES),
     *(Row("OPT-125M", base, 4, 48, 1, "adam") for base in BASES),
     Row("OPT-125M", "float32", 16, 64, 64, "adam"),
+    *(Row("OPT-125M", base, 4, 48, 1, "guided", 2) for base in ("int8", "nf4")),
+    *(Row("OPT-125M", "float32", 4, 48, 1, "guided", exact) for exact in EXACT_LAYERS),
+    *(Row("OPT-125M", "float32", 16, 64, 64, "guided", exact) for exact in EXACT_LAYERS),
     *(Row("OPT-1.3B", base, 1, 32, 1) for base in BASES),
     *(Row("OPT-1.3B", base, 4, 32, 32) for base in BASES),
     *(Row(LLAMA, base, 1, 32, 1) for base in BASES),
@@ -133,7 +152,7 @@ def train(model: PreTrainedModel, row: Row, steps: int) -> None:
 
 def measure(row: Row, folder: str) -> tuple[float, float]:
     """MiB of the process before, and above it while training."""
-    train(load(EMBEDDED / "model", row.base), row, 2)
+    train(load(EMBEDDED / "model", row.base), of_shape(row, "embedded"), 2)
     gc.collect()
     before = resident_mib()
     model = load(folder, row.base)
@@ -158,6 +177,12 @@ def planned(row: Row, folder: str) -> float:
     return max(memory.step, memory.update) / 2**20
 
 
+def of_shape(row: Row, shape: str) -> Row:
+    """The row with a model of another shape, of which at most all layers are exact."""
+    layers = SHAPES[shape]().num_hidden_layers
+    return replace(row, shape=shape, exact_layers=min(row.exact_layers, layers))
+
+
 @contextmanager
 def saved(shape: str) -> Iterator[str]:
     """A folder that holds a model of the shape with random weights."""
@@ -174,8 +199,8 @@ def print_rows(rows: Sequence[Row], folder: str) -> None:
     for row in rows:
         plan, (before, training) = planned(row, folder), in_a_process(measure, row, folder)
         print_row(
-            row.name,
-            "gradients" if row.has_gradients else "forward only",
+            row.run,
+            row.how,
             f"{before:,.0f}",
             f"{plan:,.0f}",
             f"{training:,.0f}",
@@ -191,7 +216,7 @@ def main() -> None:
     given = parser.parse_args()
     quiet()
     os.environ |= MALLOC  # for the processes that measure
-    rows = [replace(row, shape=given.shape or row.shape) for row in ROWS]
+    rows = [of_shape(row, given.shape) if given.shape else row for row in ROWS]
     chosen = named_like(dict.fromkeys(rows), given.rows)
     print_header("run", "how", "process before, MiB", "planned, MiB", "measured, MiB", "ratio")
     for shape in dict.fromkeys(row.shape for row in chosen):

@@ -52,6 +52,13 @@ SMALLEST = [
         table("adapter", "IA3"),
     ),
     form(
+        "bench_dial",
+        "--workloads 'embedded LoRA float32' --seeds 0 --steps 1 --shape embedded",
+        table("workload", "embedded LoRA float32"),
+        table("exact layers", "0"),
+        r"^\| Adam, full gradients \| \d",
+    ),
+    form(
         "bench_estimators",
         "--draws 2 --batch_size 2",
         table("strategy", "mezo"),
@@ -93,6 +100,11 @@ SMALLEST = [
         "bench_plan",
         "--shape embedded --rows 'float32, 4 x 32'",
         table("run", "embedded, float32, 4 x 32, 32 scored"),
+    ),
+    form(
+        "bench_plan",
+        "--shape embedded --rows 'float32, 4 x 48, 1 scored, guided, exact_layers=2'",
+        r"guided, exact_layers=2 \| \d",
     ),
     form(
         "bench_ranks",

@@ -89,7 +89,10 @@ def make_trainer(
     callbacks: Any = None,
     **settings: Any,
 ) -> Any:
-    """A trainer on the embedded model or another, for a few short steps unless settings differ."""
+    """A trainer on the embedded model or another, for a few short steps unless settings differ.
+
+    Candidates make its steps, unless a strategy or a preset is given.
+    """
     defaults = {
         "max_steps": 4,
         "per_device_train_batch_size": 8,
@@ -98,6 +101,8 @@ def make_trainer(
         "disable_tqdm": True,
         "use_cpu": True,
     }
+    if kind is ZOTrainer and "preset" not in settings:
+        defaults["strategy"] = "gv"
     return kind(
         model,
         ZOConfig(str(folder), **{**defaults, **settings}),

@@ -89,6 +89,21 @@ def test_unrotated_turns_errors_back(scale: float) -> None:
     assert close(unrotated(errors, before.detach(), after.detach()), before.grad)
 
 
+@pytest.mark.parametrize(("heads", "expected"), [(1, "exact"), (3, "zero")])
+def test_unrotated_takes_a_pair_of_zeros_from_other_heads(heads: int, expected: str) -> None:
+    torch.manual_seed(0)
+    before, errors, angles = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 1, 4)
+    before[:, :heads, [1, 5]] = 0.0
+    turn = torch.polar(torch.ones_like(angles), angles)
+    pairs = [torch.complex(*x.chunk(2, dim=-1)) for x in (before, errors)]
+    after, true = (
+        torch.cat([x.real, x.imag], dim=-1) for x in (turn * pairs[0], turn.conj() * pairs[1])
+    )
+    if expected == "zero":
+        true[..., [1, 5]] = 0.0
+    assert close(unrotated(errors, before, after), true)
+
+
 class Squares:
     """The losses of a small regression, one for each example."""
 

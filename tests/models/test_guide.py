@@ -25,23 +25,29 @@ WRITERS = {"llama": ("o_proj", "down_proj"), "opt": ("out_proj", "fc2")}
 QUERY_VALUE = ["q_proj", "v_proj"]
 
 
-def batch(rows: int = 5, length: int = 9, scored: int = 1) -> Batch:
-    """Prompts of several lengths, padded in front; the last `scored` positions have labels."""
+def batch(rows: int = 5, scored: int = 1, uneven: bool = False) -> Batch:
+    """Prompts of several lengths, padded in front; the last `scored` positions have labels.
+
+    Args:
+        uneven: the first of them has no label in the first row.
+    """
     torch.manual_seed(3)
+    length = 8 + scored
     ids = torch.randint(1, VOCABULARY, (rows, length))
     mask = torch.ones_like(ids)
     for row in range(rows - 1):
         ids[row, :row], mask[row, :row] = PAD, 0
     where = torch.arange(length - scored, length)
+    first = int(uneven)
     return Batch(
         {
             "input_ids": ids,
             "attention_mask": mask,
             "labels": torch.randint(2, (rows,)) if scored == 1 else ids,
-            "rows": torch.arange(rows).repeat_interleave(scored),
-            "positions": where.repeat(rows),
+            "rows": torch.arange(rows).repeat_interleave(scored)[first:],
+            "positions": where.repeat(rows)[first:],
             "option_tokens": torch.tensor([[5, 6]] * rows),
-            "tokens": torch.randint(1, VOCABULARY, (rows * scored,)),
+            "tokens": torch.randint(1, VOCABULARY, (rows * scored - first,)),
         }
     )
 
@@ -105,12 +111,19 @@ def test_reads_the_gradient_where_upper_layers_do_nothing(family: str) -> None:
     assert_near(found, gradients(model, OptionObjective(), batch()), ".0.", 1e-5)
 
 
-def test_reads_the_gradient_of_a_writer_in_the_last_layer() -> None:
-    model = adapted(llama(), ["down_proj", "up_proj"])
+@pytest.mark.parametrize(
+    ("family", "mlp"), [("llama", ("up_proj", "down_proj")), ("opt", ("fc1", "fc2"))]
+)
+def test_reads_the_gradient_of_a_writer_in_the_last_layer(
+    family: str, mlp: tuple[str, str]
+) -> None:
+    """OPT's MLP sees all tokens of a batch as if they were one row."""
+    model = adapted({"llama": llama, "opt": opt}[family](), [*mlp])
     found = read(model, OptionObjective(), batch())
-    assert {name for name in found if "up_proj" in name} == set()
+    assert {name for name in found if mlp[0] in name} == set()
     true = gradients(model, OptionObjective(), batch())
-    assert_near(found, true, f".{LAYERS - 1}.mlp.down_proj", 1e-5)
+    last = {name: g for name, g in found.items() if f".{LAYERS - 1}." in name}
+    assert_near(last, true, mlp[1], 1e-5)
 
 
 @pytest.mark.parametrize("base", ["float32", "bfloat16", "int8", "nf4"])
@@ -136,15 +149,18 @@ def test_reads_the_gradient_of_a_prefix() -> None:
     assert (found[:, 0] - true[:, 0]).norm() <= 1e-5 * true[:, 0].norm()
 
 
-def test_of_completions_b_is_read_and_a_stays() -> None:
-    model = adapted(silenced(llama(), WRITERS["llama"]), ["v_proj", "q_proj"])
-    given, objective = batch(scored=3), CompletionObjective()
-    found, true = read(model, objective, given), gradients(model, objective, given)
-    assert not [name for name in found if "q_proj" in name]
-    assert all(not found[name].any() for name in found if "lora_A" in name)
-    only_b = {name: gradient for name, gradient in found.items() if "lora_B" in name}
-    # Errors at a scored position also reach it through values of others that are scored.
-    assert_near(only_b, true, ".0.", 1e-5)
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_reads_the_gradient_where_rows_have_several_scored_positions(
+    family: str, uneven: bool
+) -> None:
+    """As of completions. A value head of this llama serves two heads."""
+    model = {"llama": llama, "opt": opt}[family]()
+    model = adapted(silenced(model, WRITERS[family]), QUERY_VALUE)
+    given, objective = batch(scored=3, uneven=uneven), CompletionObjective()
+    found = read(model, objective, given)
+    assert len(found) == LAYERS * 4
+    assert_near(found, gradients(model, objective, given), ".0.", 1e-5)
 
 
 def test_a_new_head_gets_its_exact_gradient() -> None:

@@ -29,10 +29,10 @@ def make(tmp_path: Path, **settings: Any) -> ZOConfig:
 
 def test_defaults(tmp_path: Path) -> None:
     config = make(tmp_path)
-    assert (config.strategy, config.num_candidates, config.weighting) == ("gv", 4, "loss")
+    assert (config.strategy, config.num_candidates, config.weighting) == ("guided", 4, "loss")
     assert (config.probe, config.noise, config.carry_best) == ("reuse", "rademacher", False)
     assert (config.update_rule, config.momentum, config.per_example_noise) == (
-        "normalized",
+        "guided",
         0.9,
         True,
     )
@@ -43,7 +43,8 @@ def test_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "noise", "update_rule"),
     [
-        ({}, (0, None), "normalized"),
+        ({}, (0, None), "guided"),
+        ({"strategy": "gv"}, (0, None), "normalized"),
         ({"tune": "scales"}, (0, None), "normalized"),
         ({"tune": "weights"}, (1, "eggroll"), "fzoo"),
         ({"tune": "weights", "noise_rank": 0}, (0, None), "fzoo"),
@@ -61,6 +62,38 @@ def test_noise_and_update_rule_follow_what_is_tuned(
     config = make(tmp_path, **settings)
     assert (config.noise_rank, config.low_rank_noise) == noise
     assert config.update_rule == update_rule
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tune": "scales"},
+        {"objective": "accuracy"},
+        {"num_candidates": 8},
+        {"weighting": "split"},
+        {"noise_rank": 1},
+        {"per_example_noise": False},
+        {"update_rule": "fzoo"},
+        {"max_forward_passes": 10, "zo_eps": 1e-2},
+        {"max_forward_passes": 20, "gradient_accumulation_steps": 2, "zo_eps": 1e-2},
+    ],
+    ids=str,
+)
+def test_candidates_are_the_default_where_a_guide_is_not_meant(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    assert make(tmp_path, **settings).strategy == "gv"
+
+
+def test_a_budget_becomes_one_of_candidates(tmp_path: Path) -> None:
+    """What was given counts: steps as in a run for which gv was chosen, and they are no more."""
+    for settings in ({"max_forward_passes": 200}, {"max_forward_passes": 200, "max_steps": 7}):
+        config, asked = make(tmp_path, **settings), make(tmp_path, strategy="gv", **settings)
+        assert config.strategy == "guided"
+        changed = config.with_candidates()
+        assert (changed.strategy, changed.update_rule) == ("gv", "normalized")
+        assert changed.max_steps == asked.max_steps < 200
+        assert config.strategy == "guided"
 
 
 def test_every_field_of_its_own_is_documented() -> None:
@@ -90,7 +123,6 @@ def test_every_field_of_its_own_is_documented() -> None:
         ({"weighting": "rank"}, ["weighting='rank'", "split, loss"]),
         ({"probe": "none"}, ["probe='none'", "central, reuse"]),
         ({"noise": "uniform"}, ["noise='uniform'", "gaussian, rademacher"]),
-        ({"strategy": None}, ["strategy=None"]),
         *(
             ({name: value}, [name, "positive"])
             for name in ("zo_eps", "learning_rate", "max_forward_passes", "max_length")
@@ -108,7 +140,10 @@ def test_every_field_of_its_own_is_documented() -> None:
         ({"carry_best": True}, ["carry_best", "per_example_noise=False"]),
         ({"update_rule": "lion"}, ["update_rule='lion'", "sgd, momentum, normalized"]),
         *(({"momentum": value}, ["momentum", "below 1"]) for value in (-0.1, 1.0, math.nan)),
-        ({"max_forward_passes": 22}, ["max_forward_passes=22", "choice of zo_eps", "give zo_eps"]),
+        (
+            {"strategy": "gv", "max_forward_passes": 22},
+            ["max_forward_passes=22", "choice of zo_eps", "give zo_eps"],
+        ),
         ({"tune": "codes"}, ["tune='codes'", "adapter, scales, weights"]),
         ({"tune_unquantized": True}, ["tune_unquantized", "adapter"]),
         ({"noise_rank": -1}, ["noise_rank=-1", "full noise"]),
@@ -287,6 +322,7 @@ def test_the_choice_of_eps_is_counted_in_the_budget(
 ) -> None:
     config = make(
         tmp_path,
+        strategy="gv",
         max_forward_passes=budget * accumulation,
         per_example_noise=own,
         gradient_accumulation_steps=accumulation,

@@ -121,3 +121,12 @@ def test_only_adapters_are_tuned_with_gradients(tmp_path: Path) -> None:
     args = ZOConfig(str(tmp_path), strategy="sgd", tune="weights", use_cpu=True)
     with pytest.raises(UserError, match="tunes adapters only"):
         GradientTrainer(MODEL, args, train_dataset=examples())
+
+
+def test_only_what_is_tunable_moves(tmp_path: Path) -> None:
+    tuned = trainer(tmp_path, tunable="lora_B", learning_rate=1e-2)
+    before = {name: p.detach().clone() for name, p in tuned.model.named_parameters()}
+    tuned.train()
+    moved = {n for n, p in tuned.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {name for name in before if "lora_B" in name}
+    assert tuned.tuned_numel == sum(before[name].numel() for name in moved)

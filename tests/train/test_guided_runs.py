@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PrefixTuningConfig
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from tiny import LORA, MODEL, assert_same, command_line, examples, make_trainer, theta
 from torch import Tensor
 
@@ -36,6 +36,39 @@ def test_learns_in_a_few_passes(adapter: Any, tmp_path: Path) -> None:
     # The last steps have the smallest learning rates of the schedule, which follows the passes.
     rates = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
     assert rates[-1] < 0.2 * max(rates)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "strategy"),
+    [
+        (LORA, "guided"),
+        (PREFIX, "guided"),
+        (LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"]), "guided"),
+        (PrefixTuningConfig("CAUSAL_LM", num_virtual_tokens=2, prefix_projection=True), "gv"),
+        (PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2), "gv"),
+        (IA3Config(task_type="CAUSAL_LM"), "gv"),
+        (LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["embed_tokens"]), "gv"),
+    ],
+    ids=["lora", "prefix", "head", "projected prefix", "prompt", "ia3", "embeddings"],
+)
+def test_is_the_default_where_it_reads_something(
+    adapter: Any, strategy: str, tmp_path: Path
+) -> None:
+    args = ZOConfig(str(tmp_path), max_forward_passes=100, use_cpu=True)
+    trainer = ZOTrainer(MODEL, args, train_dataset=examples(), peft_config=adapter)
+    assert trainer.args.strategy == strategy
+    assert (trainer.guide is None) == (strategy == "gv")
+    assert (trainer.args.max_steps == 100) == (strategy == "guided")
+    # The same settings may serve a trainer of another adapter.
+    assert args.strategy == "guided"
+
+
+def test_rewards_have_candidates_by_default(tmp_path: Path) -> None:
+    args = ZOConfig(str(tmp_path), max_steps=1, use_cpu=True)
+    rows = [{"prompt": row["prompt"]} for row in examples()]
+    reward = [lambda completions, **_: [0.0 for _ in completions]]
+    trainer = ZOTrainer(MODEL, args, train_dataset=rows, peft_config=LORA, reward_funcs=reward)
+    assert trainer.args.strategy == "gv"
 
 
 def test_base_is_never_written_and_no_layer_has_a_graph(tmp_path: Path) -> None:

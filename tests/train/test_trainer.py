@@ -451,7 +451,7 @@ def test_a_saved_head_on_a_bfloat16_encoder_is_float32(tmp_path: Path) -> None:
     model = BertForSequenceClassification(config).to(torch.bfloat16)
     lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
     rows = [{"text": row["prompt"], "label": row["label"]} for row in examples()]
-    args = ZOConfig(str(tmp_path), max_steps=3, use_cpu=True, save_strategy="no", disable_tqdm=True)
+    args = ZOConfig(str(tmp_path), max_steps=4, use_cpu=True, save_strategy="no", disable_tqdm=True)
     trainer = ZOTrainer(model, args, None, rows, rows, tokenizer, peft_config=lora)
     start = theta(trainer)
     trainer.train()

@@ -95,17 +95,45 @@ def covariance(weights: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         weights: [N, heads, S].
         keys, values: [N, heads, S, width].
     """
-    centred = values - (weights[..., None] * values).sum(dim=2, keepdim=True)
-    return torch.einsum("nhs,nhsk,nhsv->nhkv", weights, keys, centred)
+    centred = values - weights[:, :, None] @ values
+    return keys.transpose(2, 3) @ centred.mul_(weights[..., None])
+
+
+def attended(
+    errors: Tensor, weights: Tensor, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Errors at the outputs of heads as errors at their queries and values.
+
+    With the weights w as the softmax of scores q . k_j, the error at score j is
+    `w_j (e . v_j - sum_i w_i e . v_i)`.
+
+    Args:
+        errors: [R, heads, n, width], at n positions of R rows.
+        weights: [R, heads, n, S].
+        keys, values: [R, value heads, S, width]; a value head serves equally many heads in a row.
+
+    Returns:
+        Errors at the queries, [R, heads, n, width], and at the values, shaped as these.
+    """
+    by_group = (x.unflatten(1, (values.shape[1], -1)) for x in (errors, weights))
+    errors, weights = by_group
+    scores = errors @ values[:, :, None].transpose(3, 4)
+    scores = weights * (scores - (weights * scores).sum(dim=-1, keepdim=True))
+    at_values = (weights.transpose(3, 4) @ errors).sum(dim=2)
+    return (scores @ keys[:, :, None]).flatten(1, 2), at_values
 
 
 def unrotated(errors: Tensor, before: Tensor, after: Tensor) -> Tensor:
     """Errors of rotated queries as errors of the queries before: [N, heads, width].
 
-    Rotary embeddings turn the pairs (i, i + width / 2) of a query. The angles are read off the
-    query itself, `before` and `after`; with no rotation they are zero.
+    Rotary embeddings turn the pairs (i, i + width / 2) of a query, of all heads alike. The angles
+    are read off the queries themselves, `before` and `after`; with no rotation they are zero. A
+    pair that is zero in all heads tells no angle, and its errors become zero.
     """
-    turn = _pairs(after) / _pairs(before)
+    pairs = _pairs(before)
+    size = pairs.abs().square().sum(dim=1, keepdim=True)
+    turn = (_pairs(after) * pairs.conj()).sum(dim=1, keepdim=True) / size
+    turn = turn.masked_fill(size == 0, 0)
     return torch.view_as_real(turn.conj() * _pairs(errors)).movedim(-1, -2).flatten(-2)
 
 

@@ -25,7 +25,7 @@ from zo_peft.errors import UserError
 from zo_peft.models.feedback import Feedback, PostNorm, linears_of, through_linear
 from zo_peft.models.heads import Heads, Reading, Role, Scored, lora_parameters, role_of
 from zo_peft.models.peft_layers import is_plain_lora, lora_factors
-from zo_peft.models.trunk import first_of, hidden_of, layers_of
+from zo_peft.models.trunk import first_of, hidden_of, layers_of, with_hidden
 
 #: A module writes into the residual stream if its layer's output follows it: the least cosine of
 #: what it is displaced by and of what the layer's output is displaced by.
@@ -37,9 +37,9 @@ DISPLACED = 0.1
 class ResidualGuide:
     """Reads gradients of an adapter off forward passes; see `zo_peft.core.guide.Guide`.
 
-    What it knows: a LoRA on the values of attention, on its queries where each example has one
-    scored position, and on modules that write into the residual stream; a prefix; and exactly all
-    that lies above the last layer. Which modules these are is found by looking at the first pass.
+    What it knows: a LoRA on the values and queries of attention, and on modules that write into the
+    residual stream; a prefix; and exactly all that lies above the last layer. Which modules these
+    are is found by looking at the first pass.
 
     Args:
         tuned: the tuned parameters by name.
@@ -81,6 +81,12 @@ class ResidualGuide:
         # A backward pass takes about as long as two forward passes.
         self.passes, self.looked = 1 + math.ceil(2 * exact_layers / len(layers)), 0
         self.layer_runs = 0
+        kind = model.peft_type == PeftType.PREFIX_TUNING
+        self.prefix = kind and not model.active_peft_config.prefix_projection
+        linears = [module for layer in self.read_layers for module in linears_of(layer)]
+        self.loras = {module for module in linears if is_plain_lora(module)}
+        #: The modules that a pass looks into: all at first, then those that it needs.
+        self.watched = linears
         self.roles: dict[nn.Module, Role] = {}
         self.post_norms: dict[nn.Module, PostNorm | None] = {}
         self.writers: set[nn.Module] = set()
@@ -105,8 +111,29 @@ class ResidualGuide:
             for parameter, gradient in read(errors_at(module)):
                 if (name := self.names.get(id(parameter))) is not None:
                     gradients[name] = gradients.get(name, 0.0) + gradient
+        if self.first:
+            roles = self.roles.values()
+            needed = self.writers.union(*({r.value, r.query, r.out} for r in roles if r.agrees))
+            self.watched = [module for module in self.watched if module in needed]
         self.first, self.looked = False, math.ceil(self.layer_runs / self._depth)
         return losses.detach(), gradients
+
+
+def may_read(model: PeftModel, tuned: Mapping[str, nn.Parameter]) -> bool:
+    """Whether a guide knows something of what is tuned, as far as that can be told unseen."""
+    layers = layers_of(model)
+    if not layers:
+        return False
+    if model.peft_type == PeftType.PREFIX_TUNING:
+        return not model.active_peft_config.prefix_projection
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    first = [model.get_input_embeddings(), getattr(model, "prompt_encoder", nn.Module())]
+    below = {id(parameter) for module in first for parameter in module.parameters()}
+    if any(id(parameter) not in inside | below for parameter in tuned.values()):
+        return True
+    ids = set(map(id, tuned.values()))
+    loras = (module for layer in layers for module in layer.modules() if is_plain_lora(module))
+    return any(id(p) in ids for lora in loras for p in lora_parameters(lora))
 
 
 class _Pass:
@@ -135,13 +162,13 @@ class _Pass:
         interface = partial(self._interface, ALL_ATTENTION_FUNCTIONS.get_interface)
         with ExitStack() as stack:
             stack.enter_context(self.feedback.hooks(guide.read_layers))
-            for layer in guide.read_layers:
-                for module in linears_of(layer):
-                    stack.enter_context(module.register_forward_pre_hook(self._before))
+            for module in guide.watched:
+                stack.enter_context(module.register_forward_pre_hook(self._before))
+                if module in guide.loras:
                     stack.enter_context(module.register_forward_hook(self._after))
-                if guide.first:
-                    hook = layer.register_forward_hook(self._look_back, with_kwargs=True)
-                    stack.enter_context(hook)
+            for layer in guide.read_layers if guide.first else ():
+                hook = layer.register_forward_hook(self._look_back, with_kwargs=True)
+                stack.enter_context(hook)
             if guide.boundary is None:
                 stack.enter_context(guide.read_layers[-1].register_forward_hook(self._leave))
             else:
@@ -155,8 +182,7 @@ class _Pass:
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = self._differentiated(hidden_of(*args, **kwargs))
-        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+        return with_hidden(self._differentiated(hidden_of(*args, **kwargs)), args, kwargs)
 
     def _differentiated(self, hidden: Tensor) -> Tensor:
         """The hidden states, from which on the rest of the pass has a graph."""
@@ -182,10 +208,11 @@ class _Pass:
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._still:
             return
-        x = args[0]
+        # Some layers pass all tokens of a batch to their MLP as if they were one row.
+        x = args[0] if args[0].dim() == 3 else args[0].unflatten(0, (self.scored.count, -1))
         if module in self.guide.writers:
             self.readings.append(_of_writer(module, self.scored, x))
-        elif is_plain_lora(module):
+        elif module in self.guide.loras:
             self._inputs[module] = x
         if self._open is not None:
             role, output, readings = self._open
@@ -193,11 +220,11 @@ class _Pass:
                 role.out = module
             if role.out is module:
                 self._open = None
-                self.readings.append((module, partial(_through, module, readings)))
+                if readings:
+                    self.readings.append((module, partial(_through, module, readings)))
 
     def _after(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if is_plain_lora(module):
-            self._outputs[module] = output
+        self._outputs[module] = output
 
     # ---- Attention -------------------------------------------------------------------------------
 
@@ -211,34 +238,34 @@ class _Pass:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None,
+        attention_mask: Tensor | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        output = function(module, query, key, value, mask, *args, **kwargs)
+        output = function(module, query, key, value, attention_mask, *args, **kwargs)
         if self._still:
             return output
         index, self._attentions = self._attentions, self._attentions + 1
         if torch.is_grad_enabled():
             return output
-        prefix = self.guide.model.peft_type == PeftType.PREFIX_TUNING
+        prefix = self.guide.prefix
         known = self.guide.roles.get(module)
         if known is not None and not (known.agrees and (known.value or known.query or prefix)):
             return output
-        heads = Heads(self.scored, module, query, key, value, mask, kwargs.get("scaling"))
+        heads = Heads(self.scored, module, query, key, value, attention_mask, kwargs.get("scaling"))
         if known is None:
             known = role_of(module, heads, output[0], self._outputs)
             self.guide.roles[module] = known
         readings: list[Reading] = []
         if known.agrees and known.value is not None:
             readings.append(heads.of_values(known.value, self._inputs[known.value]))
-        if known.agrees and known.query is not None and self.scored.single:
+        if known.agrees and known.query is not None:
             states = self._inputs[known.query], self._outputs[known.query]
             readings.append(heads.of_queries(known.query, *states))
         if known.agrees and prefix:
             readings.append(heads.of_prefix(self.guide.model, index))
         self._inputs, self._outputs = {}, {}
-        self._open = (known, output[0].flatten(2), readings) if readings else None
+        self._open = known, output[0].flatten(2), readings
         return output
 
 
@@ -254,26 +281,18 @@ def _writers(
     start = first_of(layer.forward(*args, **kwargs))
     noise *= DISPLACED * start.std()
     for module in modules:
-        with module.register_forward_hook(lambda _, args, output: output + noise):
+        with module.register_forward_hook(lambda _, args, output: output + noise.view_as(output)):
             moved = first_of(layer.forward(*args, **kwargs)) - start
         if F.cosine_similarity(moved.flatten(), noise.flatten(), dim=0) > FOLLOWS:
             yield module
 
 
 def _of_writer(module: Any, scored: Scored, x: Tensor) -> tuple[nn.Module, Reading]:
-    """The gradients of a LoRA that writes into the residual stream, whose input is x [B, T, in].
-
-    Where a row has many scored positions, only what A makes of x is kept, and A stays.
-    """
-    parameters, (a, _, _) = lora_parameters(module), lora_factors(module)
-    inputs = scored.of(x if scored.single else F.linear(x.to(a.dtype), a))
+    """The gradients of a LoRA that writes into the residual stream, whose input is x [B, T, in]."""
+    parameters, inputs = lora_parameters(module), scored.of(x)
 
     def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-        a, b, scaling = lora_factors(module)
-        if scored.single:
-            return list(zip(parameters, low_rank(errors, inputs.float(), a, b, scaling)))
-        still = torch.zeros_like(parameters[0])
-        return [(parameters[0], still), (parameters[1], scaling * errors.T @ inputs.float())]
+        return list(zip(parameters, low_rank(errors, inputs.float(), *lora_factors(module))))
 
     return module, read
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
 from zo_peft.core.batch import Batch
-from zo_peft.core.guide import covariance, low_rank, mixed, unrotated
+from zo_peft.core.guide import attended, covariance, low_rank, mixed, unrotated
 from zo_peft.models.peft_layers import is_plain_lora, lora_factors
 
 #: Errors [N, width] in; out come gradients by tuned parameter.
@@ -29,7 +28,8 @@ class Scored:
     """The N positions of a batch that the loss sees: those with a label, or else all tokens.
 
     Attributes:
-        single: whether each row has exactly one.
+        count, length: the rows of the batch, and their tokens without virtual ones.
+        single: whether each row has exactly one such position.
     """
 
     def __init__(self, batch: Batch) -> None:
@@ -38,18 +38,22 @@ class Scored:
         else:
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
             self.rows, self.positions = mask.nonzero(as_tuple=True)
-        self.length = batch["input_ids"].shape[1]
-        self.single = self.rows.tolist() == list(range(batch.rows))
+        self.count, self.length = batch["input_ids"].shape
+        counts = self.rows.bincount(minlength=self.count)
+        self.single = bool((counts == 1).all())
+        #: How many each row has, where they are equally many.
+        self._each = int(counts[0]) if (counts == counts[0]).all() else None
 
     def of(self, x: Tensor, some: Tensor | slice = slice(None)) -> Tensor:
         """[N, ...] of [B, T, ...], or some of them; virtual tokens stand in front of each row."""
         return x[self.rows[some], self.positions[some] + x.shape[1] - self.length]
 
-    def chunks(self) -> list[tuple[Tensor, Tensor]]:
-        """Rows [R] and positions [R, n] in the order of `of`: all rows at once, or one by one."""
-        if self.single:
-            return [(self.rows, self.positions[:, None])]
-        return [(row[None], self.positions[self.rows == row][None]) for row in self.rows.unique()]
+    def chunks(self) -> list[tuple[slice, Tensor]]:
+        """R rows and positions [R, n] in the order of `of`: all rows at once, or one by one."""
+        if self._each:
+            return [(slice(None), self.positions.view(-1, self._each))]
+        rows = self.rows.unique().tolist()
+        return [(slice(row, row + 1), self.positions[self.rows == row][None]) for row in rows]
 
 
 class Heads:
@@ -73,20 +77,18 @@ class Heads:
     ) -> None:
         self.scored, self.scaling = scored, scaling or query.shape[-1] ** -0.5
         self.heads, self.shared = query.shape[1], query.shape[1] // key.shape[1]
-        self.query, self.value = query, value
-        self.keys, self.values = (x.repeat_interleave(self.shared, 1) for x in (key, value))
+        self.query, self.key, self.value = query, key, value
         length, total = query.shape[2], key.shape[2]
         if mask is None and length > 1 and getattr(module, "is_causal", False):
             mask = torch.ones(length, total, dtype=torch.bool, device=query.device)
             mask = mask.tril(total - length)[None, None]
-        self.weights: list[tuple[Tensor, Tensor]] = []
+        self.weights: list[tuple[slice, Tensor]] = []
         for rows, positions in scored.chunks():
             where = positions + length - scored.length
-            picked = query[rows[:, None], :, where].transpose(1, 2)
-            scores = (picked @ self.keys[rows].transpose(2, 3)).float() * self.scaling
+            picked = _at(query[rows], where)
+            scores = _grouped(picked, key[rows].transpose(2, 3)).float() * self.scaling
             if mask is not None:
-                seen = mask.expand(len(query), -1, -1, -1)[rows[:, None], :, where].transpose(1, 2)
-                seen = seen[..., :total]
+                seen = _at(mask.expand(len(query), -1, -1, -1)[rows], where)[..., :total]
                 boolean = seen.dtype == torch.bool
                 scores = scores.masked_fill(~seen, -torch.inf) if boolean else scores + seen
             self.weights.append((rows, scores.softmax(dim=-1).to(query.dtype)))
@@ -95,54 +97,84 @@ class Heads:
         """Sums over S with the weights of each scored position and head: [N, heads, c].
 
         Args:
-            x: [B, S, c], or [B, heads, S, c].
+            x: [B, S, c], or [B, heads, S, c]; it may have fewer heads.
         """
         x = x[:, None] if x.dim() == 3 else x
-        sums = [weights @ x[rows].to(weights) for rows, weights in self.weights]
+        sums = [_grouped(weights, x[rows].to(weights)) for rows, weights in self.weights]
         return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in sums])
 
     @property
     def outputs(self) -> Tensor:
         """The outputs of the heads at the scored positions, [N, heads, width]."""
-        return self.mix(self.values)
+        return self.mix(self.value)
 
     def of_values(self, module: Any, x: Tensor) -> Reading:
         """The gradients of a LoRA on the values, whose input is x [B, S, in].
 
-        Where a row has many scored positions, only what A makes of x is kept, and A stays.
+        Where rows have one scored position, what is kept of x are its sums by head.
         """
-        a, _, _ = lora_factors(module)
         # What reads later must not hold the states of this attention.
-        single, heads = self.scored.single, self.heads
-        inputs = self.mix(x if single else F.linear(x.to(a.dtype), a))
-        parameters = lora_parameters(module)
+        single, heads, parameters = self.scored.single, self.heads, lora_parameters(module)
+        inputs, carry = (self.mix(x), None) if single else (x.flatten(0, 1), self._carry())
 
         def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
             a, b, scaling = lora_factors(module)
-            if single:
+            if carry is None:
                 found = mixed(_by_head(errors, heads), inputs.float(), a, b, scaling)
-                return list(zip(parameters, found))
-            one = torch.eye(len(a), device=a.device)
-            found = mixed(_by_head(errors, heads), inputs.float(), one, b, scaling)
-            return [(parameters[0], torch.zeros_like(parameters[0])), (parameters[1], found[1])]
+            else:
+                own = carry(errors)[1].transpose(1, 2).flatten(2).flatten(0, 1)
+                found = low_rank(own, inputs.float(), a, b, scaling)
+            return list(zip(parameters, found))
 
         return read
+
+    def _carry(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Takes errors [N, heads * width] at the outputs of heads to queries and values.
+
+        Theirs are [N, heads, width] and [B, value heads, S, width]. Keys and values are kept.
+        """
+        weights, key, value, heads = self.weights, self.key, self.value, self.heads
+        scaling = self.scaling
+
+        def carry(errors: Tensor) -> tuple[Tensor, Tensor]:
+            at_queries, at_values = [], torch.zeros_like(value, dtype=torch.float32)
+            own = _by_head(errors, heads).split([w.shape[0] * w.shape[2] for _, w in weights])
+            for (rows, part), e in zip(weights, own):
+                e = e.unflatten(0, (part.shape[0], -1)).transpose(1, 2)
+                states = (part.float(), key[rows].float(), value[rows].float())
+                found, at_values[rows] = attended(e, *states)
+                at_queries.append(scaling * found.transpose(1, 2).flatten(0, 1))
+            return torch.cat(at_queries), at_values
+
+        return carry
+
+    def _carry_to_queries(self) -> Callable[[Tensor], Tensor]:
+        """As `_carry`, to queries alone. Where a row has one position, what carries is kept."""
+        if not self.scored.single:
+            carry = self._carry()
+            return lambda errors: carry(errors)[0]
+        ((_, weights),), heads, scaling = self.weights, self.heads, self.scaling
+        carried = covariance(weights[:, :, 0], self._repeated(self.key), self._repeated(self.value))
+        return lambda errors: (
+            scaling * (carried.float() @ _by_head(errors, heads)[..., None])[..., 0]
+        )
 
     def of_queries(self, module: Any, x: Tensor, made: Tensor) -> Reading:
         """The gradients of a LoRA on the queries, whose input and output are x and `made`."""
-        (rows, weights), *_ = self.weights
-        carried = covariance(weights[:, :, 0], self.keys[rows], self.values[rows])
-        where = self.scored.positions + self.query.shape[2] - self.scored.length
-        after, before = self.query[rows, :, where], _by_head(self.scored.of(made), self.heads)
+        carry = self._carry_to_queries()
+        before = _by_head(self.scored.of(made), self.heads)
+        after = self.scored.of(self.query.transpose(1, 2))
         inputs, parameters = self.scored.of(x), lora_parameters(module)
-        heads, scaling = self.heads, self.scaling
 
         def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-            own = scaling * (carried.float() @ _by_head(errors, heads)[..., None])[..., 0]
-            own = unrotated(own, before.float(), after.float()).flatten(1)
+            own = unrotated(carry(errors), before.float(), after.float()).flatten(1)
             return list(zip(parameters, low_rank(own, inputs.float(), *lora_factors(module))))
 
         return read
+
+    def _repeated(self, x: Tensor) -> Tensor:
+        """Keys or values of all heads, no copies where each has its own."""
+        return x[:, :, None].expand(-1, -1, self.shared, -1, -1).flatten(1, 2)
 
     def of_prefix(self, model: PeftModel, layer: int) -> Reading:
         """The gradient of a prefix, whose keys and values stand in front of those of the tokens."""
@@ -151,7 +183,7 @@ class Heads:
         kept = [weights[..., :count].transpose(1, 2).flatten(0, 1) for _, weights in self.weights]
         weights, outputs = torch.cat(kept), self.outputs
         queries = self.scored.of(self.query.transpose(1, 2))
-        values = self.values[0, :, :count].clone()
+        values = self._repeated(self.value[:1, :, :count])[0].clone()
         heads, shared, scaling = self.heads, self.shared, self.scaling
 
         def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
@@ -203,6 +235,23 @@ def role_of(module: nn.Module, heads: Heads, output: Tensor, made: dict[nn.Modul
         elif y.shape == heads.query.shape and _turned(y, heads.query):
             role.query = candidate
     return role
+
+
+def _at(x: Tensor, positions: Tensor) -> Tensor:
+    """[R, heads, n, ...] of [R, heads, T, ...] at positions [R, n] of each row."""
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    return x[rows, :, positions].transpose(1, 2)
+
+
+def _grouped(x: Tensor, y: Tensor) -> Tensor:
+    """The products [R, heads, n, c] of x [R, heads, n, S] and of y [R, groups, S, c].
+
+    The heads of a group share a y.
+    """
+    _, heads, count, _ = x.shape
+    shared = heads // y.shape[1]
+    product = x.unflatten(1, (-1, shared)).flatten(2, 3) @ y
+    return product.unflatten(2, (shared, count)).flatten(1, 2)
 
 
 def lora_parameters(module: Any) -> list[nn.Parameter]:

@@ -133,7 +133,11 @@ def _loading(what: str) -> Iterator[None]:
 
 
 def meta_base(
-    name: str, dtype: str, quantization: BitsAndBytesConfig | None, has_classes: bool, **source: Any
+    name: str,
+    dtype: str,
+    quantization: BitsAndBytesConfig | Literal[False] | None,
+    has_classes: bool,
+    **source: Any,
 ) -> PreTrainedModel:
     """The base as `load_base` would load it, on the meta device: its tensors hold no bytes.
 
@@ -141,7 +145,7 @@ def meta_base(
 
     Args:
         dtype: that of what is not quantized; auto: as it was saved.
-        quantization: None: as it was saved.
+        quantization: None: as it was saved; False: in floating point in any case.
         source: `revision` and `trust_remote_code` of `from_pretrained`.
     """
     config = load_config(name, **source)
@@ -158,7 +162,7 @@ def meta_base(
     settings["trust_remote_code"] = source.get("trust_remote_code", False)
     with _loading(f"model {name!r}"), torch.device("meta"):
         base = auto.from_config(config, **settings)
-        if quantization or saved:
+        if quantization or (saved and quantization is None):
             _quantize(base, quantization or saved)
     return base.requires_grad_(False)
 

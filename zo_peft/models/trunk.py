@@ -32,6 +32,13 @@ def hidden_of(*args: Any, **kwargs: Any) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
+def with_hidden(
+    hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a layer with other hidden states."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The transformer layers in order; none unless the model has exactly one stack of them."""
     stacks = [

@@ -61,7 +61,8 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     validated = _evaluate(trainer, trainer.eval_dataset) if dev else {}
     seconds = round(time.time() - psutil.Process().create_time(), 2)
     trainer.summary = results(trainer, before, after, validated, result.training_loss, seconds)
-    given = model, data, args
+    # The trainer may have chosen another strategy than the default one.
+    given = model, data, trainer.args
     trainer.summary |= {"command": command(*given), "settings": settings(*given)}
     if data.task is not None and data.task_data_dir is None:
         trainer.summary["dataset"] = TASKS[data.task].hub[0]

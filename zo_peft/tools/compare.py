@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from zo_peft.core.strategies import STRATEGIES
 from zo_peft.errors import UserError
 from zo_peft.runs import jobs
-from zo_peft.train.checks import GRADIENT, PRESETS
+from zo_peft.train.checks import GRADIENT, GUIDED, PRESETS
 from zo_peft.train.results import write_json
 
 RESULT_NAME, PLOT_NAME = "comparison.json", "comparison.png"
@@ -27,7 +27,7 @@ class CompareArguments:
         help="The budget of each; a backward pass counts as two forward passes."
     )
     strategies: list[str] = HfArg(
-        default_factory=lambda: ["mezo", "greedy", "gv", "adam"],
+        default_factory=lambda: ["guided", "gv", "greedy", "mezo", "adam"],
         help="Strategies of zo-peft train, adam and sgd with gradients; or presets.",
     )
     output_dir: str = HfArg(default="zo_peft_compare", help="Folder of the result and of each run.")
@@ -45,7 +45,7 @@ def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
     Raises:
         UserError: a strategy is not known, or a run fails.
     """
-    known = (*STRATEGIES, *GRADIENT)
+    known = (GUIDED, *STRATEGIES, *GRADIENT)
     for name in given.strategies:
         if name not in known and name not in PRESETS:
             expected = ", ".join([*known, *PRESETS])

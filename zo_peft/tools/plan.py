@@ -22,18 +22,21 @@ from transformers.hf_argparser import HfArg
 from zo_peft.core import eps
 from zo_peft.core.batch import Batch
 from zo_peft.core.evaluator import wave_size
+from zo_peft.core.guide import CHECK_PASSES
 from zo_peft.core.lanes import NotInLanes
 from zo_peft.core.noise import CHUNK
 from zo_peft.core.strategies import STRATEGIES
 from zo_peft.core.updates import RULES
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import add_adapter, unreadable_adapter
+from zo_peft.models.guide_memory import GuideMemory
 from zo_peft.models.hub import LOAD_ERRORS, public_name
 from zo_peft.models.loading import check_4bit_widths, meta_base
 from zo_peft.models.memory import Fit, layer_bytes, weight_bytes
 from zo_peft.models.recipe import SPACE_FIELDS, replacements_of, space_of
 from zo_peft.objectives.rewards import generates
 from zo_peft.runs.arguments import DataArguments, ModelArguments
+from zo_peft.train.checks import GUIDED
 from zo_peft.train.config import ZOConfig
 
 #: Bytes of a GPU that CUDA's context takes, or that the allocator holds and cannot use.
@@ -65,13 +68,17 @@ class PlanArguments:
 
 @dataclass(frozen=True)
 class Memory:
-    """The bytes of a run: its parts, and all that is held at the peak of each phase."""
+    """The bytes of a run: its parts, and all that is held at the peak of each phase.
+
+    `kept` is what stays of layers that a pass has left: checkpoints for gradients, or what a guide
+    reads and the graph of exact layers.
+    """
 
     weights: int
     adapter: int
     candidates: int
     activations: int
-    checkpoints: int
+    kept: int
     logits: int
     load: int
     step: int
@@ -93,6 +100,7 @@ class Planner:
         generates: completions of `args.max_completion_length` tokens are generated.
         device: cpu or cuda.
         tuned: how many numbers are tuned.
+        guide: the memory of a guide; None unless the strategy is `guided`.
         positions: the longest sequence that the base takes, if its configuration says so.
     """
 
@@ -117,6 +125,20 @@ class Planner:
         self.positions: int | None = getattr(self.fit.config, "max_position_embeddings", None)
         self.in_lanes = not isinstance(replacements_of(tuned, self.space), NotInLanes)
         self._measure_layers(base)
+        self.guide = self._guide() if args.strategy == GUIDED else None
+
+    def _guide(self) -> GuideMemory:
+        model, args = self.model, self.args
+        if args.tune != "adapter":
+            raise UserError(f"tune={args.tune!r} has no guide; use strategy='gv'")
+        name, source = model.model_name_or_path, model.source
+        base = meta_base(name, model.dtype, False, self.classifies, **source)
+        with torch.device("meta"):
+            guide = GuideMemory(add_adapter(base, _peft_config(model)).eval())
+        if args.exact_layers > guide.layers:
+            layers = f"{public_name(name)} has {guide.layers} layers"
+            raise UserError(f"exact_layers={args.exact_layers}, but {layers}")
+        return guide
 
     def _measure_layers(self, base: PreTrainedModel) -> None:
         """Measure what quantized layers need beside their codes."""
@@ -148,18 +170,29 @@ class Planner:
         return [wave_size(count, limit) for count in self.evaluated(batch)]
 
     def evaluated(self, batch: int) -> list[int]:
-        """How many candidates are evaluated at once: in a step, and while zo_eps is chosen."""
+        """How many candidates are evaluated at once: in a step, and while zo_eps is chosen.
+
+        The check of a guide counts as a step.
+        """
         # Beside a run with gradients, a plan shows one with the default strategy.
         strategy = STRATEGIES.get(self.args.strategy, STRATEGIES["gv"])
         step = max(strategy.asks(self.args.strategy_options))
+        if self.guide is not None:
+            step = max(step, CHECK_PASSES)
         return [step] if self.args.zo_eps is not None else [step, eps.points(self._parts(batch))]
 
     def forward_only(
-        self, batch: int, length: int, limit: int | None = None, eval_batch: int | None = None
+        self,
+        batch: int,
+        length: int,
+        limit: int | None = None,
+        eval_batch: int | None = None,
+        exact_layers: int | None = None,
     ) -> Memory:
         """The memory of a run with forward passes; arguments as in `candidates`.
 
-        `eval_batch` examples share an evaluation's forward pass; None: as the run's options say.
+        `eval_batch` examples share an evaluation's forward pass, and `exact_layers` of a guided run
+        are differentiated; None: as the run's options say.
         """
         fit, is_adapter = self.fit, self.args.tune == "adapter"
         count = max(self.candidates(batch, length, limit))
@@ -170,12 +203,36 @@ class Planner:
         activations = self.scratch + fit.layer(count * batch, length, fit.held)
         logits = count * fit.logits(self._scored(batch, length))
         noise = NOISE_BYTES * min(CHUNK, self.tuned)
+        kept, reading, read = 0, 0, 0
+        if self.guide is not None:
+            exact = self.args.exact_layers if exact_layers is None else exact_layers
+            kept, reading = self._reading(self.guide, batch, length, exact)
+            read = 4 * self.tuned
         return self._memory(
-            (self.weights, 4 * self.tuned * copies, candidates, activations, 0, logits),
-            candidates + max(activations, logits, noise),
-            fit.adapter + noise,
+            (self.weights, 4 * self.tuned * copies, candidates, activations, kept, logits),
+            # A check holds what was read, and its directions.
+            max(2 * read + candidates + max(activations, logits, noise), read + reading),
+            read + fit.adapter + noise,
             self._evaluation(eval_batch, length, fit.size),
         )
+
+    def _reading(
+        self, guide: GuideMemory, batch: int, length: int, exact_layers: int
+    ) -> tuple[int, int]:
+        """What a pass that the guide reads keeps of the layers, and all that it holds."""
+        fit, scored = self.fit, self._scored(batch, length)
+        positions = scored or batch * length
+        single = positions == batch
+        # The errors there are twice in float32: as they are, and taken down.
+        kept = guide.kept(batch, length, positions, exact_layers) + guide.graph(
+            batch, length, exact_layers
+        )
+        kept += 2 * 4 * positions * fit.config.hidden_size
+        layer = self.scratch + fit.layer(batch, length, fit.held)
+        if not single and exact_layers < guide.layers:
+            layer += guide.weights(batch, length, positions // batch)
+        # The gradient of the logits is there in float32, too, beside the loss and its gradient.
+        return kept, kept + max(layer, fit.logits(scored) * 3 // 2)
 
     def with_gradients(self, batch: int, length: int) -> Memory:
         """The memory of a run that tunes the same adapter with back-propagation.
@@ -233,9 +290,10 @@ def plan(
     Returns:
         The bytes of a `Memory` and its `peak`, as `forward_only` and as `gradients` (None where the
         base itself is tuned). `gpu_memory` adds `gradients_fit` and, of forward passes, `fits`, the
-        `largest` options that fit, and a `proposal` of options that fit, None where none do. Then
-        `least` tells of one example by itself in the fewest bits: the `options` of that base, the
-        `peak`, that of a single token (`peak_of_a_token`), and the `max_length` that fits, or 0.
+        `largest` options that fit (of a guided run `exact_layers`, too), and a `proposal` of
+        options that fit, None where none do. Then `least` tells of one example by itself in the
+        fewest bits: the `options` of that base, the `peak`, that of a single token
+        (`peak_of_a_token`), and the `max_length` that fits, or 0.
 
     Raises:
         UserError: the base is not found or cannot be planned, or an option makes no sense.
@@ -302,12 +360,15 @@ def _largest(planner: Planner, length: int, room: int) -> dict[str, int]:
     def fitting(name: str, most: int) -> int:
         return largest(lambda n: planner.forward_only(**(asked | {name: n})).peak <= room, most)
 
-    return {
+    found = {
         "per_device_train_batch_size": fitting("batch", MOST),
         "per_device_eval_batch_size": fitting("eval_batch", MOST),
         "max_length": fitting("length", planner.positions or MOST),
         "candidates_per_forward": fitting("limit", max(planner.evaluated(asked["batch"]))),
     }
+    if planner.guide is not None:
+        found["exact_layers"] = fitting("exact_layers", planner.guide.layers)
+    return found
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:

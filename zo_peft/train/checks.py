@@ -5,8 +5,9 @@ import warnings
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+from zo_peft.core.guide import CHECK_PASSES, FIRST_PASSES
 from zo_peft.core.low_rank import Structure
-from zo_peft.core.strategies import STRATEGIES
+from zo_peft.core.strategies import STRATEGIES, Options
 from zo_peft.core.updates import RULES
 from zo_peft.errors import UserError
 
@@ -19,6 +20,12 @@ GRADIENT = ("adam", "sgd")
 GUIDED = "guided"
 #: Forward passes that they count for a micro-batch: a backward pass takes about as long as two.
 GRADIENT_PASSES = 3
+#: The most forward passes of the first step of a guided run, for each micro-batch.
+FIRST_GUIDED = 1 + FIRST_PASSES + CHECK_PASSES
+#: Update rules that only candidates can use, and options that mean candidates.
+ALONG_CANDIDATES = ("sgd", "fzoo")
+OF_CANDIDATES = [f.name for f in fields(Options)]
+OF_CANDIDATES += ["noise", "noise_rank", "low_rank_noise", "per_example_noise"]
 Preset = Literal["paper-gv", "paper-greedy", "mezo", "subzero", "lozo"]
 Tune = Literal["adapter", "scales", "weights"]
 ObjectiveName = Literal["accuracy", "f1", "exact_match"]
@@ -98,6 +105,18 @@ def apply_preset(config: "ZOConfig") -> None:
         setattr(config, name, value)
 
 
+def default_strategy(config: "ZOConfig") -> str:
+    """What a strategy is where none is given and nothing is known of the model yet."""
+    if config.exact_layers:
+        return GUIDED
+    defaults = {f.name: f.default for f in fields(config)}
+    given = any(getattr(config, name) != defaults[name] for name in OF_CANDIDATES)
+    short = FIRST_GUIDED * config.gradient_accumulation_steps
+    few = config.max_forward_passes is not None and config.max_forward_passes < short
+    other = config.tune != "adapter" or config.objective is not None
+    return "gv" if given or few or other or config.update_rule in ALONG_CANDIDATES else GUIDED
+
+
 def choose_noise(config: "ZOConfig") -> None:
     """Full noise, unless low-rank noise is asked for or weights are tuned in our own way."""
     if config.noise_rank is None:
@@ -136,7 +155,7 @@ def check_values(config: "ZOConfig") -> None:
             f"exact_layers={config.exact_layers}; it must be 0 or more, and more only with "
             "strategy='guided'"
         )
-    if config.strategy == GUIDED and config.update_rule in ("sgd", "fzoo"):
+    if config.strategy == GUIDED and config.update_rule in ALONG_CANDIDATES:
         raise UserError(
             f"update_rule={config.update_rule!r} moves along candidates; with strategy='guided' "
             "use guided, adam, normalized, spectral or momentum"

@@ -1,5 +1,6 @@
 """`ZOConfig`: transformers' TrainingArguments plus the fields of forward-only tuning."""
 
+import copy
 import os
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -9,7 +10,6 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from zo_peft.core import eps
-from zo_peft.core.guide import CHECK_PASSES, FIRST_PASSES
 from zo_peft.core.low_rank import Structure
 from zo_peft.core.noise import Distribution
 from zo_peft.core.ranks import Parallel
@@ -48,10 +48,12 @@ class ZOConfig(TrainingArguments):
         "not quantized (embeddings, norms, biases, head).",
     )
     strategy: str = HfArg(
-        default="gv",
+        default=None,
         help=f"How a direction is found: guided (read off each forward pass, and checked with "
         f"candidates); from candidates alone: {', '.join(STRATEGIES)}; adam and sgd are "
-        "baselines that back-propagate.",
+        "baselines that back-propagate. Default: guided for an adapter of which it can read "
+        "something and a loss that has a gradient; gv for all else, and where options of "
+        "candidates are given.",
     )
     exact_layers: int = HfArg(
         default=0,
@@ -177,6 +179,9 @@ class ZOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         checks.check_choices(self)
         checks.apply_preset(self)
+        self.strategy_is_default = self.strategy is None
+        if self.strategy is None:
+            self.strategy = checks.default_strategy(self)
         checks.choose_noise(self)
         if self.update_rule is None:
             guided = "guided" if self.strategy == GUIDED else "normalized"
@@ -197,6 +202,16 @@ class ZOConfig(TrainingArguments):
             raise UserError(f"transformers refuses the settings: {error}") from error
         if isinstance(self.model_init_kwargs, str):
             raise UserError(f"model_init_kwargs={self.model_init_kwargs!r}; give a JSON object")
+
+    def with_candidates(self) -> "ZOConfig":
+        """The same with `gv`, for a model or a goal of which a guide can read nothing."""
+        changed = copy.copy(self)
+        changed.strategy = "gv"
+        if changed.update_rule == "guided":
+            changed.update_rule = "normalized"
+        if changed.max_forward_passes is not None:
+            changed._limit_steps(changed.max_forward_passes)
+        return changed
 
     @property
     def strategy_options(self) -> Options:
@@ -225,7 +240,7 @@ class ZOConfig(TrainingArguments):
         parts = self._examples if self.per_example_noise else 1
         chosen = eps.forward_passes(parts, budget // per_step) if chooses else 0
         steps = (budget - chosen * self.gradient_accumulation_steps) // per_step
-        first = (1 + FIRST_PASSES + CHECK_PASSES) * self.gradient_accumulation_steps
+        first = checks.FIRST_GUIDED * self.gradient_accumulation_steps
         if self.strategy == GUIDED and budget < first:
             raise UserError(
                 f"max_forward_passes={budget} is less than the first step of guided may take, "

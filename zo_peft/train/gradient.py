@@ -10,6 +10,7 @@ from transformers.training_args import OptimizerNames
 from zo_peft.core.batch import Batch
 from zo_peft.core.faults import Faults
 from zo_peft.errors import UserError
+from zo_peft.models.adapters import tuned_parameters
 from zo_peft.models.hub import AnyModel
 from zo_peft.objectives.rewards import RewardObjective
 from zo_peft.objectives.scoring import AccuracyObjective, BlackBoxObjective
@@ -57,7 +58,11 @@ class GradientTrainer(BaseTrainer):
         # The objective takes means, so the Trainer has to average over micro-batches.
         self.model_accepts_loss_kwargs = False
         self.forward_passes = self.examples_forwarded = 0
-        self.tuned_numel = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        tuned = tuned_parameters(self.model, self.args.tunable)
+        self.model.requires_grad_(False)
+        for parameter in tuned.values():
+            parameter.requires_grad_(True)
+        self.tuned_numel = sum(parameter.numel() for parameter in tuned.values())
         self.calibrations: list[Any] = []
         self.guide = None
         self.faults = Faults()

@@ -27,7 +27,7 @@ from zo_peft.core.updates import AUTOMATIC, UpdateRule
 from zo_peft.data.collate import drawn_batch
 from zo_peft.errors import NonFiniteLossError, UserError
 from zo_peft.models import recipe
-from zo_peft.models.guide import ResidualGuide
+from zo_peft.models.guide import ResidualGuide, may_read
 from zo_peft.models.in_place_space import InPlaceSpace
 from zo_peft.models.loading import base_hash, identity
 from zo_peft.models.trunk import compile_frozen_parts
@@ -46,6 +46,9 @@ from zo_peft.train.config import ZOConfig
 #: How far a random walk of all steps would move the loss of an example, in nats, with the automatic
 #: learning rate (docs/efficiency.md).
 WALK = 0.87
+
+#: The objectives whose losses have a gradient that a guide can read.
+DIFFERENTIABLE = CompletionObjective | OptionObjective | ClassificationObjective
 
 
 class ZOTrainer(CheckpointTrainer):
@@ -72,6 +75,8 @@ class ZOTrainer(CheckpointTrainer):
         self.base_hash = None if args.tune == "adapter" else base_hash(model)
         self.space = recipe.space_of(model, **self._space_settings())
         self.tuned_numel = self.space.numel
+        if args.strategy == GUIDED and args.strategy_is_default and not self._guide_reads():
+            self.args = args = args.with_candidates()
         self.ranks = Ranks(args.parallel, args.device) if args.world_size > 1 else OneRank()
         self._train_batch_size *= self.ranks.batches
         if self.ranks.count > 1 and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
@@ -111,11 +116,14 @@ class ZOTrainer(CheckpointTrainer):
         """What the guide reads and how far it is followed, in one line; None without one."""
         return None if self.tuner.guided is None else self.tuner.guided.told
 
+    def _guide_reads(self) -> bool:
+        return isinstance(self.objective, DIFFERENTIABLE) and may_read(
+            self.model, self.space.parameters
+        )
+
     def _guide(self) -> ResidualGuide:
         args = self.args
-        if args.tune != "adapter" or not isinstance(
-            self.objective, CompletionObjective | OptionObjective | ClassificationObjective
-        ):
+        if args.tune != "adapter" or not isinstance(self.objective, DIFFERENTIABLE):
             raise UserError(
                 "strategy='guided' reads the gradient of an adapter off the error at the output; "
                 "it needs tune='adapter' and an objective that has a gradient. Use 'gv'"
