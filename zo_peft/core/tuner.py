@@ -147,7 +147,7 @@ class Tuner:
         spread, sensitivity = (value / self.eps.eps for value in spreads)
         estimate = replace(estimate, spread=spread, sensitivity=sensitivity)
         if guided is not None and guided.mends(number):
-            estimate = replace(estimate, gradients=guided.others(estimate))
+            estimate = guided.others(estimate)
         return estimate, chosen
 
     def passes(self, number: int) -> int:

@@ -42,6 +42,7 @@ from zo_peft.train import checkpoint
 from zo_peft.train.checkpoint import CheckpointTrainer
 from zo_peft.train.checks import GUIDED
 from zo_peft.train.config import ZOConfig
+from zo_peft.train.policy import PolicyGuide
 
 #: How far a random walk of all steps would move the loss of an example, in nats, with the automatic
 #: learning rate (docs/efficiency.md).
@@ -112,22 +113,27 @@ class ZOTrainer(CheckpointTrainer):
         return None if self.tuner.guided is None else self.tuner.guided.told
 
     def _guide(self) -> ResidualGuide:
-        args = self.args
-        if args.tune != "adapter" or not isinstance(
-            self.objective, CompletionObjective | OptionObjective | ClassificationObjective
+        args, objective = self.args, self.objective
+        settings = self.model, self.space.parameters
+        if args.tune == "adapter" and isinstance(objective, RewardObjective):
+            return PolicyGuide(*settings, objective, args.exact_layers)
+        if args.tune == "adapter" and isinstance(
+            objective, CompletionObjective | OptionObjective | ClassificationObjective
         ):
-            raise UserError(
-                "strategy='guided' reads the gradient of an adapter off the error at the output; "
-                "it needs tune='adapter' and an objective that has a gradient. Use 'gv'"
-            )
-        return ResidualGuide(self.model, self.space.parameters, self.objective, args.exact_layers)
+            return ResidualGuide(*settings, objective, args.exact_layers)
+        raise UserError(
+            "strategy='guided' reads the gradient of an adapter off the error at the output; "
+            "it needs tune='adapter' and rewards, or an objective that has a gradient. Use 'gv'"
+        )
 
     def _smooth(self, batches: Sequence[Batch]) -> tuple[Evaluator, Sequence[Batch]]:
         """The likelihood of drawn completions, by which eps is chosen in the place of rewards."""
         assert isinstance(self.objective, RewardObjective)
         likelihood = SequenceObjective()
         evaluator = recipe.evaluator_of(self.model, self.space, likelihood, ranks=self.ranks)
-        return evaluator, [drawn_batch(self.objective, self.model, batch) for batch in batches]
+        drawn = [self.objective.drawn(self.model, batch) for batch in batches]
+        pad = self.objective.tokenizer.pad_token_id
+        return evaluator, [drawn_batch(batch, ids, pad) for batch, ids in zip(batches, drawn)]
 
     def _say(self, message: str) -> None:
         if self.is_world_process_zero():
@@ -292,6 +298,11 @@ class ZOTrainer(CheckpointTrainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
         """As in Trainer; an automatic learning rate depends on the number of steps."""
+        guided, budget = self.tuner.guided, self.args.max_forward_passes
+        if guided is not None and guided.guide.draws > 1 and budget is not None:
+            # The budget counts steps of one pass each; these take several.
+            step = guided.guide.draws * guided.guide.passes * self.args.gradient_accumulation_steps
+            num_training_steps = min(num_training_steps, budget // step)
         self.tuner.total_steps = num_training_steps
         rule = self.tuner.rule
         if rule.automatic:
@@ -300,8 +311,7 @@ class ZOTrainer(CheckpointTrainer):
             independent = num_training_steps * (1 + kept) / (1 - kept)
             rule.param_groups[0]["lr"] = WALK / math.sqrt(independent)
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        budget = self.args.max_forward_passes
-        if self.tuner.guided is not None and budget is not None:
+        if guided is not None and budget is not None:
             # Steps take one forward pass or several; the schedule follows the passes.
             scheduler.lr_lambdas = [
                 lambda _, own=own: own(num_training_steps * self.forward_passes / budget)
