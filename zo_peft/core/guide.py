@@ -209,8 +209,7 @@ class Guided:
             flat = space.dense(index, estimate.slope * estimate.direction)
             views = space.views(index, flat)
             found |= {name: view for name, view in views.items() if name in self.rest}
-        if self.guide.objective is not self.evaluator.objective:
-            # What candidates measure is not in nats.
+        if self.jumps:
             estimate = replace(estimate, sensitivity=self.sensitivity)
         return replace(estimate, gradients=found)
 
@@ -237,6 +236,13 @@ class Guided:
     def mends(self, number: int) -> bool:
         """Whether candidates make a step for the numbers alone that the guide does not know."""
         return bool(self.followed and self.rest) and number % CANDIDATES_EVERY == 1
+
+    @property
+    def jumps(self) -> bool:
+        """Whether the losses of candidates jump, as rewards do. They are not in nats then; distances
+        are those that the likelihood told.
+        """
+        return self.guide.objective is not self.evaluator.objective
 
     @property
     def rest(self) -> set[str]:
