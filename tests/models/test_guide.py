@@ -18,6 +18,7 @@ from zo_peft.objectives.scoring import (
     ClassificationObjective,
     CompletionObjective,
     OptionObjective,
+    PolicyObjective,
 )
 
 #: The modules of each family that write into the residual stream, from the attention and the MLP.
@@ -136,15 +137,29 @@ def test_reads_the_gradient_of_a_prefix() -> None:
     assert (found[:, 0] - true[:, 0]).norm() <= 1e-5 * true[:, 0].norm()
 
 
-def test_of_completions_b_is_read_and_a_stays() -> None:
+@pytest.mark.parametrize("objective", [CompletionObjective(), PolicyObjective(0.7)])
+def test_of_completions_b_is_read_and_a_stays(objective: CompletionObjective) -> None:
     model = adapted(silenced(llama(), WRITERS["llama"]), ["v_proj", "q_proj"])
-    given, objective = batch(scored=3), CompletionObjective()
+    given = batch(scored=3) | {"advantages": torch.tensor([1.0, -0.5, 0.0, 2.0, -1.5])}
     found, true = read(model, objective, given), gradients(model, objective, given)
     assert not [name for name in found if "q_proj" in name]
     assert all(not found[name].any() for name in found if "lora_A" in name)
     only_b = {name: gradient for name, gradient in found.items() if "lora_B" in name}
     # Errors at a scored position also reach it through values of others that are scored.
     assert_near(only_b, true, ".0.", 1e-5)
+
+
+def test_a_head_gets_its_exact_policy_gradient() -> None:
+    model = adapted(llama(), ["v_proj"], modules_to_save=["lm_head"])
+    given = batch(scored=3) | {"advantages": torch.tensor([1.0, -0.5, 0.0, 2.0, -1.5])}
+    logits = model(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).logits
+    logs = (logits[given["rows"], given["positions"]] / 0.7).log_softmax(dim=1)
+    likelihoods = logs[torch.arange(15), given["tokens"]].view(5, 3).mean(dim=1)
+    (-given["advantages"] * likelihoods).mean().backward()
+    (name,) = (name for name in tuned_parameters(model) if "lm_head" in name)
+    true = {name: tuned_parameters(model)[name].grad.clone()}
+    found = read(model, PolicyObjective(0.7), given)
+    assert_near({name: found[name]}, true, "lm_head", 1e-5)
 
 
 def test_a_new_head_gets_its_exact_gradient() -> None:

@@ -239,9 +239,7 @@ class Guided:
 
     @property
     def jumps(self) -> bool:
-        """Whether the losses of candidates jump, as rewards do. They are not in nats then; distances
-        are those that the likelihood told.
-        """
+        """Whether losses of candidates jump, as rewards do; distances are those of a likelihood."""
         return self.guide.objective is not self.evaluator.objective
 
     @property

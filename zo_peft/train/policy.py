@@ -22,7 +22,7 @@ from zo_peft.objectives.rewards import RewardObjective
 from zo_peft.objectives.scoring import CompletionObjective, PolicyObjective
 
 #: The completions of each prompt, which are compared with each other.
-COMPLETIONS = 2
+COMPLETIONS = 4
 
 
 class PolicyGuide(ResidualGuide):

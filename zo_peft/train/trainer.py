@@ -96,6 +96,16 @@ class ZOTrainer(CheckpointTrainer):
             self._guide() if args.strategy == GUIDED else None,
         )
         self.faults, self.calibrations = self.tuner.faults, self.tuner.eps.calibrations
+        first, budget = self.tuner.passes(0) * args.gradient_accumulation_steps, self._budget
+        if self.tuner.guided is not None and budget < first:
+            raise UserError(
+                f"max_forward_passes={budget} is less than the first step of guided may take, "
+                f"{first}; raise it"
+            )
+
+    @property
+    def _budget(self) -> float:
+        return self.args.max_forward_passes or math.inf
 
     @property
     def forward_passes(self) -> int:
@@ -244,11 +254,9 @@ class ZOTrainer(CheckpointTrainer):
             self._save_checkpoint(self.model, trial=None)
             last = f"The last good state is in checkpoint-{step}"
             raise NonFiniteLossError(f"{error}; {advice}. {last}") from None
-        if self.args.max_forward_passes is not None:
-            # Stop where another step would go beyond the budget.
-            left = self.args.max_forward_passes - self.forward_passes
-            needed = self.tuner.passes(step + 1) * self.args.gradient_accumulation_steps
-            self.control.should_training_stop |= left < needed
+        # Stop where another step would go beyond the budget.
+        needed = self.tuner.passes(step + 1) * self.args.gradient_accumulation_steps
+        self.control.should_training_stop |= self._budget - self.forward_passes < needed
         return torch.tensor(estimate.loss, device=self.args.device)
 
     def _advice(self, batches: Sequence[Batch]) -> str:
@@ -298,11 +306,11 @@ class ZOTrainer(CheckpointTrainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
         """As in Trainer; an automatic learning rate depends on the number of steps."""
-        guided, budget = self.tuner.guided, self.args.max_forward_passes
-        if guided is not None and guided.guide.draws > 1 and budget is not None:
-            # The budget counts steps of one pass each; these take several.
+        guided = self.tuner.guided
+        if guided is not None and guided.jumps:
+            # `ZOConfig` took steps for ones of a single pass; these take several.
             step = guided.guide.draws * guided.guide.passes * self.args.gradient_accumulation_steps
-            num_training_steps = min(num_training_steps, budget // step)
+            num_training_steps = int(min(num_training_steps, self._budget // step))
         self.tuner.total_steps = num_training_steps
         rule = self.tuner.rule
         if rule.automatic:
@@ -311,10 +319,10 @@ class ZOTrainer(CheckpointTrainer):
             independent = num_training_steps * (1 + kept) / (1 - kept)
             rule.param_groups[0]["lr"] = WALK / math.sqrt(independent)
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if guided is not None and budget is not None:
+        if guided is not None and math.isfinite(self._budget):
             # Steps take one forward pass or several; the schedule follows the passes.
             scheduler.lr_lambdas = [
-                lambda _, own=own: own(num_training_steps * self.forward_passes / budget)
+                lambda _, own=own: own(num_training_steps * self.forward_passes / self._budget)
                 for own in scheduler.lr_lambdas
             ]
         return scheduler
