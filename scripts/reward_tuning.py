@@ -4,7 +4,7 @@ A prompt is the first sentence of a bad review, followed by ` This was a`. The r
 completion is 1 where it has a word of praise and no word of blame, else 0. Each adapter is tuned
 with the defaults, and its greedy completions of held-out prompts are rewarded as training goes on.
 The last column says how many times larger the variance of the difference of two candidates' rewards
-would be without common random numbers, at the run's first eps.
+would be without common random numbers, at the run's first eps (where a run has chosen one).
 
     python scripts/reward_tuning.py
     python scripts/reward_tuning.py --strategy guided --max_forward_passes 600 --points 60 --to_goal
@@ -13,7 +13,6 @@ would be without common random numbers, at the run's first eps.
 import argparse
 import contextlib
 import json
-import math
 import re
 import sys
 import time
@@ -225,7 +224,7 @@ def row(
     eps = [calibration.zo_eps for calibration in trainer.calibrations]
     # Rewards differ most where they are neither all 0 nor all 1: before training.
     fresh = make(adapter, folder, seed=trainer.args.seed, max_steps=1)
-    ratio = variance_ratio(fresh, eps[0], pairs) if eps else math.nan
+    ratio = round(variance_ratio(fresh, eps[0], pairs), 2) if eps else None
     reached = (point for point in curve.points if point["reward"] >= GOAL)
     return {
         "adapter": adapter,
@@ -236,7 +235,7 @@ def row(
         "learning_rate": trainer.args.learning_rate,
         "zo_eps": eps,
         "seconds": round(seconds, 1),
-        "variance_ratio": round(ratio, 2),
+        "variance_ratio": ratio,
         "goal": next(reached, None),
         "curve": curve.points,
     }
@@ -301,7 +300,7 @@ def main() -> None:
         print(
             f"| {adapter}, {found['base']} | {found['numbers']:,} | {curve} | {goal} "
             f"| {found['curve'][-1]['generated_tokens']:,} | {found['seconds']:.0f} "
-            f"| {found['variance_ratio']:.1f} |"
+            f"| {found['variance_ratio'] or ''} |"
         )
         sys.stdout.flush()
         (given.out / "rewards.json").write_text(json.dumps(rows, indent=2) + "\n")

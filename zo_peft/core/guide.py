@@ -239,7 +239,10 @@ class Guided:
 
     @property
     def jumps(self) -> bool:
-        """Whether losses of candidates jump, as rewards do; distances are those of a likelihood."""
+        """Whether losses of candidates jump, as rewards do, while the guide measures likelihoods.
+
+        Then sensitivity and distance are the guide's in steps of candidates, too.
+        """
         return self.guide.objective is not self.evaluator.objective
 
     @property

@@ -116,10 +116,10 @@ class Tuner:
             estimate, chosen = guided.estimate(batches, number)
             if "guide" in chosen:
                 self.say(guided.told)
+            if guided.jumps and guided.followed:
+                self.eps.eps = self.eps.eps or guided.eps
             return estimate, chosen | self.faults.found(estimate, estimate.losses)
-        if guided is not None and guided.mends(number) and guided.jumps:
-            self.eps.eps = self.eps.given or guided.eps
-        elif self.eps.due(number, self.total_steps):
+        if self.eps.due(number, self.total_steps):
             start = derive_seed(self.seed, number, -1)
             calibration, message = self.eps.choose(self.evaluator, batches, parts, start)
             self.say(message)
@@ -161,10 +161,7 @@ class Tuner:
             return own
         if self.guided.asks(number):
             return self.guided.passes(number)
-        chooses = self.eps.due(number, self.total_steps)
-        if self.guided.mends(number) and self.guided.jumps:
-            chooses = False
-        return own + chooses * points(self.parts)
+        return own + self.eps.due(number, self.total_steps) * points(self.parts)
 
     def _recall(self, known: Record) -> tuple[Estimate, dict[str, Any]]:
         """The same as `_measure` from the journal, without a forward pass."""
