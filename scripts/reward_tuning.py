@@ -213,7 +213,7 @@ def row(
     """Train an adapter and measure it as it goes; what is written of it."""
     reward = Counted()
     trainer = make(adapter, folder, reward, **settings)
-    curve = Curve(trainer.args.max_forward_passes // points, reward, to_goal)
+    curve = Curve(settings["max_forward_passes"] // points, reward, to_goal)
     curve.trainer = trainer
     trainer.add_callback(curve)
     curve.add()
