@@ -156,11 +156,14 @@ def make(adapter: str, output_dir: Path, reward: Any = praises, **settings: Any)
 
 
 @torch.no_grad()
-def variance_ratio(trainer: ZOTrainer, eps: float, pairs: int = 8, examples: int = 128) -> float:
+def variance_ratio(
+    trainer: ZOTrainer, eps: float, pairs: int = 8, examples: int = 128
+) -> float | None:
     """How much larger the variance of candidates' difference is if each samples on its own.
 
     The difference is that of an example's rewards, and the variance a mean over pairs of
-    candidates. It is compared with that of candidates which sample with common random numbers.
+    candidates. It is compared with that of candidates which sample with common random numbers; None
+    where these do not differ.
     """
     features = [trainer.train_dataset[index] for index in range(examples)]
     batch = trainer.data_collator(features)
@@ -177,7 +180,7 @@ def variance_ratio(trainer: ZOTrainer, eps: float, pairs: int = 8, examples: int
         first = losses(2 * pair, pair)
         shared += float((first - losses(2 * pair + 1, pair)).var())
         own += float((first - losses(2 * pair + 1, pairs + pair)).var())
-    return own / shared
+    return round(own / shared, 2) if shared else None
 
 
 class Curve(TrainerCallback):
@@ -224,7 +227,7 @@ def row(
     eps = [calibration.zo_eps for calibration in trainer.calibrations]
     # Rewards differ most where they are neither all 0 nor all 1: before training.
     fresh = make(adapter, folder, seed=trainer.args.seed, max_steps=1)
-    ratio = round(variance_ratio(fresh, eps[0], pairs), 2) if eps else None
+    ratio = variance_ratio(fresh, eps[0], pairs) if eps else None
     reached = (point for point in curve.points if point["reward"] >= GOAL)
     return {
         "adapter": adapter,
