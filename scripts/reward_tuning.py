@@ -2,11 +2,13 @@
 
 A prompt is the first sentence of a bad review, followed by ` This was a`. The reward of a
 completion is 1 where it has a word of praise and no word of blame, else 0. Each adapter is tuned
-with strategy="gv" and the defaults, and its greedy completions of held-out prompts are rewarded as
-training goes on. The last column says how many times larger the variance of the difference of two
-candidates' rewards would be without common random numbers, at the run's first eps.
+with the defaults of a strategy, gv unless another is named, and its greedy completions of held-out
+prompts are rewarded as training goes on. The last column says how many times larger the variance of
+the difference of two candidates' rewards would be without common random numbers, at the run's first
+eps (where a run has chosen one).
 
     python scripts/reward_tuning.py
+    python scripts/reward_tuning.py --strategy guided --max_forward_passes 600 --points 60 --to_goal
 """
 
 import argparse
@@ -36,7 +38,10 @@ from zo_peft.tools.demo import EMBEDDED
 MODEL = str(EMBEDDED / "model")
 COMPLETION_TOKENS = 6
 HELD_OUT = 128
+#: The reward that the table counts the forward passes to.
+GOAL = 0.9
 QUERY_VALUE = ["q_proj", "v_proj"]
+WRITERS = ["v_proj", "o_proj", "down_proj"]
 ALL_LINEAR = [*QUERY_VALUE, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 BASES: dict[str, dict[str, Any]] = {
@@ -49,6 +54,10 @@ ADAPTERS: dict[str, tuple[str, Callable[[], PeftConfig]]] = {
     "LoRA": (
         "float32",
         lambda: LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=QUERY_VALUE),
+    ),
+    "LoRA on writers": (
+        "float32",
+        lambda: LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=WRITERS),
     ),
     "TinyLoRA": (
         "float32",
@@ -149,11 +158,14 @@ def make(adapter: str, output_dir: Path, reward: Any = praises, **settings: Any)
 
 
 @torch.no_grad()
-def variance_ratio(trainer: ZOTrainer, eps: float, pairs: int = 8, examples: int = 128) -> float:
+def variance_ratio(
+    trainer: ZOTrainer, eps: float, pairs: int = 8, examples: int = 128
+) -> float | None:
     """How much larger the variance of candidates' difference is if each samples on its own.
 
     The difference is that of an example's rewards, and the variance a mean over pairs of
-    candidates. It is compared with that of candidates which sample with common random numbers.
+    candidates. It is compared with that of candidates which sample with common random numbers; None
+    where these do not differ.
     """
     features = [trainer.train_dataset[index] for index in range(examples)]
     batch = trainer.data_collator(features)
@@ -170,14 +182,14 @@ def variance_ratio(trainer: ZOTrainer, eps: float, pairs: int = 8, examples: int
         first = losses(2 * pair, pair)
         shared += float((first - losses(2 * pair + 1, pair)).var())
         own += float((first - losses(2 * pair + 1, pairs + pair)).var())
-    return own / shared
+    return round(own / shared, 2) if shared else None
 
 
 class Curve(TrainerCallback):
-    """Measures the held-out reward after every so many steps."""
+    """Measures the held-out reward after every so many forward passes; may stop at `GOAL`."""
 
-    def __init__(self, every: int, reward: Counted) -> None:
-        self.every, self.reward = every, reward
+    def __init__(self, every: int, reward: Counted, to_goal: bool) -> None:
+        self.every, self.reward, self.to_goal = every, reward, to_goal
         self.trainer: ZOTrainer | None = None
         self.points: list[dict[str, float]] = []
 
@@ -193,16 +205,20 @@ class Curve(TrainerCallback):
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure after every so many steps."""
-        if state.global_step % self.every == 0:
+        """Measure where so many forward passes have been made since the last point."""
+        assert self.trainer is not None
+        if self.trainer.forward_passes >= self.points[-1]["forward_passes"] + self.every:
             self.add()
+        control.should_training_stop |= self.to_goal and self.points[-1]["reward"] >= GOAL
 
 
-def row(adapter: str, folder: Path, points: int, pairs: int, **settings: Any) -> dict[str, Any]:
+def row(
+    adapter: str, folder: Path, points: int, pairs: int, to_goal: bool, **settings: Any
+) -> dict[str, Any]:
     """Train an adapter and measure it as it goes; what is written of it."""
     reward = Counted()
     trainer = make(adapter, folder, reward, **settings)
-    curve = Curve(max(1, trainer.args.max_steps // points), reward)
+    curve = Curve(settings["max_forward_passes"] // points, reward, to_goal)
     curve.trainer = trainer
     trainer.add_callback(curve)
     curve.add()
@@ -213,16 +229,19 @@ def row(adapter: str, folder: Path, points: int, pairs: int, **settings: Any) ->
     eps = [calibration.zo_eps for calibration in trainer.calibrations]
     # Rewards differ most where they are neither all 0 nor all 1: before training.
     fresh = make(adapter, folder, seed=trainer.args.seed, max_steps=1)
-    ratio = variance_ratio(fresh, eps[0], pairs)
+    ratio = variance_ratio(fresh, eps[0], pairs) if eps else None
+    reached = (point for point in curve.points if point["reward"] >= GOAL)
     return {
         "adapter": adapter,
+        "strategy": trainer.args.strategy,
         "base": ADAPTERS[adapter][0],
         "numbers": trainer.tuned_numel,
         "seed": trainer.args.seed,
         "learning_rate": trainer.args.learning_rate,
         "zo_eps": eps,
         "seconds": round(seconds, 1),
-        "variance_ratio": round(ratio, 2),
+        "variance_ratio": ratio,
+        "goal": next(reached, None),
         "curve": curve.points,
     }
 
@@ -232,7 +251,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure, both = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axes, over in zip(both, ("forward_passes", "generated_tokens")):
         for found in rows:
-            label = f"{found['adapter']}, {found['base']}, {found['numbers']:,} numbers"
+            label = f"{found['adapter']}, {found['base']}, {found['strategy']}, "
+            label += f"{found['numbers']:,} numbers"
             curve = found["curve"]
             axes.plot([p[over] for p in curve], [p["reward"] for p in curve], "o-", label=label)
         axes.set(xlabel=over.replace("_", " "))
@@ -246,18 +266,23 @@ def main() -> None:
     """Print the table, and write its rows and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--adapters", nargs="*", default=[*ADAPTERS], choices=[*ADAPTERS])
+    parser.add_argument("--strategy", default="gv", help="gv, guided or another of ZOConfig")
     parser.add_argument("--max_forward_passes", type=int, default=1200)
     parser.add_argument("--learning_rate", type=float, help="the default is automatic")
     parser.add_argument("--points", type=int, default=6, help="how many each curve has")
     parser.add_argument("--pairs", type=int, default=8, help="of candidates, for the variance")
+    parser.add_argument("--to_goal", action="store_true", help=f"stop at a reward of {GOAL}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/reward_tuning"))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     disable_progress_bars()
     torch.set_num_threads(1)  # more only wait for each other on models this small
-    print("| adapter | numbers | forward passes: reward | tokens | seconds | variance ratio |")
-    print("|" + " --- |" * 6)
+    print(
+        f"| adapter | numbers | forward passes: reward | passes (tokens) to {GOAL} | tokens "
+        "| seconds | variance ratio |"
+    )
+    print("|" + " --- |" * 7)
     rows = []
     for adapter in given.adapters:
         with contextlib.redirect_stdout(sys.stderr):
@@ -266,16 +291,21 @@ def main() -> None:
                 given.out,
                 given.points,
                 given.pairs,
+                given.to_goal,
+                strategy=given.strategy,
                 max_forward_passes=given.max_forward_passes,
                 learning_rate=given.learning_rate,
                 seed=given.seed,
             )
         rows.append(found)
         curve = ", ".join(f"{p['forward_passes']:,}: {p['reward']:.2f}" for p in found["curve"])
+        goal = "not reached"
+        if found["goal"]:
+            goal = "{forward_passes:,} ({generated_tokens:,})".format(**found["goal"])
         print(
-            f"| {adapter}, {found['base']} | {found['numbers']:,} | {curve} "
+            f"| {adapter}, {found['base']} | {found['numbers']:,} | {curve} | {goal} "
             f"| {found['curve'][-1]['generated_tokens']:,} | {found['seconds']:.0f} "
-            f"| {found['variance_ratio']:.1f} |"
+            f"| {found['variance_ratio'] or ''} |"
         )
         sys.stdout.flush()
         (given.out / "rewards.json").write_text(json.dumps(rows, indent=2) + "\n")

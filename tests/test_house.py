@@ -78,8 +78,8 @@ def lines(*paths: Path) -> int:
     ("what", "paths", "most"),
     [
         ("the story of a step", STORY, 1430),
-        ("the core", [*(PACKAGE / "core").glob("*.py")], 2_840),
-        ("the package", MODULES, 11_250),
+        ("the core", [*(PACKAGE / "core").glob("*.py")], 2_900),
+        ("the package", MODULES, 11_450),
     ],
 )
 def test_it_stays_small(what: str, paths: list[Path], most: int) -> None:

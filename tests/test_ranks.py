@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from scripts.reward_tuning import make as make_rewarded
 from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
 from zo_peft.core.flat_space import FlatSpace
 from zo_peft.core.journal import JOURNAL_NAME, read
@@ -113,7 +114,10 @@ def trainer(folder: Path, rows: int = 200, **settings: Any) -> ZOTrainer:
 
 def trained(folder: Path, resume: Any = None, **settings: Any) -> dict[str, Any]:
     """A run; several processes compare what they hold at its start and its end."""
-    run = trainer(folder, **settings)
+    return result_of(trainer(folder, **settings), resume)
+
+
+def result_of(run: ZOTrainer, resume: Any = None) -> dict[str, Any]:
     run.train(resume_from_checkpoint=resume)
     run.save_model()
     return {
@@ -171,6 +175,30 @@ def test_all_processes_follow_the_same_guide(parallel: str, tmp_path: Path) -> N
     for result in found:
         assert result["spent"] == expected["spent"]
         assert same(result["adapter"], found[0]["adapter"])
+
+
+@pytest.mark.parametrize("parallel", ["data", "candidates"])
+def test_all_processes_follow_the_same_policy_gradient(parallel: str, tmp_path: Path) -> None:
+    expected = rewarded(tmp_path / "alone", {})
+    batch = 8 if parallel == "data" else 16
+    settings = {"parallel": parallel, "per_device_train_batch_size": batch}
+    found = on_ranks(2, rewarded, tmp_path / "both", settings)
+    np.testing.assert_allclose(
+        losses(tmp_path / "both"), losses(tmp_path / "alone"), atol=1e-4, rtol=0
+    )
+    for result in found:
+        assert result["spent"] == expected["spent"]
+        assert same(result["adapter"], found[0]["adapter"])
+
+
+def rewarded(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """A guided run whose rewards differ from completion to completion."""
+    settings = {"max_steps": 3, "update_rule": "momentum", "learning_rate": 1e-4, **settings}
+    return result_of(make_rewarded("LoRA", folder, vowels, strategy="guided", **settings))
+
+
+def vowels(completions: list[str], **_: Any) -> list[float]:
+    return [float(sum(c in "aeiou" for c in text)) for text in completions]
 
 
 def trained_with(folder: Path, settings: dict[str, Any], resume: Any = None) -> dict[str, Any]:

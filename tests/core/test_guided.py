@@ -1,7 +1,7 @@
 """Closed forms against back-propagation, and which guides are followed."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -116,10 +116,14 @@ class Squares:
 class Told:
     """A guide that knows the gradients of a model, each changed in some way."""
 
-    passes, looked = 1, 0
+    passes, looked, draws = 1, 0, 1
 
     def __init__(self, model: nn.Module, changes: Mapping[str, float | None]) -> None:
         self.model, self.changes = model, changes
+        self.objective = self.in_nats = Squares()
+
+    def drawn(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        return batches
 
     def part(self, name: str) -> int:
         return int(name.split(".")[0])
@@ -195,6 +199,17 @@ def test_checks_become_rare_and_cost_what_is_said() -> None:
     assert checked == [0, FIRST_WAIT, 3 * FIRST_WAIT, 7 * FIRST_WAIT]
     first = run.evaluator.forward_passes - 120 - 3 * CHECK_PASSES
     assert first <= FIRST_PASSES + CHECK_PASSES
+
+
+def test_a_guide_that_says_nothing_moves_nothing_and_its_check_waits() -> None:
+    run, batches = guided({"0.weight": 0.0, "1.weight": 0.0})
+    estimate, chosen = run.estimate(batches, 0)
+    assert (estimate.gradients, estimate.slope, chosen) == ({}, 0.0, {})
+    assert run.asks(1)
+    assert estimate.sensitivity > 0
+    run.guide.changes = {"0.weight": 1.0, "1.weight": 1.0}
+    assert "guide" in run.estimate(batches, 1)[1]
+    assert run.followed == [0, 1]
 
 
 def test_state_carries_a_guide_on() -> None:

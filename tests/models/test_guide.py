@@ -18,6 +18,7 @@ from zo_peft.objectives.scoring import (
     ClassificationObjective,
     CompletionObjective,
     OptionObjective,
+    PolicyObjective,
 )
 
 #: The modules of each family that write into the residual stream, from the attention and the MLP.
@@ -149,18 +150,33 @@ def test_reads_the_gradient_of_a_prefix() -> None:
     assert (found[:, 0] - true[:, 0]).norm() <= 1e-5 * true[:, 0].norm()
 
 
+@pytest.mark.parametrize("objective", [CompletionObjective(), PolicyObjective(0.7)])
 @pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_reads_the_gradient_where_rows_have_several_scored_positions(
-    family: str, uneven: bool
+    family: str, uneven: bool, objective: CompletionObjective
 ) -> None:
     """As of completions. A value head of this llama serves two heads."""
     model = {"llama": llama, "opt": opt}[family]()
     model = adapted(silenced(model, WRITERS[family]), QUERY_VALUE)
-    given, objective = batch(scored=3, uneven=uneven), CompletionObjective()
+    given = batch(scored=3, uneven=uneven)
+    given = given | {"advantages": torch.tensor([1.0, -0.5, 0.0, 2.0, -1.5])}
     found = read(model, objective, given)
     assert len(found) == LAYERS * 4
     assert_near(found, gradients(model, objective, given), ".0.", 1e-5)
+
+
+def test_a_head_gets_its_exact_policy_gradient() -> None:
+    model = adapted(llama(), ["v_proj"], modules_to_save=["lm_head"])
+    given = batch(scored=3) | {"advantages": torch.tensor([1.0, -0.5, 0.0, 2.0, -1.5])}
+    logits = model(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).logits
+    logs = (logits[given["rows"], given["positions"]] / 0.7).log_softmax(dim=1)
+    likelihoods = logs[torch.arange(15), given["tokens"]].view(5, 3).mean(dim=1)
+    (-given["advantages"] * likelihoods).mean().backward()
+    (name,) = (name for name in tuned_parameters(model) if "lm_head" in name)
+    true = {name: tuned_parameters(model)[name].grad.clone()}
+    found = read(model, PolicyObjective(0.7), given)
+    assert_near({name: found[name]}, true, "lm_head", 1e-5)
 
 
 def test_a_new_head_gets_its_exact_gradient() -> None:

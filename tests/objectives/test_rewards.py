@@ -275,7 +275,7 @@ def test_a_run_draws_anew_in_every_step(tmp_path: Path) -> None:
 
 def test_drawn_completions_are_a_batch_of_their_whole_likelihood(model: PreTrainedModel) -> None:
     rewards = objective(temperature=0.0, max_completion_length=100)
-    batch = drawn_batch(rewards, model, plain())
+    batch = drawn_batch(plain(), rewards.drawn(model, plain()), TOKENIZER.pad_token_id)
     with torch.no_grad():
         losses = SequenceObjective().losses(model, batch)
     ended = 0

@@ -14,17 +14,18 @@ last word: the estimate is a candidate, as in guided evolution strategies (arXiv
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import compress
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from zo_peft.core.batch import Batch
+from zo_peft.core.batch import Batch, Objective
 from zo_peft.core.direction import Direction
 from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.flat_space import FlatSpace
+from zo_peft.core.lanes import replaced
 from zo_peft.core.noise import derive_seed
 from zo_peft.core.strategies import Estimate
 from zo_peft.core.updates import unit
@@ -144,11 +145,22 @@ def _pairs(x: Tensor) -> Tensor:
 class Guide(Protocol):
     """Reads gradients off forward passes; `zo_peft.models.guide` has the one for transformers.
 
-    `passes` is what a reading costs, in forward passes, and `looked` what the first one costs more.
+    Attributes:
+        objective: whose gradient it reads.
+        in_nats: an objective of the same batches that says in nats how far noise moves the model.
+        passes: what a reading costs, in forward passes, with all that has made its batch.
+        looked: what the first one costs more.
+        draws: how many batches it reads for each micro-batch.
     """
 
+    objective: Objective
+    in_nats: Objective
     passes: int
     looked: int
+    draws: int
+
+    def drawn(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The batches that it reads for those of a step."""
 
     def read(self, batch: Batch) -> tuple[Tensor, Gradients]:
         """The losses [B] of a batch, and gradients of their mean for the parameters it knows."""
@@ -201,32 +213,38 @@ class Guided:
     def estimate(self, batches: Sequence[Batch], number: int) -> tuple[Estimate, dict[str, Any]]:
         """The gradients of all parts that are followed, and what a check found.
 
-        Where nothing is followed there are none, and the step moves nothing.
+        Where nothing is followed there are none, and the step moves nothing. Nor does it where they
+        are zero, as with rewards that are all alike; a check that is due waits for others.
         """
-        loss, gradients = self._read(batches)
+        batches = self.guide.drawn(batches)
+        loss, scale, gradients = self._read(batches)
         size = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
-        chosen: dict[str, Any] = {}
-        if number >= self.due:
+        sound, chosen = bool(gradients) and math.isfinite(size), dict[str, Any]()
+        if sound and not number:
+            self._find_distance(batches)
+        if number >= self.due and (size or not gradients):
             self.due = number + self.wait
-            sound = bool(gradients) and math.isfinite(size)
-            chosen["guide"] = self._check(batches, number, loss, gradients) if sound else {}
-        known = {n: g for n, g in gradients.items() if self.guide.part(n) in self.followed}
+            chosen["guide"] = self._check(batches, number, scale, gradients) if sound else {}
+        followed = self.followed if size else []
+        known = {n: g for n, g in gradients.items() if self.guide.part(n) in followed}
         found = Estimate(Direction(), size, (loss,), sensitivity=self.sensitivity, gradients=known)
         return found, chosen
 
-    def others(self, estimate: Estimate) -> Gradients:
-        """What candidates found for the numbers that the guide does not know."""
+    def others(self, estimate: Estimate) -> Estimate:
+        """What candidates found, for the numbers alone that the guide does not know."""
         space, found = self.evaluator.space, Gradients()
         for index in range(len(space.buffers)):
             flat = space.dense(index, estimate.slope * estimate.direction)
             views = space.views(index, flat)
             found |= {name: view for name, view in views.items() if name in self.rest}
-        return found
+        if self.jumps:
+            estimate = replace(estimate, sensitivity=self.sensitivity)
+        return replace(estimate, gradients=found)
 
     def passes(self, number: int) -> int:
         """The most forward passes of a step that reads the guide."""
         check = CHECK_PASSES if number >= self.due else 0
-        return self.guide.passes + check + (0 if number else FIRST_PASSES)
+        return self.guide.draws * (self.guide.passes + check + (0 if number else FIRST_PASSES))
 
     @property
     def told(self) -> str:
@@ -248,17 +266,27 @@ class Guided:
         return bool(self.followed and self.rest) and number % CANDIDATES_EVERY == 1
 
     @property
+    def jumps(self) -> bool:
+        """Whether losses of candidates jump, as rewards do, while the guide measures likelihoods.
+
+        Then sensitivity and distance are the guide's in steps of candidates, too.
+        """
+        return self.guide.objective is not self.evaluator.objective
+
+    @property
     def rest(self) -> set[str]:
         """The parameters that the guide does not know."""
         return self.evaluator.space.parameters.keys() - set(self.known)
 
-    def _read(self, batches: Sequence[Batch]) -> tuple[float, Gradients]:
+    def _read(self, batches: Sequence[Batch]) -> tuple[float, float, Gradients]:
+        """The mean loss, the mean size of losses, and the gradients."""
         losses: list[Tensor] = []
         sums: Gradients = {}
         for index, batch in enumerate(batches):
             loss, gradients = self.guide.read(batch)
+            own = torch.stack([loss.mean(), loss.abs().mean()])
             mean, *shares = self.evaluator.ranks.mean(
-                [loss.mean(), *(gradients[name] for name in sorted(gradients))], batch
+                [own, *(gradients[name] for name in sorted(gradients))], batch
             )
             losses.append(mean.double())
             for name, share in zip(sorted(gradients), shares):
@@ -268,17 +296,16 @@ class Guided:
             self.evaluator.forward_passes += passes
             self.evaluator.examples_forwarded += passes * batch.examples
         self.known = sorted(sums)
-        return torch.stack(losses).mean().item(), sums
+        mean, scale = torch.stack(losses).mean(dim=0).tolist()
+        return mean, scale, sums
 
     def _check(
-        self, batches: Sequence[Batch], number: int, loss: float, gradients: Gradients
+        self, batches: Sequence[Batch], number: int, scale: float, gradients: Gradients
     ) -> dict[str, Any]:
         """Measure the slope of the loss along each part, and follow those that agree."""
         space, evaluator = self.evaluator.space, self.evaluator
         assert isinstance(space, FlatSpace)
         examples = evaluator.parts(batches)
-        if not number:
-            self._find_distance(batches, examples)
         parts = sorted({self.guide.part(name) for name in gradients})
         groups = _grouped(parts, max(1, examples // 2))
         units = [
@@ -289,12 +316,12 @@ class Guided:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, number, -4) % 2**62)
         signs = torch.randint(2, (examples, len(groups)), generator=generator) * 2.0 - 1.0
         whole_promise = sum(promised)
-        near = min(self.eps, NEAR * loss / whole_promise) if whole_promise else self.eps
+        near = min(self.eps, NEAR * scale / whole_promise) if whole_promise else self.eps
         with space.vectors(units) as along:
             one = near * Direction.combine(along, [1.0] * len(along))
             mixes = [near * Direction.combine(along, own) for own in signs.tolist()]
             points = [[one, -one, mix, -mix] for mix in mixes]
-            found = torch.tensor(evaluator.evaluate(points, batches).losses, dtype=torch.float64)
+            found = self._losses(self.guide.objective, points, batches)
         slopes = (found[:, ::2] - found[:, 1::2]) / (2 * near)
         own, covariances = _least_squares(signs.double(), slopes[:, 1])
         agrees = own + 2 * covariances.diagonal().sqrt() > 0
@@ -328,17 +355,24 @@ class Guided:
         """Check the guide in the next step, and often from then on: the loss has risen."""
         self.due, self.wait = number + 1, FIRST_WAIT // 2
 
-    def _find_distance(self, batches: Sequence[Batch], examples: int) -> None:
+    def _find_distance(self, batches: Sequence[Batch]) -> None:
         """The first distance along noise for which the losses are near a line, and their slope."""
+        examples = self.evaluator.parts(batches)
         noise = [Direction.of(derive_seed(self.seed, i, -5)) for i in range(examples)]
         for _ in range(4):
             points = [[Direction(), self.eps * z, -self.eps * z] for z in noise]
-            losses = torch.tensor(self.evaluator.evaluate(points, batches).losses)
-            start, plus, minus = losses.double().unbind(dim=1)
+            start, plus, minus = self._losses(self.guide.in_nats, points, batches).unbind(dim=1)
             self.sensitivity = ((plus - minus) / (2 * self.eps)).square().mean().sqrt().item()
             if (plus + minus - 2 * start).norm() < (plus - minus).norm():
                 return
             self.eps /= 10
+
+    def _losses(
+        self, objective: Objective, points: Sequence[Sequence[Direction]], batches: Sequence[Batch]
+    ) -> Tensor:
+        """The losses of parts of the batches at points, float64."""
+        with replaced([(self.evaluator, "objective", objective)]):
+            return torch.tensor(self.evaluator.evaluate(points, batches).losses).double()
 
 
 def _grouped(parts: Sequence[int], most: int) -> list[list[int]]:

@@ -116,6 +116,8 @@ class Tuner:
             estimate, chosen = guided.estimate(batches, number)
             if "guide" in chosen:
                 self.say(guided.told)
+            if guided.jumps and guided.followed:
+                self.eps.eps = self.eps.eps or guided.eps
             return estimate, chosen | self.faults.found(estimate, estimate.losses)
         if self.eps.due(number, self.total_steps):
             start = derive_seed(self.seed, number, -1)
@@ -147,7 +149,7 @@ class Tuner:
         spread, sensitivity = (value / self.eps.eps for value in spreads)
         estimate = replace(estimate, spread=spread, sensitivity=sensitivity)
         if guided is not None and guided.mends(number):
-            estimate = replace(estimate, gradients=guided.others(estimate))
+            estimate = guided.others(estimate)
         return estimate, chosen
 
     def passes(self, number: int) -> int:

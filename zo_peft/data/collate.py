@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from zo_peft.core.batch import IGNORE_INDEX, Batch, Objective
 from zo_peft.models.adapters import input_device, peft_config_of
-from zo_peft.objectives.rewards import RewardObjective
 from zo_peft.objectives.scoring import ClassificationObjective, OptionObjective
 
 Features = Sequence[dict[str, Any]]
@@ -123,16 +122,14 @@ def _padded(rows: Sequence[Sequence[int]], value: int = 0, side: str = "right") 
     return pad_sequence([torch.as_tensor(row) for row in rows], True, value, side)
 
 
-def drawn_batch(
-    objective: RewardObjective, model: PreTrainedModel | PeftModel, batch: Batch
-) -> Batch:
-    """The prompts with completions as the objective draws them, as a `SequenceObjective` batch."""
+def drawn_batch(batch: Batch, drawn: Sequence[Sequence[int]], pad_token_id: int | None) -> Batch:
+    """Prompts with the completions that were drawn of them, as a `CompletionObjective` batch."""
     features = []
-    drawn = zip(batch["input_ids"], batch["attention_mask"], objective.drawn(model, batch))
-    for row, mask, ids in drawn:
+    for row, mask, own in zip(batch["input_ids"], batch["attention_mask"], drawn):
+        ids = list(own)
         prompt = row[mask.bool()].tolist()
         features.append({"input_ids": prompt + ids, "labels": [IGNORE_INDEX] * len(prompt) + ids})
-    made = Collator(objective.tokenizer.pad_token_id or 0)(features)
+    made = Collator(pad_token_id or 0)(features)
     shared = {} if batch.share is None else {"share": batch.share}
     return Batch(shared | {n: value.to(batch["input_ids"].device) for n, value in made.items()})
 

@@ -7,7 +7,7 @@ Below these it is the error at every layer, but for what `zo_peft.models.feedbac
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -56,7 +56,7 @@ class ResidualGuide:
         objective: Objective,
         exact_layers: int = 0,
     ) -> None:
-        self.model, self.objective = model, objective
+        self.model, self.objective, self.in_nats, self.draws = model, objective, objective, 1
         layers = layers_of(model)
         if not layers or exact_layers > len(layers):
             raise UserError(
@@ -95,6 +95,10 @@ class ResidualGuide:
     def part(self, name: str) -> int:
         """The index of the layer of a parameter; -1 outside of the layers."""
         return self._parts.get(name, -1)
+
+    def drawn(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The batches themselves."""
+        return batches
 
     @torch.no_grad()
     def read(self, batch: Batch) -> tuple[Tensor, Gradients]:

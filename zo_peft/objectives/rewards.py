@@ -145,7 +145,16 @@ class RewardObjective:
 
     def rewards(self, model: nn.Module, batch: Batch, samples: bool) -> Tensor:
         """The rewards of generated completions, which are drawn or greedy, float32 [B, K]."""
-        ids = self._generate(model, batch, samples)
+        return self._rewards(batch, self._generate(model, batch, samples))
+
+    def losses_of(self, model: nn.Module, batch: Batch, drawn: Sequence[Sequence[int]]) -> Tensor:
+        """As `losses`, of completions that `drawn` gave."""
+        ends = _ends(model, self.tokenizer)
+        ids = [list(takewhile(lambda id_: id_ not in ends, row)) for row in drawn]
+        return self._losses(self._rewards(batch, ids))
+
+    def _rewards(self, batch: Batch, ids: list[list[int]]) -> Tensor:
+        """The rewards [B, K] of completions, whose token ids are without the one that ends them."""
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         names = {name: None for columns in batch["columns"] for name in columns}
         columns = {name: [row.get(name) for row in batch["columns"]] for name in names}

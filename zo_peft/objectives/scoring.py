@@ -88,6 +88,24 @@ class SequenceObjective(CompletionObjective):
         return super()._means(logits, batch) * counts
 
 
+class PolicyObjective(CompletionObjective):
+    """As `CompletionObjective`, times how much better than others of its prompt a completion is.
+
+    Of sampled completions its gradient is a policy gradient: the better ones become likelier.
+
+    Batch: also `advantages` [B].
+
+    Args:
+        temperature: at which the completions were sampled.
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        self.temperature = temperature
+
+    def _means(self, logits: Tensor, batch: Batch) -> Tensor:
+        return super()._means(logits.div_(self.temperature), batch) * batch["advantages"]
+
+
 class OptionObjective:
     """Classification by the likelihood of label words (or longer options) after the prompt.
 

@@ -42,6 +42,7 @@ from zo_peft.train import checkpoint
 from zo_peft.train.checkpoint import CheckpointTrainer
 from zo_peft.train.checks import GUIDED
 from zo_peft.train.config import ZOConfig
+from zo_peft.train.policy import PolicyGuide
 
 #: How far a random walk of all steps would move the loss of an example, in nats, with the automatic
 #: learning rate (docs/efficiency.md).
@@ -100,6 +101,16 @@ class ZOTrainer(CheckpointTrainer):
             self._guide() if args.strategy == GUIDED else None,
         )
         self.faults, self.calibrations = self.tuner.faults, self.tuner.eps.calibrations
+        first, budget = self.tuner.passes(0) * args.gradient_accumulation_steps, self._budget
+        if self.tuner.guided is not None and budget < first:
+            raise UserError(
+                f"max_forward_passes={budget} is less than the first step of guided may take, "
+                f"{first}; raise it"
+            )
+
+    @property
+    def _budget(self) -> float:
+        return self.args.max_forward_passes or math.inf
 
     @property
     def forward_passes(self) -> int:
@@ -122,20 +133,25 @@ class ZOTrainer(CheckpointTrainer):
         )
 
     def _guide(self) -> ResidualGuide:
-        args = self.args
-        if args.tune != "adapter" or not isinstance(self.objective, DIFFERENTIABLE):
-            raise UserError(
-                "strategy='guided' reads the gradient of an adapter off the error at the output; "
-                "it needs tune='adapter' and an objective that has a gradient. Use 'gv'"
-            )
-        return ResidualGuide(self.model, self.space.parameters, self.objective, args.exact_layers)
+        args, objective = self.args, self.objective
+        settings = self.model, self.space.parameters
+        if args.tune == "adapter" and isinstance(objective, RewardObjective):
+            return PolicyGuide(*settings, objective, args.exact_layers)
+        if args.tune == "adapter" and isinstance(objective, DIFFERENTIABLE):
+            return ResidualGuide(*settings, objective, args.exact_layers)
+        raise UserError(
+            "strategy='guided' reads the gradient of an adapter off the error at the output; "
+            "it needs tune='adapter' and rewards, or an objective that has a gradient. Use 'gv'"
+        )
 
     def _smooth(self, batches: Sequence[Batch]) -> tuple[Evaluator, Sequence[Batch]]:
         """The likelihood of drawn completions, by which eps is chosen in the place of rewards."""
         assert isinstance(self.objective, RewardObjective)
         likelihood = SequenceObjective()
         evaluator = recipe.evaluator_of(self.model, self.space, likelihood, ranks=self.ranks)
-        return evaluator, [drawn_batch(self.objective, self.model, batch) for batch in batches]
+        drawn = [self.objective.drawn(self.model, batch) for batch in batches]
+        pad = self.objective.tokenizer.pad_token_id
+        return evaluator, [drawn_batch(batch, ids, pad) for batch, ids in zip(batches, drawn)]
 
     def _say(self, message: str) -> None:
         if self.is_world_process_zero():
@@ -246,11 +262,9 @@ class ZOTrainer(CheckpointTrainer):
             self._save_checkpoint(self.model, trial=None)
             last = f"The last good state is in checkpoint-{step}"
             raise NonFiniteLossError(f"{error}; {advice}. {last}") from None
-        if self.args.max_forward_passes is not None:
-            # Stop where another step would go beyond the budget.
-            left = self.args.max_forward_passes - self.forward_passes
-            needed = self.tuner.passes(step + 1) * self.args.gradient_accumulation_steps
-            self.control.should_training_stop |= left < needed
+        # Stop where another step would go beyond the budget.
+        needed = self.tuner.passes(step + 1) * self.args.gradient_accumulation_steps
+        self.control.should_training_stop |= self._budget - self.forward_passes < needed
         return torch.tensor(estimate.loss, device=self.args.device)
 
     def _advice(self, batches: Sequence[Batch]) -> str:
@@ -300,6 +314,11 @@ class ZOTrainer(CheckpointTrainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
         """As in Trainer; an automatic learning rate depends on the number of steps."""
+        guided = self.tuner.guided
+        if guided is not None and guided.jumps:
+            # `ZOConfig` took steps for ones of a single pass; these take several.
+            step = guided.guide.draws * guided.guide.passes * self.args.gradient_accumulation_steps
+            num_training_steps = int(min(num_training_steps, self._budget // step))
         self.tuner.total_steps = num_training_steps
         rule = self.tuner.rule
         if rule.automatic:
@@ -308,11 +327,10 @@ class ZOTrainer(CheckpointTrainer):
             independent = num_training_steps * (1 + kept) / (1 - kept)
             rule.param_groups[0]["lr"] = WALK / math.sqrt(independent)
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        budget = self.args.max_forward_passes
-        if self.tuner.guided is not None and budget is not None:
+        if guided is not None and math.isfinite(self._budget):
             # Steps take one forward pass or several; the schedule follows the passes.
             scheduler.lr_lambdas = [
-                lambda _, own=own: own(num_training_steps * self.forward_passes / budget)
+                lambda _, own=own: own(num_training_steps * self.forward_passes / self._budget)
                 for own in scheduler.lr_lambdas
             ]
         return scheduler

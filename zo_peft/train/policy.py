@@ -1,0 +1,73 @@
+"""The guide of rewards: policy gradients, read off completions that the model has drawn.
+
+A reward has no gradient, but the likelihood of a completion has one. Weighted with how much more
+than the others of its prompt a completion earned, it is the gradient of the expected reward:
+REINFORCE with the baseline of GRPO (arXiv:2402.03300) and RLOO (arXiv:2402.14740).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from zo_peft.core.batch import Batch
+from zo_peft.core.guide import Gradients
+from zo_peft.core.noise import derive_seed
+from zo_peft.data.collate import drawn_batch
+from zo_peft.errors import UserError
+from zo_peft.models.guide import ResidualGuide
+from zo_peft.objectives.rewards import RewardObjective
+from zo_peft.objectives.scoring import CompletionObjective, PolicyObjective
+
+#: The completions of each prompt, which are compared with each other.
+COMPLETIONS = 4
+
+
+class PolicyGuide(ResidualGuide):
+    """Draws completions of a step's prompts, has them rewarded, and reads policy gradients.
+
+    Its losses are minus the rewards. A batch has a completion of each prompt.
+
+    Raises:
+        UserError: the completions of a prompt would all be the same.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        tuned: Mapping[str, nn.Parameter],
+        rewards: RewardObjective,
+        exact_layers: int = 0,
+    ) -> None:
+        if not rewards.temperature:
+            raise UserError(
+                "strategy='guided' compares completions that are sampled, which temperature=0 does "
+                "not do; give another temperature, or strategy='gv'"
+            )
+        super().__init__(model, tuned, PolicyObjective(rewards.temperature), exact_layers)
+        self.rewards, self.in_nats, self.draws = rewards, CompletionObjective(), COMPLETIONS
+        # Completions of a batch count as one forward pass, as those of a candidate do.
+        self.passes += 1
+
+    def drawn(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The prompts with completions, their `losses` [B] and `advantages` [B]."""
+        return [drawn for batch in batches for drawn in self._drawn(batch)]
+
+    def read(self, batch: Batch) -> tuple[Tensor, Gradients]:
+        """The losses [B] of a batch that was drawn, and policy gradients by name."""
+        return batch["losses"], super().read(batch)[1]
+
+    def _drawn(self, batch: Batch) -> list[Batch]:
+        completed, losses = [], []
+        for index in range(COMPLETIONS):
+            sampler = replace(self.rewards, seed=derive_seed(self.rewards.seed, index))
+            ids = sampler.drawn(self.model, batch)
+            completed.append(drawn_batch(batch, ids, sampler.tokenizer.pad_token_id))
+            losses.append(sampler.losses_of(self.model, batch, ids))
+        usual = torch.stack(losses).mean(dim=0)
+        return [
+            Batch({**drawn, "losses": own, "advantages": usual - own})
+            for drawn, own in zip(completed, losses)
+        ]
