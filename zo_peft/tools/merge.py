@@ -11,7 +11,7 @@ from transformers.hf_argparser import HfArg
 
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter, merged_model, saved_adapter
-from zo_peft.models.hub import public_name
+from zo_peft.models.hub import check_apart, public_name
 from zo_peft.models.loading import load_tokenizer
 from zo_peft.runs.arguments import ModelArguments
 from zo_peft.runs.run import load
@@ -50,6 +50,7 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
         raise UserError("nothing to merge; give --adapter_name_or_path")
     if not SHARD_SIZE.fullmatch(given.max_shard_size):
         raise UserError(f"max_shard_size={given.max_shard_size!r}; give a size such as 5GB")
+    check_apart(given.output_dir, model.model_name_or_path, model.adapter_name_or_path)
     config, classes = saved_adapter(model.adapter_name_or_path)
     if config.is_prompt_learning:
         raise UserError(
