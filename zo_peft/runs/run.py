@@ -98,9 +98,10 @@ def resumes(model: ModelArguments, args: ZOConfig) -> str | bool | None:
     found = checkpoint and not journal if args.strategy in GRADIENT else journal
     own = resume is True or (resume and Path(str(resume)).resolve().parent == folder)
     if (journal or checkpoint or (folder / METRICS_NAME).is_file()) and not (own and found):
+        nothing = ", which left nothing that this strategy can go on from" if own else ""
         raise UserError(
-            f"{args.output_dir} holds a run{' of another kind' if own else ''}; go on with that "
-            "run by --resume_from_checkpoint True and its options, or give another --output_dir"
+            f"{args.output_dir} holds a run{nothing}; go on with it by --resume_from_checkpoint "
+            "True and its own options, or give another --output_dir"
         )
     return resume
 

@@ -1,5 +1,6 @@
 """`zo-peft merge`: put an adapter into the weights of its base, so that it loads without PEFT."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from zo_peft.models.loading import load_tokenizer
 from zo_peft.runs.arguments import ModelArguments
 from zo_peft.runs.run import load
 from zo_peft.train.card import write_model_card
+from zo_peft.train.results import METRICS_NAME
 
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]?B", re.IGNORECASE)
 
@@ -58,7 +60,9 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
             "changes no weight; load it with PEFT"
         )
     tokenizer = load_tokenizer(model.model_name_or_path, **model.source)
-    base = load(model, "adapter", classes)
+    path = Path(model.adapter_name_or_path) / METRICS_NAME
+    told = json.loads(path.read_text())["settings"] if path.is_file() else {}
+    base = load(model, "adapter", classes, told.get("label_words", "").split(","))
     dtype = base.dtype
     if quantized := getattr(base, "is_quantized", False):
         base = _dequantized(base, model.model_name_or_path, given.dequantize)

@@ -47,6 +47,8 @@ class GradientTrainer(BaseTrainer):
 
     def prepare_base(self, model: AnyModel, args: ZOConfig) -> None:
         """Refuse what has no baseline, and let PEFT prepare a quantized base."""
+        if args.strategy not in OPTIMIZERS:
+            raise UserError(f"strategy={args.strategy!r} has no gradients; use a ZOTrainer")
         if args.tune != "adapter":
             raise UserError(f"strategy={args.strategy!r} tunes adapters only; drop tune")
         if args.world_size > 1:

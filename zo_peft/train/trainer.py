@@ -40,7 +40,7 @@ from zo_peft.objectives.scoring import (
 )
 from zo_peft.train import checkpoint
 from zo_peft.train.checkpoint import CheckpointTrainer
-from zo_peft.train.checks import GUIDED
+from zo_peft.train.checks import GRADIENT, GUIDED
 from zo_peft.train.config import ZOConfig
 
 #: How far a random walk of all steps would move the loss of an example, in nats, with the automatic
@@ -67,6 +67,8 @@ class ZOTrainer(CheckpointTrainer):
     def ready(self) -> None:
         """Make the space, the evaluator and the tuner."""
         model, args = self.model, self.args
+        if args.strategy in GRADIENT:
+            raise UserError(f"strategy={args.strategy!r} needs gradients; use a GradientTrainer")
         recipe.check_in_place(model, args.tune)
         # The hash comes before the space, which takes nested scales of NF4 apart.
         self.base_hash = None if args.tune == "adapter" else base_hash(model)
