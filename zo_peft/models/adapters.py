@@ -170,7 +170,7 @@ def saved_adapter(name: str) -> tuple[PeftConfig, int | None]:
             path = Path(hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME))
         with safe_open(path, "pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    except LOAD_ERRORS as error:
+    except (*LOAD_ERRORS, KeyError, TypeError) as error:
         raise unreadable_adapter(name, error) from error
     heads = [shape[0] for key, shape in shapes.items() if HEAD.search(key)]
     return config, heads[0] if heads and config.task_type == TaskType.SEQ_CLS else None

@@ -174,8 +174,14 @@ def _trainer(
     num_labels, words = None, data.words() or []
     if model.task_type == "SEQ_CLS":
         num_labels = len(words) or classes_of(train or ())
-        if model.adapter_name_or_path is not None and args.tune == "adapter":
-            num_labels = saved_adapter(model.adapter_name_or_path)[1] or num_labels
+    if model.adapter_name_or_path is not None and args.tune == "adapter":
+        config, classes = saved_adapter(model.adapter_name_or_path)
+        num_labels = classes or num_labels
+        if (config.task_type == "SEQ_CLS") != (model.task_type == "SEQ_CLS"):
+            raise UserError(
+                f"the adapter is of task_type {config.task_type}, not {model.task_type}; give its "
+                "own --task_type"
+            )
     base: PreTrainedModel | PeftModel = load(model, args.tune, num_labels, words)
     if model.adapter_name_or_path is not None:
         if args.tune == "scales":
