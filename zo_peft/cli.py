@@ -78,22 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         as_json, result = _run(name, command, rest)
-    except UserError as error:
-        print(f"zo-peft: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if debug:
-            raise
-        if error.errno not in UNWRITABLE:
-            return _failed(error)
-        where = Path(error.filename).name if error.filename else "the output folder"
-        message = f"{where} cannot be written: {error.strerror}{command.goes_on}"
-        print(f"zo-peft: error: {message}", file=sys.stderr)
-        return 2
     except Exception as error:
-        if debug:
+        if debug and not isinstance(error, UserError):
             raise
-        return _failed(error)
+        print(f"zo-peft: error: {_line(error, command)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"zo-peft: stopped{command.goes_on}", file=sys.stderr)
         return 130
@@ -115,11 +104,14 @@ def _take_debug(argv: list[str]) -> bool:
     return False
 
 
-def _failed(error: Exception) -> int:
-    """Say in one line what a library raised; returns the exit code."""
-    text = " ".join(str(error).split()) or "no message"
-    print(f"zo-peft: error: {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)
-    return 2
+def _line(error: Exception, command: Command) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        where = Path(error.filename).name if error.filename else "the output folder"
+        return f"{where} cannot be written: {error.strerror}{command.goes_on}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
 
 
 def _run(name: str, command: Command, argv: Sequence[str]) -> tuple[bool, dict[str, Any]]:

@@ -62,25 +62,15 @@ class ModelArguments:
             known = ", ".join(PeftType.__members__)
             raise UserError(f"peft_type={self.peft_type!r} is not known; PEFT has {known}")
         config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.peft_type)]
-        peft_names = {"lora_r": "r", "lora_target_modules": "target_modules"}
-        taken = {peft_names.get(n, n): value for n, value in self.adapter_settings().items()}
-        return config_class(task_type=self.task_type, **taken)
-
-    def adapter_settings(self) -> dict[str, Any]:
-        """The options that a new adapter of this type takes, by name."""
         modules: Any = self.lora_target_modules
         if modules is not None and len(modules) == 1 and not re.fullmatch(r"[\w.]+", modules[0]):
             # PEFT's string: all-linear, or a regular expression.
             modules = modules[0]
-        known = {f.name for f in fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.peft_type)])}
-        taken: dict[str, Any] = {}
-        if "target_modules" in known:
-            taken["lora_target_modules"] = modules
-        if "num_virtual_tokens" in known:
-            taken["num_virtual_tokens"] = self.num_virtual_tokens
+        chosen = {"target_modules": modules, "num_virtual_tokens": self.num_virtual_tokens}
         if self.peft_type == "LORA":
-            taken |= {"lora_r": self.lora_r, "lora_alpha": self.lora_alpha}
-        return taken
+            chosen |= {"r": self.lora_r, "lora_alpha": self.lora_alpha}
+        taken = {f.name: chosen[f.name] for f in fields(config_class) if f.name in chosen}
+        return config_class(task_type=self.task_type, **taken)
 
 
 @dataclass

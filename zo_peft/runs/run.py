@@ -36,8 +36,8 @@ from zo_peft.train.trainer import ZOTrainer
 NAMES = {"model_name_or_path", "adapter_name_or_path", "dataset_name"}
 FILES = {"train_file", "eval_file", "task_data_dir"}
 
-#: Options of a new adapter; of a benchmark task; and of a data set of the Hub.
-ADAPTER = {"peft_type", "lora_r", "lora_alpha", "lora_target_modules", "num_virtual_tokens"}
+#: Options of a LoRA, of a benchmark task, and of a data set of the Hub.
+LORA = {"lora_r", "lora_alpha"}
 TASK = {"num_train", "num_dev", "num_eval"}
 HUB = {"dataset_config", "dataset_train_split", "dataset_test_split"}
 
@@ -147,9 +147,11 @@ def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     if data.prompt_template is None:
         idle.add("label_column")
     if args.tune != "adapter" or model.adapter_name_or_path is not None:
-        idle |= ADAPTER
+        idle |= {"peft_type", "num_virtual_tokens", "lora_target_modules", *LORA}
     else:
-        idle |= ADAPTER - {"peft_type"} - model.adapter_settings().keys()
+        prompts = model.peft_config().is_prompt_learning
+        idle.add("lora_target_modules" if prompts else "num_virtual_tokens")
+        idle |= LORA if model.peft_type != "LORA" else set()
     rewarded = generates(data.reward_funcs, args.objective)
     told = asdict(model) | asdict(data) | run_settings(args, rewarded)
     return {name: value for name, value in told.items() if name not in idle}

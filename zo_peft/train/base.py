@@ -11,13 +11,13 @@ from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import (
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_callback import (
     EarlyStoppingCallback,
-    EvalPrediction,
-    PreTrainedTokenizerBase,
-    Trainer,
+    ExportableState,
+    ProgressCallback,
+    TrainerCallback,
 )
-from transformers.trainer_callback import ExportableState, ProgressCallback, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy, TrainOutput, has_length, set_seed
 from transformers.utils import PushInProgress
