@@ -112,7 +112,8 @@ def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) 
             # PEFT would read a pickle instead.
             raise FileNotFoundError(f"it holds no {SAFETENSORS_WEIGHTS_NAME}.")
         config = PeftConfig.from_pretrained(path)
-        config.inference_mode = not is_trainable
+        # The name of the base is that of the one that is here.
+        config.base_model_name_or_path, config.inference_mode = None, not is_trainable
         adapted = add_adapter(model, _tunable(config) if is_trainable else config)
         wanted = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
         if any(parameter.is_meta for parameter in model.parameters()):

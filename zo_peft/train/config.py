@@ -262,9 +262,9 @@ def run_settings(config: ZOConfig, generates: bool) -> dict[str, Any]:
     """
     # model_init_kwargs may contain paths or tokens.
     told = (RUN_FIELDS | ZOConfig.__annotations__.keys()) - {"model_init_kwargs"}
-    told -= (CANDIDATES if config.strategy in checks.GRADIENT else set()) | (
-        set() if generates else GENERATION
-    )
+    told.remove("num_train_epochs" if config.max_steps > 0 else "max_steps")
+    told -= CANDIDATES if config.strategy in checks.GRADIENT else set()
+    told -= set() if generates else GENERATION
     return {f.name: getattr(config, f.name) for f in fields(config) if f.name in told}
 
 

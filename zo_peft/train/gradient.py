@@ -129,5 +129,5 @@ class GradientTrainer(BaseTrainer):
         self.totals.forward_passes += GRADIENT_PASSES
         self.totals.examples_forwarded += GRADIENT_PASSES * len(inputs["labels"])
         loss = self.objective.losses(model, inputs).mean()
-        self.totals.add(float(loss), 1 / self.current_gradient_accumulation_steps)
+        self.totals.add(float(loss.detach()), 1 / self.current_gradient_accumulation_steps)
         return loss
