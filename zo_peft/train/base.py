@@ -142,6 +142,8 @@ class BaseTrainer(Trainer):
                     compute_metrics=compute_metrics or own_metrics,
                     callbacks=callbacks,
                 )
+        except UserError:
+            raise
         except (ValueError, RuntimeError, ImportError) as error:
             raise UserError(f"transformers refuses the settings: {first_line(error)}") from error
         self.totals = Totals()
