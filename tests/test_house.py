@@ -78,8 +78,8 @@ def lines(*paths: Path) -> int:
     ("what", "paths", "most"),
     [
         ("the story of a step", STORY, 1430),
-        ("the core", [*(PACKAGE / "core").glob("*.py")], 2_840),
-        ("the package", MODULES, 10_950),
+        ("the core", [*(PACKAGE / "core").glob("*.py")], 2_850),
+        ("the package", MODULES, 11_370),
     ],
 )
 def test_it_stays_small(what: str, paths: list[Path], most: int) -> None:
