@@ -65,7 +65,7 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     trainer = _trainer(kind, model, data, args, examples, dev or test)
     test_set = trainer.eval_dataset if dev is None else trainer.features(test)
     before = _evaluate(trainer, test_set)
-    if args.metric_for_best_model and before:
+    if before:
         trainer.check_metric(before)
     trainer.train(resume_from_checkpoint=resume)
     after = _evaluate(trainer, test_set)

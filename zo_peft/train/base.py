@@ -233,9 +233,8 @@ class BaseTrainer(Trainer):
 
     def check_metric(self, metrics: dict[str, float]) -> None:
         """Raise a UserError unless the metric of the best model is among those of an evaluation."""
-        wanted = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
-        known = [name.removeprefix("eval_") for name in metrics]
-        if wanted not in known:
+        wanted, known = self.args.metric_for_best_model, [n.removeprefix("eval_") for n in metrics]
+        if wanted is not None and wanted.removeprefix("eval_") not in known:
             raise UserError(
                 f"metric_for_best_model={wanted!r} is not measured; use one of {', '.join(known)}"
             )
