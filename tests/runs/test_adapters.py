@@ -151,6 +151,23 @@ def test_classes_are_those_of_the_head_or_the_words(zo: Lines, files: Path, tmp_
     assert "of task_type SEQ_CLS, not CAUSAL_LM" in evaluated(zo, tmp_path / "two", code=2)
 
 
+@pytest.mark.parametrize("tune", ["adapter", "weights"])
+def test_a_new_head_depends_on_the_seed_alone(
+    tune: str, zo: Lines, files: Path, tmp_path: Path
+) -> None:
+    data = {**HEAD, "train_file": files / "2.jsonl", "eval_file": None, "tune": tune}
+    data["lora_target_modules"] = ["q_proj"] if tune == "adapter" else None
+    for name in ("first", "second"):
+        zo("train", tmp_path / name, **data)
+    argv = ["replay", str(tmp_path / "first/zo_journal"), "--model_name_or_path", MODEL]
+    argv += ["--task_type", "SEQ_CLS", "--output_dir", str(tmp_path / "replayed")]
+    assert main(argv) == 0
+    file = WEIGHTS if tune == "adapter" else "model.safetensors"
+    first, *others = (load_file(tmp_path / n / file) for n in ("first", "second", "replayed"))
+    for other in others:
+        assert all(torch.equal(other[name], tensor) for name, tensor in first.items())
+
+
 def test_a_base_with_a_head_keeps_it(zo: Lines, files: Path, tmp_path: Path) -> None:
     base = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=3)
     base.save_pretrained(tmp_path / "base")

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from zo_peft.core.journal import JOURNAL_NAME
@@ -184,6 +184,8 @@ def _trainer(
                 f"the adapter is of task_type {config.task_type}, not {model.task_type}; give its "
                 "own --task_type"
             )
+    # A new head is part of the run.
+    set_seed(args.seed)
     base: PreTrainedModel | PeftModel = load(model, args.tune, num_labels, words)
     if model.adapter_name_or_path is not None:
         if args.tune == "scales":
