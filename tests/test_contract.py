@@ -25,15 +25,20 @@ from zo_peft import GradientTrainer, ZOConfig, ZOTrainer
 #: The methods of Trainer that our trainers override, with the parameters that it gives them.
 HOOKS = {
     "_clip_grad_norm": "model",
+    "_determine_best_metric": "metrics trial",
     "_get_eval_sampler": "eval_dataset",
     "_get_grad_norm": "model grad_norm",
     "_get_train_sampler": "train_dataset",
     "_load_best_model": "",
+    "_load_callback_state": "",
     "_load_from_checkpoint": "resume_from_checkpoint model",
     "_load_optimizer_and_scheduler": "checkpoint",
     "_load_rng_state": "checkpoint",
     "_prepare_inputs": "inputs",
     "_push_from_checkpoint": "checkpoint_folder",
+    "_run_epoch": "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial "
+    "ignore_keys_for_eval start_time resume_from_checkpoint epochs_trained "
+    "steps_trained_in_current_epoch",
     "_save": "output_dir state_dict",
     "_save_optimizer_and_scheduler": "output_dir",
     "_save_rng_state": "output_dir",

@@ -78,8 +78,8 @@ def lines(*paths: Path) -> int:
     ("what", "paths", "most"),
     [
         ("the story of a step", STORY, 1430),
-        ("the core", [*(PACKAGE / "core").glob("*.py")], 2_900),
-        ("the package", MODULES, 11_450),
+        ("the core", [*(PACKAGE / "core").glob("*.py")], 2_920),
+        ("the package", MODULES, 11_900),
     ],
 )
 def test_it_stays_small(what: str, paths: list[Path], most: int) -> None:

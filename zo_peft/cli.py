@@ -50,8 +50,11 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
 def usage() -> str:
     """All commands, a line each."""
     lines = [f"  {name:10} {command.help}" for name, command in COMMANDS.items()]
-    end = "COMMAND --help lists a command's options; --config FILE.yaml gives them in a file."
-    return "\n".join(["usage: zo-peft COMMAND [options]", "", *lines, "", f"zo-peft {end}"])
+    end = (
+        "COMMAND --help lists a command's options; --config FILE.yaml gives them in a file.",
+        "--debug shows the traceback of an error that a library raised.",
+    )
+    return "\n".join(["usage: zo-peft COMMAND [options]", "", *lines, "", *end])
 
 
 def named(name: str) -> Any:
@@ -70,19 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage(), file=sys.stdout if known else sys.stderr)
         return 0 if known else 2
     command = COMMANDS[name]
+    debug = _take_debug(rest)
     # SIGTERM, by which machines are taken away, ends a command as Ctrl-C does.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         as_json, result = _run(name, command, rest)
-    except UserError as error:
-        print(f"zo-peft: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
+    except Exception as error:
+        if debug and not isinstance(error, UserError):
             raise
-        where = Path(error.filename).name if error.filename else "the output folder"
-        message = f"{where} cannot be written: {error.strerror}{command.goes_on}"
-        print(f"zo-peft: error: {message}", file=sys.stderr)
+        print(f"zo-peft: error: {_line(error, command)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"zo-peft: stopped{command.goes_on}", file=sys.stderr)
@@ -94,6 +93,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         as_text = named(command.json) if command.json else json.dumps
         print(as_text(result) if as_json else named("runs.texts:text")(name, result))
     return 0
+
+
+def _take_debug(argv: list[str]) -> bool:
+    """Take `--debug` out of the options. (With a value it is an option of transformers.)"""
+    for index, word in enumerate(argv):
+        if word == "--debug" and (argv[index + 1 :] or ["-"])[0].startswith("-"):
+            del argv[index]
+            return True
+    return False
+
+
+def _line(error: Exception, command: Command) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        where = Path(error.filename).name if error.filename else "the output folder"
+        return f"{where} cannot be written: {error.strerror}{command.goes_on}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
 
 
 def _run(name: str, command: Command, argv: Sequence[str]) -> tuple[bool, dict[str, Any]]:

@@ -56,6 +56,11 @@ def train(**changes: Any) -> list[str]:
     return [*command("train", **{**settings, **changes}), *modules]
 
 
+def mistaken(**changes: Any) -> list[str]:
+    """In a folder of its own, because one that holds a run is refused."""
+    return train(**{"output_dir": "mistaken", **changes})
+
+
 def evaluate(**changes: Any) -> list[str]:
     return command("evaluate", **changes)
 
@@ -120,31 +125,31 @@ def hub(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]
 #: By name: a mistake, and what its message has to say.
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "missing model": (
-        train(**LOCAL, model_name_or_path="zo/none"),
+        mistaken(**LOCAL, model_name_or_path="zo/none"),
         r"'zo/none' .*no such folder, and none such on the Hub.* Give a folder .* or a model id",
     ),
     "missing revision": (
-        train(**LOCAL, model_revision="v9"),
+        mistaken(**LOCAL, model_revision="v9"),
         r"'zo/tiny' .*no such revision.* Give a folder",
     ),
     "model in a pickle": (
-        train(**LOCAL, model_name_or_path="zo/pickled"),
+        mistaken(**LOCAL, model_name_or_path="zo/pickled"),
         r"model 'zo/pickled' .*model\.safetensors or model\.safetensors\.index\.json\. Give",
     ),
     "missing data set": (
-        train(dataset_name="zo/none"),
+        mistaken(dataset_name="zo/none"),
         r"data set 'zo/none', split 'train' .*doesn't exist on the Hub.* Give .*--train_file",
     ),
     "missing split": (
-        train(dataset_test_split="dev"),
+        mistaken(dataset_test_split="dev"),
         r"data set 'zo/reviews', split 'dev' .*Should be one of \['train', 'test'\]\. Give",
     ),
     "missing configuration": (
-        train(dataset_config="large"),
+        mistaken(dataset_config="large"),
         r"data set 'zo/reviews'.* 'large' not found. Available: \['default'\]\. Give",
     ),
     "broken data set": (
-        train(dataset_name="zo/broken"),
+        mistaken(dataset_name="zo/broken"),
         r"data set 'zo/broken', split 'train' .*JSON parse error: .*row 1\. Give",
     ),
     "missing adapter": (

@@ -77,6 +77,11 @@ class Record:
         own = (self.loss,), self.elite, self.spread, self.sensitivity
         return Estimate(self.direction, self.slope, *own)
 
+    @property
+    def checksum(self) -> int:
+        """By which a checkpoint knows the journal that it belongs to."""
+        return crc32(self.pack())
+
     def pack(self) -> bytes:
         """104 bytes, 16 for each seed, and what was chosen as JSON."""
         terms, chosen = self.direction.terms, json.dumps(self.chosen) if self.chosen else ""

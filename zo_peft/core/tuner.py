@@ -52,6 +52,7 @@ class Tuner:
         journal: where records go to, and past steps come from.
         total_steps: of the run; it decides when eps is chosen again.
         estimate, elite: of the last step, and the seed of its best candidate; None before it.
+        checksum: of the last record; None before the first.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Tuner:
         self.total_steps, self._compared, self.parts = 0, False, 1
         self.estimate: Estimate | None = None
         self.elite: int | None = None
+        self.checksum: int | None = None
 
     def step(self, batches: Sequence[Batch], number: int) -> Estimate:
         """Make step `number` of the run, counted from 0, on its micro-batches.
@@ -106,6 +108,7 @@ class Tuner:
         if self.faults.in_a_row >= IN_A_ROW:
             last = f"the last one at step {number} with zo_eps={record.eps:g}: {record.skipped}"
             raise NonFiniteLossError(f"{IN_A_ROW} updates in a row were skipped, {last}")
+        self.checksum = record.checksum
         return estimate
 
     def _measure(self, batches: Sequence[Batch], number: int) -> tuple[Estimate, dict[str, Any]]:

@@ -11,7 +11,7 @@ import bitsandbytes
 import peft
 import torch
 from huggingface_hub import hf_hub_download
-from peft import PeftConfig, PeftModel, TaskType
+from peft import PeftConfig, PeftModel, PeftType, PromptTuningConfig, TaskType
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, SEQ_CLS_HEAD_NAMES
@@ -51,6 +51,10 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
             f"{kind} cannot be attached to {type(model).__name__}: {first_line(error)} Its linear "
             f"layers are: {', '.join(sorted(linear)) or 'none'}; name some as target_modules"
         ) from error
+    config = adapted.active_peft_config
+    if kind == "IA3" and isinstance(config.target_modules, set):
+        # PEFT's default names modules that are no targets, and then refuses to load what it saved.
+        config.feedforward_modules = config.target_modules.intersection(config.feedforward_modules)
     for name, parameter in adapted.named_parameters() if offloaded else ():
         if parameter.requires_grad and (parameter.is_meta or parameter.isnan().any()):
             raise UserError(
@@ -107,20 +111,47 @@ def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) 
         elif not (Path(path) / SAFETENSORS_WEIGHTS_NAME).is_file():
             # PEFT would read a pickle instead.
             raise FileNotFoundError(f"it holds no {SAFETENSORS_WEIGHTS_NAME}.")
-        if not any(parameter.is_meta for parameter in model.parameters()):
-            return PeftModel.from_pretrained(model, path, is_trainable=is_trainable)
-        # PEFT's own loading would offload the adapter as well.
         config = PeftConfig.from_pretrained(path)
-        config.inference_mode = not is_trainable
-        adapted = add_adapter(model, config)
-        weights = peft.load_peft_weights(path)
-        wanted = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        if lacking := wanted.keys() - weights.keys():
-            raise ValueError(f"it lacks {min(lacking)}.")
-        peft.set_peft_model_state_dict(adapted, weights)
+        # The name of the base is that of the one that is here.
+        config.base_model_name_or_path, config.inference_mode = None, not is_trainable
+        adapted = add_adapter(model, _tunable(config) if is_trainable else config)
+        wanted = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        if any(parameter.is_meta for parameter in model.parameters()):
+            # PEFT's own loading would offload the adapter as well.
+            weights = peft.load_peft_weights(path)
+            lacking = sorted(wanted - weights.keys())
+            foreign = peft.set_peft_model_state_dict(adapted, weights).unexpected_keys
+        else:
+            mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+            keys = adapted.load_adapter(path, "default", is_trainable, key_mapping=mapping)
+            shared = ("vblora_vector_bank", "prompt_encoder")
+            lacking = [key for key in keys.missing_keys if not any(name in key for name in shared)]
+            foreign = keys.unexpected_keys
+        if lacking:
+            raise ValueError(f"it lacks {lacking[0]}.")
+        if strange := sorted(set(foreign) - wanted):
+            raise ValueError(f"it has {strange[0]}, for which this base has no place.")
         return adapted
+    except KeyError as error:
+        raise unreadable_adapter(path, ValueError(f"it lacks {error.args[0]}.")) from error
     except (*LOAD_ERRORS, RuntimeError) as error:
         raise unreadable_adapter(path, error) from error
+
+
+def _tunable(config: PeftConfig) -> PeftConfig:
+    """A configuration with which a saved adapter can be tuned further.
+
+    Of a prompt or a prefix, PEFT saves what the network that makes it gives, so this is what is
+    tuned then. Other adapters that only PEFT's inference mode can load stay in it.
+    """
+    if config.peft_type in (PeftType.PROMPT_TUNING, PeftType.P_TUNING):
+        tokens = config.num_virtual_tokens
+        return PromptTuningConfig(task_type=config.task_type, num_virtual_tokens=tokens)
+    if config.peft_type == PeftType.PREFIX_TUNING:
+        config.prefix_projection = False
+    else:
+        config.inference_mode = config.is_prompt_learning
+    return config
 
 
 def unreadable_adapter(path: str, error: BaseException) -> UserError:
@@ -140,7 +171,7 @@ def saved_adapter(name: str) -> tuple[PeftConfig, int | None]:
             path = Path(hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME))
         with safe_open(path, "pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    except LOAD_ERRORS as error:
+    except (*LOAD_ERRORS, KeyError, TypeError) as error:
         raise unreadable_adapter(name, error) from error
     heads = [shape[0] for key, shape in shapes.items() if HEAD.search(key)]
     return config, heads[0] if heads and config.task_type == TaskType.SEQ_CLS else None

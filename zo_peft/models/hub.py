@@ -8,6 +8,8 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from zo_peft.errors import UserError
+
 #: A base, or one with an adapter.
 AnyModel = PreTrainedModel | PeftModel
 
@@ -21,6 +23,16 @@ def public_name(name_or_path: str | None) -> str:
     """The Hub id of a model, or the name of its folder without the path to it."""
     path = Path(name_or_path or "base")
     return path.name if path.is_absolute() or path.is_dir() else path.as_posix()
+
+
+def check_apart(output_dir: str, *sources: str | None) -> None:
+    """Raise a UserError where an output folder is the folder of a model that is read."""
+    folder = Path(output_dir).resolve()
+    if any(source and Path(source).resolve() == folder for source in sources):
+        raise UserError(
+            f"--output_dir {output_dir} holds the model that is read, which would be overwritten; "
+            "give another folder"
+        )
 
 
 def reason(error: BaseException) -> str:
@@ -42,6 +54,8 @@ def reason(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, with a full stop."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+    """The first line of an error's message (with what a colon announces), with a full stop."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    # PyTorch's message begins with a headline.
+    line = " ".join([first, *rest[:1]] if first.endswith(":") else [first]).strip()
     return line if line.endswith(".") else line + "."

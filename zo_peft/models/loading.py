@@ -1,7 +1,7 @@
 """Base models (in floating point, int8 or NF4) and tokenizers, and how a base is recognised."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -63,25 +63,55 @@ def bits_of(config: PreTrainedConfig) -> Literal[8, 4] | None:
 
 
 def load_base(
-    name: str, num_labels: int | None = None, tune: str = "adapter", **kwargs: Any
+    name: str,
+    num_labels: int | None = None,
+    tune: str = "adapter",
+    words: Sequence[str] = (),
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """The base of this name (a Hub id or a folder), read from safetensors, or a UserError.
 
     Args:
-        num_labels: classes of a sequence-classification head; None for a causal language model.
+        num_labels: classes of a sequence-classification head, or at least so many if the base has
+            one of its own, which is kept; None for a causal language model.
         tune: what will be tuned; `check_bits` looks at the configuration before weights are read.
+        words: names of the classes of a new head.
         kwargs: arguments of `from_pretrained`.
     """
+    source = {n: kwargs[n] for n in ("revision", "trust_remote_code") if n in kwargs}
     if tune != "adapter":
-        source = {n: kwargs[n] for n in ("revision", "trust_remote_code") if n in kwargs}
         config = load_config(name, **source)
         if quantization := kwargs.get("quantization_config"):
             config.quantization_config = quantization
         check_bits(bits_of(config), config.name_or_path, tune)
-    head = {} if num_labels is None else {"num_labels": num_labels}
+    head = {} if num_labels is None else _head(load_config(name, **source), num_labels, words)
     auto = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
     with _loading(f"model {name!r}"):
         return auto.from_pretrained(name, **{"use_safetensors": True, **head, **kwargs})
+
+
+def _head(config: PreTrainedConfig, num_labels: int, words: Sequence[str]) -> dict[str, Any]:
+    """The settings of a new head for classes; none where the base has a head that fits."""
+    name = public_name(config.name_or_path)
+    if any("ForSequenceClassification" in kind for kind in config.architectures or ()):
+        if num_labels > config.num_labels:
+            raise UserError(
+                f"the head of {name} has {config.num_labels} classes, and there are {num_labels}; "
+                "correct the labels, or give a base without a head"
+            )
+        return {}
+    if num_labels < 2:
+        raise UserError(
+            f"{name} has no head for classes, and the labels name {num_labels} of them, where a "
+            "new head needs two or more; give all --label_words, or an adapter with a head"
+        )
+    if len(words) != num_labels:
+        return {"num_labels": num_labels}
+    return {
+        "num_labels": num_labels,
+        "id2label": dict(enumerate(words)),
+        "label2id": {word: index for index, word in enumerate(words)},
+    }
 
 
 def check_4bit_widths(model: PreTrainedModel, device: str = "cpu") -> None:

@@ -1,5 +1,6 @@
 """What a run is made of beside `ZOConfig`: the model, the adapter and the data."""
 
+import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -39,7 +40,9 @@ class ModelArguments:
     lora_r: int = HfArg(default=8, help="LoRA's rank.")
     lora_alpha: int = HfArg(default=16, help="LoRA's alpha.")
     lora_target_modules: list[str] | None = HfArg(
-        default=None, help="Modules to adapt. Default: those that PEFT adapts in such a model."
+        default=None,
+        help="Modules to adapt, by name; or all-linear, or one regular expression. Default: those "
+        "that PEFT adapts in such a model.",
     )
     num_virtual_tokens: int = HfArg(default=5, help="Length of the prefix or of the soft prompt.")
 
@@ -59,10 +62,11 @@ class ModelArguments:
             known = ", ".join(PeftType.__members__)
             raise UserError(f"peft_type={self.peft_type!r} is not known; PEFT has {known}")
         config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.peft_type)]
-        chosen = {
-            "target_modules": self.lora_target_modules,
-            "num_virtual_tokens": self.num_virtual_tokens,
-        }
+        modules: Any = self.lora_target_modules
+        if modules is not None and len(modules) == 1 and not re.fullmatch(r"[\w.]+", modules[0]):
+            # PEFT's string: all-linear, or a regular expression.
+            modules = modules[0]
+        chosen = {"target_modules": modules, "num_virtual_tokens": self.num_virtual_tokens}
         if self.peft_type == "LORA":
             chosen |= {"r": self.lora_r, "lora_alpha": self.lora_alpha}
         taken = {f.name: chosen[f.name] for f in fields(config_class) if f.name in chosen}

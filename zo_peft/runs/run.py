@@ -3,35 +3,43 @@
 import shlex
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import psutil
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
+from zo_peft.core.journal import JOURNAL_NAME
 from zo_peft.data.examples import Row
 from zo_peft.data.tasks import ANSWER_TOKENS, TASKS
 from zo_peft.errors import UserError
-from zo_peft.models.adapters import load_adapter
-from zo_peft.models.hub import public_name
+from zo_peft.models.adapters import load_adapter, saved_adapter
+from zo_peft.models.hub import check_apart, public_name
 from zo_peft.models.loading import load_base, load_tokenizer
 from zo_peft.objectives.rewards import RewardObjective, generates, load_function
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.runs.jobs import flags
 from zo_peft.runs.sources import evaluation_examples, training_examples
 from zo_peft.scales import load_scales
-from zo_peft.train.base import BaseTrainer
+from zo_peft.train.base import BaseTrainer, classes_of
 from zo_peft.train.checks import GRADIENT
 from zo_peft.train.config import ZOConfig, run_settings
 from zo_peft.train.gradient import GradientTrainer
-from zo_peft.train.results import METRICS_NAME, given_settings, results, write_json
+from zo_peft.train.results import METRICS_NAME, given, results, write_json
 from zo_peft.train.trainer import ZOTrainer
 
 #: The options whose values are names on the Hub or folders, and those that are always paths.
 NAMES = {"model_name_or_path", "adapter_name_or_path", "dataset_name"}
 FILES = {"train_file", "eval_file", "task_data_dir"}
+
+#: Options of a LoRA, of a benchmark task, and of a data set of the Hub.
+LORA = {"lora_r", "lora_alpha"}
+TASK = {"num_train", "num_dev", "num_eval"}
+HUB = {"dataset_config", "dataset_train_split", "dataset_test_split"}
 
 
 def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
@@ -39,6 +47,7 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
 
     Returns:
         The contents of `zo_metrics.json`. `wall_seconds` counts from the start of the process.
+        With them count the seconds of training in earlier processes of the run.
         `peak_memory_bytes` is the process's resident set on a CPU, and the allocator's peak on
         CUDA. `train_loss` is the mean over the run's steps. The values of evaluation are None if
         there is no evaluation data. For a benchmark task they are of its test examples, and
@@ -47,6 +56,7 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     Raises:
         UserError: something in the arguments cannot work; then no adapter has been written.
     """
+    resume = resumes(model, args)
     classifies = model.task_type == "SEQ_CLS"
     rewarded = generates(data.reward_funcs, args.objective)
     examples, dev = training_examples(data, classifies, rewarded, args.seed)
@@ -55,15 +65,16 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     trainer = _trainer(kind, model, data, args, examples, dev or test)
     test_set = trainer.eval_dataset if dev is None else trainer.features(test)
     before = _evaluate(trainer, test_set)
-    resume: str | bool | None = args.resume_from_checkpoint
-    result = trainer.train(resume_from_checkpoint=str(resume).lower() == "true" or resume)
+    if before:
+        trainer.check_metric(before)
+    trainer.train(resume_from_checkpoint=resume)
     after = _evaluate(trainer, test_set)
     validated = _evaluate(trainer, trainer.eval_dataset) if dev else {}
-    seconds = round(time.time() - psutil.Process().create_time(), 2)
-    trainer.summary = results(trainer, before, after, validated, result.training_loss, seconds)
+    seconds = time.time() - psutil.Process().create_time() + trainer.totals.earlier
+    trainer.summary = results(trainer, before, after, validated, test_set, round(seconds, 2))
     # The trainer may have chosen another strategy than the default one.
-    given = model, data, trainer.args
-    trainer.summary |= {"command": command(*given), "settings": settings(*given)}
+    told = model, data, trainer.args
+    trainer.summary |= {"command": command(*told), "settings": settings(*told)}
     if data.task is not None and data.task_data_dir is None:
         trainer.summary["dataset"] = TASKS[data.task].hub[0]
     if args.should_save:
@@ -71,6 +82,29 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     trainer.save_model()
     trainer.save_state()
     return trainer.summary
+
+
+def resumes(model: ModelArguments, args: ZOConfig) -> str | bool | None:
+    """What a run goes on from: the end of its journal (True), a checkpoint, or nothing.
+
+    A UserError refuses an output folder in which something would be lost: the base, the adapter
+    that is tuned further, or a run that this one does not go on with.
+    """
+    check_apart(args.output_dir, model.model_name_or_path, model.adapter_name_or_path)
+    folder, given = Path(args.output_dir).resolve(), args.resume_from_checkpoint
+    words: dict[str, bool | None] = {"true": True, "false": None}
+    resume = words.get(str(given).lower(), given)
+    journal = (folder / JOURNAL_NAME).is_file()
+    checkpoint = folder.is_dir() and get_last_checkpoint(str(folder))
+    found = checkpoint and not journal if args.strategy in GRADIENT else journal
+    own = resume is True or (resume and Path(str(resume)).resolve().parent == folder)
+    if (journal or checkpoint or (folder / METRICS_NAME).is_file()) and not (own and found):
+        nothing = ", which left nothing that this strategy can go on from" if own else ""
+        raise UserError(
+            f"{args.output_dir} holds a run{nothing}; go on with it by --resume_from_checkpoint "
+            "True and its own options, or give another --output_dir"
+        )
+    return resume
 
 
 def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
@@ -95,17 +129,33 @@ def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict
 
 def settings(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
     """All options that were given or chosen. Of a path it has the last part alone."""
-    given = given_settings(model, data, args)
-    return {name: _shown(name, value) for name, value in given.items()}
+    told = given(_told(model, data, args))
+    return {name: _shown(name, value) for name, value in told.items()}
 
 
 def command(model: ModelArguments, data: DataArguments, args: ZOConfig) -> str:
     """The command line of such a run, without defaults. Of a path it has the last part alone."""
     defaults = {f.name: f.default for part in (model, data, args) for f in fields(part)}
-    given = asdict(model) | asdict(data) | run_settings(args)
-    given["output_dir"] = Path(args.output_dir).name
-    chosen = {name: _shown(name, v) for name, v in given.items() if v != defaults[name]}
+    told = _told(model, data, args) | {"output_dir": Path(args.output_dir).name}
+    chosen = {name: _shown(name, v) for name, v in told.items() if v != defaults[name]}
     return shlex.join(["zo-peft", "train", *flags(chosen)]).replace("\n", "\\n")
+
+
+def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
+    """The options that had a say in a run, by name."""
+    idle = {"shots"} | (HUB if data.dataset_name is None else set())
+    idle |= TASK if data.task is None else set()
+    if data.prompt_template is None:
+        idle.add("label_column")
+    if args.tune != "adapter" or model.adapter_name_or_path is not None:
+        idle |= {"peft_type", "num_virtual_tokens", "lora_target_modules", *LORA}
+    else:
+        prompts = model.peft_config().is_prompt_learning
+        idle.add("lora_target_modules" if prompts else "num_virtual_tokens")
+        idle |= LORA if model.peft_type != "LORA" else set()
+    rewarded = generates(data.reward_funcs, args.objective)
+    told = asdict(model) | asdict(data) | run_settings(args, rewarded)
+    return {name: value for name, value in told.items() if name not in idle}
 
 
 def _shown(name: str, value: Any) -> Any:
@@ -124,10 +174,20 @@ def _trainer(
     evaluation: list[Row] | None,
 ) -> Any:
     tokenizer = load_tokenizer(model.model_name_or_path, **model.source)
-    num_labels = None
+    num_labels, words = None, data.words() or []
     if model.task_type == "SEQ_CLS":
-        num_labels = 1 + max(example["label"] for example in train or evaluation or [])
-    base: PreTrainedModel | PeftModel = load(model, args.tune, num_labels)
+        num_labels = len(words) or classes_of(train or ())
+    if model.adapter_name_or_path is not None and args.tune == "adapter":
+        config, classes = saved_adapter(model.adapter_name_or_path)
+        num_labels = classes or num_labels
+        if (config.task_type == "SEQ_CLS") != (model.task_type == "SEQ_CLS"):
+            raise UserError(
+                f"the adapter is of task_type {config.task_type}, not {model.task_type}; give its "
+                "own --task_type"
+            )
+    # A new head is part of the run.
+    set_seed(args.seed)
+    base: PreTrainedModel | PeftModel = load(model, args.tune, num_labels, words)
     if model.adapter_name_or_path is not None:
         if args.tune == "scales":
             load_scales(base, model.adapter_name_or_path)
@@ -149,13 +209,15 @@ def _trainer(
     )
 
 
-def load(model: ModelArguments, tune: str, num_labels: int | None) -> PreTrainedModel:
-    """The base, as `load_base` gives it, quantized if the arguments say so."""
+def load(
+    model: ModelArguments, tune: str, num_labels: int | None, words: Sequence[str] = ()
+) -> PreTrainedModel:
+    """The base, as `load_base` gives it, quantized if the arguments say so; or a UserError."""
     kwargs = {"dtype": model.dtype, "device_map": model.device_map, **model.source}
     # If it is None, it must not be given: it would hide that the base was saved quantized.
     if quantization := model.quantization(num_labels is not None):
         kwargs["quantization_config"] = quantization
-    return load_base(model.model_name_or_path, num_labels, tune, **kwargs)
+    return load_base(model.model_name_or_path, num_labels, tune, words, **kwargs)
 
 
 def _evaluate(trainer: BaseTrainer, dataset: Any) -> dict[str, float]:

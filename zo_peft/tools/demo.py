@@ -7,9 +7,11 @@ from typing import Any
 
 from transformers.hf_argparser import HfArg
 
+from zo_peft.core.journal import JOURNAL_NAME
 from zo_peft.runs import run
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.train.config import ZOConfig
+from zo_peft.train.results import METRICS_NAME
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 TEMPLATE = "{text} It was"
@@ -34,6 +36,9 @@ def demo(given: DemoArguments) -> dict[str, Any]:
     """
     base, adapter = Path(given.output_dir) / "base", Path(given.output_dir) / "adapter"
     shutil.copytree(EMBEDDED / "model", base, dirs_exist_ok=True)
+    for name in (JOURNAL_NAME, METRICS_NAME):
+        # A demo begins anew each time.
+        (adapter / name).unlink(missing_ok=True)
     model = ModelArguments(str(base), load_in_8bit=True, lora_target_modules=["q_proj", "v_proj"])
     data = DataArguments(
         train_file=str(EMBEDDED / "train.jsonl"),

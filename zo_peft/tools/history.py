@@ -67,7 +67,7 @@ def load(folder: Path, name: str) -> Run:
     if steps is not None and metrics.get("forward_passes") not in [*steps["forward_passes"][-1:]]:
         metrics = {}  # An earlier run in this folder wrote them.
     log = _log(folder, ended=bool(metrics) or steps is None)
-    steps = _logged(log) if steps is None else steps
+    steps = _logged(log, metrics) if steps is None else steps
     if steps.empty:
         raise UserError(
             f"{name} holds no steps of a run, neither in {JOURNAL_NAME} nor in "
@@ -91,8 +91,13 @@ def _journalled(path: Path) -> pd.DataFrame:
     return steps
 
 
-def _logged(log: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def _logged(log: Sequence[dict[str, Any]], metrics: dict[str, Any]) -> pd.DataFrame:
     training = [entry for entry in log if "loss" in entry]
+    last = training[-1]["step"] if training else 0
+    if metrics.get("steps", 0) > last:
+        # Of a run that has ended, all is counted, also what was not logged any more.
+        spent = {"step": metrics["steps"], "forward_passes": metrics["forward_passes"]}
+        training = [*training, spent]
     steps = _columns(training, **{name: name for name in SERIES} | {"eps": "zo_eps"})
     for name in ("skipped", "non_finite"):
         steps[name] = np.diff(steps[name], prepend=0.0)

@@ -1,5 +1,6 @@
 """`zo-peft merge`: put an adapter into the weights of its base, so that it loads without PEFT."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,12 @@ from transformers.hf_argparser import HfArg
 
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter, merged_model, saved_adapter
-from zo_peft.models.hub import public_name
+from zo_peft.models.hub import check_apart, public_name
 from zo_peft.models.loading import load_tokenizer
 from zo_peft.runs.arguments import ModelArguments
 from zo_peft.runs.run import load
 from zo_peft.train.card import write_model_card
+from zo_peft.train.results import METRICS_NAME
 
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]?B", re.IGNORECASE)
 
@@ -50,6 +52,7 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
         raise UserError("nothing to merge; give --adapter_name_or_path")
     if not SHARD_SIZE.fullmatch(given.max_shard_size):
         raise UserError(f"max_shard_size={given.max_shard_size!r}; give a size such as 5GB")
+    check_apart(given.output_dir, model.model_name_or_path, model.adapter_name_or_path)
     config, classes = saved_adapter(model.adapter_name_or_path)
     if config.is_prompt_learning:
         raise UserError(
@@ -57,7 +60,9 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
             "changes no weight; load it with PEFT"
         )
     tokenizer = load_tokenizer(model.model_name_or_path, **model.source)
-    base = load(model, "adapter", classes)
+    path = Path(model.adapter_name_or_path) / METRICS_NAME
+    told = json.loads(path.read_text())["settings"] if path.is_file() else {}
+    base = load(model, "adapter", classes, told.get("label_words", "").split(","))
     dtype = base.dtype
     if quantized := getattr(base, "is_quantized", False):
         base = _dequantized(base, model.model_name_or_path, given.dequantize)

@@ -20,6 +20,7 @@ from zo_peft.core.noise import GENERATOR
 from zo_peft.core.tuner import move
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import add_adapter, prepare
+from zo_peft.models.hub import check_apart
 from zo_peft.models.in_place_space import InPlaceSpace
 from zo_peft.models.loading import base_hash, identity, load_tokenizer
 from zo_peft.models.recipe import check_in_place, load_trained, rule_of, space_of
@@ -64,6 +65,7 @@ def replay(model: ModelArguments, given: ReplayArguments) -> dict[str, Any]:
 
 def _replayed(arguments: ModelArguments, given: ReplayArguments) -> dict[str, Any]:
     path, name = Path(given.journal), arguments.model_name_or_path
+    check_apart(given.output_dir, name, str(path.parent))
     header, records = read(path)
     if header["generator"] != GENERATOR:
         raise UserError(f"{path.name} has noise of {header['generator']!r}, not of {GENERATOR!r}")

@@ -1,6 +1,5 @@
 """What forward-only tuning and its gradient baseline share: model, data, evaluation, saving."""
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,9 +12,14 @@ from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
-from transformers.trainer_callback import ProgressCallback, TrainerCallback
+from transformers.trainer_callback import (
+    EarlyStoppingCallback,
+    ExportableState,
+    ProgressCallback,
+    TrainerCallback,
+)
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import HubStrategy, has_length, set_seed
+from transformers.trainer_utils import HubStrategy, TrainOutput, has_length, set_seed
 from transformers.utils import PushInProgress
 
 from zo_peft.core.batch import Batch, Objective
@@ -24,12 +28,12 @@ from zo_peft.data import Tokenization, collator_for, tokenize_dataset
 from zo_peft.data.sampler import EpochSampler
 from zo_peft.errors import UserError
 from zo_peft.models import adapters
-from zo_peft.models.hub import AnyModel
+from zo_peft.models.hub import AnyModel, first_line
 from zo_peft.models.loading import load_base, load_tokenizer
 from zo_peft.objectives import rewards, scoring
 from zo_peft.train.card import write_model_card
 from zo_peft.train.config import ZOConfig
-from zo_peft.train.progress import Clock, Progress
+from zo_peft.train.progress import Progress, Totals
 from zo_peft.train.results import METRICS_NAME, results, write_json
 from zo_peft.train.upload import create_repository, upload
 
@@ -79,6 +83,10 @@ class BaseTrainer(Trainer):
     ) -> None:
         name = model if isinstance(model, str) else model.config.name_or_path
         args = args or ZOConfig(f"{Path(name).name}-zo")
+        if not isinstance(args, ZOConfig):
+            raise UserError(
+                f"args is a {type(args).__name__}; give a ZOConfig, which takes the same"
+            )
         if self.trains:
             _check_tuned(args, model, peft_config)
         if (objective is not None) + bool(reward_funcs) + (args.objective is not None) > 1:
@@ -93,7 +101,7 @@ class BaseTrainer(Trainer):
         if isinstance(model, str):
             num_labels = None
             if peft_config is not None and peft_config.task_type == TaskType.SEQ_CLS:
-                num_labels = 1 + max((row["label"] for row in train_dataset or ()), default=1)
+                num_labels = classes_of(train_dataset or ()) or 2
             kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
             model = load_base(model, num_labels, args.tune, **kwargs)
         self.prepare_base(model, args)
@@ -121,20 +129,25 @@ class BaseTrainer(Trainer):
         # The metric that the evaluation objective puts first.
         self.metric_name = getattr(self.eval_objective, "metric_name", "accuracy")
         own_metrics = getattr(self.eval_objective, "metrics", scoring.accuracy)
-        # Trainer refuses to back-propagate through a quantized base.
-        with replaced([(model, "is_quantized", False)]):
-            super().__init__(
-                model=model,
-                args=args,
-                data_collator=data_collator,
-                train_dataset=train,
-                eval_dataset=evaluation,
-                processing_class=tokenizer,
-                compute_metrics=compute_metrics or own_metrics,
-                callbacks=callbacks,
-            )
-        self.clock = Clock()
-        self.add_callback(self.clock)
+        try:
+            # Trainer refuses to back-propagate through a quantized base.
+            with replaced([(model, "is_quantized", False)]):
+                super().__init__(
+                    model=model,
+                    args=args,
+                    data_collator=data_collator,
+                    train_dataset=train,
+                    eval_dataset=evaluation,
+                    processing_class=tokenizer,
+                    compute_metrics=compute_metrics or own_metrics,
+                    callbacks=callbacks,
+                )
+        except UserError:
+            raise
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise UserError(f"transformers refuses the settings: {first_line(error)}") from error
+        self.totals = Totals()
+        self.add_callback(self.totals)
         if self.trains and self.pop_callback(ProgressCallback):
             self.add_callback(Progress(lambda: self.forward_passes, self.metric_name))
         if data_collator is None:
@@ -168,9 +181,69 @@ class BaseTrainer(Trainer):
         if "learning_rate" in logs:
             logs["forward_passes"] = self.forward_passes
             logs["examples_forwarded"] = self.examples_forwarded
-        if self.clock.began is not None:
-            logs["seconds"] = round(time.monotonic() - self.clock.began, 3)
+        if "train_loss" in logs:
+            logs["train_loss"] = self.totals.train_loss
+        if self.totals.seconds is not None:
+            logs["seconds"] = round(self.totals.seconds, 3)
         super().log(logs, start_time)
+
+    # ---- The run --------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As in Trainer, but its loss is the mean over all steps of a run that was resumed.
+
+        A UserError says that the data gave no batch to make a step on.
+        """
+        self.totals.clear()
+        result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if not self.state.global_step:
+            raise UserError(
+                "no step was made: the training data give no batch, or none that is full "
+                "(dataloader_drop_last); lower per_device_train_batch_size, or give more data"
+            )
+        return result._replace(training_loss=self.totals.train_loss)
+
+    def over(self) -> bool:
+        """Whether the run has made all its steps, or early stopping has ended it."""
+        stopping = (c for c in self.callback_handler.callbacks if type(c) is EarlyStoppingCallback)
+        return self.state.global_step >= self.state.max_steps or any(
+            0 < c.early_stopping_patience <= c.early_stopping_patience_counter for c in stopping
+        )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in Trainer, which would make one more step where a run that is over is started."""
+        if self.over():
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _load_callback_state(self) -> None:
+        """Callbacks go on where they were at the checkpoint, with what they are given now."""
+        kept = self.state.stateful_callbacks
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                state = kept.setdefault(type(callback).__name__, callback.state())
+                if isinstance(state, dict):
+                    vars(callback).update(state["attributes"])
+
+    def check_metric(self, metrics: dict[str, float]) -> None:
+        """Raise a UserError unless the metric of the best model is among those of an evaluation."""
+        wanted, known = self.args.metric_for_best_model, [n.removeprefix("eval_") for n in metrics]
+        if wanted is not None and wanted.removeprefix("eval_") not in known:
+            raise UserError(
+                f"metric_for_best_model={wanted!r} is not measured; use one of {', '.join(known)}"
+            )
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        self.check_metric(metrics)
+        return super()._determine_best_metric(metrics, trial)
+
+    # ---- Batches and evaluation -----------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
@@ -215,7 +288,9 @@ class BaseTrainer(Trainer):
     def facts(self) -> dict[str, Any]:
         """The contents of `zo_metrics.json`: `summary`, or before there is one, what is known."""
         logs = {name: value for log in self.state.log_history for name, value in log.items()}
-        return self.summary or results(self, {}, logs, wall_seconds=logs.get("train_runtime"))
+        return self.summary or results(
+            self, {}, logs, evaluated=self.eval_dataset, wall_seconds=logs.get("train_runtime")
+        )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository `hub_model_id`, unless there is one, or raise a UserError."""
@@ -276,6 +351,12 @@ def _check_tuned(args: ZOConfig, model: str | AnyModel, peft_config: PeftConfig 
         )
     if args.tune == "adapter" and (peft_config is None) != isinstance(model, PeftModel):
         raise UserError("give a peft_config for a new adapter or a PeftModel: one of the two")
+
+
+def classes_of(rows: Any) -> int:
+    """One more than the largest label of examples for a classification head; 0 without labels."""
+    labels = [row["label"] if "label" in row else row.get("labels") for row in rows]
+    return 1 + max((label for label in labels if isinstance(label, int)), default=-1)
 
 
 def _objective(

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig
+from transformers import PreTrainedConfig
 
 from zo_peft.models.adapters import classifies, peft_config_of
 from zo_peft.models.hub import AnyModel, public_name
@@ -86,12 +87,19 @@ def write_model_card(
         gradients=gradients,
         dataset=dataset,
         num_labels=num_labels,
+        names=num_labels and _names(model.config),
         quantization=quantization_of(model.config),
         config=config and _chosen(config),
         block=_block,
         yaml=_yaml,
     )
     card.save(Path(folder) / CARD_NAME)
+
+
+def _names(config: PreTrainedConfig) -> dict[int, str] | None:
+    """The names of the classes, where they were given any."""
+    names = config.id2label
+    return None if names == {index: f"LABEL_{index}" for index in names} else names
 
 
 def for_repository(text: str, repo_id: str) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def state_of(tuner: Tuner) -> dict[str, Any]:
     """What a tuner carries from step to step, beside tensors: numbers and lists."""
     return {
+        "record": tuner.checksum,
+        "parts": tuner.parts,
         "elite": tuner.elite,
         "zo_eps": tuner.eps.eps,
         "calibrations": [asdict(calibration) for calibration in tuner.eps.calibrations],
@@ -69,6 +71,7 @@ def state_of(tuner: Tuner) -> dict[str, Any]:
 
 def load_into(tuner: Tuner, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Give a tuner what `state_of` and `remembered` took from it."""
+    tuner.checksum, tuner.parts = state["record"], state["parts"]
     tuner.elite, tuner.eps.eps = state["elite"], state["zo_eps"]
     tuner.eps.calibrations[:] = [Calibration(**fields) for fields in state["calibrations"]]
     vars(tuner.rule).update(state["update_rule"])
@@ -110,20 +113,31 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise _unreadable(path, error) from error
 
 
-def step_of(folder: str) -> int:
-    """The step of a checkpoint; a UserError if it is not whole, for this file is written last."""
+def step_of(folder: str, checksums: Sequence[int] | None = None) -> int:
+    """The step of a checkpoint; a UserError if it is not whole, or of another journal.
+
+    Args:
+        checksums: of the records of its journal; None: it has none.
+    """
     try:
-        return TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME)).global_step
+        # This file is written last.
+        step = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME)).global_step
     except (OSError, ValueError, TypeError) as error:
         raise _unreadable(Path(folder) / TRAINER_STATE_NAME, error) from error
+    if checksums is not None and load_state(folder).get("record") not in checksums[step - 1 : step]:
+        raise UserError(
+            f"{Path(folder).name} belongs to another run than the journal beside it; resume with "
+            "resume_from_checkpoint=True, or from a checkpoint of this run"
+        )
+    return step
 
 
-def last_whole(folder: Path) -> str | None:
-    """The last checkpoint in a folder that was written to its end; None without one."""
+def last_whole(folder: Path, checksums: Sequence[int] | None = None) -> str | None:
+    """The last checkpoint in a folder for which `step_of` gives a step; None without one."""
     found: dict[int, str] = {}
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         with contextlib.suppress(UserError):
-            found[step_of(str(path))] = str(path)
+            found[step_of(str(path), checksums)] = str(path)
     return found[max(found)] if found else None
 
 

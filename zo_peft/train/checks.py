@@ -142,6 +142,10 @@ def check_values(config: "ZOConfig") -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name}={value}; it must be positive and finite")
+    if config.max_steps == 0 or config.max_steps < -1:
+        raise UserError(f"max_steps={config.max_steps}; it must be positive, or -1 (no limit)")
+    if config.max_steps < 0 and not 0 < config.num_train_epochs < math.inf:
+        raise UserError(f"num_train_epochs={config.num_train_epochs}; it must be positive")
     if not 0 <= config.seed < 1 << 32:
         raise UserError(f"seed={config.seed}; it must be at least 0 and below 2^32")
     if not 0 <= config.momentum < 1:

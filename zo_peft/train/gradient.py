@@ -1,10 +1,12 @@
 """The baseline with gradients: the same model, data and objective, tuned by back-propagation."""
 
+from pathlib import Path
 from typing import Any
 
 from bitsandbytes.nn import Linear8bitLt
 from peft import PeftModel, PeftType, prepare_model_for_kbit_training
 from torch import Tensor, nn
+from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 
 from zo_peft.core.batch import Batch
@@ -15,6 +17,7 @@ from zo_peft.models.hub import AnyModel
 from zo_peft.objectives.rewards import RewardObjective
 from zo_peft.objectives.scoring import AccuracyObjective, BlackBoxObjective
 from zo_peft.train.base import BaseTrainer
+from zo_peft.train.checkpoint import last_whole, load_tensors, save_tensors
 from zo_peft.train.checks import GRADIENT_PASSES
 from zo_peft.train.config import ZOConfig
 
@@ -25,22 +28,27 @@ OPTIMIZERS = {
 }
 
 
+#: In a checkpoint: what is trained. An adapter as PEFT saves it lacks the network of a prompt.
+TRAINED_NAME = "zo_trained.safetensors"
+
+
 class GradientTrainer(BaseTrainer):
     """Trains an adapter by back-propagation: `strategy` adam (AdamW) or sgd of a `ZOConfig`.
 
     It checkpoints activations where PEFT allows it, and prepares a quantized base as PEFT does.
-    Its checkpoints are those of the stock Trainer. A UserError says that the objective has no
-    gradient, or that the base itself would be tuned.
+    Its checkpoints are those of the stock Trainer, and hold what is trained. A UserError says that
+    the objective has no gradient, or that the base itself would be tuned.
 
     Attributes:
-        forward_passes: so far; a micro-batch counts as three (its backward pass as two).
-        examples_forwarded: so far, counted in the same way.
+        trained: what is trained, by name.
     """
 
     trains = True
 
     def prepare_base(self, model: AnyModel, args: ZOConfig) -> None:
         """Refuse what has no baseline, and let PEFT prepare a quantized base."""
+        if args.strategy not in OPTIMIZERS:
+            raise UserError(f"strategy={args.strategy!r} has no gradients; use a ZOTrainer")
         if args.tune != "adapter":
             raise UserError(f"strategy={args.strategy!r} tunes adapters only; drop tune")
         if args.world_size > 1:
@@ -57,12 +65,11 @@ class GradientTrainer(BaseTrainer):
             )
         # The objective takes means, so the Trainer has to average over micro-batches.
         self.model_accepts_loss_kwargs = False
-        self.forward_passes = self.examples_forwarded = 0
-        tuned = tuned_parameters(self.model, self.args.tunable)
+        self.trained = tuned_parameters(self.model, self.args.tunable)
         self.model.requires_grad_(False)
-        for parameter in tuned.values():
+        for parameter in self.trained.values():
             parameter.requires_grad_(True)
-        self.tuned_numel = sum(parameter.numel() for parameter in tuned.values())
+        self.tuned_numel = sum(parameter.numel() for parameter in self.trained.values())
         self.calibrations: list[Any] = []
         self.guide = None
         self.faults = Faults()
@@ -81,8 +88,46 @@ class GradientTrainer(BaseTrainer):
             if has_int8:
                 self.model.get_base_model().enable_input_require_grads()
 
+    @property
+    def forward_passes(self) -> int:
+        """So far; a micro-batch counts as three, because a backward pass counts as two."""
+        return self.totals.forward_passes
+
+    @property
+    def examples_forwarded(self) -> int:
+        """So far, counted in the same way."""
+        return self.totals.examples_forwarded
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As in Trainer; with True a run begins where there is no checkpoint to go on from."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole(Path(self.args.output_dir))
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_tensors(Path(output_dir) / TRAINED_NAME, self.trained)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *_: Any, **__: Any) -> None:
+        tensors = load_tensors(Path(resume_from_checkpoint) / TRAINED_NAME)
+        shapes = [{n: t.shape for n, t in found.items()} for found in (tensors, self.trained)]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"{Path(resume_from_checkpoint).name} is of another adapter")
+        for name, parameter in self.trained.items():
+            parameter.data.copy_(tensors[name])
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     def compute_loss(self, model: nn.Module, inputs: Batch, *_: Any, **__: Any) -> Tensor:
         """The mean of the objective's losses over the micro-batch."""
-        self.forward_passes += GRADIENT_PASSES
-        self.examples_forwarded += GRADIENT_PASSES * len(inputs["labels"])
-        return self.objective.losses(model, inputs).mean()
+        self.totals.forward_passes += GRADIENT_PASSES
+        self.totals.examples_forwarded += GRADIENT_PASSES * len(inputs["labels"])
+        loss = self.objective.losses(model, inputs).mean()
+        self.totals.add(float(loss.detach()), 1 / self.current_gradient_accumulation_steps)
+        return loss

@@ -1,6 +1,7 @@
-"""What a user sees of a run while it runs: the progress bar, and the clock of its logs."""
+"""What a run sums up while it runs, and what a user sees of it: the progress bar."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -8,22 +9,52 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import ExportableState, ProgressCallback
 
 
-class Clock(TrainerCallback):
-    """Counts the seconds of training, evaluations included, also of a run that was resumed.
+class Totals(TrainerCallback, ExportableState):
+    """What a run has taken and seen so far; checkpoints keep it, so that it covers the whole run.
 
-    `began` is the `time.monotonic` at which training would have begun if nothing had stopped it;
-    None before training. Time after the last checkpoint of a killed process is not counted.
+    Attributes:
+        earlier: seconds of training, evaluations included, in processes before this one. Time
+            after the last checkpoint of a killed process is not counted.
+        losses, steps: the sum of the steps' finite losses, and how many they are.
+        forward_passes, examples_forwarded: of a run with gradients; any other has an evaluator.
     """
 
-    began: float | None = None
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything: a run begins."""
+        self.began: float | None = None
+        self.earlier = self.losses = self.steps = 0.0
+        self.forward_passes = self.examples_forwarded = 0
+
+    def add(self, loss: float, share: float = 1.0) -> None:
+        """Count the loss of a step, or of the micro-batch that is this share of one."""
+        if math.isfinite(loss):
+            self.losses += share * loss
+            self.steps += share
+
+    @property
+    def seconds(self) -> float | None:
+        """Of training so far; None before it."""
+        return None if self.began is None else self.earlier + time.monotonic() - self.began
+
+    @property
+    def train_loss(self) -> float:
+        """The mean over the steps."""
+        return self.losses / self.steps if self.steps else math.nan
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        kept = {name: value for name, value in vars(self).items() if name != "began"}
+        return {"args": {}, "attributes": kept | {"earlier": self.seconds or 0.0}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start where the logs of the process before end."""
-        spent = max((log.get("seconds", 0.0) for log in state.log_history), default=0.0)
-        self.began = time.monotonic() - spent
+        """Start the clock."""
+        self.began = time.monotonic()
 
 
 class Progress(ProgressCallback):

@@ -5,8 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_utils import has_length
+
 from zo_peft.models.memory import peak_memory_bytes
-from zo_peft.train.config import ZOConfig, run_settings
+from zo_peft.train.config import run_settings
 
 METRICS_NAME = "zo_metrics.json"
 
@@ -16,7 +18,7 @@ def results(
     before: dict[str, float],
     after: dict[str, float],
     validated: dict[str, float] | None = None,
-    train_loss: float | None = None,
+    evaluated: Any = None,
     wall_seconds: float | None = None,
 ) -> dict[str, Any]:
     """The contents of `zo_metrics.json` for a run that has ended, or is under way.
@@ -24,42 +26,44 @@ def results(
     Args:
         before, after: what `evaluate` gave before and after training; empty: not measured.
         validated: the same on the examples by which checkpoints are chosen.
-        train_loss: the mean over the run's steps.
+        evaluated: the data of `before` and `after`.
     """
-    metric = f"eval_{trainer.metric_name}"
+    metric, scheduler = f"eval_{trainer.metric_name}", trainer.lr_scheduler
     return {
         "strategy": trainer.args.strategy,
         "steps": trainer.state.global_step,
         "forward_passes": trainer.forward_passes,
         "examples_forwarded": trainer.examples_forwarded,
+        "train_examples": _count(trainer.train_dataset),
+        "eval_examples": _count(evaluated),
         "wall_seconds": wall_seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "metric_name": trainer.metric_name,
         "metric_before": before.get(metric),
         "metric_after": after.get(metric),
         "metric_dev": (validated or {}).get(metric),
-        "train_loss": train_loss,
+        "train_loss": trainer.totals.train_loss if trainer.totals.steps else None,
         "eval_loss_before": before.get("eval_loss"),
         "eval_loss_after": after.get("eval_loss"),
+        "learning_rate": getattr(scheduler, "base_lrs", [None])[0],
         "tuned_parameters": trainer.tuned_numel,
         "non_finite": trainer.faults.non_finite,
         "skipped": trainer.faults.skipped,
         "processes": trainer.args.world_size,
         "guide": trainer.guide,
         "calibrations": [asdict(calibration) for calibration in trainer.calibrations],
-        "settings": given_settings(trainer.args),
+        "settings": given(run_settings(trainer.args, trainer.tokenization.generates)),
     }
 
 
-def given_settings(*parts: Any) -> dict[str, Any]:
-    """What dataclasses of arguments were given or chose, by name, without what is unset.
-
-    Of a `ZOConfig` it is what decides about the result.
-    """
-    values: dict[str, Any] = {}
-    for part in parts:
-        values |= run_settings(part) if isinstance(part, ZOConfig) else asdict(part)
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that are unset."""
     return {n: value for n, value in values.items() if value is not None and value is not False}
+
+
+def _count(dataset: Any) -> int | None:
+    """How many examples; None where there are no data, several sets, or a stream."""
+    return len(dataset) if has_length(dataset) and not isinstance(dataset, dict) else None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers.trainer_utils import TrainOutput, has_length
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput, has_length
 
 from zo_peft.core.batch import Batch
 from zo_peft.core.direction import Direction
@@ -40,7 +40,7 @@ from zo_peft.objectives.scoring import (
 )
 from zo_peft.train import checkpoint
 from zo_peft.train.checkpoint import CheckpointTrainer
-from zo_peft.train.checks import GUIDED
+from zo_peft.train.checks import GRADIENT, GUIDED
 from zo_peft.train.config import ZOConfig
 from zo_peft.train.policy import PolicyGuide
 
@@ -71,6 +71,8 @@ class ZOTrainer(CheckpointTrainer):
     def ready(self) -> None:
         """Make the space, the evaluator and the tuner."""
         model, args = self.model, self.args
+        if args.strategy in GRADIENT:
+            raise UserError(f"strategy={args.strategy!r} needs gradients; use a GradientTrainer")
         recipe.check_in_place(model, args.tune)
         # The hash comes before the space, which takes nested scales of NF4 apart.
         self.base_hash = None if args.tune == "adapter" else base_hash(model)
@@ -212,13 +214,15 @@ class ZOTrainer(CheckpointTrainer):
                 checkpoint.save_tensors(folder / INITIAL_NAME, values)
                 self.tuner.journal = Journal(folder / JOURNAL_NAME, header)
             return None
-        if read(path)[0] != header:
+        found, records = read(path)
+        if found != header:
             raise UserError(
                 f"{path.parent.name}/{JOURNAL_NAME} is of another base, adapter or noise; resume "
                 "with the model and the settings of that run, or give another output_dir"
             )
-        start = checkpoint.last_whole(folder) if last else str(resume)
-        step = 0 if start is None else checkpoint.step_of(start)
+        checksums = [record.checksum for record in records]
+        start = checkpoint.last_whole(folder, checksums) if last else str(resume)
+        step = 0 if start is None else checkpoint.step_of(start, checksums)
         # What the guide read is not in the journal; the steps are made again with the data.
         keep = None if last and self.tuner.guided is None else step
         initial = path.with_name(INITIAL_NAME)
@@ -262,10 +266,24 @@ class ZOTrainer(CheckpointTrainer):
             self._save_checkpoint(self.model, trial=None)
             last = f"The last good state is in checkpoint-{step}"
             raise NonFiniteLossError(f"{error}; {advice}. {last}") from None
-        # Stop where another step would go beyond the budget.
-        needed = self.tuner.passes(step + 1) * self.args.gradient_accumulation_steps
-        self.control.should_training_stop |= self._budget - self.forward_passes < needed
+        self.totals.add(estimate.loss)
+        if self._spent(step + 1):
+            # As Trainer ends a run at its last step.
+            self.control.should_training_stop = True
+            self.control.should_save |= self.args.save_strategy == SaveStrategy.STEPS
+            self.control.should_evaluate |= self.args.eval_strategy == IntervalStrategy.STEPS
         return torch.tensor(estimate.loss, device=self.args.device)
+
+    def over(self) -> bool:
+        """As in `BaseTrainer`; or another step would go beyond the budget of forward passes."""
+        return super().over() or self._spent(self.state.global_step)
+
+    def _spent(self, step: int) -> bool:
+        """Whether the budget leaves too few forward passes for this step."""
+        if self.args.max_forward_passes is None:
+            return False
+        left = self.args.max_forward_passes - self.forward_passes
+        return left < self.tuner.passes(step) * self.args.gradient_accumulation_steps
 
     def _advice(self, batches: Sequence[Batch]) -> str:
         """What to do where losses are not finite."""
