@@ -11,7 +11,7 @@ import psutil
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from zo_peft.data.examples import Row
+from zo_peft.data.forms import Row
 from zo_peft.data.tasks import ANSWER_TOKENS, TASKS
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter
