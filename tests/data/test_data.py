@@ -365,12 +365,12 @@ def test_a_bool_is_the_word_it_reads_as(words: list[str]) -> None:
         (
             [{"s": "x", "label": 0}, {"s": "x", "label": "good"}],
             {"prompt_template": "{s}", "label_words": ["bad", "great"]},
-            ["f, row 2", "'good'", "bad, great", "0 to 1", "--label_words"],
+            ["f, row 2", "'good'", "['bad', 'great']", "0 to 1", "--label_words"],
         ),
         (
             [{"s": "x", "label": 2}],
             {"prompt_template": "{s}", "label_words": ["bad", "great"]},
-            ["f, row 1", "2", "bad, great"],
+            ["f, row 1", "2", "'bad', 'great'"],
         ),
         (
             [{"s": "x", "label": -1}],
@@ -726,7 +726,7 @@ def test_a_number_is_a_completion() -> None:
 
 def test_messages_need_a_chat_template_that_goes_on() -> None:
     turns = {"messages": [{"role": "user", "content": "q"}, ANSWER]}
-    fails(lambda: Tokenization(TOKENIZER)(turns, 0), "no chat template", "prompt and completion")
+    fails(lambda: Tokenization(TOKENIZER)(turns, 0), "no chat template", "set one")
     strange = make_tokenizer(chat="{{ messages | length }}" + CHAT)
     fails(lambda: Tokenization(strange)(turns, 0), "row 1", "renders the prompt differently")
 

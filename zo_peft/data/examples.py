@@ -110,7 +110,7 @@ def _read_csv(text: str, path: Path) -> list[Row]:
             if None in row or None in row.values():
                 raise UserError(
                     f"{path.name}, line {reader.line_num} has not as many fields as the header; "
-                    "quote a field that holds the separator, in a .csv file"
+                    "quote a field that holds the separator (in a .csv file; a .tsv has no quotes)"
                 )
             rows.append(row)
     except csv.Error as error:
@@ -198,6 +198,8 @@ def converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Row]) -
         with located(source, number):
             try:
                 made.append(convert(row))
+            except UserError:
+                raise
             except KeyError as error:
                 raise UserError(f"it has no column {error}; it has {named(row)}") from None
             except (ValueError, IndexError, TypeError, AttributeError) as error:
@@ -306,7 +308,7 @@ def label_index(
     found = index if are_indices or (are_indices is None and word is None) else word
     if found is None:
         raise UserError(
-            f"label {reprlib.repr(label)} is not among the label words {', '.join(label_words)}, "
+            f"label {reprlib.repr(label)} is not among the label words {list(label_words)}, "
             f"nor an index from 0 to {len(label_words) - 1}; correct the row or --label_words"
         )
     return found

@@ -106,13 +106,17 @@ def example_of(row: Row, form: Form | None = None, generates: bool = False) -> R
     if generates:
         if row.get("prompt") is None:
             raise UserError(f"column 'prompt' is missing; the row has {named(row)}")
-        return {**row, "prompt": read("prompt", row["prompt"], _prompt)}
+        known = [name for name in ("prompt", "passage", "passage_start", "tools") if name in row]
+        return {**row, **{name: read(name, row[name], READERS[name]) for name in known}}
     own = form_of(row)
     if form is not None and own != form:
         lacking = [name for name in form if row.get(name) is None]
         has = named(name for name, value in row.items() if value is not None)
-        what = f"has no value in column {lacking[0]!r}" if lacking else "is of another form"
-        raise UserError(f"it {what}; rows before have {named(form)}, this one {has}; make them one")
+        what = f"no value in column {lacking[0]!r}" if lacking else "another form"
+        raise UserError(
+            f"it has {what}: rows before have {named(form)}, this one has {has}; correct or drop "
+            "it, or put rows of another form into a file of their own"
+        )
     if own is None or own == ("prompt",):
         raise UserError(_unfit(row, WANTED))
     if refused := [name for name in REFUSED if own == FORMS[0] and row.get(name) is not None]:

@@ -119,7 +119,9 @@ class Tokenization:
         before, after = text[:start], text[start + len(passage) :]
         if before + passage + after != text:
             raise UserError(f"its passage is not part of its {column}")
-        endings = ["", *example.get("options", ()), example.get("completion") or ""]
+        endings = [""]
+        if not self.generates:
+            endings += [*example.get("options", ()), example.get("completion", "")]
         while passage:
             whole = [text + spaced(text, ending) for ending in endings]
             # One more for the token that ends a completion.
@@ -237,7 +239,9 @@ class Tokenization:
 
     def _rendered(self, messages: Messages, tools: list[Any] | None, **kwargs: bool) -> str:
         if not self.tokenizer.chat_template:
-            raise UserError("the tokenizer has no chat template; use prompt and completion columns")
+            raise UserError(
+                "the tokenizer has no chat template; set one, or write texts as prompt + completion"
+            )
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tools=tools or None, tokenize=False, **kwargs
