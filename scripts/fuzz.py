@@ -159,12 +159,13 @@ def mutated_rows(content: bytes, random_: random.Random) -> bytes:
         while isinstance(place[key], dict | list) and place[key] and random_.random() < 0.6:
             place = place[key]
             key = random_.choice([*place] if isinstance(place, dict) else range(len(place)))
+        value = copy.deepcopy(random_.choice(ODD))
         if random_.random() < 0.2 and len(place) > 1:
             del place[key]
         elif isinstance(place, dict) and random_.random() < 0.2:
-            place[random_.choice([key for row in ROWS for key in row])] = random_.choice(ODD)
+            place[random_.choice([key for row in ROWS for key in row])] = value
         else:
-            place[key] = copy.deepcopy(random_.choice(ODD))
+            place[key] = value
     settings = random_.randrange(2**8)
     return json.dumps([settings, rows[: random_.randint(1, 3)]]).encode()
 

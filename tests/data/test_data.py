@@ -759,8 +759,8 @@ def test_data_sets_of_all_kinds_are_the_same(kind: Callable[..., Any], label: in
     rows = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 0], "labels": label}] * 2
     found = list(tokenize_dataset(kind(rows), Tokenization(TOKENIZER, num_labels=2)))
     assert found == [{"input_ids": [5, 6], "labels": 1, "length": 2}] * 2
-    assert is_tokenized(found)
-    assert not is_tokenized(rows)
+    assert is_tokenized(Dataset.from_list(found))
+    assert not is_tokenized(Dataset.from_list(rows))
 
 
 def test_booleans_are_labels_of_options() -> None:

@@ -158,17 +158,15 @@ def make_examples(
         form = fitting_form(rows[0], source, classifies, generates) if rows else None
         return converted(source, rows, lambda row: example_of(row, form, generates))
     template, column = prompt_template or "{text}", label_column or "label"
-    are_indices = None
-    if words is not None:
-        labels = [row.get(_key(row, column)) for row in rows]
-        are_indices = _are_indices([label for label in labels if label is not None], words, source)
+    found = [row.get(_key(row, column)) for row in rows]
+    are_indices = _are_indices([label for label in found if label is not None], words, source)
+    needs_label = label_column is not None or words is not None or classifies or not generates
 
     def example(row: Row) -> Row:
-        text = fill_template(template, row)
-        if generates and not classifies and row.get(_key(row, column)) is None:
-            return {**row, "prompt": text}
+        text, kept = fill_template(template, row), row if generates else {}
+        if not needs_label and row.get(_key(row, column)) is None:
+            return {**kept, "prompt": text}
         if words is None and not classifies:
-            kept = row if generates else {}
             return {**kept, "prompt": text, "completion": _value(row, column, filled_text)}
         index = _value(row, column, lambda label: label_index(label, words, are_indices))
         if classifies:
@@ -267,14 +265,14 @@ def _readings(label: object, words: Sequence[str]) -> tuple[int | None, int | No
     return word, indices.index(text) if text in indices else None
 
 
-def _are_indices(labels: Sequence[object], words: Sequence[str], source: str) -> bool | None:
+def _are_indices(labels: Sequence[object], words: Sequence[str] | None, source: str) -> bool | None:
     """Whether the labels of a source are indices (True) or words (False), where words are numbers.
 
     None where no word is a number, so that each label can be only one of the two. A UserError says
     that all labels can be read either way.
     """
-    numbers = any(word.isdecimal() and word != str(n) for n, word in enumerate(words))
-    if not (numbers and labels):
+    numbers = [word for n, word in enumerate(words or ()) if word.isdecimal() and word != str(n)]
+    if not (words and numbers and labels):
         return None
     as_words, as_indices = zip(*(_readings(label, words) for label in labels))
     if None in as_words or None in as_indices:

@@ -161,16 +161,18 @@ def filled_text(value: Any) -> str:
     return text
 
 
+def _listed(value: Any, part: Callable[[Any], Any], what: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{reprlib.repr(value)} must be a list of {what}; write [..., ...]")
+    return [part(one) for one in value]
+
+
 def _texts(value: Any) -> list[str]:
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{reprlib.repr(value)} must be a list of texts; write [..., ...]")
-    return [filled_text(part) for part in value]
+    return _listed(value, filled_text, "texts")
 
 
-def _answers(value: Any) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{reprlib.repr(value)} must be a list of right answers")
-    return [_texts(part) if isinstance(part, list) else filled_text(part) for part in value]
+def _answer(value: Any) -> Any:
+    return _texts(value) if isinstance(value, list) else filled_text(value)
 
 
 def _label(value: Any) -> int:
@@ -185,14 +187,8 @@ def _numbers(value: Any) -> list[int]:
     return value
 
 
-def _labels(value: Any) -> int | list[int]:
-    return _numbers(value) if isinstance(value, list) else _label(value)
-
-
 def _messages(value: Any) -> Messages:
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{reprlib.repr(value)} must be a list of messages with role and content")
-    return [_message(part) for part in value]
+    return _listed(value, _message, "messages with role and content")
 
 
 def _message(value: Any) -> dict[str, Any]:
@@ -205,14 +201,6 @@ def _message(value: Any) -> dict[str, Any]:
     if "weight" in message and message["weight"] not in ((0, 1) if trained else (0,)):
         raise UserError(f"weight {message['weight']!r} must be 0 or 1, and 1 only of the assistant")
     return message
-
-
-def _prompt(value: Any) -> str | Messages:
-    return _messages(value) if isinstance(value, list) else text_of(value)
-
-
-def _completion(value: Any) -> str | Messages:
-    return _messages(value) if isinstance(value, list) else filled_text(value)
 
 
 def _tools(value: Any) -> list[Any]:
@@ -233,19 +221,19 @@ def _without_nulls(value: Any) -> Any:
 
 
 READERS: dict[str, Callable[[Any], Any]] = {
-    "prompt": _prompt,
-    "completion": _completion,
+    "prompt": lambda value: _messages(value) if isinstance(value, list) else text_of(value),
+    "completion": lambda value: _messages(value) if isinstance(value, list) else filled_text(value),
     "messages": _messages,
     "tools": _tools,
     "text": filled_text,
     "passage": text_of,
     "passage_start": _label,
     "options": _texts,
-    "answers": _answers,
+    "answers": lambda value: _listed(value, _answer, "right answers"),
     "label": _label,
     "also_right": _numbers,
     "input_ids": _numbers,
-    "labels": _labels,
+    "labels": lambda value: _numbers(value) if isinstance(value, list) else _label(value),
     "attention_mask": _numbers,
     "token_type_ids": _numbers,
     "length": lambda value: value,

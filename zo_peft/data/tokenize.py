@@ -348,7 +348,8 @@ def tokenize_dataset(dataset: Any, tokenization: Tokenization) -> Dataset | Iter
         try:
             return Dataset.from_dict({name: [row.get(name) for row in made] for name in names})
         except (ValueError, TypeError, OverflowError) as error:
-            raise UserError(f"a column has values of several kinds: {error}") from None
+            kinds = f"{source or 'the data set'} has a column with values of several kinds"
+            raise UserError(f"{kinds}: {error}") from None
     columns = dataset.column_names or list(first)
     return dataset.map(tokenization, with_indices=True, remove_columns=columns)
 
@@ -372,7 +373,8 @@ def _unformatted(dataset: Any) -> list[Row] | Dataset | IterableDataset:
 
 def is_tokenized(dataset: Any) -> bool:
     """Whether a data set holds features, as `tokenize_dataset` makes them."""
-    first = next(iter(dataset), None)
-    if not isinstance(first, Mapping) or "length" not in first:
+    if not isinstance(dataset, Dataset | IterableDataset):
         return False
-    return "prompt_ids" in first or ("labels" in first and "attention_mask" not in first)
+    first = next(iter(dataset), {})
+    made = "prompt_ids" in first or ("labels" in first and "attention_mask" not in first)
+    return "length" in first and made
