@@ -185,9 +185,9 @@ def read_config(path: Path) -> None:
 
 
 def read_data(path: Path) -> None:
-    """Read training data, with a template and label words and without them."""
+    """Read training data, with a template and label words, and for a head for classes."""
     make_examples(read_rows(path), path.name, "{text} It was", label_words=["terrible", "great"])
-    make_examples(read_rows(path), path.name)
+    make_examples(read_rows(path), path.name, classifies=True)
 
 
 TEMPLATES = [None, "{text} It was", "{prompt}", "{id}{text}", "{}", "{{text}}", "{ text }"]
@@ -200,7 +200,10 @@ def read_mutated_rows(path: Path) -> None:
     choices = random.Random(choice)
     heads, generates = choices.choice([None, None, 2]), choices.random() < 0.2
     # Long enough for some, so that ends are cut and contexts are too short.
-    sizes = {"context": choices.choice([None, 12]), "max_length": choices.choice([None, 4, 8])}
+    sizes: dict[str, Any] = {
+        "context": choices.choice([None, 12]),
+        "max_length": choices.choice([None, 4, 8]),
+    }
     tokenization = Tokenization(
         TOKENIZER, num_labels=heads, generates=generates, vocabulary=len(TOKENIZER), **sizes
     )

@@ -774,7 +774,8 @@ def test_booleans_are_labels_of_options() -> None:
 def test_several_right_options_may_be_in_some_rows_alone() -> None:
     rows = [{"prompt": "q", "options": ["y", "n"], "label": 0, "also_right": [1]}]
     rows += [{"prompt": "q", "options": ["y", "n"], "label": 1}]
-    for order in (rows, rows[::-1]):
+    kinds = (rows, rows[::-1], Dataset.from_list(rows), Dataset.from_list(rows).select([1, 0]))
+    for order in kinds:
         batch = Collator(0)(list(tokenize_dataset(order, Tokenization(TOKENIZER))))
         assert sorted(batch["is_right"].tolist()) == [[False, True], [True, True]]
 

@@ -38,7 +38,8 @@ def refused(action: Callable[[], object], *parts: str) -> None:
 def trainer(folder: Path, tokenizer: Any = None, **settings: Any) -> ZOTrainer:
     """A trainer that is given a tokenizer, and whatever else differs."""
     defaults = {"model": MODEL, "train_dataset": OPTIONS, "peft_config": LORA}
-    args = ZOConfig(str(folder), max_steps=1, use_cpu=True, report_to="none")
+    goal = settings.pop("objective", None)
+    args = ZOConfig(str(folder), max_steps=1, use_cpu=True, report_to="none", objective=goal)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(MODEL)
     return ZOTrainer(args=args, processing_class=tokenizer, **{**defaults, **settings})
 
@@ -68,6 +69,11 @@ def test_accuracy_of_tokens_is_called_so(tmp_path: Path) -> None:
     found = run.evaluate()
     assert "eval_token_accuracy" in found
     assert "eval_accuracy" not in found
+
+
+def test_rewards_are_for_language_models(tmp_path: Path) -> None:
+    given = {"model": llama(LlamaForSequenceClassification), "peft_config": HEAD}
+    refused(lambda: trainer(tmp_path, objective="f1", **given), "head for classes")
 
 
 @pytest.mark.parametrize("pad", [0, 5])

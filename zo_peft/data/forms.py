@@ -122,6 +122,9 @@ def example_of(row: Row, form: Form | None = None, generates: bool = False) -> R
     if refused := [name for name in REFUSED if own == FORMS[0] and row.get(name) is not None]:
         raise UserError(f"column {refused[0]!r} cannot be used; express it in labels, or drop it")
     used = (*own, *(TOKENIZED if own == FORMS[0] else OPTIONAL))
+    # A data set of Arrow has null for those who have no other right options.
+    if "also_right" in row and row["also_right"] is None:
+        row["also_right"] = []
     kept = ((name, row[name]) for name in row if name in used and row[name] is not None)
     example = {name: read(name, value, READERS[name]) for name, value in kept}
     conversation = isinstance(example.get("completion"), list)

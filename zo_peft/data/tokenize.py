@@ -80,7 +80,7 @@ class Tokenization:
         return {**features, "length": length}
 
     def _features(self, example: Row) -> Row:
-        if "input_ids" in example:
+        if "input_ids" in example and not self.generates:
             return self._tokenized(example["input_ids"], example["labels"])
         example = self._shortened(example)
         if self.num_labels is not None:
@@ -375,6 +375,6 @@ def is_tokenized(dataset: Any) -> bool:
     """Whether a data set holds features, as `tokenize_dataset` makes them."""
     if not isinstance(dataset, Dataset | IterableDataset):
         return False
-    first = next(iter(dataset), {})
+    first: Row = next(iter(dataset), {})
     made = "prompt_ids" in first or ("labels" in first and "attention_mask" not in first)
     return "length" in first and made

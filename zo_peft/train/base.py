@@ -111,6 +111,10 @@ class BaseTrainer(Trainer):
             args.max_completion_length,
             adapters.vocabulary(model),
         )
+        if self.tokenization.generates and self.tokenization.num_labels is not None:
+            raise UserError(
+                "rewards are for language models, and this model has a head for classes"
+            )
         if isinstance(train_dataset, dict):
             parts = ", ".join(map(str, train_dataset))
             raise UserError(f"train_dataset is several data sets ({parts}); give one of them")
