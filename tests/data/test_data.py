@@ -390,6 +390,13 @@ def test_a_bool_is_the_word_it_reads_as(words: list[str]) -> None:
             ["f, row 1", "column 's'", "null"],
         ),
         ([{"s": " ", "label": 1}], {"prompt_template": "{s}"}, ["f, row 1", "empty"]),
+        ([{"text": "x", "label": 1}], {"prompt_template": ""}, ["uses no column", "text, label"]),
+        ([{"text": "x", "label": "9" * 99}], {"classifies": True}, ["no class index"]),
+        (
+            [{"s": "x", "label": 1}],
+            {"prompt_template": "{s}", "label_column": "lable", "generates": True},
+            ["no column 'lable'"],
+        ),
         ([{"s": True, "label": 1}], {"prompt_template": "{s}"}, ["column 's'", "True is no text"]),
         ([{"s": ["a"], "label": 1}], {"prompt_template": "{s}"}, ["column 's'", "no text"]),
         ([{"s": "x", "label": math.nan}], {"prompt_template": "{s}"}, ["column 'label'", "nan"]),
@@ -644,7 +651,7 @@ def test_an_attention_mask_hides_tokens() -> None:
     row = {"input_ids": [0, 0, 5, 6], "labels": [-100, -100, -100, 6]}
     found = tokenized({**row, "attention_mask": [0, 0, 1, 1], "token_type_ids": [1, 0, 0, 0]})
     assert found == {"input_ids": [5, 6], "labels": [-100, 6]}
-    row = {"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0], "labels": True}
+    row = {"input_ids": [5, 6, 0], "attention_mask": [True, True, False], "labels": True}
     assert tokenized(row, num_labels=2) == {"input_ids": [5, 6], "labels": 1}
 
 

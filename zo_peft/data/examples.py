@@ -157,7 +157,8 @@ def make_examples(
             )
         form = fitting_form(rows[0], source, classifies, generates) if rows else None
         return converted(source, rows, lambda row: example_of(row, form, generates))
-    template, column = prompt_template or "{text}", label_column or "label"
+    template = "{text}" if prompt_template is None else prompt_template
+    column = label_column or "label"
     found = [row.get(_key(row, column)) for row in rows]
     are_indices = _are_indices([label for label in found if label is not None], words, source)
     needs_label = label_column is not None or words is not None or classifies or not generates
@@ -297,7 +298,7 @@ def label_index(
     if label is None:
         raise UserError("null is no label; write one there, or drop the row")
     if label_words is None:
-        if (text := _bare(label, ())).isdecimal():
+        if (text := _bare(label, ())).isdecimal() and len(text) < 10:
             return int(text)
         raise UserError(
             f"label {reprlib.repr(label)} is no class index; name the classes as label words"

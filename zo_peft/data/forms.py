@@ -54,7 +54,7 @@ def located(source: str, number: int) -> Iterator[None]:
 
 def named(columns: Iterable[object]) -> str:
     """The names of columns, for a message."""
-    return ", ".join(map(str, columns)) or "none"
+    return ", ".join(str(column) or "''" for column in columns) or "none"
 
 
 def form_of(row: Row) -> Form | None:
@@ -82,7 +82,7 @@ def fitting_form(first: Row, source: str, classifies: bool, generates: bool) -> 
     with located(source, 1):
         if form is None or not fits:
             raise UserError(_unfit(first, wanted))
-    known = (*form, *(TOKENIZED if form == FORMS[0] else OPTIONAL))
+    known = (*form, *((*TOKENIZED, *REFUSED) if form == FORMS[0] else OPTIONAL))
     if unused := [n for n, value in first.items() if value is not None and n not in known]:
         kind = "plain text" if form == ("text",) else " + ".join(form)
         source = source or "the data set"
@@ -206,6 +206,11 @@ def _message(value: Any) -> dict[str, Any]:
     return message
 
 
+def _mask(value: Any) -> list[int]:
+    parts = value if isinstance(value, list) else [value]
+    return _numbers([int(part) if isinstance(part, bool) else part for part in parts])
+
+
 def _tools(value: Any) -> list[Any]:
     try:
         value = json.loads(value) if isinstance(value, str) else value
@@ -237,7 +242,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "also_right": _numbers,
     "input_ids": _numbers,
     "labels": lambda value: _numbers(value) if isinstance(value, list) else _label(value),
-    "attention_mask": _numbers,
+    "attention_mask": _mask,
     "token_type_ids": _numbers,
     "length": lambda value: value,
 }

@@ -112,9 +112,7 @@ class BaseTrainer(Trainer):
             adapters.vocabulary(model),
         )
         if self.tokenization.generates and self.tokenization.num_labels is not None:
-            raise UserError(
-                "rewards are for language models, and this model has a head for classes"
-            )
+            raise UserError("rewards are for language models; this model has a head for classes")
         if isinstance(train_dataset, dict):
             parts = ", ".join(map(str, train_dataset))
             raise UserError(f"train_dataset is several data sets ({parts}); give one of them")
