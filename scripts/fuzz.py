@@ -198,14 +198,11 @@ def read_mutated_rows(path: Path) -> None:
     """Make a batch of rows: from a list, from a `Dataset`, or with a template and label words."""
     choice, rows = json.loads(path.read_bytes())
     choices = random.Random(choice)
-    heads, generates = choices.choice([None, None, 2]), choices.random() < 0.2
-    # Long enough for some, so that ends are cut and contexts are too short.
-    sizes: dict[str, Any] = {
-        "context": choices.choice([None, 12]),
-        "max_length": choices.choice([None, 4, 8]),
-    }
+    heads, generates = choices.choice([(None, False), (None, False), (2, False), (None, True)])
+    # Some rows are too long for these.
+    context, max_length = choices.choice([None, 12]), choices.choice([None, 4, 8])
     tokenization = Tokenization(
-        TOKENIZER, num_labels=heads, generates=generates, vocabulary=len(TOKENIZER), **sizes
+        TOKENIZER, context, max_length, heads, generates, vocabulary=len(TOKENIZER)
     )
     kind = choices.randrange(3)
     data: Any = rows

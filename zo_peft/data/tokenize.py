@@ -107,7 +107,7 @@ class Tokenization:
         passage = example.get("passage")
         if passage is not None and not isinstance(example.get("prompt", ""), str):
             raise UserError("column 'passage' is part of a text; with messages, leave it out")
-        column = "text" if self.num_labels is not None else "prompt"
+        column = "prompt" if "prompt" in example else "text"
         limits = [limit for limit in (self.max_length, self.context) if limit is not None]
         if self.context is not None and column == "prompt":
             generates = self.generates or "answers" in example
@@ -160,7 +160,9 @@ class Tokenization:
                 right = example_of(columns)
                 options = right.get("options", [right.get("completion")])
                 answer = options[_index(right.get("label", 0), len(options), "options")]
-                columns["answers"] = [answer if isinstance(answer, str) else answer[-1]["content"]]
+                columns["answers"] = [
+                    answer if isinstance(answer, str) else answer[-1].get("content", "")
+                ]
         if isinstance(prompt, str):
             ids = self._ids(prompt)
         else:
