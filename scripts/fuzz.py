@@ -1,4 +1,4 @@
-"""Mutated journals, configurations and data files: each is read, or refused with a `UserError`.
+"""Mutated journals, configurations, data files and rows: each is read, or a `UserError` refuses it.
 
 Anything else is a finding: another exception, an input that takes more than a second, a file that
 is opened for writing outside the scratch folder, a process, a connection, or a pickle. Findings are
@@ -8,6 +8,8 @@ printed with their input, and the exit code is 1 if there is any.
 """
 
 import argparse
+import copy
+import json
 import os
 import random
 import signal
@@ -21,12 +23,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import datasets
+from datasets import Dataset
+from transformers import AutoTokenizer
+
 from zo_peft import Direction, UserError
 from zo_peft.cli import RUN as NAMES
 from zo_peft.cli import named
 from zo_peft.core.journal import MAGIC, Record, framed, read
-from zo_peft.data import make_examples, read_rows
+from zo_peft.data import Collator, Tokenization, make_examples, read_rows, tokenize_dataset
 from zo_peft.runs.options import parse
+from zo_peft.tools.demo import EMBEDDED
 
 CONFIG = b"""model_name_or_path: facebook/opt-125m
 train_file: train.tsv
@@ -46,12 +53,39 @@ DATA = {
     ".csv": b'text,label\n"a fine, warm film",1\ndull,0\n',
     ".tsv": b'text\tlabel\na fine "film"\t1\ndull\t0\n',
 }
+TURN = {"role": "user", "content": "Was it good?"}
+ANSWER = {"role": "assistant", "content": "It was great"}
+CALL = {"role": "assistant", "tool_calls": [{"name": "look", "arguments": {"where": "here"}}]}
+#: A row of each form, with what may stand beside its columns.
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "It was", "completion": "great", "passage": "It", "id": 1},
+    {"prompt": [TURN], "completion": [ANSWER], "tools": [{"name": "look"}]},
+    {"prompt": "It was", "options": ["bad", "great"], "label": 1, "also_right": [0]},
+    {"prompt": "Who?", "answers": ["I", "me"]},
+    {"messages": [TURN, {**ANSWER, "weight": 0}, TURN, {**CALL, "weight": 1}], "tools": "[{}]"},
+    {"text": "a fine film", "label": 1},
+    {"text": "a fine film", "category": "b"},
+    {"input_ids": [5, 6, 0], "labels": [-100, 6, -100], "attention_mask": [1, 1, 0]},
+    {"input_ids": [5, 6], "labels": 1, "token_type_ids": [0, 0]},
+]
+#: What stands in place of a value of a row.
+ODD: list[Any] = [None, True, False, 0, 1, -1, 2, 1.0, 0.5, float("nan"), 10**30, "", " ", "1"]
+ODD += ["great", "<eos>", "<bos>", "\ud800", "{text}", [], [[]], ["a"], [1], [0, 1], [None], {}]
+ODD += [{"role": "user"}, [TURN], [ANSWER], [TURN, ANSWER], [TURN, CALL], "[]", "[1]", "{", [{}]]
+ODD += [10**6, ["a", "a"], ["a", ["b"]], "It was", [TURN, {**ANSWER, "x": 1}], [5, 6, 0, 7]]
 #: What mutations insert.
 PIECES = [b"", b"\0", b"\xff", b"\n", b"{", b"}", b"[", b"]", b'"', b":", b"- ", b"&a", b"*a"]
 PIECES += [b"!!", b"null", b"true", b"nan", b"1e999", b"-1", b"../../etc/x", b"9" * 40]
 PIECES += [b"[" * 2000, b"!!python/object/apply:os.system [id]", b"\xf0\x9f\x98\x80", b",", b"\t"]
 PIECES += [b"%s", b"'"]
 FORBIDDEN = ("subprocess.Popen", "os.system", "socket.connect", "pickle.find_class")
+
+
+TOKENIZER = AutoTokenizer.from_pretrained(EMBEDDED / "model")
+TOKENIZER.chat_template = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ m.tool_calls }}{% endfor %}{{ tools }}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 class Hang(Exception):
@@ -115,7 +149,28 @@ def mutated_journal(content: bytes, random_: random.Random) -> bytes:
     return MAGIC + b"".join(map(framed, frames))
 
 
-MUTATIONS = {"journal": mutated_journal, "config": mutated_config}
+def mutated_rows(content: bytes, random_: random.Random) -> bytes:
+    """One to three rows, most often of one form, with values that are replaced, moved or gone."""
+    forms = random_.choices(ROWS, k=3)
+    rows = [copy.deepcopy(forms[0 if random_.random() < 0.8 else n]) for n in range(3)]
+    for _ in range(random_.randint(1, 4)):
+        place: Any = random_.choice(rows)
+        key = random_.choice([*place])
+        while isinstance(place[key], dict | list) and place[key] and random_.random() < 0.6:
+            place = place[key]
+            key = random_.choice([*place] if isinstance(place, dict) else range(len(place)))
+        value = copy.deepcopy(random_.choice(ODD))
+        if random_.random() < 0.2 and len(place) > 1:
+            del place[key]
+        elif isinstance(place, dict) and random_.random() < 0.2:
+            place[random_.choice([key for row in ROWS for key in row])] = value
+        else:
+            place[key] = value
+    settings = random_.randrange(2**8)
+    return json.dumps([settings, rows[: random_.randint(1, 3)]]).encode()
+
+
+MUTATIONS = {"journal": mutated_journal, "config": mutated_config, "rows": mutated_rows}
 
 
 def read_journal(path: Path) -> None:
@@ -130,9 +185,38 @@ def read_config(path: Path) -> None:
 
 
 def read_data(path: Path) -> None:
-    """Read training data, with a template and label words and without them."""
+    """Read training data, with a template and label words, and for a head for classes."""
     make_examples(read_rows(path), path.name, "{text} It was", label_words=["terrible", "great"])
-    make_examples(read_rows(path), path.name)
+    make_examples(read_rows(path), path.name, classifies=True)
+
+
+TEMPLATES = [None, "{text} It was", "{prompt}", "{id}{text}", "{}", "{{text}}", "{ text }"]
+WORDS = [None, ["terrible", "great"], ["1", "0"], ["yes", "no"]]
+
+
+def read_mutated_rows(path: Path) -> None:
+    """Make a batch of rows: from a list, from a `Dataset`, or with a template and label words."""
+    choice, rows = json.loads(path.read_bytes())
+    choices = random.Random(choice)
+    heads, generates = choices.choice([(None, False), (None, False), (2, False), (None, True)])
+    # Some rows are too long for these.
+    context, max_length = choices.choice([None, 12]), choices.choice([None, 4, 8])
+    tokenization = Tokenization(
+        TOKENIZER, context, max_length, heads, generates, vocabulary=len(TOKENIZER)
+    )
+    kind = choices.randrange(3)
+    data: Any = rows
+    if kind == 0:
+        given = choices.choice(TEMPLATES), choices.choice([None, "label"]), choices.choice(WORDS)
+        data = make_examples(rows, path.name, *given, heads is not None, generates)
+    elif kind == 1:
+        try:
+            data = Dataset.from_list(rows)
+        except (ValueError, TypeError, OverflowError):
+            return
+        data = data.with_format(choices.choice([None, "torch"]))
+    features = tokenize_dataset(data, tokenization)
+    Collator(0)(list(features))
 
 
 Parser = Callable[[Path], None]
@@ -188,16 +272,19 @@ def main() -> int:
     """Print how inputs were taken; returns 1 if there is a finding."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--inputs", type=int, default=100_000, help="for each parser")
-    parser.add_argument("--parsers", nargs="*", default=["journal", "config", "data"])
+    parser.add_argument("--parsers", nargs="*", default=["journal", "config", "data", "rows"])
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         parsers: dict[str, tuple[Parser, dict[str, bytes]]] = {
             "journal": (read_journal, {"": MAGIC + b"".join(map(framed, [HEADER, *records()]))}),
             "config": (read_config, {".yaml": CONFIG}),
             "data": (read_data, DATA),
+            "rows": (read_mutated_rows, {".jsonl": b""}),
         }
         _guard(folder)
         findings = []

@@ -29,7 +29,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from zo_peft import ZOConfig, ZOTrainer
 from zo_peft.data import make_examples, read_rows
-from zo_peft.data.examples import Row
+from zo_peft.data.forms import Row
 from zo_peft.models.adapters import add_adapter
 from zo_peft.models.loading import load_tokenizer
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE

@@ -122,7 +122,7 @@ LONG = json.dumps({"text": "good " * 500, "label": 1})
         ({"train_file": "nowhere.jsonl"}, None, r"nowhere\.jsonl cannot be read.*check the path"),
         ({}, [], "has no rows; it must hold"),
         ({}, ['{"text": "a", "label": 1}', "{"], "line 2 is not JSON"),
-        ({}, ['{"sentence": "a", "label": 1}'], "row 1 has no column 'text'; it has sentence"),
+        ({}, ['{"sentence": "a", "label": 1}'], "row 1: it has no column 'text'; it has sentence"),
         ({"label_column": "sentiment"}, ['{"text": "a", "label": 1}'], "no column 'sentiment'"),
         ({}, ['{"text": "a", "label": "fine"}'], "label 'fine' is not among the label words"),
         ({}, ['{"text": "a", "label": 2}'], "nor an index from 0 to 1"),

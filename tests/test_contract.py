@@ -49,12 +49,14 @@ HOOKS = {
     "dataset dataset_args",
     "create_optimizer": "model",
     "create_scheduler": "num_training_steps optimizer",
+    "evaluate": "eval_dataset ignore_keys metric_key_prefix",
     "floating_point_ops": "inputs",
     "get_batch_samples": "epoch_iterator num_batches device",
     "get_total_train_batch_size": "args",
     "get_train_dataloader": "",
     "init_hf_repo": "token private",
     "log": "logs start_time",
+    "predict": "test_dataset ignore_keys metric_key_prefix",
     "prediction_step": "model inputs prediction_loss_only ignore_keys",
     "push_to_hub": "commit_message blocking token revision private",
     "save_model": "output_dir _internal_call",
@@ -106,8 +108,8 @@ def test_trainer_calls_a_hook_as_our_method_takes_it(hook: str) -> None:
     upstream = inspect.signature(getattr(Trainer, hook)).parameters.values()
     given = [p.name for p in upstream if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert given == ["self", *HOOKS[hook].split()]
-    # It is called, or passed to what calls it; `train` users call.
-    assert hook in attributes(Trainer, ast.Load) | {"train"}
+    # It is called, or passed to what calls it; `train` and `predict` users call.
+    assert hook in attributes(Trainer, ast.Load) | {"train", "predict"}
     for ours in (inspect.signature(vars(owner)[hook]) for owner in OURS if hook in vars(owner)):
         ours.bind(*given)
         for call in nodes(Trainer):

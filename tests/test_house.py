@@ -79,7 +79,7 @@ def lines(*paths: Path) -> int:
     [
         ("the story of a step", STORY, 1430),
         ("the core", [*(PACKAGE / "core").glob("*.py")], 2_920),
-        ("the package", MODULES, 11_900),
+        ("the package", MODULES, 12_600),
     ],
 )
 def test_it_stays_small(what: str, paths: list[Path], most: int) -> None:

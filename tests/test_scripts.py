@@ -129,7 +129,7 @@ SMALLEST = [
     form(
         "fuzz",
         "--inputs 20",
-        *(rf"^{parser}: 20 inputs .*\d re" for parser in ("journal", "config", "data")),
+        *(rf"^{parser}: 20 inputs .*\d re" for parser in ("journal", "config", "data", "rows")),
         "^no findings$",
     ),
     form("golden", "--runs subzero", r"^[0-9a-f]{16} subzero zo_journal$"),

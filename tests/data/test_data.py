@@ -2,12 +2,15 @@
 
 import csv
 import json
+import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict, IterableDataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -17,6 +20,8 @@ from zo_peft import UserError
 from zo_peft.core.batch import Batch
 from zo_peft.data import Collator, Tokenization, make_examples, read_rows, tokenize_dataset
 from zo_peft.data.examples import fill_template, label_index
+from zo_peft.data.forms import named
+from zo_peft.data.tokenize import is_tokenized
 
 SPECIAL = {"<pad>": 0, "<s>": 1, "</s>": 2}
 MERGES = [("Ċ", "n"), ("Ġ", "y"), ("o", "k"), ("a", "b")]
@@ -24,6 +29,9 @@ CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+ANSWER = {"role": "assistant", "content": "ok"}
 
 
 def make_tokenizer(start: str = "", end: str = "", chat: str | None = None) -> Any:
@@ -69,6 +77,10 @@ def write(folder: Path, name: str, text: str) -> Path:
         ("a.json", '{"a": "x"}\r\n{"b": 0.5}\r\n', [{"a": "x"}, {"b": 0.5}]),
         ("a.jsonl", '\ufeff{"a": "é ☃ \\ud83d\\ude00"}', [{"a": "é ☃ 😀"}]),
         ("a.json", '{\n "a": [\n  1]\n}\n', [{"a": [1]}]),
+        ("a.jsonl", '{\n "a": 1\n}\n{\n "a": 2\n}', [{"a": 1}, {"a": 2}]),
+        ("a.json", ' [\n{"a": 1}, {"a": 2}\n]', [{"a": 1}, {"a": 2}]),
+        ("a.ndjson", '{"a": 1} {"a": 2}', [{"a": 1}, {"a": 2}]),
+        ("a.csv", f"a\n{'x' * 200_000}\n", [{"a": "x" * 200_000}]),
         ("a.jsonl", '{"a": "one\u2028line"}\n', [{"a": "one\u2028line"}]),
         ("a.csv", 'a,b\n1,"x, ""y""\nz"\n', [{"a": "1", "b": 'x, "y"\nz'}]),
         ("a.csv", "\ufeffa,b\r\n1,é\r\n\r\n,\r\n", [{"a": "1", "b": "é"}, {"a": "", "b": ""}]),
@@ -88,7 +100,7 @@ IN_TMP_PATH = settings(suppress_health_check=[HealthCheck.function_scoped_fixtur
 @IN_TMP_PATH
 @given(NAMES, st.data())
 def test_csv_comes_back(tmp_path: Path, names: list[str], data: st.DataObject) -> None:
-    text = st.text(st.characters(codec="utf-8", exclude_characters="\r"))
+    text = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"))
     row = st.fixed_dictionaries(dict.fromkeys(names, text))
     rows = data.draw(st.lists(row, min_size=1, max_size=5))
     with (tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as file:
@@ -102,7 +114,7 @@ def test_csv_comes_back(tmp_path: Path, names: list[str], data: st.DataObject) -
 @given(NAMES, st.data())
 def test_tsv_comes_back(tmp_path: Path, names: list[str], data: st.DataObject) -> None:
     # TSV has no way to write these three; a line without any character counts as blank.
-    text = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\t"), min_size=1)
+    text = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\t\0"), min_size=1)
     rows = data.draw(st.lists(st.fixed_dictionaries(dict.fromkeys(names, text)), min_size=1))
     lines = ["\t".join(names), *("\t".join(row[name] for name in names) for row in rows)]
     write(tmp_path, "rows.tsv", "\n".join(lines))
@@ -144,6 +156,7 @@ def fails(action: Callable[[], object], *parts: str) -> None:
     [
         ("a.jsonl", None, ["a.jsonl", "No such file", "check the path"]),
         ("a.txt", "x", ["a.txt", "unknown kind", ".jsonl", ".csv", ".tsv"]),
+        ("a.json.gz", "x", ["unknown kind", "unpack or convert"]),
         ("a", "x", ["unknown kind"]),
         ("a.jsonl", "", ["a.jsonl has no rows", "at least one"]),
         ("a.jsonl", "\n \n", ["a.jsonl has no rows"]),
@@ -151,13 +164,17 @@ def fails(action: Callable[[], object], *parts: str) -> None:
         ("a.tsv", "", ["a.tsv has no rows"]),
         ("a.jsonl", '{"a": 1}\n\n{"a": \n', ["a.jsonl, line 3 is not JSON"]),
         ("a.jsonl", "{'a': 1}\n", ["a.jsonl, line 1 is not JSON"]),
-        ("a.json", '[\n{"a": 1}\n]', ["a.json, line 1 is not JSON"]),
-        ("a.jsonl", '{"a": 1}\n[1]', ["a.jsonl, line 2 is not a JSON object"]),
+        ("a.jsonl", '{"a": 1},\n{"a": 2}', ["a.jsonl, line 1", "without commas between"]),
+        ("a.json", "[]", ["a.json has no rows"]),
+        ("a.jsonl", '{"a": 1}\n[1]', ["a.jsonl, line 2", "no object of columns"]),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}', ["a.jsonl, line 2", "'a' twice"]),
+        ("a.csv", "a,b,a\n1,2,3\n", ["a.csv", "'a' twice", "rename"]),
+        ("a.csv", 'a,b\n"19" screen",1\n', ["a.csv, line 2", 'write a quote as ""']),
+        ("a.csv", "a\nx\0y\n", ["a.csv, line 2", "NUL"]),
         ("a.jsonl", "[" * 100_000, ["a.jsonl, line 1"]),
         ("a.csv", "a,b\n1,2\n3\n", ["a.csv, line 3", "fields"]),
         ("a.csv", "a,b\n1,2,3\n", ["a.csv, line 2", "fields"]),
         ("a.tsv", "a\tb\n1\t2\n\n1 2\n", ["a.tsv, line 4", "fields"]),
-        ("a.csv", "a\n" + "x" * 200_000, ["a.csv, line 2", "field"]),
         ("a.csv", 'a,b\n1,"x\n2,y\n3,z\n', ["a.csv, line"]),
         ("a.jsonl", b'{"a": "\xe9"}', ["a.jsonl is not UTF-8 (byte 7)", "convert"]),
     ],
@@ -194,16 +211,40 @@ def test_a_template_alone_makes_completions_of_the_label_column() -> None:
     ]
 
 
-def test_rows_may_have_a_form_of_their_own() -> None:
-    forms = [
-        {"prompt": "a", "completion": "b"},
-        {"prompt": "a", "options": ["b", "c"], "label": 1},
-        {"messages": [{"role": "assistant", "content": "x"}]},
-        {"text": "a", "label": 0},
-        {"input_ids": [1, 2], "labels": [-100, 2]},
-    ]
-    rows = [{**form, "id": 7, "empty": None} for form in forms]
-    assert make_examples(rows, "f") == forms
+FORMS: list[dict[str, Any]] = [
+    {"prompt": "a", "completion": "b"},
+    {"prompt": [{"role": "user", "content": "x"}], "completion": [ANSWER]},
+    {"prompt": "a", "options": ["b", "c"], "label": 1},
+    {"messages": [{"role": "user", "content": "x"}, ANSWER]},
+    {"text": "a"},
+    {"input_ids": [1, 2], "labels": [-100, 2]},
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_may_have_a_form_of_their_own(form: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="f is read as .*; these columns are not used: id"):
+        assert make_examples([{**form, "id": 7, "empty": None}], "f") == [form]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert make_examples([form] * 2, "f") == [form] * 2
+
+
+def test_plain_text_is_called_so() -> None:
+    with pytest.warns(UserWarning, match="f is read as plain text; .* not used: category"):
+        make_examples([{"text": "a", "category": "b"}], "f")
+
+
+@pytest.mark.parametrize("first", FORMS)
+@pytest.mark.parametrize("second", FORMS)
+def test_all_rows_have_the_form_of_the_first(first: Any, second: Any) -> None:
+    if [*first] == [*second]:
+        return
+    for made in (
+        lambda: make_examples([first, second], "f"),
+        lambda: tokenize_dataset([first, second], Tokenization(make_tokenizer(chat=CHAT))),
+    ):
+        fails(made, "row 2", named(first), named(second))
 
 
 def test_a_classifier_reads_text_or_a_template() -> None:
@@ -218,27 +259,36 @@ def test_a_classifier_reads_text_or_a_template() -> None:
     ("template", "filled"),
     [
         ("{a} {b}", "1 {a}"),
-        ('{} {"json": "{a}"} { a } {a b} {{a}}', '{} {"json": "1"} { a } {a b} {1}'),
-        ("no column", "no column"),
+        ("{ a }{b }", "1{a}"),
+        ('{{"json": "{a}"}} {{a}} {{{a}}}', '{"json": "1"} {a} {1}'),
         ("{é_1}", "ü"),
+        ("{Ticket Description}/{review-text}/{a.b}/{0}/{x!r:>3}", "t/r/d/z/y"),
+        ("{Blank}", "k"),
     ],
 )
-def test_only_columns_in_braces_are_replaced(template: str, filled: str) -> None:
-    assert fill_template(template, {"a": 1, "b": "{a}", "é_1": "ü"}) == filled
+def test_a_template_takes_columns_of_any_name(template: str, filled: str) -> None:
+    row = {"a": 1, "b": "{a}", "é_1": "ü", "Ticket Description": "t", "review-text": "r"}
+    row |= {"a.b": "d", "0": "z", "x!r:>3": "y", " Blank ": "k"}
+    assert fill_template(template, row) == filled
+
+
+@pytest.mark.parametrize("template", ["", "no column", "{{a}}", "{b}", "{}", "{a", "a}", "{a}}"])
+def test_a_template_that_names_no_column_is_refused(template: str) -> None:
+    fails(lambda: make_examples([{"a": "x", "label": "y"}], "f", template), "f, row 1", "a, label")
 
 
 @pytest.mark.parametrize(
     ("label", "words", "index"),
     [
         ("great", ["terrible", "great"], 1),
-        (" great", ["terrible", " great "], 1),
+        (" great", ["terrible", "great"], 1),
         (0, ["terrible", "great"], 0),
         ("1", ["terrible", "great"], 1),
         (" 1 ", ["terrible", "great"], 1),
         (True, ["No", "Yes"], 1),
         (False, ["No", "Yes"], 0),
-        ("1", ["5", "1", "3"], 1),
-        (3, ["5", "1", "3"], 2),
+        (True, ["Yes", "No"], 0),
+        (False, ["Yes", "No"], 1),
         (7, None, 7),
         ("7", None, 7),
         (True, None, 1),
@@ -247,6 +297,60 @@ def test_only_columns_in_braces_are_replaced(template: str, filled: str) -> None
 def test_a_label_is_a_word_an_index_or_a_bool(label: object, words: Any, index: int) -> None:
     found = label_index(label, words)
     assert (found, type(found)) == (index, int)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words", "indices"),
+    [
+        ([0, 1, 2, 3, 4], "1 2 3 4 5", [0, 1, 2, 3, 4]),
+        (["4", "0", "1"], "1 2 3 4 5", [4, 0, 1]),
+        ([1, 2, 3, 4, 5], "1 2 3 4 5", [0, 1, 2, 3, 4]),
+        (["5", "1"], "1 2 3 4 5", [4, 0]),
+        ([0, 1], "0 1", [0, 1]),
+        (["1", 3], "5 1 3", [1, 2]),
+        ([0, 1, 2], "1 0 x", [0, 1, 2]),
+    ],
+)
+def test_labels_of_a_file_are_all_words_or_all_indices(
+    labels: list[object], words: str, indices: list[int]
+) -> None:
+    rows = [{"text": "a", "label": label} for label in labels]
+    made = make_examples(rows, "f", "{text}", label_words=words.split())
+    assert [example["label"] for example in made] == indices
+
+
+@pytest.mark.parametrize(
+    ("labels", "words", "parts"),
+    [
+        ([1, 2, 3], "1 2 3 4 5", ["f: its labels may be label words (1, 2, 3, 4, 5) or indices"]),
+        (["0", "1"], "1 0", ["f: its labels may be"]),
+        ([0, 1, 5], "1 2 3 4 5", ["f, row 1", "label 0 is not among"]),
+    ],
+)
+def test_labels_that_may_be_words_or_indices_are_refused(
+    labels: list[object], words: str, parts: list[str]
+) -> None:
+    rows = [{"text": "a", "label": label} for label in labels]
+    fails(lambda: make_examples(rows, "f", "{text}", label_words=words.split()), *parts)
+
+
+@pytest.mark.parametrize("words", [["a", ""], ["a", "  "], ["a", "a "], ["a"], [], "ab"])
+def test_label_words_are_two_or_more_different_ones(words: Any) -> None:
+    rows = [{"text": "x", "label": 0}]
+    fails(lambda: make_examples(rows, "f", "{text}", label_words=words), "--label_words")
+
+
+def test_blanks_around_names_and_labels_do_not_count() -> None:
+    rows = [{"Text ": "x", " Label": " b "}]
+    assert make_examples(rows, "f", "{Text}", "Label", [" a", "b "]) == [
+        {"prompt": "x", "options": ["a", "b"], "label": 1}
+    ]
+
+
+@pytest.mark.parametrize("settings", [{"label_column": "label"}, {"label_words": ["a", "b"]}])
+def test_options_of_a_template_need_one(settings: dict[str, Any]) -> None:
+    rows = [{"text": "x", "label": "a"}]
+    fails(lambda: make_examples(rows, "f", **settings), "need a --prompt_template", "{text}")
 
 
 @pytest.mark.parametrize("words", [["True", "False"], ["true", "false"]])
@@ -261,12 +365,12 @@ def test_a_bool_is_the_word_it_reads_as(words: list[str]) -> None:
         (
             [{"s": "x", "label": 0}, {"s": "x", "label": "good"}],
             {"prompt_template": "{s}", "label_words": ["bad", "great"]},
-            ["f, row 2", "'good'", "bad, great", "0 to 1", "--label_words"],
+            ["f, row 2", "'good'", "['bad', 'great']", "0 to 1", "--label_words"],
         ),
         (
             [{"s": "x", "label": 2}],
             {"prompt_template": "{s}", "label_words": ["bad", "great"]},
-            ["f, row 1", "2", "bad, great"],
+            ["f, row 1", "2", "'bad', 'great'"],
         ),
         (
             [{"s": "x", "label": -1}],
@@ -283,8 +387,27 @@ def test_a_bool_is_the_word_it_reads_as(words: list[str]) -> None:
         (
             [{"s": None, "label": 1}],
             {"prompt_template": "{s}"},
-            ["f, row 1", "'s'"],
+            ["f, row 1", "column 's'", "null"],
         ),
+        ([{"s": " ", "label": 1}], {"prompt_template": "{s}"}, ["f, row 1", "empty"]),
+        ([{"text": "x", "label": 1}], {"prompt_template": ""}, ["uses no column", "text, label"]),
+        ([{"text": "x", "label": "9" * 99}], {"classifies": True}, ["no class index"]),
+        (
+            [{"s": "x", "label": 1}],
+            {"prompt_template": "{s}", "label_column": "lable", "generates": True},
+            ["no column 'lable'"],
+        ),
+        ([{"s": True, "label": 1}], {"prompt_template": "{s}"}, ["column 's'", "True is no text"]),
+        ([{"s": ["a"], "label": 1}], {"prompt_template": "{s}"}, ["column 's'", "no text"]),
+        ([{"s": "x", "label": math.nan}], {"prompt_template": "{s}"}, ["column 'label'", "nan"]),
+        ([{"s": "x", "label": ""}], {"prompt_template": "{s}"}, ["column 'label'", "empty"]),
+        ([{"s": "x", "label": None}], {"prompt_template": "{s}"}, ["column 'label'", "null"]),
+        (
+            [{"s": "x", "label": ["a"]}],
+            {"prompt_template": "{s}", "label_words": ["a", "b"]},
+            ["column 'label'", "['a'] is not among"],
+        ),
+        ([{"text": "\ud800"}], {}, ["f, row 1", "column 'text'", "surrogate"]),
         (
             [{"text": "a", "label": "x"}],
             {"classifies": True},
@@ -296,7 +419,12 @@ def test_a_bool_is_the_word_it_reads_as(words: list[str]) -> None:
             {},
             ["f, row 1", "prompt, answer", "prompt + completion", "--prompt_template"],
         ),
-        ([{"prompt": "a", "completion": None}], {}, ["f, row 1", "prompt + completion"]),
+        ([{"prompt": "a", "completion": None}], {}, ["f, row 1", "completion (null)"]),
+        (
+            [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}],
+            {},
+            ["f, row 2", "no value in column 'completion'"],
+        ),
     ],
 )
 def test_rows_that_make_no_example_are_the_users_error(
@@ -317,7 +445,6 @@ def test_rows_that_make_no_example_are_the_users_error(
         ("It was", " great", " great"),
         ("It was", "\tgreat", "\tgreat"),
         ("", "great", "great"),
-        ("It was", "", ""),
         ("It\u00a0", "great", "great"),
     ],
 )
@@ -357,10 +484,10 @@ def test_merges_across_the_seam_are_the_completions() -> None:
         "input_ids": [*ids("q", "Ċn", "o"), 2],
         "labels": [-100, *ids("Ċn", "o"), 2],
     }
-    features = tokenized({"prompt": "qa", "options": [" y", " no", "\n"], "label": 2})
+    features = tokenized({"prompt": "qa", "options": [" y", " no", "\nq"], "label": 2})
     assert features == {
         "prompt_ids": ids("q", "a"),
-        "option_ids": [ids("Ġy"), ids("Ġ", "n", "o"), ids("Ċ")],
+        "option_ids": [ids("Ġy"), ids("Ġ", "n", "o"), ids("Ċ", "q")],
         "label": 2,
     }
     # One option merges with the prompt's last letter, so that letter belongs to all of them.
@@ -375,7 +502,10 @@ def test_merges_across_the_seam_are_the_completions() -> None:
 TEXT = st.text("abkonqy \n", max_size=8)
 
 
-@given(TEXT, TEXT, st.lists(TEXT.filter(bool), min_size=1, max_size=4))
+WORD = TEXT.filter(str.strip)
+
+
+@given(TEXT, WORD, st.lists(WORD, min_size=1, max_size=4, unique_by=str.strip))
 def test_prompt_and_ending_are_the_whole_text(rest: str, answer: str, options: list[str]) -> None:
     prompt = "q" + rest  # a letter that merges with nothing
 
@@ -430,6 +560,34 @@ def test_max_length_cuts_prompts_from_the_left() -> None:
     assert features["option_ids"] == [ids("ok"), ids("y", "e", "s")]
 
 
+@pytest.mark.parametrize("room", [1, 2, 3])
+def test_special_tokens_in_front_are_not_cut(room: int) -> None:
+    start = make_tokenizer(start="<s>", chat="<s>" + CHAT)
+    kept = [1, *ids("qqqy")[-room:]]
+    row = completion("qqqy\n", "ok", start, max_length=room + 4)
+    assert row["input_ids"] == [1, *ids("qqqyĊ")[-room - 1 :], *ids("ok"), 2]
+    options = {"prompt": "qqqy", "options": ["y", "n"], "label": 1}
+    assert tokenized(options, start, max_length=room + 3)["prompt_ids"] == kept
+    turns = {"messages": [{"role": "user", "content": "qqqq"}, ANSWER]}
+    cut = tokenized(turns, start, max_length=room + 2)["input_ids"]
+    assert cut == [1, *tokenized(turns, start)["input_ids"][-room - 1 :]]
+    generation = Tokenization(start, generates=True, max_length=room + 1)
+    assert generation({"prompt": "qqqy"}, 0)["prompt_ids"] == kept
+
+
+def test_special_tokens_that_a_text_brings_are_not_doubled() -> None:
+    both = make_tokenizer(start="<s>", end="</s>")
+    for prompt in ("q", "<s>q"):
+        assert completion(prompt, "ok</s>", both) == completion("q", "ok", both)
+    assert tokenized({"text": "<s>qa</s>"}, both) == tokenized({"text": "qa"}, both)
+    head = {"tokenizer": both, "num_labels": 2}
+    for text in ("qa", "<s>qa", "qa</s>", "<s>qa</s>"):
+        row = tokenized({"text": text, "label": 1}, **head)
+        assert row == {"input_ids": [1, *ids("qa"), 2], "labels": 1}
+    row = tokenized({"text": "qqqqq", "label": 1}, max_length=4, **head)
+    assert row["input_ids"] == [1, *ids("qq"), 2]
+
+
 def test_max_length_cuts_texts_from_the_right() -> None:
     for text, kept in (("qab", ids("q", "ab")), ("qqab", ids("q", "q"))):
         row = tokenized({"text": text, "label": 1}, max_length=2, num_labels=2)
@@ -452,6 +610,51 @@ def test_the_loss_of_messages_is_on_all_turns_of_the_assistant() -> None:
     assert row["labels"] == [*unseen[0], *turn, *unseen[1], *last]
 
 
+def test_conversations_of_prompt_and_completion_are_messages() -> None:
+    chat = make_tokenizer(chat=CHAT)
+    asked = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "no"}]
+    asked += [{"role": "user", "content": "qq"}]
+    row = tokenized({"prompt": asked, "completion": [ANSWER]}, chat)
+    whole = tokenized({"messages": [*asked, ANSWER]}, chat)
+    assert row["input_ids"] == whole["input_ids"]
+    # The prompt's own answer is not scored.
+    assert [label for label in row["labels"] if label != -100] == [*ids("ok"), 2]
+
+
+def test_weights_of_messages_count() -> None:
+    chat = make_tokenizer(chat=CHAT)
+    wrong = {"role": "assistant", "content": "ab", "weight": 0}
+    again = {"role": "user", "content": "qq"}
+    turns = [{"role": "user", "content": "q"}, wrong, again, {**ANSWER, "weight": 1}]
+    row = tokenized({"messages": turns}, chat)
+    assert [label for label in row["labels"] if label != -100] == [*ids("ok"), 2]
+    assert row["input_ids"] == tokenized({"messages": [*turns[:3], ANSWER]}, chat)["input_ids"]
+
+
+TOOLS = "{% for t in tools or [] %}({{ t.name }}){% endfor %}"
+CALLS = "{% for c in m.tool_calls or [] %}[{{ c.name }}]{% endfor %}"
+
+
+def test_tools_reach_the_chat_template_or_are_refused() -> None:
+    call = {"role": "assistant", "tool_calls": [{"name": "ab", "x": None}], "content": None}
+    turns = {"messages": [{"role": "user", "content": "q"}, call], "tools": [{"name": "y"}]}
+    shown = make_tokenizer(chat=TOOLS + CHAT.replace("{{ m.content }}", "{{ m.content }}" + CALLS))
+    for tools in (turns["tools"], json.dumps(turns["tools"])):
+        row = tokenized({**turns, "tools": tools}, shown)
+        assert row["input_ids"][:3] == ids("(y)")
+        assert [label for label in row["labels"] if label != -100] == [*ids("[", "ab", "]"), 2]
+    fails(lambda: tokenized(turns, make_tokenizer(chat=CHAT)), "does not show 'tools'")
+    fails(lambda: tokenized(turns, make_tokenizer(chat=TOOLS + CHAT)), "show 'tool_calls'")
+
+
+def test_an_attention_mask_hides_tokens() -> None:
+    row = {"input_ids": [0, 0, 5, 6], "labels": [-100, -100, -100, 6]}
+    found = tokenized({**row, "attention_mask": [0, 0, 1, 1], "token_type_ids": [1, 0, 0, 0]})
+    assert found == {"input_ids": [5, 6], "labels": [-100, 6]}
+    row = {"input_ids": [5, 6, 0], "attention_mask": [True, True, False], "labels": True}
+    assert tokenized(row, num_labels=2) == {"input_ids": [5, 6], "labels": 1}
+
+
 def test_tokenized_rows_stay_as_they_are() -> None:
     row = {"input_ids": [5, 6, 7], "labels": [-100, 6, -100]}
     assert tokenized(row, context=3) == row
@@ -459,31 +662,56 @@ def test_tokenized_rows_stay_as_they_are() -> None:
     assert tokenized(row, num_labels=2) == row
 
 
-ANSWER = {"role": "assistant", "content": "ok"}
 BAD: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({"prompt": "q" * 9, "completion": "ok"}, {"context": 11}, ["12 tokens", "11", "max_length"]),
     ({"prompt": "q" * 9, "options": ["a", "b"], "label": 0}, {"context": 9}, ["11 tokens"]),
     ({"text": "qqq", "label": 0}, {"context": 2, "num_labels": 2}, ["3 tokens", "context holds 2"]),
     ({"input_ids": [3] * 4, "labels": [3] * 4}, {"context": 3}, ["4 tokens"]),
     ({"prompt": "q", "completion": "okokok"}, {"max_length": 5}, ["5 tokens", "max_length=5"]),
-    ({"prompt": "", "completion": ""}, {}, ["the prompt is empty"]),
+    ({"prompt": "", "completion": "a"}, {}, ["the prompt is empty"]),
+    ({"prompt": "q", "completion": ""}, {}, ["column 'completion'", "empty"]),
+    ({"prompt": "q", "completion": ["a"]}, {}, ["'completion'", "role and content"]),
+    ({"prompt": "q", "completion": [ANSWER]}, {}, ["messages needs a completion of messages"]),
+    ({"prompt": [ANSWER], "options": ["a", "b"], "label": 0}, {}, ["completion of messages"]),
+    ({"prompt": "q", "completion": True}, {}, ["column 'completion'", "True is no text"]),
+    ({"prompt": "q", "options": "yes", "label": 0}, {}, ["'options'", "list of texts"]),
+    ({"prompt": "q", "options": ["a", ""], "label": 0}, {}, ["'options'", "empty"]),
+    ({"prompt": "q", "options": ["a", " a"], "label": 0}, {}, ["options", "'a'", "twice"]),
+    ({"prompt": "q", "options": ["a", None], "label": 0}, {}, ["'options'", "null is no text"]),
+    ({"prompt": "q", "answers": "ab"}, {}, ["'answers'", "list of right answers"]),
+    ({"text": "qq", "tools": [{}]}, {}, ["column 'tools' is for messages"]),
     ({"prompt": "", "options": ["a", "b"], "label": 0}, {}, ["the prompt is empty"]),
-    ({"prompt": "q", "options": [], "label": 0}, {}, ["label 0", "options"]),
+    ({"prompt": "q", "options": [], "label": 0}, {}, ["list of texts", "options"]),
     ({"prompt": "q", "options": ["a", "b"], "label": 2}, {}, ["label 2", "options"]),
     ({"prompt": "q", "options": ["a", "b"], "label": -1}, {}, ["label -1", "options"]),
     ({"text": "", "label": 0}, {"num_labels": 2}, ["empty"]),
     ({"text": "q", "label": 2}, {"num_labels": 2}, ["label 2", "from 0 to"]),
     ({"text": "q", "label": "good"}, {"num_labels": 2}, ["'good'"]),
-    ({"messages": []}, {}, ["assistant"]),
+    ({"messages": []}, {}, ["list of messages"]),
     ({"messages": [ANSWER, {"role": "user", "content": "q"}]}, {}, ["assistant"]),
     ({"input_ids": [3, 4], "labels": [-100]}, {}, ["labels must be as long"]),
     ({"input_ids": [3, 4], "labels": [3, -100]}, {}, ["one other than -100"]),
     ({"input_ids": [], "labels": []}, {}, ["labels must be"]),
     # What JSON and CSV files may hold in place of the right types.
-    ({"prompt": "q", "options": ["a", "b"], "label": "b"}, {}, ["'b'", "options"]),
-    ({"prompt": "q", "options": ["a", "b"], "label": "1"}, {}, ["'1'", "options"]),
+    ({"prompt": "q", "options": ["a", "b"], "label": "b"}, {}, ["label 'b' is no index"]),
+    ({"prompt": "q", "options": ["a", "b"], "label": "1"}, {}, ["label '1' is no index"]),
+    ({"prompt": "q", "options": ["a", "b"], "label": 1.0}, {}, ["label 1.0 is no index"]),
     ({"messages": [ANSWER]}, {}, ["messages"]),
     ({"messages": "hello"}, {}, ["messages"]),
+    ({"messages": [{"role": "user", "content": ["q"]}, ANSWER]}, {}, ["['q'] is no text"]),
+    ({"messages": [{"role": "user", "content": "q", "weight": 1}, ANSWER]}, {}, ["weight 1"]),
+    ({"messages": [{"role": "user"}, {**ANSWER, "weight": 0.5}]}, {}, ["no text"]),
+    ({"messages": [{"from": "user", "value": "q"}, ANSWER]}, {}, ["role and content"]),
+    ({"messages": [{"role": "user", "content": "q", "x": 1}, ANSWER]}, {}, ["not show 'x'"]),
+    ({"input_ids": [[3, 4]], "labels": [[3, 4]]}, {}, ["'input_ids'", "list of whole numbers"]),
+    ({"input_ids": [3, 4.0], "labels": [3, 4]}, {}, ["'input_ids'", "whole numbers"]),
+    ({"input_ids": [3, 9], "labels": [3, 4]}, {"vocabulary": 9}, ["token id 9", "resize_token"]),
+    ({"input_ids": [3, 4], "labels": [3, 9]}, {"vocabulary": 9}, ["token id 9"]),
+    ({"input_ids": [3, -1], "labels": [3, 4]}, {}, ["token id -1"]),
+    ({"input_ids": [3, 4], "labels": [3, 4], "attention_mask": [1]}, {}, ["attention_mask"]),
+    ({"input_ids": [3, 4, 5], "labels": [3, 4, 5], "attention_mask": [1, 0, 1]}, {}, ["_mask"]),
+    ({"input_ids": [3, 4], "labels": [3, 4], "token_type_ids": [0, 1]}, {}, ["only zeros"]),
+    ({"input_ids": [3, 4], "labels": [3, 4], "position_ids": [1, 2]}, {}, ["position_ids"]),
     ({"input_ids": [3, 4], "labels": 1}, {}, ["labels"]),
     ({"input_ids": [3, 4], "labels": 5}, {"num_labels": 2}, ["label"]),
     ({"input_ids": [3, 4], "labels": [3, 4]}, {"num_labels": 2}, ["label"]),
@@ -495,7 +723,7 @@ def test_an_example_that_cannot_be_used_is_the_users_error(
     example: dict[str, Any], settings: dict[str, Any], parts: list[str]
 ) -> None:
     tokenization = Tokenization(make_tokenizer(chat=CHAT), **settings)
-    fails(lambda: tokenization(example, 6), "example 7", *parts)
+    fails(lambda: tokenization(example, 6), "row 7", *parts)
 
 
 def test_a_number_is_a_completion() -> None:
@@ -505,9 +733,9 @@ def test_a_number_is_a_completion() -> None:
 
 def test_messages_need_a_chat_template_that_goes_on() -> None:
     turns = {"messages": [{"role": "user", "content": "q"}, ANSWER]}
-    fails(lambda: Tokenization(TOKENIZER)(turns, 0), "no chat template", "prompt and completion")
+    fails(lambda: Tokenization(TOKENIZER)(turns, 0), "no chat template", "set one")
     strange = make_tokenizer(chat="{{ messages | length }}" + CHAT)
-    fails(lambda: Tokenization(strange)(turns, 0), "example 1", "renders the prompt differently")
+    fails(lambda: Tokenization(strange)(turns, 0), "row 1", "renders the prompt differently")
 
 
 def test_a_data_set_is_tokenized_row_by_row() -> None:
@@ -518,14 +746,75 @@ def test_a_data_set_is_tokenized_row_by_row() -> None:
     assert list(found.select_columns(["input_ids", "labels"])) == expected
 
 
+def stream(rows: list[dict[str, Any]]) -> IterableDataset:
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Dataset.from_list,
+        lambda rows: Dataset.from_list(rows).with_format("torch"),
+        lambda rows: Dataset.from_list(rows).with_format("numpy"),
+        stream,
+        lambda rows: stream(rows).map(lambda row: row),
+        lambda rows: [{n: torch.tensor(v) for n, v in row.items()} for row in rows],
+    ],
+)
+@pytest.mark.parametrize("label", [True, 1])
+def test_data_sets_of_all_kinds_are_the_same(kind: Callable[..., Any], label: int) -> None:
+    rows = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 0], "labels": label}] * 2
+    found = list(tokenize_dataset(kind(rows), Tokenization(TOKENIZER, num_labels=2)))
+    assert found == [{"input_ids": [5, 6], "labels": 1, "length": 2}] * 2
+    assert is_tokenized(Dataset.from_list(found))
+    assert not is_tokenized(Dataset.from_list(rows))
+
+
+def test_booleans_are_labels_of_options() -> None:
+    rows = [{"prompt": "q", "options": ["y", "n"], "label": label} for label in (True, False)]
+    for data in (rows, Dataset.from_list(rows)):
+        batch = Collator(0)(list(tokenize_dataset(data, Tokenization(TOKENIZER))))
+        assert batch["labels"].tolist() == [1, 0]
+        assert batch["labels"].dtype == torch.long
+
+
+def test_several_right_options_may_be_in_some_rows_alone() -> None:
+    rows = [{"prompt": "q", "options": ["y", "n"], "label": 0, "also_right": [1]}]
+    rows += [{"prompt": "q", "options": ["y", "n"], "label": 1}]
+    kinds = (rows, rows[::-1], Dataset.from_list(rows), Dataset.from_list(rows).select([1, 0]))
+    for order in kinds:
+        batch = Collator(0)(list(tokenize_dataset(order, Tokenization(TOKENIZER))))
+        assert sorted(batch["is_right"].tolist()) == [[False, True], [True, True]]
+
+
+def transformed() -> Dataset:
+    data = Dataset.from_list([{"text": "q"}])
+    data.set_transform(lambda rows: rows)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        (DatasetDict({"train": Dataset.from_list([{"text": "qq"}])}), "one Dataset"),
+        (["text"], "dictionary"),
+        (transformed(), "transform"),
+        (stream([]), "empty"),
+        ([{"prompt": "q", "answers": ["a"]}, {"prompt": "q", "answers": [["a"]]}], "several kinds"),
+    ],
+)
+def test_what_is_no_data_set_of_examples_is_the_users_error(data: Any, part: str) -> None:
+    fails(lambda: tokenize_dataset(data, Tokenization(TOKENIZER)), part)
+
+
 @pytest.mark.parametrize(
     ("rows", "settings", "parts"),
     [
         ([], {}, ["empty", "at least one"]),
-        ([{"a": 1}], {}, ["columns a;", "prompt + completion"]),
+        ([{"a": 1}], {}, ["row 1", "columns a;", "prompt + completion"]),
         ([{"text": "a", "label": 1}], {}, ["text, label", "prompt + completion"]),
         ([{"prompt": "a", "completion": "b"}], {"num_labels": 2}, ["text + label"]),
-        ([{"prompt": "q", "completion": "ok"}] * 3, {"context": 2}, ["example 1", "tokens"]),
+        ([{"prompt": "q", "completion": "ok"}] * 3, {"context": 2}, ["row 1", "tokens"]),
     ],
 )
 def test_a_data_set_that_does_not_fit_is_the_users_error(

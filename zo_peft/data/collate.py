@@ -77,7 +77,7 @@ class Collator:
         width = max(map(len, options))
         batch: Tensors = {"labels": torch.tensor([feature["label"] for feature in features])}
         if "also_right" in features[0]:
-            rights = [{feature["label"], *feature["also_right"]} for feature in features]
+            rights = [{feature["label"], *(feature["also_right"] or ())} for feature in features]
             is_right = [[index in right for index in range(width)] for right in rights]
             batch["is_right"] = torch.tensor(is_right)
         if any(len(own) < width or max(map(len, own)) > 1 for own in options):

@@ -15,7 +15,7 @@ import yaml
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from zo_peft.data import read_rows
-from zo_peft.data.examples import Row
+from zo_peft.data.forms import Row
 from zo_peft.data.tokenize import spaced
 from zo_peft.errors import UserError
 from zo_peft.models.hub import LOAD_ERRORS, reason

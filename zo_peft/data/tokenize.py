@@ -1,15 +1,30 @@
 """Turn examples into token ids."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from zo_peft.data.examples import FORMS, Row, form_of
+from zo_peft.data.forms import (
+    FORMS,
+    Form,
+    Messages,
+    Row,
+    example_of,
+    fitting_form,
+    form_of,
+    located,
+)
 from zo_peft.errors import UserError
+from zo_peft.models.adapters import check_token
+
+#: Keys of a message that a chat template may leave out, because they only say whose it is.
+NAMES = ("role", "content", "weight", "name", "tool_call_id")
 
 
 @dataclass(frozen=True)
@@ -25,6 +40,9 @@ class Tokenization:
         num_labels: the number of classes of a classification head; None for a language model.
         generates: whether completions are generated for reward functions.
         max_completion_length: for how many generated tokens prompts leave room in the context.
+        vocabulary: how many rows the model's embedding has. None: token ids are not checked.
+        form: that of all examples. None: each example may have another.
+        source: where the examples come from, for error messages.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -33,6 +51,9 @@ class Tokenization:
     num_labels: int | None = None
     generates: bool = False
     max_completion_length: int = 0
+    vocabulary: int | None = None
+    form: Form | None = None
+    source: str = ""
 
     def __call__(self, example: Row, index: int) -> Row:
         """The features of an example, as `Collator` takes them.
@@ -40,10 +61,11 @@ class Tokenization:
         `length` among them is for transformers' `train_sampling_strategy="group_by_length"`. A
         UserError says that the example of this index cannot be used.
         """
-        try:
-            features = self._features(example)
+        with located(self.source, index + 1):
+            features = self._features(example_of(example, self.form, self.generates))
             ids = features["input_ids"] if "input_ids" in features else features["prompt_ids"]
-            length = len(ids) + max(map(len, features.get("option_ids", [[]])))
+            options = features.get("option_ids", [[]])
+            length = len(ids) + max(map(len, options))
             generated = self.max_completion_length if "columns" in features else 0
             if self.context is not None and length + generated > self.context:
                 raise UserError(
@@ -51,26 +73,30 @@ class Tokenization:
                     f"{self.context}; shorten it, or set max_length to {self.context} or less to "
                     "cut it"
                 )
-        except UserError as error:
-            raise UserError(f"example {index + 1}: {error}") from None
+            labels = features.get("labels")
+            scored = [i for i in labels if i != -100] if isinstance(labels, list) else []
+            for token in {*ids, *scored, *(token for option in options for token in option)}:
+                check_token(token, self.vocabulary)
         return {**features, "length": length}
 
     def _features(self, example: Row) -> Row:
-        form = form_of(example)
-        if form == ("input_ids", "labels"):
+        if "input_ids" in example and not self.generates:
             return self._tokenized(example["input_ids"], example["labels"])
         example = self._shortened(example)
         if self.num_labels is not None:
             return self._classified(example["text"], example["label"], self.num_labels)
-        if self.generates or form == ("prompt", "answers"):
+        if self.generates or "answers" in example:
             return self._generated(example)
-        if form == ("prompt", "options", "label"):
+        if "options" in example:
             return self._options(example)
-        if form == ("prompt", "completion"):
-            return self._completion(str(example["prompt"]), str(example["completion"]))
-        if form == ("text",):
-            return self._text(str(example["text"]))
-        return self._messages(example["messages"])
+        if isinstance(example.get("completion"), list):
+            prompt, completion = example["prompt"], example["completion"]
+            return self._messages(prompt + completion, example.get("tools"), len(prompt))
+        if "completion" in example:
+            return self._completion(example["prompt"], example["completion"])
+        if "text" in example:
+            return self._text(example["text"])
+        return self._messages(example["messages"], example.get("tools"))
 
     def _shortened(self, example: Row) -> Row:
         """Cut the example's passage at its end until everything fits `max_length` or the context.
@@ -79,19 +105,23 @@ class Tokenization:
         the character `passage_start`, or where its words are first found.
         """
         passage = example.get("passage")
-        column = "text" if self.num_labels is not None else "prompt"
+        if passage is not None and not isinstance(example.get("prompt", ""), str):
+            raise UserError("column 'passage' is part of a text; with messages, leave it out")
+        column = "prompt" if "prompt" in example else "text"
         limits = [limit for limit in (self.max_length, self.context) if limit is not None]
         if self.context is not None and column == "prompt":
             generates = self.generates or "answers" in example
             limits[-1] -= generates * self.max_completion_length
         if passage is None or not limits:
             return example
-        text = str(example[column])
+        text = example[column]
         start = example.get("passage_start", text.find(passage))
         before, after = text[:start], text[start + len(passage) :]
         if before + passage + after != text:
             raise UserError(f"its passage is not part of its {column}")
-        endings = ["", *example.get("options", ()), str(example.get("completion") or "")]
+        endings = [""]
+        if not self.generates:
+            endings += [*example.get("options", ()), example.get("completion", "")]
         while passage:
             whole = [text + spaced(text, ending) for ending in endings]
             # One more for the token that ends a completion.
@@ -107,41 +137,53 @@ class Tokenization:
     def _tokenized(self, ids: list[int], labels: Any) -> Row:
         if self.num_labels is not None:
             return {"input_ids": ids, "labels": _index(labels, self.num_labels, "classes")}
-        if not isinstance(labels, list) or len(labels) != len(ids) or _unscored(labels):
+        if isinstance(labels, int) or len(labels) != len(ids) or _unscored(labels):
             raise UserError(
                 "labels must be as long as input_ids, with one other than -100 behind the first"
             )
         return {"input_ids": ids, "labels": labels}
 
     def _classified(self, text: str, label: object, classes: int) -> Row:
-        index, cut = _index(label, classes, "classes"), self.max_length is not None
-        ids = self.tokenizer(text, truncation=cut, max_length=self.max_length)["input_ids"]
-        if not ids:
-            raise UserError("its text is empty")
-        return {"input_ids": ids, "labels": index}
+        ids, back = self._ids(text), self._around[1]
+        ids = ids[: -len(back)] if back and ids[-len(back) :] == back else ids
+        if self.max_length is not None:
+            ids = ids[: max(0, self.max_length - len(back))]
+        if len(ids) == self._kept(ids):
+            raise UserError("no token of its text is left; put text there, or raise max_length")
+        return {"input_ids": ids + back, "labels": _index(label, classes, "classes")}
 
     def _generated(self, example: Row) -> Row:
         prompt, columns = example["prompt"], dict(example)
-        if "answers" not in example and "options" in example:
-            columns["answers"] = [example["options"][example["label"]]]
-        elif "answers" not in example and example.get("completion") is not None:
-            columns["answers"] = [example["completion"]]
+        if columns.get("answers") is None and form_of(columns) in FORMS[1:3]:
+            # Reward functions may give these columns another meaning, and then need no answers.
+            with contextlib.suppress(UserError):
+                right = example_of(columns)
+                options = right.get("options", [right.get("completion")])
+                answer = options[_index(right.get("label", 0), len(options), "options")]
+                columns["answers"] = [
+                    answer if isinstance(answer, str) else answer[-1].get("content", "")
+                ]
         if isinstance(prompt, str):
-            ids = self.tokenizer(prompt)["input_ids"]
+            ids = self._ids(prompt)
         else:
-            text = self._rendered(prompt, add_generation_prompt=True)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = self._open(ids) or ids
+            tools = example.get("tools")
+            ids, _ = self._located(self._rendered(prompt, tools, add_generation_prompt=True))
         if not ids:
             raise UserError("the prompt is empty; put text there")
-        return {"prompt_ids": ids[-(self.max_length or 0) :], "columns": columns}
+        return {"prompt_ids": self._cut(ids), "columns": columns}
 
     def _options(self, example: Row) -> Row:
         prompt, options = example["prompt"], example["options"]
         label = _index(example["label"], len(options), "options")
-        prompt_ids, option_ids = self._split(prompt, [spaced(prompt, o) for o in options])
-        others = {"also_right": example["also_right"]} if "also_right" in example else {}
-        return {"prompt_ids": prompt_ids, "option_ids": option_ids, "label": label, **others}
+        endings = [spaced(prompt, option) for option in options]
+        if twice := [own for number, own in enumerate(endings) if own in endings[:number]]:
+            raise UserError(f"column 'options': {twice[0].strip()!r} is there twice; drop one")
+        prompt_ids, option_ids = self._split(prompt, endings)
+        features = {"prompt_ids": prompt_ids, "option_ids": option_ids, "label": label}
+        if "also_right" not in example:
+            return features
+        also = [_index(other, len(options), "options") for other in example["also_right"]]
+        return {**features, "also_right": also}
 
     def _completion(self, prompt: str, completion: str) -> Row:
         ending = self._ended(spaced(prompt, completion))
@@ -150,23 +192,23 @@ class Tokenization:
         return {"input_ids": prompt_ids + completion_ids, "labels": labels}
 
     def _text(self, text: str) -> Row:
-        ids = self._open(self.tokenizer(self._ended(text))["input_ids"])[: self.max_length]
+        ids = self._ids(self._ended(text))[: self.max_length]
         if len(ids) < 2:
             raise UserError("its text has fewer than two tokens")
         return {"input_ids": ids, "labels": ids}
 
-    def _messages(self, messages: Sequence[dict[str, Any]]) -> Row:
-        roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
-        if len(roles) < 2 or None in roles or roles[-1] != "assistant":
-            raise UserError(
-                "messages must be a list of two or more messages with role and content, and the "
-                "last one the assistant's"
-            )
-        text = self._rendered(messages)
-        turns = []
-        for number in (i for i, role in enumerate(roles) if role == "assistant" and i):
-            before = self._rendered(messages[:number], add_generation_prompt=True)
-            through = self._rendered(messages[: number + 1])
+    def _messages(self, messages: Messages, tools: list[Any] | None, first: int = 1) -> Row:
+        """The loss is on the turns of the assistant from the first on that have no weight of 0."""
+        turns, roles = [], [message["role"] for message in messages]
+        if len(roles) < 2 or roles[-1] != "assistant":
+            raise UserError("messages must be two or more, and the last one the assistant's")
+        text = self._rendered(messages, tools)
+        self._check_shown(text, messages, tools)
+        for number, message in list(enumerate(messages))[first:]:
+            if message["role"] != "assistant" or message.get("weight") == 0:
+                continue
+            before = self._rendered(messages[:number], tools, add_generation_prompt=True)
+            through = self._rendered(messages[: number + 1], tools)
             if not (text.startswith(before) and text.startswith(through)):
                 raise UserError(
                     "the chat template renders the prompt differently without its answer; use "
@@ -179,7 +221,8 @@ class Tokenization:
             token if any(start < turn.stop and end > turn.start for turn in turns) else -100
             for token, (start, end) in zip(ids, offsets)
         ]
-        ids, labels = (row[-(self.max_length or 0) :] for row in (ids, labels))
+        kept, cut = self._kept(ids), self._cut(ids)
+        ids, labels = cut, labels[:kept] + labels[len(labels) - len(cut) + kept :]
         if _unscored(labels):
             raise UserError(
                 "no token of the assistant's turns is left; shorten them, raise max_length, or "
@@ -187,21 +230,64 @@ class Tokenization:
             )
         return {"input_ids": ids, "labels": labels}
 
-    def _rendered(self, messages: Sequence[dict[str, Any]], **kwargs: bool) -> str:
+    def _check_shown(self, text: str, messages: Messages, tools: list[Any] | None) -> None:
+        """Refuse tools, and parts of messages, that the chat template leaves out."""
+        if tools and self._rendered(messages, None) == text:
+            raise UserError("the chat template does not show 'tools'; drop the column")
+        for key in {key for message in messages for key in message if key not in NAMES}:
+            without = [{k: value for k, value in m.items() if k != key} for m in messages]
+            if self._rendered(without, tools) == text:
+                raise UserError(f"the chat template does not show {key!r} of its messages; drop it")
+
+    def _rendered(self, messages: Messages, tools: list[Any] | None, **kwargs: bool) -> str:
         if not self.tokenizer.chat_template:
-            raise UserError("the tokenizer has no chat template; use prompt and completion columns")
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+            raise UserError(
+                "the tokenizer has no chat template; set one, or write texts as prompt + completion"
+            )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools or None, tokenize=False, **kwargs
+            )
+        # A template is a program: what it may raise is as open as with any other.
+        except Exception as error:
+            raise UserError(f"the chat template refuses it: {error}") from error
 
     def _located(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids without special tokens, and where each begins and ends in the text."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return encoded["input_ids"], encoded["offset_mapping"]
 
-    def _open(self, ids: list[int]) -> list[int]:
-        """The ids without the end of sequence that some tokenizers append to every text."""
-        end = self.tokenizer.eos_token_id
-        appended = ids[-1:] == [end] and self.tokenizer("a")["input_ids"][-1] == end
-        return ids[:-1] if appended else ids
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer puts in front of every text, and behind it."""
+        whole = self.tokenizer("a")["input_ids"]
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        starts = range(len(whole) - len(bare) + 1)
+        start = next((n for n in starts if whole[n : n + len(bare)] == bare), 0)
+        return whole[:start], whole[start + len(bare) :]
+
+    def _ids(self, text: str) -> list[int]:
+        """Token ids with the special tokens in front, once, and without those behind."""
+        ids, front = self.tokenizer(text, add_special_tokens=False)["input_ids"], self._around[0]
+        return ids if ids[: len(front)] == front else front + ids
+
+    def _kept(self, ids: list[int]) -> int:
+        """How many special tokens stand in front; no cut takes them."""
+        front = self._around[0] or [self.tokenizer.bos_token_id]
+        return len(front) if ids[: len(front)] == front else 0
+
+    def _cut(self, ids: list[int], reserved: int = 0) -> list[int]:
+        """The ids, cut from the left to `max_length` less what is reserved for an ending."""
+        kept = self._kept(ids)
+        if self.max_length is None or len(ids) + reserved <= self.max_length:
+            return ids
+        room = self.max_length - reserved - kept
+        if room < 1:
+            raise UserError(
+                f"its ending of {reserved} tokens leaves no room for a prompt within "
+                f"max_length={self.max_length}; raise it"
+            )
+        return ids[:kept] + ids[-room:]
 
     def _ended(self, text: str) -> str:
         """The text with the end of sequence written out once behind it."""
@@ -215,23 +301,14 @@ class Tokenization:
         from the left until it and the longest ending fit `max_length`.
         """
         texts = (prompt + ending for ending in ("", *endings))
-        alone, *joined = (self._open(self.tokenizer(text)["input_ids"]) for text in texts)
+        alone, *joined = (self._ids(text) for text in texts)
         # The prompt ends where the texts begin to differ. An ending has at least one token.
         seam = len(list(takewhile(lambda ids: len(set(ids)) == 1, zip(alone, *joined))))
         seam = min(seam, *(len(whole) - 1 for whole in joined))
         if seam < 1:
             raise UserError("the prompt is empty or one token with its completion; put text before")
         prompt_ids, ending_ids = joined[0][:seam], [whole[seam:] for whole in joined]
-        longest = max(map(len, ending_ids))
-        if self.max_length is not None:
-            room = self.max_length - longest
-            if room < 1:
-                raise UserError(
-                    f"its completion of {longest} tokens leaves no room for a prompt within "
-                    f"max_length={self.max_length}; raise it"
-                )
-            prompt_ids = prompt_ids[-room:]
-        return prompt_ids, ending_ids
+        return self._cut(prompt_ids, max(map(len, ending_ids))), ending_ids
 
 
 def _unscored(labels: list[int]) -> bool:
@@ -255,26 +332,51 @@ def spaced(prompt: str, ending: str) -> str:
 def tokenize_dataset(dataset: Any, tokenization: Tokenization) -> Dataset | IterableDataset:
     """A data set of examples (or a sequence of dictionaries) as features for `Collator`.
 
-    A UserError says that the data set is empty, that its columns make none of the forms of
-    `zo_peft.data` that the model can use, or that an example cannot be used.
+    A warning names columns that are not used. A UserError says that the data set is empty, that
+    its columns make none of the forms of `zo_peft.data` that the model can use, or that an example
+    cannot be used.
     """
-    if not isinstance(dataset, Dataset | IterableDataset):
-        dataset = Dataset.from_list(list(dataset))
-    columns = dataset.column_names or []
-    if isinstance(dataset, Dataset) and not len(dataset):
+    source = getattr(dataset, "source", "")
+    dataset = _unformatted(dataset)
+    first = next(iter(dataset), None)
+    if first is None:
         raise UserError("the data set is empty; it must hold at least one example")
-    form = form_of(columns)
-    if tokenization.num_labels is not None:
-        fits = form in (FORMS[0], ("text", "label"))
-        wanted = "text + label (a class index)"
-    elif tokenization.generates:
-        fits, wanted = "prompt" in columns, "prompt, and what the reward functions need"
-    else:
-        fits = form not in (None, ("prompt",), ("text", "label"))
-        wanted = "prompt + completion, prompt + options + label, messages, or text (on the command "
-        wanted += "line, --prompt_template and --label_words make them)"
-    if not fits:
-        raise UserError(
-            f"the data set has the columns {', '.join(columns)}; this model needs {wanted}"
-        )
+    classifies = tokenization.num_labels is not None
+    form = fitting_form(first, source, classifies, tokenization.generates)
+    tokenization = replace(tokenization, form=form, source=source)
+    if isinstance(dataset, list):
+        made = [tokenization(row, index) for index, row in enumerate(dataset)]
+        names = dict.fromkeys(name for row in made for name in row)
+        try:
+            return Dataset.from_dict({name: [row.get(name) for row in made] for name in names})
+        except (ValueError, TypeError, OverflowError) as error:
+            kinds = f"{source or 'the data set'} has a column with values of several kinds"
+            raise UserError(f"{kinds}: {error}") from None
+    columns = dataset.column_names or list(first)
     return dataset.map(tokenization, with_indices=True, remove_columns=columns)
+
+
+def _unformatted(dataset: Any) -> list[Row] | Dataset | IterableDataset:
+    """The data set with Python's values, or its rows."""
+    if isinstance(dataset, Dataset):
+        if dataset.format["type"] == "custom":
+            raise UserError("the data set has a transform; apply it with map, or reset_format()")
+        for name in {"label", "labels", "length"} & set(dataset.column_names):
+            # `map` would turn indices back into the booleans that the column had.
+            if dataset.features[name] == Value("bool"):
+                dataset = dataset.cast_column(name, Value("int64"))
+    if isinstance(dataset, Dataset | IterableDataset):
+        return dataset.with_format(None)
+    rows = [] if isinstance(dataset, Mapping) else list(dataset)
+    if isinstance(dataset, Mapping) or not all(isinstance(row, Mapping) for row in rows):
+        raise UserError("give one Dataset, or one list of examples, each of them a dictionary")
+    return rows
+
+
+def is_tokenized(dataset: Any) -> bool:
+    """Whether a data set holds features, as `tokenize_dataset` makes them."""
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return False
+    first: Row = next(iter(dataset), {})
+    made = "prompt_ids" in first or ("labels" in first and "attention_mask" not in first)
+    return "length" in first and made

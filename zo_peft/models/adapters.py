@@ -212,9 +212,17 @@ def prepare(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> None:
     change. The trainable parameters of a PEFT model become float32 (PEFT leaves `modules_to_save`
     and layer norms in the base's dtype), and a local base is recorded by its folder's name, so that
     no saved file holds a path of this machine. Layers are refused as by `check_4bit_widths`.
+
+    A tokenizer without a padding token pads with the end of a sequence, and the model's head is
+    told which token pads. A UserError says that there is none, or that the model does not have it.
     """
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise UserError("the tokenizer has no padding token and no end of sequence; set pad_token")
+    check_token(tokenizer.pad_token_id, vocabulary(model))
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
     check_4bit_widths(model)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit) and module.weight.device.type == "cpu":
@@ -312,5 +320,25 @@ def context_length(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> int |
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
         return None
+    for name, module in model.named_modules():
+        # Models of RoBERTa's kind count positions from behind that of the padding.
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            positions = min(positions, module.num_embeddings - padding - 1)
     virtual = getattr(peft_config_of(model), "num_virtual_tokens", None) or 0
     return min(positions, tokenizer.model_max_length) - virtual
+
+
+def vocabulary(model: AnyModel) -> int | None:
+    """How many token ids the model's embedding has rows for; None: it has no such embedding."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return None if weight is None else weight.shape[0]
+
+
+def check_token(token: int, rows: int | None) -> None:
+    """Raise a UserError for a token id that an embedding of so many rows does not have."""
+    if token < 0 or (rows is not None and token >= rows):
+        raise UserError(
+            f"token id {token} is beyond the {rows} rows of the model's embedding; use the model's "
+            "own tokenizer, pad with one of its tokens, or call resize_token_embeddings"
+        )

@@ -98,7 +98,8 @@ def answer_reward(
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         if first_line:
             texts = [text.split("\n")[0].strip() for text in texts]
-        return [max(score(text, answer) for answer in own) for text, own in zip(texts, answers)]
+        right = [[own] if isinstance(own, str) else own for own in answers]
+        return [max(score(text, answer) for answer in own) for text, own in zip(texts, right)]
 
     reward.__name__ = reward.__qualname__ = name
     reward.__doc__ = score.__doc__

@@ -1,7 +1,8 @@
 """Objectives of labelled text. They take a model and a batch, and return a loss for each example.
 
 All losses are cross entropies in float32, with natural logarithms. Evaluation reports accuracy, the
-share of predictions that equal their reference; a reference of -100 does not count.
+share of predictions that equal their reference; a reference of -100 does not count. Of completions
+it is called `token_accuracy`, because their predictions are the next tokens.
 """
 
 from collections.abc import Callable
@@ -62,6 +63,7 @@ class CompletionObjective:
     """
 
     repeatable = True
+    metric_name = "token_accuracy"
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """One loss per example, float32, shape [B]."""
@@ -205,11 +207,11 @@ class BlackBoxObjective:
         return self.losses(model, batch), batch["labels"], batch["labels"]
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The share of predictions that equal their reference, where there is one."""
+def accuracy(prediction: EvalPrediction, name: str = "accuracy") -> dict[str, float]:
+    """The share of predictions that equal their reference, where there is one, by its name."""
     counted = prediction.label_ids != IGNORE_INDEX
     right = (prediction.predictions == prediction.label_ids)[counted]
-    return {"accuracy": float(np.mean(right))}
+    return {name: float(np.mean(right))}
 
 
 def _mean_by(groups: Tensor, values: Tensor, count: int) -> Tensor:

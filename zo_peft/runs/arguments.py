@@ -1,5 +1,6 @@
 """What a run is made of beside `ZOConfig`: the model, the adapter and the data."""
 
+import csv
 import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -73,6 +74,11 @@ class ModelArguments:
         return config_class(task_type=self.task_type, **taken)
 
 
+#: Options of data that a task brings itself, and those that only a task has.
+OWN = ("train_file", "eval_file", "dataset_name", "prompt_template", "label_column", "label_words")
+OF_A_TASK = ("task_data_dir", "num_train", "num_dev", "num_eval", "shots")
+
+
 @dataclass
 class DataArguments:
     """Labelled text from files, from the Hub or of a benchmark, and how it becomes examples."""
@@ -105,17 +111,31 @@ class DataArguments:
     prompt_template: str | None = HfArg(
         default=None, help="The prompt, with {column} for a row's values and \\n for a new line."
     )
-    label_column: str = HfArg(default="label", help="Column of the label, or of the completion.")
+    label_column: str | None = HfArg(
+        default=None, help="Column of the label, or of the completion. Default: label."
+    )
     label_words: str | None = HfArg(
-        default=None, help="Label words in label order, separated by commas: terrible,great."
+        default=None,
+        help='Label words in label order, separated by commas: terrible,great or "so, so",great.',
     )
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
             raise UserError(f"task={self.task!r} is not known; use one of {', '.join(TASKS)}")
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        unused = [name for name in changed if name in (OWN if self.task else OF_A_TASK)]
+        if unused:
+            why = "is not used with --task" if self.task else "is only for a --task"
+            raise UserError(f"--{unused[0]} {why}; drop one of the two")
+        if self.eval_file and self.dataset_test_split:
+            raise UserError("give --eval_file or --dataset_test_split, not both")
+        if self.train_file and self.dataset_name and not self.dataset_test_split:
+            raise UserError("give --train_file or --dataset_name, not both")
         if self.prompt_template is not None:
             self.prompt_template = self.prompt_template.replace("\\n", "\n")
 
     def words(self) -> list[str] | None:
         """The label words, one by one; None if there are none."""
-        return None if self.label_words is None else self.label_words.split(",")
+        if self.label_words is None:
+            return None
+        return next(csv.reader([self.label_words], skipinitialspace=True), [])

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from zo_peft.core.journal import JOURNAL_NAME
-from zo_peft.data.examples import Row
+from zo_peft.data.forms import Row
 from zo_peft.data.tasks import ANSWER_TOKENS, TASKS
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter, saved_adapter

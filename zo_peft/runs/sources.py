@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from zo_peft.data import make_examples, read_rows
-from zo_peft.data.examples import Row, converted
+from zo_peft.data.examples import converted
+from zo_peft.data.forms import Row
 from zo_peft.data.tasks import TASKS, hub_rows, sample, task_rows, train_parts, with_demonstrations
 from zo_peft.errors import UserError
 from zo_peft.runs.arguments import DataArguments

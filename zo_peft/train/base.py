@@ -19,13 +19,20 @@ from transformers.trainer_callback import (
     TrainerCallback,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import HubStrategy, TrainOutput, has_length, set_seed
+from transformers.trainer_utils import (
+    HubStrategy,
+    PredictionOutput,
+    TrainOutput,
+    has_length,
+    set_seed,
+)
 from transformers.utils import PushInProgress
 
 from zo_peft.core.batch import Batch, Objective
 from zo_peft.core.lanes import replaced
 from zo_peft.data import Tokenization, collator_for, tokenize_dataset
 from zo_peft.data.sampler import EpochSampler
+from zo_peft.data.tokenize import is_tokenized
 from zo_peft.errors import UserError
 from zo_peft.models import adapters
 from zo_peft.models.hub import AnyModel, first_line
@@ -56,7 +63,8 @@ class BaseTrainer(Trainer):
         eval_objective: what evaluation reports. By default that is `objective`, or what the columns
             of `eval_dataset` say.
         data_collator, compute_metrics, callbacks: as in `Trainer`. The default metrics are those
-            of the objective: `accuracy` of options, classes or completion tokens, or rewards.
+            of the objective: `accuracy` of options or classes, `token_accuracy` of completions, or
+            rewards.
 
     Raises:
         UserError: settings, data and model do not go together.
@@ -115,20 +123,29 @@ class BaseTrainer(Trainer):
             model.config.num_labels if adapters.classifies(model) else None,
             rewards.generates(reward_funcs, args.objective),
             args.max_completion_length,
+            adapters.vocabulary(model),
         )
+        if self.tokenization.generates and self.tokenization.num_labels is not None:
+            raise UserError("rewards are for language models; this model has a head for classes")
+        if isinstance(train_dataset, dict):
+            parts = ", ".join(map(str, train_dataset))
+            raise UserError(f"train_dataset is several data sets ({parts}); give one of them")
         if isinstance(objective, scoring.BlackBoxObjective) and train_dataset is None:
             train, evaluation = Dataset.from_list([{"input_ids": [0], "labels": 0}]), None
         else:
             train, evaluation = map(self.features, (train_dataset, eval_dataset))
         chosen = partial(_objective, self.tokenization, args, reward_funcs)
-        self.eval_objective = eval_objective or objective or chosen(evaluation or train)
-        self.objective = objective or chosen(train or evaluation)
+        given = eval_objective or objective
+        self.evaluated = None if given else _kind(evaluation or train)
+        self.eval_objective = given or chosen(self.evaluated)
+        self.objective = objective or chosen(_kind(train or evaluation))
         objectives = (self.objective, self.eval_objective)
         if args.objective == "accuracy":
             self.objective = scoring.AccuracyObjective(self.objective)
         # The metric that the evaluation objective puts first.
         self.metric_name = getattr(self.eval_objective, "metric_name", "accuracy")
-        own_metrics = getattr(self.eval_objective, "metrics", scoring.accuracy)
+        accuracy = partial(scoring.accuracy, name=self.metric_name)
+        own_metrics = getattr(self.eval_objective, "metrics", accuracy)
         try:
             # Trainer refuses to back-propagate through a quantized base.
             with replaced([(model, "is_quantized", False)]):
@@ -163,6 +180,27 @@ class BaseTrainer(Trainer):
         if isinstance(dataset, dict):
             return {name: self.features(part) for name, part in dataset.items()}
         return None if dataset is None else tokenize_dataset(dataset, self.tokenization)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in Trainer; a data set may also be one of examples, as the constructor takes it."""
+        return super().evaluate(self._alike(eval_dataset), *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """As in Trainer; a data set may also be one of examples, as the constructor takes it."""
+        return super().predict(self._alike(test_dataset), *args, **kwargs)
+
+    def _alike(self, dataset: Any) -> Any:
+        if isinstance(dataset, dict):
+            return {name: self._alike(part) for name, part in dataset.items()}
+        if dataset is None or isinstance(dataset, str):
+            return dataset
+        features = dataset if is_tokenized(dataset) else self.features(dataset)
+        if self.evaluated not in (None, _kind(features)):
+            raise UserError(
+                f"these are examples of {_kind(features)}, but this trainer evaluates "
+                f"{self.evaluated}; give it an eval_dataset of the other kind when it is made"
+            )
+        return features
 
     def prepare_base(self, model: AnyModel, args: ZOConfig) -> None:
         """A subclass may prepare the base here, before it gets an adapter."""
@@ -359,19 +397,32 @@ def classes_of(rows: Any) -> int:
     return 1 + max((label for label in labels if isinstance(label, int)), default=-1)
 
 
+def _kind(features: Any) -> str:
+    """What the examples of tokenized data sets, one or several by name, are about."""
+    if isinstance(features, dict):
+        kinds = {name: _kind(part) for name, part in features.items()}
+        if len(set(kinds.values())) > 1:
+            parts = ", ".join(f"{name} of {kind}" for name, kind in kinds.items())
+            raise UserError(f"evaluation data sets must be of one kind, but there are {parts}")
+        return next(iter(kinds.values()), "completions")
+    first = next(iter(features)) if features is not None else {}
+    if "columns" in first:
+        return "generated answers"
+    if "option_ids" in first:
+        return "options"
+    return "classes" if isinstance(first.get("labels"), int) else "completions"
+
+
 def _objective(
     tokenization: Tokenization,
     args: ZOConfig,
     reward_funcs: Sequence[rewards.RewardFunction],
-    features: Any,
+    kind: str | None,
 ) -> Objective:
-    """The objective that the features call for."""
+    """The objective that features of this kind call for."""
     if tokenization.num_labels is not None:
         return scoring.ClassificationObjective()
-    if isinstance(features, dict):
-        features = next(iter(features.values()))
-    first = next(iter(features)) if features is not None else {}
-    if "columns" in first:
+    if kind == "generated answers":
         if args.objective == "accuracy":
             raise UserError("objective='accuracy' needs options or completions; use 'exact_match'")
         named = (args.objective,) if args.objective in rewards.METRICS else tuple(rewards.METRICS)
@@ -383,4 +434,4 @@ def _objective(
             args.temperature,
             args.top_p,
         )
-    return scoring.OptionObjective() if "option_ids" in first else scoring.CompletionObjective()
+    return scoring.OptionObjective() if kind == "options" else scoring.CompletionObjective()

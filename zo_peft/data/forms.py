@@ -1,0 +1,273 @@
+"""The forms that an example may have, and one strict pass over its values.
+
+Every value of a form is either used as meant or refused, by the name of its column.
+"""
+
+import json
+import math
+import reprlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from zo_peft.errors import UserError
+
+Row = dict[str, Any]
+Form = tuple[str, ...]
+Messages = list[dict[str, Any]]
+
+#: The columns of each form of example that `zo_peft.data` describes.
+FORMS: tuple[Form, ...] = (
+    ("input_ids", "labels"),
+    ("prompt", "options", "label"),
+    ("prompt", "completion"),
+    ("prompt", "answers"),
+    ("messages",),
+    ("text", "label"),
+    ("text",),
+    ("prompt",),
+)
+#: Columns that may stand beside those of a form.
+TOKENIZED = ("attention_mask", "token_type_ids", "length")
+OPTIONAL = ("passage", "passage_start", "also_right", "tools")
+#: Columns of tokenized rows that would change what is learned, and that no model here is given.
+REFUSED = ("position_ids", "completion_mask", "assistant_masks", "loss_mask")
+
+
+#: What a model without a head for classes needs.
+WANTED = (
+    "prompt + completion, prompt + options + label, messages, text, or input_ids + labels (on the "
+    "command line, --prompt_template and --label_column or --label_words make them)"
+)
+
+
+@contextmanager
+def located(source: str, number: int) -> Iterator[None]:
+    """Within the context, a UserError becomes one line that begins with the source and the row."""
+    try:
+        yield
+    except UserError as error:
+        where = f"{source}, row {number}" if source else f"row {number}"
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def named(columns: Iterable[object]) -> str:
+    """The names of columns, for a message."""
+    return ", ".join(str(column) or "''" for column in columns) or "none"
+
+
+def form_of(row: Row) -> Form | None:
+    """The first of `FORMS` of which the row has all values; null is no value."""
+    present = {name for name, value in row.items() if value is not None}
+    return next((form for form in FORMS if present.issuperset(form)), None)
+
+
+def _unfit(row: Row, wanted: str) -> str:
+    columns = (name if value is not None else f"{name} (null)" for name, value in row.items())
+    return f"it has the columns {named(columns)}; this model needs {wanted}"
+
+
+def fitting_form(first: Row, source: str, classifies: bool, generates: bool) -> Form | None:
+    """The form of a data set, by its first row; None where completions of prompts are rewarded.
+
+    A warning names columns that are not used. A UserError says what the model needs instead, which
+    has a head for classes or not.
+    """
+    if generates and not classifies:
+        return None
+    form, head = form_of(first), (FORMS[0], ("text", "label"))
+    wanted = "text + label (a class index)" if classifies else WANTED
+    fits = form in head if classifies else form not in (None, ("prompt",), head[1])
+    with located(source, 1):
+        if form is None or not fits:
+            raise UserError(_unfit(first, wanted))
+    known = (*form, *((*TOKENIZED, *REFUSED) if form == FORMS[0] else OPTIONAL))
+    if unused := [n for n, value in first.items() if value is not None and n not in known]:
+        kind = "plain text" if form == ("text",) else " + ".join(form)
+        source = source or "the data set"
+        message = f"{source} is read as {kind}; these columns are not used: {named(unused)}"
+        warnings.warn(message, UserWarning, stacklevel=3)
+    return form
+
+
+def example_of(row: Row, form: Form | None = None, generates: bool = False) -> Row:
+    """The example that a row holds: the columns of its form, with each value as it is meant.
+
+    Args:
+        form: that of the rows before it.
+        generates: completions of the prompt are rewarded, and all other columns are left as they
+            are, for the reward functions.
+
+    Raises:
+        UserError: the row has no form, or another one; or a value is not what its column is for.
+    """
+    row = {name: plain(value) for name, value in row.items()}
+    if generates:
+        if row.get("prompt") is None:
+            raise UserError(f"column 'prompt' is missing; the row has {named(row)}")
+        known = [name for name in ("prompt", "passage", "passage_start", "tools") if name in row]
+        return {**row, **{name: read(name, row[name], READERS[name]) for name in known}}
+    own = form_of(row)
+    if form is not None and own != form:
+        lacking = [name for name in form if row.get(name) is None]
+        has = named(name for name, value in row.items() if value is not None)
+        what = f"no value in column {lacking[0]!r}" if lacking else "another form"
+        raise UserError(
+            f"it has {what}: rows before have {named(form)}, this one has {has}; correct or drop "
+            "it, or put rows of another form into a file of their own"
+        )
+    if own is None or own == ("prompt",):
+        raise UserError(_unfit(row, WANTED))
+    if refused := [name for name in REFUSED if own == FORMS[0] and row.get(name) is not None]:
+        raise UserError(f"column {refused[0]!r} cannot be used; express it in labels, or drop it")
+    used = (*own, *(TOKENIZED if own == FORMS[0] else OPTIONAL))
+    # A data set of Arrow has null for those who have no other right options.
+    if "also_right" in row and row["also_right"] is None:
+        row["also_right"] = []
+    kept = ((name, row[name]) for name in row if name in used and row[name] is not None)
+    example = {name: read(name, value, READERS[name]) for name, value in kept}
+    conversation = isinstance(example.get("completion"), list)
+    if own != ("prompt", "answers") and isinstance(example.get("prompt"), list) != conversation:
+        raise UserError("a prompt of messages needs a completion of messages, and text needs text")
+    if "tools" in example and not (conversation or own == ("messages",)):
+        raise UserError("column 'tools' is for messages, which a chat template turns into text")
+    return _unpadded(example) if own == FORMS[0] else example
+
+
+def plain(value: Any) -> Any:
+    """The value in Python's own types, if it is a tensor or an array."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def text_of(value: Any) -> str:
+    """A text, or a number as text. A UserError refuses null, booleans, lists and other values."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    if not isinstance(value, str):
+        shown = "null" if value is None else reprlib.repr(value)
+        raise UserError(f"{shown} is no text; write text there, or drop the row")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError("it holds half of a character (a lone surrogate); correct it") from None
+    return value
+
+
+def filled_text(value: Any) -> str:
+    """The same; a UserError refuses an empty text, too."""
+    text = text_of(value)
+    if not text.strip():
+        raise UserError("it is empty; write text there, or drop the row")
+    return text
+
+
+def _listed(value: Any, part: Callable[[Any], Any], what: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{reprlib.repr(value)} must be a list of {what}; write [..., ...]")
+    return [part(one) for one in value]
+
+
+def _texts(value: Any) -> list[str]:
+    return _listed(value, filled_text, "texts")
+
+
+def _answer(value: Any) -> Any:
+    return _texts(value) if isinstance(value, list) else filled_text(value)
+
+
+def _label(value: Any) -> int:
+    if not isinstance(value, int):
+        raise UserError(f"label {reprlib.repr(value)} is no index; write a whole number from 0")
+    return int(value)
+
+
+def _numbers(value: Any) -> list[int]:
+    if not isinstance(value, list) or {type(part) for part in value} - {int}:
+        raise UserError(f"{reprlib.repr(value)} must be one list of whole numbers")
+    return value
+
+
+def _messages(value: Any) -> Messages:
+    return _listed(value, _message, "messages with role and content")
+
+
+def _message(value: Any) -> dict[str, Any]:
+    message = _without_nulls(value)
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise UserError(f"{reprlib.repr(value)} must be a message with role and content")
+    if "content" in message or "tool_calls" not in message:
+        message["content"] = text_of(message.get("content"))
+    trained = message["role"] == "assistant"
+    if "weight" in message and message["weight"] not in ((0, 1) if trained else (0,)):
+        raise UserError(f"weight {message['weight']!r} must be 0 or 1, and 1 only of the assistant")
+    return message
+
+
+def _mask(value: Any) -> list[int]:
+    parts = value if isinstance(value, list) else [value]
+    return _numbers([int(part) if isinstance(part, bool) else part for part in parts])
+
+
+def _tools(value: Any) -> list[Any]:
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        raise UserError("it is text that is no JSON; write a list of tools") from None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise UserError(f"{reprlib.repr(value)} must be a list of tools")
+    return _without_nulls(value)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the keys that data sets of Arrow add where another row's object has them."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "prompt": lambda value: _messages(value) if isinstance(value, list) else text_of(value),
+    "completion": lambda value: _messages(value) if isinstance(value, list) else filled_text(value),
+    "messages": _messages,
+    "tools": _tools,
+    "text": filled_text,
+    "passage": text_of,
+    "passage_start": _label,
+    "options": _texts,
+    "answers": lambda value: _listed(value, _answer, "right answers"),
+    "label": _label,
+    "also_right": _numbers,
+    "input_ids": _numbers,
+    "labels": lambda value: _numbers(value) if isinstance(value, list) else _label(value),
+    "attention_mask": _mask,
+    "token_type_ids": _numbers,
+    "length": lambda value: value,
+}
+
+
+def read(name: str, value: Any, reader: Callable[[Any], Any]) -> Any:
+    """What a reader makes of a column's value; its UserError then begins with the column."""
+    try:
+        return reader(value)
+    except RecursionError:
+        raise UserError(f"column {name!r}: its lists are nested too deep") from None
+    except UserError as error:
+        raise UserError(f"column {name!r}: {error}") from None
+
+
+def _unpadded(example: Row) -> Row:
+    """A tokenized example without the tokens that its attention mask hides."""
+    ids, labels = example["input_ids"], example["labels"]
+    mask = example.get("attention_mask", [1] * len(ids))
+    start = mask.index(1) if 1 in mask else 0
+    stop = start + sum(mask)
+    if len(mask) != len(ids) or mask != [int(start <= i < stop) for i in range(len(ids))]:
+        raise UserError("column 'attention_mask' must be 1 for the tokens of input_ids, 0 around")
+    if any(example.get("token_type_ids", ())[start:stop]):
+        raise UserError("column 'token_type_ids' cannot be used; only zeros are taken")
+    if isinstance(labels, list) and len(labels) == len(ids):
+        labels = labels[start:stop]
+    return {"input_ids": ids[start:stop], "labels": labels}
