@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zo_peft.errors import UserError
 from zo_peft.models.hub import LOAD_ERRORS, AnyModel, first_line, public_name, reason
-from zo_peft.models.loading import check_4bit_widths
+from zo_peft.models.loading import check_4bit_widths, load_config
 
 #: The adapters that leave it to the layers of the base to read its weights.
 ON_OFFLOADED = ["LORA", "ADALORA", "IA3", "VERA", "LOHA", "LOKR", "OFT", "BOFT", "FOURIERFT"]
@@ -35,6 +35,11 @@ HEAD = re.compile(rf"\b({'|'.join(SEQ_CLS_HEAD_NAMES)})(\.out_proj)?\.weight$")
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """A new adapter as `peft.get_peft_model` makes it; a UserError if it does not fit the base."""
     kind, offloaded = peft_config.peft_type.value, offloaded_parameters(model)
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UserError(
+            f"{type(model).__name__} already has layers of an adapter, which a new one would be "
+            "put on top of; load the base again, or give the PeftModel and no peft_config"
+        )
     if offloaded and kind not in ON_OFFLOADED:
         raise UserError(
             f"{kind} may read weights outside of their layers, and part of the base is offloaded; "
@@ -44,7 +49,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         # PEFT fills default target modules into the configuration that it is given.
         with stand_ins(offloaded):
             adapted = peft.get_peft_model(model, deepcopy(peft_config))
-    except (ValueError, AttributeError, KeyError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError) as error:
         modules = model.named_modules()
         linear = {n.rpartition(".")[2] for n, m in modules if isinstance(m, nn.Linear)}
         raise UserError(
@@ -123,6 +128,26 @@ def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) 
         raise unreadable_adapter(path, error) from error
 
 
+def save_adapter(model: PeftModel, folder: str) -> None:
+    """Save the active adapter into a folder in PEFT's layout, whatever it is called.
+
+    Beside an adapter the base is never written, so its embeddings need no saving, unless they have
+    another size than those of the base that an adapter is loaded on.
+    """
+    name, active = model.config.name_or_path, model.active_adapter
+    rows = None
+    if name:
+        with suppress(UserError):
+            rows = load_config(name).get_text_config().vocab_size
+    resized = rows not in (None, model.get_input_embeddings().weight.shape[0])
+    model.save_pretrained(folder, selected_adapters=[active], save_embedding_layers=resized)
+    if active != "default":
+        # PEFT gives it a folder of its own, in which nobody looks for it.
+        for path in (Path(folder) / active).iterdir():
+            path.replace(Path(folder) / path.name)
+        (Path(folder) / active).rmdir()
+
+
 def unreadable_adapter(path: str, error: BaseException) -> UserError:
     """The error that says why an adapter cannot be loaded."""
     return UserError(
@@ -174,6 +199,32 @@ def merged_model(model: PeftModel) -> PreTrainedModel:
     return merged
 
 
+def check_saved(model: PeftModel) -> None:
+    """Raise a UserError where tuned parameters are not what saving would keep.
+
+    Those are parameters of the active adapter, each with memory of its own.
+    """
+    active = model.active_adapters
+    if len(active) > 1:
+        raise UserError(f"{len(active)} adapters are active; set_adapter one, which is tuned alone")
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    saved = {tensor.data_ptr() for tensor in state.values()}
+    owners: dict[int, str] = {}
+    for name, parameter in tuned_parameters(model).items():
+        other = owners.setdefault(parameter.data_ptr(), name)
+        if other != name:
+            raise UserError(
+                f"{other} and {name} share their memory, and each would be tuned apart; tie no "
+                "weights that are tuned (ensure_weight_tying=False)"
+            )
+        learned = model.active_peft_config.is_prompt_learning and name.startswith("prompt_encoder.")
+        if parameter.data_ptr() not in saved and not learned:
+            raise UserError(
+                f"{name} would be tuned, but is not saved with the adapter {active[0]!r}; give a "
+                "base of which no weight requires a gradient, and one adapter"
+            )
+
+
 def prepare(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make a model safe for forward-only tuning, in place.
 
@@ -182,14 +233,17 @@ def prepare(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> None:
     and layer norms in the base's dtype), and a local base is recorded by its folder's name, so that
     no saved file holds a path of this machine. Layers are refused as by `check_4bit_widths`.
     """
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    for config in (model.config, model.config.get_text_config()):
+        # Some configurations have no such field, or only that of their text.
+        if getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = tokenizer.pad_token_id
     check_4bit_widths(model)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit) and module.weight.device.type == "cpu":
             module.support_avx512bf16_for_cpu = False
     if not isinstance(model, PeftModel):
         return
+    check_saved(model)
     for config in model.peft_config.values():
         config.base_model_name_or_path = public_name(config.base_model_name_or_path)
     for parameter in model.parameters():
@@ -263,6 +317,31 @@ def input_device(model: AnyModel) -> torch.device:
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
+def name_of(model: AnyModel) -> str:
+    """What a user calls the model: its class, and the type of its adapter."""
+    config, base = peft_config_of(model), model
+    if config is not None:
+        base = model.get_base_model()
+    return type(base).__name__ + (f" with {config.peft_type.value}" if config else "")
+
+
+@contextmanager
+def running(model: AnyModel) -> Iterator[None]:
+    """Within the context, what a first forward pass raises becomes a UserError that names the model.
+
+    PEFT attaches adapters to modules that they cannot work in, and some need inputs of their own.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, UserError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{name_of(model)} does not run on text alone: {type(error).__name__}: "
+            f"{first_line(error)} Choose other target_modules, another peft_type or another base"
+        ) from error
+
+
 def peft_config_of(model: AnyModel) -> PeftConfig | None:
     """The configuration of the active adapter; None without one."""
     return model.active_peft_config if isinstance(model, PeftModel) else None
@@ -279,7 +358,7 @@ def classifies(model: AnyModel) -> bool:
 def context_length(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The most tokens of an example: positions less virtual tokens. None: the model has no most."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is None:
+    if positions is None or positions < 1:  # XLNet says -1
         return None
     virtual = getattr(peft_config_of(model), "num_virtual_tokens", None) or 0
     return min(positions, tokenizer.model_max_length) - virtual

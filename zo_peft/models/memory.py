@@ -114,9 +114,12 @@ def layer_bytes(config: Any, length: int, size: int) -> int:
     """
     hidden = config.hidden_size
     wide = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
+    # Some have a width for each layer.
+    wide = max(wide) if isinstance(wide, list | tuple) else wide
     numbers = length * (2 * hidden + 3 * (wide or 4 * hidden))
     if config._attn_implementation == "eager":
-        numbers += 2 * config.num_attention_heads * length * length
+        # A model without attention has no heads.
+        numbers += 2 * getattr(config, "num_attention_heads", 0) * length * length
     return numbers * size
 
 

@@ -32,6 +32,7 @@ def results(
         "steps": trainer.state.global_step,
         "forward_passes": trainer.forward_passes,
         "examples_forwarded": trainer.examples_forwarded,
+        "check_passes": trainer.check_passes,
         "wall_seconds": wall_seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "metric_name": trainer.metric_name,
