@@ -327,7 +327,7 @@ def name_of(model: AnyModel) -> str:
 
 @contextmanager
 def running(model: AnyModel) -> Iterator[None]:
-    """Within the context, what a first forward pass raises becomes a UserError that names the model.
+    """Within the context, what a first forward raises becomes a UserError that names the model.
 
     PEFT attaches adapters to modules that they cannot work in, and some need inputs of their own.
     """

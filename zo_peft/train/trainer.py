@@ -155,6 +155,8 @@ class ZOTrainer(CheckpointTrainer):
         Raises:
             UserError: the journal or the checkpoint is damaged, or of another run.
         """
+        if isinstance(self.space, FlatSpace) and not resume_from_checkpoint:
+            self.space.check()
         self._check_lanes()
         resumed = self._open_journal(resume_from_checkpoint)
         try:
@@ -168,8 +170,6 @@ class ZOTrainer(CheckpointTrainer):
         """See `zo_peft.models.agreement`: on the shortest and the longest of the first examples,
         with the adapter as it is before any step, so a resumed run decides the same.
         """
-        if isinstance(self.space, FlatSpace):
-            self.space.check()
         if not getattr(self.objective, "repeatable", False) or self.check_passes:
             return
         self.model.eval()
