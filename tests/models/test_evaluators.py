@@ -27,7 +27,6 @@ from tiny import PAD, SIZES, VOCABULARY, WIDTH, bert, gpt2, llama, opt
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    BertLMHeadModel,
     BitsAndBytesConfig,
     BloomConfig,
     BloomForCausalLM,

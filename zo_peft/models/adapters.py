@@ -204,10 +204,10 @@ def check_saved(model: PeftModel) -> None:
 
     Those are parameters of the active adapter, each with memory of its own.
     """
-    active = model.active_adapters
-    if len(active) > 1:
-        raise UserError(f"{len(active)} adapters are active; set_adapter one, which is tuned alone")
-    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    active = model.active_adapter
+    if len(model.active_adapters) > 1:
+        raise UserError("several adapters are active; choose the one to tune with set_adapter")
+    state = peft.get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
     saved = {tensor.data_ptr() for tensor in state.values()}
     owners: dict[int, str] = {}
     for name, parameter in tuned_parameters(model).items():
@@ -220,7 +220,7 @@ def check_saved(model: PeftModel) -> None:
         learned = model.active_peft_config.is_prompt_learning and name.startswith("prompt_encoder.")
         if parameter.data_ptr() not in saved and not learned:
             raise UserError(
-                f"{name} would be tuned, but is not saved with the adapter {active[0]!r}; give a "
+                f"{name} would be tuned, but is not saved with the adapter {active!r}; give a "
                 "base of which no weight requires a gradient, and one adapter"
             )
 
