@@ -20,22 +20,28 @@ from zo_peft.core.lanes import NotInLanes, replaced
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import name_of, running
 from zo_peft.models.hub import first_line
+from zo_peft.objectives.scoring import (
+    ClassificationObjective,
+    CompletionObjective,
+    OptionObjective,
+)
 
 #: Displacements, of which the first is taken that moves losses well beyond rounding.
 LENGTHS = (1e-2, 1e-1, 1.0)
 
+#: The objectives whose losses change with anything that acts.
+SMOOTH = (CompletionObjective, OptionObjective, ClassificationObjective)
+
 
 class _Counted:
-    """The losses under an objective, also where it counts wrong predictions instead."""
-
-    repeatable = True
+    """Counts how often losses are asked for; of wrong predictions they are those behind them."""
 
     def __init__(self, objective: Objective) -> None:
-        self.predict, self.forwards = objective.predict, 0
+        self.inner, self.forwards = getattr(objective, "inner", objective), 0
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         self.forwards += 1
-        return self.predict(model, batch)[0].double()
+        return self.inner.losses(model, batch).double()
 
 
 @torch.no_grad()
@@ -57,11 +63,11 @@ def check(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch]) -> int:
     """
     counted = _Counted(evaluator.objective)
     with replaced([(evaluator, "objective", counted)]), torch.random.fork_rng():
-        _settle(evaluator, batch, [alone[0], alone[-1]])
+        _settle(evaluator, batch, [alone[0], alone[-1]], type(counted.inner) in SMOOTH)
     return counted.forwards
 
 
-def _settle(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch]) -> None:
+def _settle(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch], smooth: bool) -> None:
     """`alone` is what the first and the second candidate are evaluated on one by one."""
     parts, name = evaluator.parts([batch]), name_of(evaluator.model)
     relative = rounding(evaluator.model)
@@ -76,12 +82,12 @@ def _settle(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch]) -> None:
             moved, noise = _size(expected - rest), relative * _size(rest)
             if not moved <= 4 * noise:
                 break
-    if moved == 0:
+    if moved == 0 and smooth:
         raise UserError(
             f"nothing that is tuned changes a loss, so nothing would be learned: {name} does not "
             "use it, or not on the first examples"
         )
-    if not math.isfinite(moved):
+    if moved == 0 or not math.isfinite(moved):
         return
     tolerance = (0.01 + 8 * relative) * moved + 2 * noise
     fault = _fault(evaluator, points, batch, expected, tolerance) or _unread(evaluator, alone, rest)

@@ -154,7 +154,7 @@ class AccuracyObjective:
     """
 
     def __init__(self, inner: Objective) -> None:
-        self.predict = inner.predict
+        self.inner, self.predict = inner, inner.predict
         self.repeatable = getattr(inner, "repeatable", False)
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
