@@ -112,7 +112,7 @@ def _verdict(model: PeftModel, objective: Objective, examples: list[dict[str, An
         batch = collator(examples)
         wrong = 0.0
         for parts in {1, evaluator.parts([batch])}:
-            seeds = [[c + 3 * part for part in range(parts)] for c in range(3)]
+            seeds = [[c + 2 * part for part in range(parts)] for c in range(2)]
             points = [[LENGTH * Direction.of(seed) for seed in row] for row in seeds]
             with torch.no_grad():
                 losses = evaluator.batch_losses(points, batch).double()

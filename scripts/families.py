@@ -117,24 +117,22 @@ def targets(model: PreTrainedModel) -> list[str]:
 
 def try_family(family: str, classes: int | None) -> dict[str, str]:
     """A verdict for each objective."""
+    try:
+        model = build(family, classes)
+    except Exception as error:
+        return {"all": f"not built: {error}"}
+    kind = "CAUSAL_LM" if classes is None else "SEQ_CLS"
+    try:
+        adapted = add_adapter(
+            model, LoraConfig(task_type=kind, r=4, target_modules=targets(model) or None)
+        )
+        prepare(adapted, SimpleNamespace(pad_token_id=0))
+    except UserError as error:
+        return {"all": f"refused: {error}"}
+    except Exception as error:
+        return {"all": f"TRACEBACK: {type(error).__name__}: {error}".splitlines()[0]}
     whats = ["words", "options", "completions"] if classes is None else ["classes"]
-    found: dict[str, str] = {}
-    for what in whats:
-        try:
-            model = build(family, classes)
-        except Exception as error:
-            return {"all": f"not built: {error}"}
-        kind = "CAUSAL_LM" if classes is None else "SEQ_CLS"
-        try:
-            config = LoraConfig(task_type=kind, r=4, target_modules=targets(model) or None)
-            adapted = add_adapter(model, config)
-            prepare(adapted, SimpleNamespace(pad_token_id=0))
-        except UserError as error:
-            return {"all": f"refused: {error}"}
-        except Exception as error:
-            return {"all": f"TRACEBACK: {type(error).__name__}: {error}".splitlines()[0]}
-        found[what] = verdict(adapted, what)
-    return found
+    return {what: verdict(adapted, what) for what in whats}
 
 
 def main() -> None:

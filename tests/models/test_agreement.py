@@ -9,6 +9,7 @@ import torch
 from peft import CPTConfig, LoraConfig, PeftModel, get_peft_model
 from tiny import LORA, PAD, WIDTH, assert_same, bert, llama, make_trainer, opt
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import (
     BertForMaskedLM,
     BertForTokenClassification,
@@ -25,6 +26,7 @@ from zo_peft.core.flat_space import FlatSpace
 from zo_peft.data import Collator, collator_for
 from zo_peft.models.adapters import tuned_parameters
 from zo_peft.models.agreement import check
+from zo_peft.models.loading import base_hash
 from zo_peft.models.recipe import evaluator_of
 from zo_peft.objectives.scoring import (
     ClassificationObjective,
@@ -269,3 +271,15 @@ def test_the_active_adapter_is_saved_under_whatever_name(resized: bool, tmp_path
     ids = torch.tensor([[5, 6, 7, 1024 if resized else 8]])
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
+
+
+def test_a_base_of_packed_tensors_is_hashed_by_what_they_hold() -> None:
+    """As torchao's, whose weights are tensors of several tensors."""
+
+    def packed(codes: float) -> nn.Module:
+        layer = nn.Linear(4, 4, bias=False)
+        halves = TwoTensor(torch.ones(4, 4), torch.full((4, 4), codes))
+        layer.weight = nn.Parameter(halves, requires_grad=False)
+        return layer
+
+    assert base_hash(packed(1.0)) == base_hash(packed(1.0)) != base_hash(packed(2.0))
