@@ -21,6 +21,7 @@ import torch
 from exactness import LENGTH, VOCABULARY, parser, quiet, tokens, verdict
 from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import config as lora
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -53,19 +54,14 @@ BASES: dict[str, dict[str, Any]] = {
     },
 }
 TARGETS = ["q_proj", "v_proj"]
-SCORED = {
-    "cpt_token_ids": [5, 6],
-    "cpt_mask": [1, 1],
-    "cpt_tokens_type_mask": [1, 2],
-}
 #: What a type needs, or what suits a model that is 64 wide; the default is `TARGETS` alone.
 TYPES: dict[str, dict[str, Any]] = {
     "ADALORA": {"total_step": 10},
     "ADAPTION_PROMPT": {"target_modules": None, "adapter_layers": 2, "adapter_len": 3},
     "C3A": {"block_size": 16},
-    "CPT": SCORED,
+    "CPT": {"cpt_token_ids": [5, 6], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2]},
     "IA3": {"feedforward_modules": []},
-    "LN_TUNING": {"target_modules": None},
+    "LN_TUNING": {"target_modules": r".*(input_layernorm|self_attn_layer_norm)"},
     "ROAD": {"group_size": 16},
     "SHIRA": {"r": 4},
     "TRAINABLE_TOKENS": {"target_modules": None, "token_indices": tokens(9, 5)},
@@ -73,7 +69,9 @@ TYPES: dict[str, dict[str, Any]] = {
     "WAVEFT": {"n_frequency": 64},
     "XLORA": {"adapters": {}},
 }
-TYPES |= {kind: {"num_virtual_tokens": 3} for kind in ("PREFIX_TUNING", "PROMPT_TUNING")}
+TYPES |= {
+    kind: {"num_virtual_tokens": 3} for kind in ("PREFIX_TUNING", "PROMPT_TUNING", "CARTRIDGE")
+}
 TYPES |= {kind: {"num_virtual_tokens": 3} for kind in ("P_TUNING", "MULTITASK_PROMPT_TUNING")}
 #: Options of types, by the words that name them.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -99,8 +97,37 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "LORA target_parameters": {"target_parameters": ["q_proj.weight"], "target_modules": []},
     **{
         f"LORA init_lora_weights={init}": {"init_lora_weights": init}
-        for init in ("gaussian", "pissa", "pissa_niter_2", "olora", "orthogonal", "loftq", "eva")
+        for init in (
+            False,
+            "gaussian",
+            "pissa",
+            "pissa_niter_2",
+            "olora",
+            "orthogonal",
+            "mica",
+            "eva",
+        )
     },
+    "LORA init_lora_weights=loftq": {
+        "init_lora_weights": "loftq",
+        "loftq_config": lora.LoftQConfig(),
+    },
+    "LORA init_lora_weights=corda": {
+        "init_lora_weights": "corda",
+        "corda_config": lora.CordaConfig(),
+    },
+    "LORA init_lora_weights=lora_ga": {
+        "init_lora_weights": "lora_ga",
+        "lora_ga_config": lora.LoraGAConfig(),
+    },
+    "LORA exclude_modules": {"exclude_modules": ["v_proj"]},
+    "LORA use_bdlora": {"use_bdlora": lora.BdLoraConfig(nblocks=2)},
+    "LORA use_qalora": {"use_qalora": True, "qalora_group_size": 16},
+    "LORA kasa_config": {"kasa_config": lora.KasaConfig()},
+    "LORA monteclora_config": {"monteclora_config": lora.MontecloraConfig()},
+    "LORA velora_config": {"velora_config": lora.VeloraConfig()},
+    "LORA arrow_config": {"arrow_config": lora.ArrowConfig()},
+    "LORA alora_invocation_tokens": {"alora_invocation_tokens": [12, 13]},
     "VERA bias=vera_only": {"bias": "vera_only"},
     "PREFIX_TUNING prefix_projection": {"prefix_projection": True, "encoder_hidden_size": 8},
 }

@@ -16,6 +16,7 @@ from exactness import VOCABULARY, parser, quiet, tokens, verdict
 from peft import LoraConfig
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
@@ -60,7 +61,9 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
     **dict.fromkeys(("vocab_size_per_layer_input",), VOCABULARY),
     "hidden_size_per_layer_input": 8,
-    "index_topk": 8,
+    **dict.fromkeys(("index_topk", "mamba_n_heads", "mamba_d_head"), 8),
+    "num_kv_shared_layers": 0,
+    **dict.fromkeys(("image_size", "patch_size"), 16),
 }
 
 
@@ -68,19 +71,37 @@ SMALL: dict[str, Any] = {
 WITHOUT: list[set[str]] = [set(), {"layer_types"}, {"num_key_value_heads"}, {"head_dim"}]
 WITHOUT += [{"num_key_value_heads", "head_dim"}, {"layer_types", "num_key_value_heads"}]
 WITHOUT += [{"layer_types", "head_dim", "num_key_value_heads", "num_experts_per_tok"}]
+WITHOUT += [{"layer_types", "num_hidden_layers", "num_key_value_heads"}]
+#: What single families need beside small sizes.
+OWN: dict[str, dict[str, Any]] = {
+    "codegen": {"rotary_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gptj": {"rotary_dim": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+}
 
 
 def small(config_class: type[PreTrainedConfig], without: set[str]) -> PreTrainedConfig:
     """The configuration of a family with as many small sizes as it accepts."""
     default = config_class()
-    sizes = {n: size for n, size in SMALL.items() if hasattr(default, n) and n not in without}
-    sizes = {n: v for n, v in sizes.items() if not isinstance(getattr(default, n), list | dict)}
+
+    def takes(name: str) -> bool:
+        try:
+            return name not in without and not isinstance(getattr(default, name), list | dict)
+        except Exception:  # it has none, or one for each layer
+            return False
+
+    sizes = {name: size for name, size in SMALL.items() if takes(name)}
     # One of each kind of layer.
     kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or ()))
     if kinds and "layer_types" not in without:
         sizes |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
-    if "num_key_value_heads" in without and hasattr(default, "num_key_value_heads"):
+    if "num_key_value_heads" in without and takes("num_attention_heads"):
         sizes["num_key_value_heads"] = SMALL["num_attention_heads"]
+    sizes |= OWN.get(config_class.model_type, {})
+    for name, inner in config_class.sub_configs.items():
+        if inner is not AutoConfig:
+            sizes[name] = small(inner, without)
     return config_class(**sizes)
 
 
@@ -95,7 +116,7 @@ def build(family: str, classes: int | None) -> PreTrainedModel:
                 config.num_labels = classes
             with torch.device("meta"):
                 size = sum(p.numel() for p in auto.from_config(config).parameters())
-            if size > 2e7:
+            if size > 1.5e8:
                 raise ValueError(f"these sizes leave it {size:,} parameters")
             torch.manual_seed(0)
             model = auto.from_config(config)
@@ -104,15 +125,17 @@ def build(family: str, classes: int | None) -> PreTrainedModel:
             return model
         except Exception as error:
             errors.append(f"{type(error).__name__}: {error}".splitlines()[0])
-    raise ValueError(errors[0])
+    raise ValueError(max(errors, key=errors.count))
 
 
 def targets(model: PreTrainedModel) -> list[str]:
     """The linear layers inside of the transformer's layers, without routers of experts."""
     head = model.get_output_embeddings()
     names = [n for n, m in model.named_modules() if type(m) is nn.Linear and m is not head]
+    # PEFT has its own for the blocks of state-space models.
+    names = [n for n in names if n.rpartition(".")[2] not in ("gate", "router", "out_proj")]
     inside = [name for name in names if any(part.isdigit() for part in name.split("."))]
-    return sorted({name.rpartition(".")[2] for name in inside or names} - {"gate", "router"})
+    return inside or names
 
 
 def try_family(family: str, classes: int | None) -> dict[str, str]:
