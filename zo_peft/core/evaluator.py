@@ -60,7 +60,7 @@ class Evaluator:
         self.host, self.ranks = host or Host.of_module(model, space.parameters), ranks or OneRank()
         self.candidates_per_forward = candidates_per_forward
         self.forward_passes, self.examples_forwarded, self._in_lanes = 0, 0, True
-        self.read: set[Tensor] = set()
+        self.read = set[Tensor]()
         if isinstance(self.host.replacements, NotInLanes):
             self.one_by_one(self.host.replacements)
         elif not getattr(objective, "repeatable", False):
@@ -163,6 +163,7 @@ class Evaluator:
     def one_by_one(self, reason: NotInLanes) -> bool:
         """Evaluate candidates one by one from now on, and say why; False if it was so already."""
         was, self._in_lanes, self.candidates_per_forward = self._in_lanes, False, 1
+        self.read = set()
         if not was:
             return False
         message = f"candidates are evaluated one by one: {reason} cannot work on several at once"

@@ -40,6 +40,12 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
             f"{type(model).__name__} already has layers of an adapter, which a new one would be "
             "put on top of; load the base again, or give the PeftModel and no peft_config"
         )
+    start = str(getattr(peft_config, "init_lora_weights", None))
+    if "_niter_" in start:
+        raise UserError(
+            f"init_lora_weights={start!r} changes the base by random numbers, which are drawn "
+            "again where the saved adapter is loaded; use 'pissa'"
+        )
     if offloaded and kind not in ON_OFFLOADED:
         raise UserError(
             f"{kind} may read weights outside of their layers, and part of the base is offloaded; "
@@ -49,7 +55,9 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         # PEFT fills default target modules into the configuration that it is given.
         with stand_ins(offloaded):
             adapted = peft.get_peft_model(model, deepcopy(peft_config))
-    except (ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
         modules = model.named_modules()
         linear = {n.rpartition(".")[2] for n, m in modules if isinstance(m, nn.Linear)}
         raise UserError(
