@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import CPTConfig, LoraConfig, PeftModel, get_peft_model
+from peft import CPTConfig, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from tiny import LORA, PAD, WIDTH, assert_same, bert, llama, make_trainer, opt
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import (
+    AutoModelForCausalLM,
     BertForMaskedLM,
     BertForTokenClassification,
     BertLMHeadModel,
+    Gemma3Config,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -283,3 +287,42 @@ def test_a_base_of_packed_tensors_is_hashed_by_what_they_hold() -> None:
         return layer
 
     assert base_hash(packed(1.0)) == base_hash(packed(1.0)) != base_hash(packed(2.0))
+
+
+def mamba() -> PreTrainedModel:
+    """It has no attention, so its configuration knows no heads."""
+    sizes = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    return MambaForCausalLM(MambaConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+
+
+def nested() -> PreTrainedModel:
+    """What its configuration says of text stands in another one inside of it."""
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    text |= {"vocab_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("build", "modules"),
+    [(mamba, ["in_proj"]), (nested, r".*language_model.*(q_proj|v_proj)")],
+)
+def test_models_without_heads_or_with_nested_configurations_train(
+    build: Any, modules: Any, tmp_path: Path
+) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=modules)
+    trainer = make_trainer(tmp_path, config, model=build(), max_steps=2)
+    assert trainer.train().global_step == 2
+    assert trainer.model.config.get_text_config().pad_token_id is not None
+
+
+def test_a_prefix_of_an_encoder_starts_at_random(tmp_path: Path) -> None:
+    rows = [{"text": f"film {n}", "label": n % 2} for n in range(8)]
+    config = PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    with pytest.warns(UserWarning, match="BertForSequenceClassification.* random prefix"):
+        trainer = make_trainer(
+            tmp_path, config, model=bert(vocab_size=1024), train=rows, test=rows, max_steps=1
+        )
+    assert trainer.train().global_step == 1

@@ -1,6 +1,7 @@
 """Adapters: how one is made, also on a base that accelerate offloads, loaded, and merged."""
 
 import re
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -307,11 +308,16 @@ def matching(names: Collection[str], tunable: str | None) -> set[str]:
 def start_prefix_from_tokens(model: PeftModel, token_ids: Tensor) -> None:
     """Set a prefix to the keys and values that the base computes for T real tokens, in place.
 
-    A random prefix does not learn in this way (MeZO, arXiv:2305.17333, appendix on prefix tuning).
+    A random prefix does not learn in this way (MeZO, arXiv:2305.17333, appendix on prefix tuning);
+    that of an encoder stays random, with a warning, because encoders give no keys and values.
     """
     config: Any = model.active_peft_config
     base = model.get_base_model()
-    cache = base(input_ids=token_ids[None].to(input_device(base)), use_cache=True).past_key_values
+    output = base(input_ids=token_ids[None].to(input_device(base)), use_cache=True)
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
+        warnings.warn(f"{name_of(model)} starts from a random prefix", UserWarning, stacklevel=2)
+        return
     heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
     weight = model.prompt_encoder[model.active_adapter].embedding.weight
     prefix = weight.view(len(token_ids), config.num_layers, 2, heads, width)
