@@ -52,7 +52,8 @@ OPTIONS = [
 COMPLETIONS = [
     {"input_ids": tokens(n, n), "labels": [-100] * (n - 5) + tokens(n, n)[-5:]} for n in LENGTHS
 ]
-CLASSES = [{"input_ids": tokens(n, n), "labels": n % 3} for n in LENGTHS]
+# Some classifiers read the state at the end of the sequence.
+CLASSES = [{"input_ids": [*tokens(n, n), 2], "labels": n % 3} for n in LENGTHS]
 DATA: dict[str, tuple[Objective, list[dict[str, Any]]]] = {
     "words": (OptionObjective(), WORDS),
     "options": (OptionObjective(), OPTIONS),
@@ -73,7 +74,8 @@ def plain_loss(model: PeftModel, example: dict[str, Any]) -> Tensor:
     """The loss of one example, from logits of single unpadded sequences."""
 
     def log_likelihood(prompt: list[int], ending: list[int]) -> Tensor:
-        logits = model(input_ids=torch.tensor([prompt + ending])).logits[0].double()
+        ids = torch.tensor([prompt + ending])
+        logits = model(input_ids=ids, use_cache=False).logits[0].double()
         predicted = logits[-len(ending) - 1 : -1].log_softmax(-1)
         return predicted.gather(1, torch.tensor(ending)[:, None]).mean()
 

@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
+from transformers.pytorch_utils import Conv1D
 
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import add_adapter, prepare
@@ -75,6 +76,7 @@ WITHOUT += [{"layer_types", "num_hidden_layers", "num_key_value_heads"}]
 #: What single families need beside small sizes.
 OWN: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
+    "falcon_h1": {"mamba_d_ssm": 64},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 8},
@@ -87,14 +89,19 @@ def small(config_class: type[PreTrainedConfig], without: set[str]) -> PreTrained
 
     def takes(name: str) -> bool:
         try:
-            return name not in without and not isinstance(getattr(default, name), list | dict)
+            own = getattr(config_class, config_class.attribute_map.get(name, name), None)
+            settable = not isinstance(own, property) or own.fset is not None
+            value = getattr(default, name)
+            return name not in without and settable and not isinstance(value, list | dict)
         except Exception:  # it has none, or one for each layer
             return False
 
     sizes = {name: size for name, size in SMALL.items() if takes(name)}
     # One of each kind of layer.
     kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or ()))
-    if kinds and "layer_types" not in without:
+    own = config_class.attribute_map.get("layer_types", "layer_types")
+    fixed = isinstance(getattr(config_class, own, None), property)
+    if kinds and not fixed and "layer_types" not in without:
         sizes |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
     if "num_key_value_heads" in without and takes("num_attention_heads"):
         sizes["num_key_value_heads"] = SMALL["num_attention_heads"]
@@ -121,7 +128,8 @@ def build(family: str, classes: int | None) -> PreTrainedModel:
             torch.manual_seed(0)
             model = auto.from_config(config)
             with torch.no_grad():
-                model.eval()(input_ids=torch.tensor([tokens(30, 30)]))
+                cached = {} if classes else {"use_cache": False}
+                model.eval()(input_ids=torch.tensor([[*tokens(30, 30), 2]]), **cached)
             return model
         except Exception as error:
             errors.append(f"{type(error).__name__}: {error}".splitlines()[0])
@@ -131,7 +139,8 @@ def build(family: str, classes: int | None) -> PreTrainedModel:
 def targets(model: PreTrainedModel) -> list[str]:
     """The linear layers inside of the transformer's layers, without routers of experts."""
     head = model.get_output_embeddings()
-    names = [n for n, m in model.named_modules() if type(m) is nn.Linear and m is not head]
+    kinds = (nn.Linear, Conv1D)
+    names = [n for n, m in model.named_modules() if isinstance(m, kinds) and m is not head]
     # PEFT has its own for the blocks of state-space models.
     names = [n for n in names if n.rpartition(".")[2] not in ("gate", "router", "out_proj")]
     inside = [name for name in names if any(part.isdigit() for part in name.split("."))]

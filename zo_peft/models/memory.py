@@ -65,7 +65,7 @@ class Fit:
     ) -> None:
         self.new_tokens = new_tokens
         self.config = model.config.get_text_config()
-        self.size = model.get_input_embeddings().weight.element_size()
+        self.size = model.dtype.itemsize
         self.weights, self.adapter = weight_bytes(model), 4 * adapter_numel
         dtypes = {parameter.dtype for parameter in model.parameters()}
         on_cpu = (device or model.device.type) == "cpu"
