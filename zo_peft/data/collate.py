@@ -18,7 +18,11 @@ from zo_peft.errors import UserError
 from zo_peft.models.adapters import input_device, name_of, peft_config_of, running
 from zo_peft.models.agreement import rounding
 from zo_peft.objectives.rewards import RewardObjective
-from zo_peft.objectives.scoring import ClassificationObjective, OptionObjective
+from zo_peft.objectives.scoring import (
+    ClassificationObjective,
+    CompletionObjective,
+    OptionObjective,
+)
 
 Features = Sequence[dict[str, Any]]
 Tensors = dict[str, Any]
@@ -150,6 +154,9 @@ _SOME_IDS = [5, 6, 7, 8, 9, 10]
 #: How configurations call what limits how far back an attention sees.
 _WINDOWS = "(window|window_size|window_len|attention_chunk_size|local_attention)$"
 
+#: The objectives that score or draw next tokens.
+GENERATIVE = (CompletionObjective, OptionObjective, RewardObjective)
+
 #: The longest of so many examples says how long sequences are.
 _SEEN = 10_000
 
@@ -172,19 +179,19 @@ def collator_for(
         UserError: the model does not run, or predicts no next tokens (an encoder, for example).
     """
     collator, features = Collator(pad_token_id), iter(examples)
-    first = next(features, {})
-    some = first.get("input_ids") or _SOME_IDS
-    with running(model):
-        logits, other = (_logits(model, some, end) for end in (_SOME_IDS, _SOME_IDS[::-1]))
-    if isinstance(objectives[0], ClassificationObjective):
-        if logits.dim() != 2:
+    first, kind = next(features, {}), objectives[0]
+    if not isinstance(kind, (ClassificationObjective, *GENERATIVE)):
+        return collator
+    if isinstance(kind, ClassificationObjective):
+        if _logits(model, first.get("input_ids", _SOME_IDS)).dim() != 2:
             raise UserError(f"{name_of(model)} has no head that gives a text one class")
         return collator
-    if logits.dim() != 3 or getattr(model.config, "is_encoder_decoder", False):
+    early, other = (_logits(model, _SOME_IDS + end) for end in (_SOME_IDS, _SOME_IDS[::-1]))
+    if early.dim() != 3 or getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{name_of(model)} is no causal language model; give a decoder")
-    difference = (logits - other).abs().max()
+    difference = (early - other)[:, : len(_SOME_IDS)].abs().max()
     # Rounding may depend on later tokens, where those are dealt out to experts, for example.
-    if difference > 64 * rounding(model) * logits.std():
+    if difference > 64 * rounding(model) * early.std():
         raise UserError(
             f"{name_of(model)} predicts no next tokens, because its outputs depend on later ones, "
             "as an encoder's do; give a decoder, or tune a sequence classifier"
@@ -193,21 +200,19 @@ def collator_for(
         return collator
     collator = replace(collator, is_causal=True)
     scoring = [objective for objective in objectives if isinstance(objective, OptionObjective)]
-    if not scoring:
-        return collator
-    seen, window = chain([first], islice(features, _SEEN)), _window(model.config)
+    seen = chain([first], islice(features, _SEEN)) if scoring else []
     long = [e for e in seen if max(map(len, e.get("option_ids", [[]]))) > 1]
+    window = _window(model.config)
     longest = max((e for e in long if _tokens(e) <= window), key=_tokens, default=None)
     if longest and _scores_alike(model, scoring[0], collator, longest):
         return replace(collator, shares_up_to=_tokens(longest))
     return collator
 
 
-def _logits(model: PreTrainedModel | PeftModel, beginning: list[int], ending: list[int]) -> Tensor:
-    """The logits at the beginning of a sequence, or of its classes."""
-    ids = torch.tensor([beginning + ending], device=input_device(model))
-    logits = model(input_ids=ids, use_cache=False).logits
-    return (logits if logits.dim() < 3 else logits[:, : -len(ending)]).float()
+def _logits(model: PreTrainedModel | PeftModel, ids: list[int]) -> Tensor:
+    with running(model):
+        inputs = torch.tensor([ids], device=input_device(model))
+        return model(input_ids=inputs, use_cache=False).logits.float()
 
 
 def _tokens(example: dict[str, Any]) -> int:
@@ -251,7 +256,7 @@ def _scores_alike(
         made = sharing([example]).data
         shared, shared_changed = scores(made), scores(sharing([changed]).data)
         moved = scores(made | {"position_ids": made["position_ids"] + made["segments"]})
-    except (TypeError, ValueError, RuntimeError):
+    except Exception:  # models say in many ways that they take no such mask
         return False
     noise = (own - own_changed)[1:].abs().amax() if others else own.new_zeros(())
     isolated = torch.allclose(shared[1:], shared_changed[1:], rtol=1e-6, atol=2 * noise.item())
