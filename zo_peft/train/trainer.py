@@ -173,7 +173,9 @@ class ZOTrainer(CheckpointTrainer):
         if not getattr(self.objective, "repeatable", False) or self.check_passes:
             return
         self.model.eval()
-        some = sorted(islice(self.train_dataset, 32), key=lambda features: features["length"])
+        some = sorted(islice(self.train_dataset or (), 32), key=lambda row: row["length"])
+        if not some:
+            return
         chosen = some[-1:] if len(some) == 1 or self._train_batch_size == 1 else [some[0], some[-1]]
         collate = self.data_collator
         plain = replace(collate, shares_up_to=0) if isinstance(collate, Collator) else collate
