@@ -62,7 +62,8 @@ def check(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch]) -> int:
             nothing that is tuned has an effect.
     """
     counted = _Counted(evaluator.objective)
-    with replaced([(evaluator, "objective", counted)]), torch.random.fork_rng():
+    kept = torch.random.fork_rng(range(torch.cuda.device_count()))
+    with replaced([(evaluator, "objective", counted)]), kept:
         _settle(evaluator, batch, [alone[0], alone[-1]], type(counted.inner) in SMOOTH)
     return counted.forwards
 
