@@ -606,7 +606,7 @@ def test_options_behind_one_prompt_are_the_same_sequences(
         {"prompt_ids": prompt, "option_ids": [*options, [1, 2]], "label": 0}
         for prompt, options in examples
     ]
-    batch = Collator(0, is_causal=True, shares_up_to=1000)(features)
+    batch = Collator(0, is_causal=True, shares_prompts=True)(features)
     assert len(batch["input_ids"]) == len(features)
     scored = torch.stack([batch[n] for n in ("rows", "positions", "tokens", "token_options")], 1)
     width = batch["is_option"].shape[1]

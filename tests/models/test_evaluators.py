@@ -246,7 +246,8 @@ def test_whether_options_may_share_their_prompt_is_found_out(
 ) -> None:
     model = tune(build(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     found = collator_for(model, PAD, OptionObjective(), examples=OPTIONS)
-    assert found == Collator(PAD, is_causal=True, shares_up_to=shares_up_to)
+    sharing = {"shares_prompts": True, "shares_up_to": shares_up_to} if shares_up_to else {}
+    assert found == Collator(PAD, is_causal=True, **sharing)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])

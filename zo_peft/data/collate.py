@@ -32,9 +32,9 @@ Tensors = dict[str, Any]
 class Collator:
     """Pads features to the longest of the batch, and makes the batch of their objective.
 
-    The inputs are `input_ids` [R, L], and `attention_mask` [R, L] unless `is_causal`. Where no
-    example of the batch is longer than `shares_up_to`, options of several tokens stand in one
-    sequence behind the prompt that they share. Such a batch has `input_ids`, `position_ids` and
+    The inputs are `input_ids` [R, L], and `attention_mask` [R, L] unless `is_causal`. With
+    `shares_prompts`, and where no example of the batch is longer than `shares_up_to`, options of
+    several tokens stand in one sequence behind the prompt that they share. Such a batch has `input_ids`, `position_ids` and
     `segments` [B, L]; segment 0 is the prompt, and segment 1 the first option.
 
     `labels` comes first in every batch and has one row for each example, because transformers
@@ -42,13 +42,15 @@ class Collator:
 
     Attributes:
         is_causal: the model's outputs do not depend on later tokens, so padding needs no mask.
-        shares_up_to: the most tokens of a prompt and one option with which the model takes position
-            ids and masks of four dimensions; 0: none. Only a causal model may share prompts.
+        shares_prompts: the model takes position ids and masks of four dimensions. Only a causal
+            model may share prompts.
+        shares_up_to: the most tokens of a prompt and one option with which it may.
     """
 
     pad_token_id: int
     is_causal: bool = False
-    shares_up_to: int = 0
+    shares_prompts: bool = False
+    shares_up_to: float = math.inf
 
     def __call__(self, features: Features) -> Batch:
         """The batch of the objective that the features are for; see `zo_peft.objectives`."""
@@ -107,7 +109,7 @@ class Collator:
         sequences: list[tuple[list[int], list[int], list[int]]] = []
         scored = []
         most = max(len(prompt) + max(map(len, own)) for prompt, own in zip(prompts, options))
-        shares = most <= self.shares_up_to
+        shares = self.shares_prompts and most <= self.shares_up_to
         for number, (prompt, own) in enumerate(zip(prompts, options)):
             for index, option in enumerate(own):
                 if index == 0 or not shares:
@@ -205,7 +207,7 @@ def collator_for(
     window = _window(model.config)
     longest = max((e for e in long if _tokens(e) <= window), key=_tokens, default=None)
     if longest and _scores_alike(model, scoring[0], collator, longest):
-        return replace(collator, shares_up_to=_tokens(longest))
+        return replace(collator, shares_prompts=True, shares_up_to=_tokens(longest))
     return collator
 
 
@@ -245,7 +247,7 @@ def _scores_alike(
     first, *others = example["option_ids"]
     changed = {**example, "option_ids": [first[::-1] if first != first[::-1] else [5] * len(first)]}
     changed["option_ids"] += others
-    sharing = replace(collator, shares_up_to=_tokens(example))
+    sharing = replace(collator, shares_prompts=True)
 
     def scores(made: Tensors) -> Tensor:
         batch = Batch({name: tensor.to(input_device(model)) for name, tensor in made.items()})

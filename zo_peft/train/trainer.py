@@ -178,7 +178,7 @@ class ZOTrainer(CheckpointTrainer):
             return
         chosen = some[-1:] if len(some) == 1 or self._train_batch_size == 1 else [some[0], some[-1]]
         collate = self.data_collator
-        plain = replace(collate, shares_up_to=0) if isinstance(collate, Collator) else collate
+        plain = replace(collate, shares_prompts=False) if isinstance(collate, Collator) else collate
         alone = [self._prepare_inputs(plain([features])) for features in chosen]
         self.check_passes = check(self.evaluator, self._prepare_inputs(collate(chosen)), alone)
 
