@@ -18,7 +18,7 @@ from safetensors.torch import load
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 DATA = Path(__file__).parents[2] / "shared" / "data"
 #: Other scripts import these; they are no commands.
-MODULES = {"measuring", "workloads"}
+MODULES = {"exactness", "measuring", "workloads"}
 TABLE = r"^\| {header}.*\|\n\|( -+ \|)+\n\| {row} *\|.*\d.*\|$"
 
 
@@ -37,6 +37,27 @@ def form(name: str, options: str, *patterns: str) -> Any:
 
 #: The smallest forms of the scripts.
 SMALLEST = [
+    form(
+        "adapters",
+        "--only LORA CPT BOFT",
+        r"^\| LORA \| llama float32 \| exact \| the same \|$",
+        r"^\| BOFT \| opt float32 \| one by one: .*BOFT.* \| the same \|$".replace(
+            "BOFT.*", "boft.*"
+        ),
+        r"^\| CPT \| llama float32 \| refused: nothing that is tuned changes a loss.*\|$",
+    ),
+    form(
+        "families",
+        "--only llama mistral gpt_oss gpt_neo mamba jamba bert",
+        r"^\| llama \| options \| exact \(one prompt\) \|$",
+        r"^\| mistral \| words, options, completions \| exact \|$",
+        r"^\| gpt_oss \| words, options, completions \| exact \|$",
+        r"^\| gpt_neo \| words, options, completions \| exact \|$",
+        r"^\| mamba \| words, options, completions \| exact \|$",
+        r"^\| jamba \| words, options, completions \| (exact|one by one.*) \|$",
+        r"^\| bert \| words, options, completions \| refused: BertLMHeadModel.*\|$",
+        r"^\| bert \| classes \| exact \|$",
+    ),
     form(
         "bench_cost",
         "--shape embedded --steps 2",

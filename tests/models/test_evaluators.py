@@ -23,14 +23,15 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from tiny import PAD, VOCABULARY, WIDTH, bert, gpt2, llama, opt
+from tiny import PAD, SIZES, VOCABULARY, WIDTH, bert, gpt2, llama, opt
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    BertLMHeadModel,
     BitsAndBytesConfig,
     BloomConfig,
     BloomForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaForSequenceClassification,
     OPTConfig,
     OPTForCausalLM,
@@ -52,9 +53,12 @@ def bloom() -> PreTrainedModel:
     return BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4))
 
 
-def bert_lm() -> PreTrainedModel:
-    """A language-model head on a bidirectional encoder."""
-    return bert(BertLMHeadModel)
+def windowed(**settings: Any) -> PreTrainedModel:
+    """Every second layer sees 8 tokens back; with options the longest example has 10."""
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    sizes = {**SIZES, "intermediate_size": WIDTH, "num_key_value_heads": 2, "head_dim": 16}
+    sizes |= {"layer_types": kinds, "sliding_window": 8, "initializer_range": 0.2, **settings}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes))
 
 
 LORA = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"], "r": 4}
@@ -151,7 +155,7 @@ def test_many_in_one_forward_give_the_losses_of_one_by_one(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evaluator = evaluator_of(model, space, objective, size)
-        batch = collator_for(model, PAD, objective)(features)
+        batch = collator_for(model, PAD, objective, examples=features)(features)
         calls = counted(model.get_base_model().model.norm)
         losses = evaluator(POINTS, [batch])
     waves = -(-len(POINTS) // size)
@@ -217,39 +221,33 @@ def test_an_objective_of_the_users_goes_one_by_one() -> None:
     assert evaluator(POINTS, [batch]) == plain_losses(model, space, CompletionObjective(), batch)
 
 
-@pytest.mark.parametrize("build", [llama, opt, gpt2, bloom, bert_lm])
+@pytest.mark.parametrize("build", [llama, opt, gpt2, bloom, windowed])
 def test_every_architecture_gives_the_losses_of_one_by_one(
     build: Callable[[], PreTrainedModel],
 ) -> None:
-    names = {llama: "v_proj", opt: "v_proj", gpt2: "c_attn", bloom: "query_key_value"}
-    target = names.get(build, "value")
+    names = {gpt2: "c_attn", bloom: "query_key_value"}
+    target = names.get(build, "v_proj")
     layers = LoraConfig(task_type="CAUSAL_LM", target_modules=[target], layers_to_transform=[2])
     for config in (LoraConfig(task_type="CAUSAL_LM", target_modules=[target]), layers):
         model = tune(build(), config)
         space = FlatSpace(tuned_parameters(model))
         for objective, features in DATA.values():
-            batch = collator_for(model, PAD, objective)(features)
+            batch = collator_for(model, PAD, objective, examples=features)(features)
             losses = evaluator_of(model, space, objective, 8)(POINTS, [batch])
             expected = plain_losses(model, space, objective, Collator(PAD)(features))
             np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("build", "is_causal", "shares_prompts"),
-    [
-        (llama, True, True),
-        (opt, True, True),
-        (gpt2, True, True),
-        (bloom, True, False),
-        (bert_lm, False, False),
-    ],
+    ("build", "shares_up_to"), [(llama, 10), (opt, 10), (gpt2, 10), (bloom, 0), (windowed, 7)]
 )
-def test_what_a_model_needs_is_found_out(
-    build: Callable[[], PreTrainedModel], is_causal: bool, shares_prompts: bool
+def test_whether_options_may_share_their_prompt_is_found_out(
+    build: Callable[[], PreTrainedModel], shares_up_to: int
 ) -> None:
     model = tune(build(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
-    found = collator_for(model, PAD, OptionObjective())
-    assert (found.is_causal, found.shares_prompts) == (is_causal, shares_prompts)
+    found = collator_for(model, PAD, OptionObjective(), examples=OPTIONS)
+    sharing = {"shares_prompts": True, "shares_up_to": shares_up_to} if shares_up_to else {}
+    assert found == Collator(PAD, is_causal=True, **sharing)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
@@ -463,7 +461,7 @@ def test_each_part_of_a_batch_sees_its_own_displacements(
     model = tune(llama(), ADAPTERS[adapter])
     space = FlatSpace(tuned_parameters(model))
     evaluator = evaluator_of(model, space, objective, size)
-    batch = collator_for(model, PAD, objective)(features)
+    batch = collator_for(model, PAD, objective, examples=features)(features)
     parts = evaluator.parts([batch])
     sees_positions = adapter == "saved head" and data != "label words"
     own_rows = len(batch["input_ids"]) == len(features)

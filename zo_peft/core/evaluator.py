@@ -44,6 +44,7 @@ class Evaluator:
     Attributes:
         forward_passes: so far; one is one displacement through one micro-batch.
         examples_forwarded: so far; displacements times examples.
+        read: the parameters whose values lanes have read in the last forward that had several.
     """
 
     def __init__(
@@ -59,11 +60,12 @@ class Evaluator:
         self.host, self.ranks = host or Host.of_module(model, space.parameters), ranks or OneRank()
         self.candidates_per_forward = candidates_per_forward
         self.forward_passes, self.examples_forwarded, self._in_lanes = 0, 0, True
+        self.read = set[Tensor]()
         if isinstance(self.host.replacements, NotInLanes):
-            self._one_by_one(self.host.replacements)
+            self.one_by_one(self.host.replacements)
         elif not getattr(objective, "repeatable", False):
             name = type(objective).__name__
-            self._one_by_one(NotInLanes(f"objective {name} (it is not `repeatable`)"))
+            self.one_by_one(NotInLanes(f"objective {name} (it is not `repeatable`)"))
 
     def __call__(self, points: Sequence[Direction], batches: Sequence[Batch]) -> list[float]:
         """The mean loss over the examples of all micro-batches, at `theta` plus each point."""
@@ -98,7 +100,7 @@ class Evaluator:
         """
         by_candidate = list(zip(*points))
         parts, count = len(points), len(by_candidate)
-        micro = [self.ranks.losses(by_candidate, batch, self._batch_losses) for batch in batches]
+        micro = [self.ranks.losses(by_candidate, batch, self.batch_losses) for batch in batches]
         losses = torch.cat([m.view(count, parts, -1) for m in micro], dim=2).double()
         self.forward_passes += count * len(batches)
         self.examples_forwarded += losses.numel()
@@ -113,7 +115,7 @@ class Evaluator:
         by_part = [flat[start : start + count] for start in range(0, count * parts, count)]
         return Evaluation(by_part, spread, example_spread)
 
-    def _batch_losses(self, points: Sequence[Sequence[Direction]], batch: Batch) -> Tensor:
+    def batch_losses(self, points: Sequence[Sequence[Direction]], batch: Batch) -> Tensor:
         """The losses [M, examples] of points [M][G], in waves: as many as fit at a time."""
         losses: list[Tensor] = []
         done = 0
@@ -125,7 +127,7 @@ class Evaluator:
                     losses.append(self._wave_losses(wave, batch))
                     done += len(wave)
                 except NotInLanes as error:
-                    self._one_by_one(error)
+                    self.one_by_one(error)
                 except torch.OutOfMemoryError:
                     if len(wave) == 1:
                         raise
@@ -142,6 +144,7 @@ class Evaluator:
         lanes = self.space.lanes(list(chain(*points)))
         rows, scored = batch.rows, batch.scored or batch.rows
         assert not isinstance(self.host.replacements, NotInLanes)
+        self.read = lanes.read
         with lanes.active(self.host.replacements, rows // parts, scored // parts):
             return self.objective.losses(self.model, batch.repeated(count)).view(count, -1)
 
@@ -157,10 +160,15 @@ class Evaluator:
             losses.append(whole.view(len(candidate), -1)[part])
         return torch.cat(losses)
 
-    def _one_by_one(self, reason: NotInLanes) -> None:
-        self.candidates_per_forward, self._in_lanes = 1, False
+    def one_by_one(self, reason: NotInLanes) -> bool:
+        """Evaluate candidates one by one from now on, and say why; False if it was so already."""
+        was, self._in_lanes, self.candidates_per_forward = self._in_lanes, False, 1
+        self.read = set()
+        if not was:
+            return False
         message = f"candidates are evaluated one by one: {reason} cannot work on several at once"
         warnings.warn(message, UserWarning, stacklevel=2)
+        return True
 
     def _halve(self, size: int) -> None:
         self.candidates_per_forward = size // 2

@@ -147,6 +147,17 @@ class FlatSpace:
         finally:
             self._vectors = []
 
+    def check(self) -> None:
+        """Raise a UserError where a parameter was changed by others since the space was made."""
+        for flat in self._flats:
+            for name, view in flat.layout.views(flat.theta).items():
+                now, live = self.parameters[name], flat.live[flat.layout.slices[name]]
+                if now.data_ptr() != live.data_ptr() or not torch.equal(now, view):
+                    raise UserError(
+                        f"{name} was changed after the trainer was built, which would be lost; "
+                        "change it before, and build the trainer then"
+                    )
+
     def _add(self, flat: _Flat, into: Tensor, displacements: Sequence[Direction]) -> None:
         noise = [Direction(tuple(t for t in d.terms if t[0] >= 0)) for d in displacements]
         add_directions(into, noise, self.noise, flat.layout)

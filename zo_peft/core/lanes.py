@@ -28,14 +28,19 @@ class NotInLanes(Exception):
 
 
 class Lanes:
-    """K values of every tuned parameter: [K, *shape], by parameter."""
+    """K values of every tuned parameter: [K, *shape], by parameter.
+
+    `read` are the parameters of which a module has asked for the values.
+    """
 
     def __init__(self, values: Mapping[Tensor, Tensor], count: int) -> None:
         self._values, self.count = values, count
         self._rows = self._scored = 1
+        self.read: set[Tensor] = set()
 
     def of(self, parameter: Tensor) -> Tensor:
         """[K, *shape]; [1, *shape] for a parameter that is not tuned."""
+        self.read.add(parameter)
         return self._values.get(parameter, parameter[None])
 
     def split(self, x: Tensor, name: str) -> Tensor:

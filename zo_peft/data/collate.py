@@ -1,18 +1,28 @@
 """Pad features into batches, in the cheapest form that the model can take."""
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from zo_peft.core.batch import IGNORE_INDEX, Batch, Objective
-from zo_peft.models.adapters import input_device, peft_config_of
-from zo_peft.objectives.scoring import ClassificationObjective, OptionObjective
+from zo_peft.errors import UserError
+from zo_peft.models.adapters import input_device, name_of, peft_config_of, running
+from zo_peft.models.agreement import rounding
+from zo_peft.objectives.rewards import RewardObjective
+from zo_peft.objectives.scoring import (
+    ClassificationObjective,
+    CompletionObjective,
+    OptionObjective,
+)
 
 Features = Sequence[dict[str, Any]]
 Tensors = dict[str, Any]
@@ -23,9 +33,10 @@ class Collator:
     """Pads features to the longest of the batch, and makes the batch of their objective.
 
     The inputs are `input_ids` [R, L], and `attention_mask` [R, L] unless `is_causal`. With
-    `shares_prompts`, options of several tokens stand in one sequence behind the prompt that they
-    share. Such a batch has `input_ids`, `position_ids` and `segments` [B, L]; segment 0 is the
-    prompt, and segment 1 the first option.
+    `shares_prompts`, and where no example of the batch is longer than `shares_up_to`, options of
+    several tokens stand in one sequence behind the prompt that they share. Such a batch has
+    `input_ids`, `position_ids` and `segments` [B, L]; segment 0 is the prompt, and segment 1 the
+    first option.
 
     `labels` comes first in every batch and has one row for each example, because transformers
     counts the rows of the first tensor as examples.
@@ -34,11 +45,13 @@ class Collator:
         is_causal: the model's outputs do not depend on later tokens, so padding needs no mask.
         shares_prompts: the model takes position ids and masks of four dimensions. Only a causal
             model may share prompts.
+        shares_up_to: the most tokens of a prompt and one option with which it may.
     """
 
     pad_token_id: int
     is_causal: bool = False
     shares_prompts: bool = False
+    shares_up_to: float = math.inf
 
     def __call__(self, features: Features) -> Batch:
         """The batch of the objective that the features are for; see `zo_peft.objectives`."""
@@ -96,9 +109,11 @@ class Collator:
         """Options stand behind their prompts without their last tokens, which predict nothing."""
         sequences: list[tuple[list[int], list[int], list[int]]] = []
         scored = []
+        most = max(len(prompt) + max(map(len, own)) for prompt, own in zip(prompts, options))
+        shares = self.shares_prompts and most <= self.shares_up_to
         for number, (prompt, own) in enumerate(zip(prompts, options)):
             for index, option in enumerate(own):
-                if index == 0 or not self.shares_prompts:
+                if index == 0 or not shares:
                     sequences.append((list(prompt), list(range(len(prompt))), [0] * len(prompt)))
                 ids, position_ids, segments = sequences[-1]
                 length = len(option) - 1
@@ -110,7 +125,7 @@ class Collator:
                 scored += [(row, where, token, place) for where, token in zip(positions, option)]
         all_ids, all_position_ids, all_segments = zip(*sequences)
         batch = self._inputs(all_ids)
-        if self.shares_prompts:
+        if shares:
             batch |= {"position_ids": _padded(all_position_ids), "segments": _padded(all_segments)}
         names = ("rows", "positions", "tokens", "token_options")
         batch |= zip(names, torch.tensor(scored).unbind(1))
@@ -137,50 +152,114 @@ def drawn_batch(batch: Batch, drawn: Sequence[Sequence[int]], pad_token_id: int 
 #: A few token ids that every vocabulary has.
 _SOME_IDS = [5, 6, 7, 8, 9, 10]
 
+#: How configurations call what limits how far back an attention sees.
+_WINDOWS = "(window|window_size|window_len|attention_chunk_size|local_attention)$"
+
+#: The objectives that score or draw next tokens.
+GENERATIVE = (CompletionObjective, OptionObjective, RewardObjective)
+
+#: The longest of so many examples says how long sequences are.
+_SEEN = 10_000
+
 
 @torch.no_grad()
 def collator_for(
-    model: PreTrainedModel | PeftModel, pad_token_id: int, *objectives: Objective
+    model: PreTrainedModel | PeftModel,
+    pad_token_id: int,
+    *objectives: Objective,
+    examples: Iterable[dict[str, Any]] = (),
 ) -> Collator:
     """The collator whose batches leave out what the model does not need.
 
-    Forward passes of a dozen tokens find out whether the model's logits depend on later tokens, and
-    whether options that share one prompt score as they do with a prompt each.
+    A few forward passes find out whether the model's logits depend on later tokens, and whether
+    options that share one prompt score as they do with a prompt each: on the longest of `examples`
+    (features), as far as the model's attention has no window, of which its configuration tells.
+    Longer examples get prompts of their own.
+
+    Raises:
+        UserError: the model does not run, or predicts no next tokens (an encoder, for example).
     """
-    collator = Collator(pad_token_id)
-    if isinstance(objectives[0], ClassificationObjective) or not _is_causal(model):
+    collator, features = Collator(pad_token_id), iter(examples)
+    first, kind = next(features, {}), objectives[0]
+    if not isinstance(kind, (ClassificationObjective, *GENERATIVE)):
+        return collator
+    if isinstance(kind, ClassificationObjective):
+        if _logits(model, first.get("input_ids", _SOME_IDS)).dim() != 2:
+            raise UserError(f"{name_of(model)} has no head that gives a text one class")
+        return collator
+    early, other = (_logits(model, _SOME_IDS + end) for end in (_SOME_IDS, _SOME_IDS[::-1]))
+    if early.dim() != 3 or getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(f"{name_of(model)} is no causal language model; give a decoder")
+    difference = (early - other)[:, : len(_SOME_IDS)].abs().max()
+    # Rounding may depend on later tokens, where those are dealt out to experts, for example.
+    if difference > 64 * rounding(model) * early.std():
+        raise UserError(
+            f"{name_of(model)} predicts no next tokens, because its outputs depend on later ones, "
+            "as an encoder's do; give a decoder, or tune a sequence classifier"
+        )
+    if difference:
         return collator
     collator = replace(collator, is_causal=True)
-    sharing = replace(collator, shares_prompts=True)
-    shares = any(
-        isinstance(objective, OptionObjective)
-        and _scores_alike(model, objective, collator, sharing)
-        for objective in objectives
-    )
-    return sharing if shares else collator
+    scoring = [objective for objective in objectives if isinstance(objective, OptionObjective)]
+    seen = chain([first], islice(features, _SEEN)) if scoring else []
+    long = [e for e in seen if max(map(len, e.get("option_ids", [[]]))) > 1]
+    window = _window(model.config)
+    longest = max((e for e in long if _tokens(e) <= window), key=_tokens, default=None)
+    if longest and _scores_alike(model, scoring[0], collator, longest):
+        return replace(collator, shares_prompts=True, shares_up_to=_tokens(longest))
+    return collator
 
 
-def _is_causal(model: PreTrainedModel | PeftModel) -> bool:
-    def logits(ending: list[int]) -> Tensor:
-        ids = torch.tensor([_SOME_IDS + ending], device=input_device(model))
-        return model(input_ids=ids, use_cache=False).logits[:, : -len(ending)]
+def _logits(model: PreTrainedModel | PeftModel, ids: list[int]) -> Tensor:
+    with running(model):
+        inputs = torch.tensor([ids], device=input_device(model))
+        return model(input_ids=inputs, use_cache=False).logits.float()
 
-    return torch.equal(logits(_SOME_IDS), logits(_SOME_IDS[::-1]))
+
+def _tokens(example: dict[str, Any]) -> int:
+    return len(example["prompt_ids"]) + max(map(len, example["option_ids"]))
+
+
+def _window(config: PreTrainedConfig) -> float:
+    """How many tokens back the attention of every layer sees, as the configuration names it."""
+    named = config.get_text_config().to_dict().items()
+    sizes = [v for name, v in named if re.search(_WINDOWS, name) and type(v) is int and v > 0]
+    return min(sizes, default=math.inf)
 
 
 def _scores_alike(
-    model: PreTrainedModel | PeftModel, objective: OptionObjective, *collators: Collator
+    model: PreTrainedModel | PeftModel,
+    objective: OptionObjective,
+    collator: Collator,
+    example: dict[str, Any],
 ) -> bool:
+    """Whether the example's options score behind one prompt as they do with a prompt each.
+
+    In half precision rounding would hide small differences. So the model also has to heed position
+    ids, and another first option may change the scores of the others no more than where each is a
+    row of its own, which is not at all, or by the rounding of rows that share a forward.
+    """
     # For a learned prompt, PEFT puts a mask of two dimensions before the one of four.
     config = peft_config_of(model)
     if config is not None and config.is_prompt_learning:
         return False
-    options = [_SOME_IDS[:3], _SOME_IDS[2:], _SOME_IDS[4:]]
-    features = [{"prompt_ids": _SOME_IDS, "option_ids": options, "label": 0}]
-    made = (collator(features).items() for collator in collators)
-    batches = (Batch({n: t.to(input_device(model)) for n, t in items}) for items in made)
+    first, *others = example["option_ids"]
+    changed = {**example, "option_ids": [first[::-1] if first != first[::-1] else [5] * len(first)]}
+    changed["option_ids"] += others
+    sharing = replace(collator, shares_prompts=True)
+
+    def scores(made: Tensors) -> Tensor:
+        batch = Batch({name: tensor.to(input_device(model)) for name, tensor in made.items()})
+        return objective.scores(model, batch)[0]
+
+    own, own_changed = (scores(collator([e]).data) for e in (example, changed))
     try:
-        first, second = (objective.scores(model, batch) for batch in batches)
-    except (TypeError, ValueError, RuntimeError):
+        made = sharing([example]).data
+        shared, shared_changed = scores(made), scores(sharing([changed]).data)
+        moved = scores(made | {"position_ids": made["position_ids"] + made["segments"]})
+    except Exception:  # models say in many ways that they take no such mask
         return False
-    return torch.allclose(first, second, rtol=1e-4 if model.dtype == torch.float32 else 2e-2)
+    noise = (own - own_changed)[1:].abs().amax() if others else own.new_zeros(())
+    isolated = torch.allclose(shared[1:], shared_changed[1:], rtol=1e-6, atol=2 * noise.item())
+    tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
+    return isolated and not torch.equal(shared, moved) and torch.allclose(own, shared, tolerance)

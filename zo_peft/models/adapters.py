@@ -1,8 +1,9 @@
 """Adapters: how one is made, also on a base that accelerate offloads, loaded, and merged."""
 
 import re
+import warnings
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zo_peft.errors import UserError
 from zo_peft.models.hub import LOAD_ERRORS, AnyModel, first_line, public_name, reason
-from zo_peft.models.loading import check_4bit_widths
+from zo_peft.models.loading import check_4bit_widths, load_config
 
 #: The adapters that leave it to the layers of the base to read its weights.
 ON_OFFLOADED = ["LORA", "ADALORA", "IA3", "VERA", "LOHA", "LOKR", "OFT", "BOFT", "FOURIERFT"]
@@ -35,6 +36,17 @@ HEAD = re.compile(rf"\b({'|'.join(SEQ_CLS_HEAD_NAMES)})(\.out_proj)?\.weight$")
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """A new adapter as `peft.get_peft_model` makes it; a UserError if it does not fit the base."""
     kind, offloaded = peft_config.peft_type.value, offloaded_parameters(model)
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UserError(
+            f"{type(model).__name__} already has layers of an adapter, which a new one would be "
+            "put on top of; load the base again, or give the PeftModel and no peft_config"
+        )
+    start = str(getattr(peft_config, "init_lora_weights", None))
+    if "_niter_" in start:
+        raise UserError(
+            f"init_lora_weights={start!r} changes the base by random numbers, which are drawn "
+            "again where the saved adapter is loaded; use 'pissa'"
+        )
     if offloaded and kind not in ON_OFFLOADED:
         raise UserError(
             f"{kind} may read weights outside of their layers, and part of the base is offloaded; "
@@ -44,7 +56,9 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         # PEFT fills default target modules into the configuration that it is given.
         with stand_ins(offloaded):
             adapted = peft.get_peft_model(model, deepcopy(peft_config))
-    except (ValueError, AttributeError, KeyError, RuntimeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
         modules = model.named_modules()
         linear = {n.rpartition(".")[2] for n, m in modules if isinstance(m, nn.Linear)}
         raise UserError(
@@ -154,6 +168,26 @@ def _tunable(config: PeftConfig) -> PeftConfig:
     return config
 
 
+def save_adapter(model: PeftModel, folder: str) -> None:
+    """Save the active adapter into a folder in PEFT's layout, whatever it is called.
+
+    Beside an adapter the base is never written, so its embeddings need no saving, unless they have
+    another size than those of the base that an adapter is loaded on.
+    """
+    name, active = model.config.name_or_path, model.active_adapter
+    rows = None
+    if name:
+        with suppress(UserError):
+            rows = load_config(name).get_text_config().vocab_size
+    resized = rows not in (None, model.get_input_embeddings().weight.shape[0])
+    model.save_pretrained(folder, selected_adapters=[active], save_embedding_layers=resized)
+    if active != "default":
+        # PEFT gives it a folder of its own, in which nobody looks for it.
+        for path in (Path(folder) / active).iterdir():
+            path.replace(Path(folder) / path.name)
+        (Path(folder) / active).rmdir()
+
+
 def unreadable_adapter(path: str, error: BaseException) -> UserError:
     """The error that says why an adapter cannot be loaded."""
     return UserError(
@@ -205,6 +239,32 @@ def merged_model(model: PeftModel) -> PreTrainedModel:
     return merged
 
 
+def check_saved(model: PeftModel) -> None:
+    """Raise a UserError where tuned parameters are not what saving would keep.
+
+    Those are parameters of the active adapter, each with memory of its own.
+    """
+    active = model.active_adapter
+    if len(model.active_adapters) > 1:
+        raise UserError("several adapters are active; choose the one to tune with set_adapter")
+    state = peft.get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
+    saved = {tensor.data_ptr() for tensor in state.values()}
+    owners: dict[int, str] = {}
+    for name, parameter in tuned_parameters(model).items():
+        other = owners.setdefault(parameter.data_ptr(), name)
+        if other != name:
+            raise UserError(
+                f"{other} and {name} share their memory, and each would be tuned apart; tie no "
+                "weights that are tuned (ensure_weight_tying=False)"
+            )
+        learned = model.active_peft_config.is_prompt_learning and name.startswith("prompt_encoder.")
+        if parameter.data_ptr() not in saved and not learned:
+            raise UserError(
+                f"{name} would be tuned, but is not saved with the adapter {active!r}; give a "
+                "base of which no weight requires a gradient, and one adapter"
+            )
+
+
 def prepare(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make a model safe for forward-only tuning, in place.
 
@@ -229,6 +289,7 @@ def prepare(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> None:
             module.support_avx512bf16_for_cpu = False
     if not isinstance(model, PeftModel):
         return
+    check_saved(model)
     for config in model.peft_config.values():
         config.base_model_name_or_path = public_name(config.base_model_name_or_path)
     for parameter in model.parameters():
@@ -284,11 +345,16 @@ def matching(names: Collection[str], tunable: str | None) -> set[str]:
 def start_prefix_from_tokens(model: PeftModel, token_ids: Tensor) -> None:
     """Set a prefix to the keys and values that the base computes for T real tokens, in place.
 
-    A random prefix does not learn in this way (MeZO, arXiv:2305.17333, appendix on prefix tuning).
+    A random prefix does not learn in this way (MeZO, arXiv:2305.17333, appendix on prefix tuning);
+    that of an encoder stays random, with a warning, because encoders give no keys and values.
     """
     config: Any = model.active_peft_config
     base = model.get_base_model()
-    cache = base(input_ids=token_ids[None].to(input_device(base)), use_cache=True).past_key_values
+    output = base(input_ids=token_ids[None].to(input_device(base)), use_cache=True)
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
+        warnings.warn(f"{name_of(model)} starts from a random prefix", UserWarning, stacklevel=2)
+        return
     heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
     weight = model.prompt_encoder[model.active_adapter].embedding.weight
     prefix = weight.view(len(token_ids), config.num_layers, 2, heads, width)
@@ -300,6 +366,31 @@ def start_prefix_from_tokens(model: PeftModel, token_ids: Tensor) -> None:
 def input_device(model: AnyModel) -> torch.device:
     """The device of token ids; for an offloaded model the CPU, from which accelerate moves them."""
     return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
+def name_of(model: AnyModel) -> str:
+    """What a user calls the model: its class, and the type of its adapter."""
+    config, base = peft_config_of(model), model
+    if config is not None:
+        base = model.get_base_model()
+    return type(base).__name__ + (f" with {config.peft_type.value}" if config else "")
+
+
+@contextmanager
+def running(model: AnyModel) -> Iterator[None]:
+    """Within the context, what a first forward raises becomes a UserError that names the model.
+
+    PEFT attaches adapters to modules that they cannot work in, and some need inputs of their own.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, UserError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{name_of(model)} does not run on text alone: {type(error).__name__}: "
+            f"{first_line(error)} Choose other target_modules, another peft_type or another base"
+        ) from error
 
 
 def peft_config_of(model: AnyModel) -> PeftConfig | None:
@@ -318,7 +409,7 @@ def classifies(model: AnyModel) -> bool:
 def context_length(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The most tokens of an example: positions less virtual tokens. None: the model has no most."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is None:
+    if positions is None or positions < 1:  # XLNet says -1
         return None
     for name, module in model.named_modules():
         # Models of RoBERTa's kind count positions from behind that of the padding.

@@ -12,6 +12,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -254,10 +255,20 @@ def base_hash(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if name in trained:
             continue
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(memoryview(bits.numpy()))
+        for part in _plain(tensor):
+            digest.update(f"{name} {part.dtype} {list(part.shape)}".encode())
+            bits = part.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(bits.numpy().data)
     return digest.hexdigest()
+
+
+def _plain(tensor: Any) -> Iterator[torch.Tensor]:
+    """The plain tensors of an entry of a state dict; packed weights may consist of several."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain(getattr(tensor, name))
+    elif isinstance(tensor, torch.Tensor):
+        yield tensor
 
 
 def identity(model: AnyModel) -> dict[str, str]:

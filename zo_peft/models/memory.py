@@ -65,7 +65,7 @@ class Fit:
     ) -> None:
         self.new_tokens = new_tokens
         self.config = model.config.get_text_config()
-        self.size = model.get_input_embeddings().weight.element_size()
+        self.size = model.dtype.itemsize
         self.weights, self.adapter = weight_bytes(model), 4 * adapter_numel
         dtypes = {parameter.dtype for parameter in model.parameters()}
         on_cpu = (device or model.device.type) == "cpu"
@@ -114,9 +114,12 @@ def layer_bytes(config: Any, length: int, size: int) -> int:
     """
     hidden = config.hidden_size
     wide = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
+    # Some have a width for each layer.
+    wide = max(wide) if isinstance(wide, list | tuple) else wide
     numbers = length * (2 * hidden + 3 * (wide or 4 * hidden))
     if config._attn_implementation == "eager":
-        numbers += 2 * config.num_attention_heads * length * length
+        # A model without attention has no heads.
+        numbers += 2 * getattr(config, "num_attention_heads", 0) * length * length
     return numbers * size
 
 

@@ -62,12 +62,15 @@ Factors = Callable[[Any, Lanes, str], tuple[Tensor, Tensor, float]]
 def _low_rank(
     factors: Factors, layer: Any, lanes: Lanes, name: str, x: Tensor, *args: Any, **kw: Any
 ) -> Tensor:
-    """The output of the base layer plus `scaling * x A^T B^T`."""
+    """The output of the base layer, whose bias may be tuned, plus `scaling * x A^T B^T`."""
     result = layer.base_layer(x, *args, **kw)
     a, b, scaling = factors(layer, lanes, layer.active_adapters[0])
     hidden = lane_product(lanes.split(x, name).flatten(1, -2).to(a.dtype), a)
     b = b.transpose(1, 2).expand(lanes.count, -1, -1)
     sums = result.view(*hidden.shape[:2], -1)
+    bias = getattr(layer.get_base_layer(), "bias", None)
+    if bias is not None and len(values := lanes.of(bias)) > 1:
+        sums.add_((values - bias)[:, None])
     if result.dtype == b.dtype:
         sums.baddbmm_(hidden, b, alpha=scaling)
     else:

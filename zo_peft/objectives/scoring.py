@@ -174,7 +174,7 @@ class AccuracyObjective:
     """
 
     def __init__(self, inner: Objective) -> None:
-        self.predict = inner.predict
+        self.inner, self.predict = inner, inner.predict
         self.repeatable = getattr(inner, "repeatable", False)
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -198,7 +198,8 @@ class BlackBoxObjective:
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """The function's value, float32, shape [1]."""
-        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        name: str = model.active_adapter  # type: ignore[assignment]
+        state = get_peft_model_state_dict(model, None, name, save_embedding_layers=False)
         value = self.evaluate({name: tensor.detach() for name, tensor in state.items()})
         return torch.tensor([float(value)])
 

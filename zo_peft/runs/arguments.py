@@ -13,6 +13,7 @@ from transformers.hf_argparser import HfArg
 
 from zo_peft.data.tasks import TASKS
 from zo_peft.errors import UserError
+from zo_peft.models.hub import first_line
 from zo_peft.models.loading import quantization_config
 
 
@@ -71,7 +72,13 @@ class ModelArguments:
         if self.peft_type == "LORA":
             chosen |= {"r": self.lora_r, "lora_alpha": self.lora_alpha}
         taken = {f.name: chosen[f.name] for f in fields(config_class) if f.name in chosen}
-        return config_class(task_type=self.task_type, **taken)
+        try:
+            return config_class(task_type=self.task_type, **taken)
+        except (TypeError, ValueError, ImportError) as error:
+            raise UserError(
+                f"peft_type={self.peft_type!r} needs settings that the command line does not have: "
+                f"{first_line(error)} Give a peft_config in Python"
+            ) from error
 
 
 #: Options of data that a task brings itself, and those that only a task has.

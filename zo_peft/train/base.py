@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -73,6 +74,8 @@ class BaseTrainer(Trainer):
     args: ZOConfig
     #: A trainer that trains must have something to tune; one that only evaluates need not.
     trains: ClassVar[bool] = False
+    #: Forwards of a check before the first step, which the budget does not count.
+    check_passes = 0
 
     def __init__(
         self,
@@ -169,7 +172,10 @@ class BaseTrainer(Trainer):
             self.add_callback(Progress(lambda: self.forward_passes, self.metric_name))
         if data_collator is None:
             model.eval()
-            self.data_collator = collator_for(model, tokenizer.pad_token_id, *objectives)
+            several = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
+            seen = chain.from_iterable(rows for rows in (train, *several) if rows is not None)
+            pad = tokenizer.pad_token_id
+            self.data_collator = collator_for(model, pad, *objectives, examples=seen)
         if train and getattr(peft_config, "prefix_projection", None) is False:
             self._start_prefix(train)
         self.summary: dict[str, Any] = {}
@@ -316,9 +322,10 @@ class BaseTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir
-        # Beside an adapter the base is never written, so its embeddings never need saving either.
-        options = {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {}
-        self.model.save_pretrained(folder, **options)
+        if isinstance(self.model, PeftModel):
+            adapters.save_adapter(self.model, folder)
+        else:
+            self.model.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
         write_model_card(folder, self.model, self.args.tune, self.facts)
 

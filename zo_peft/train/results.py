@@ -36,6 +36,7 @@ def results(
         "examples_forwarded": trainer.examples_forwarded,
         "train_examples": _count(trainer.train_dataset),
         "eval_examples": _count(evaluated),
+        "check_passes": trainer.check_passes,
         "wall_seconds": wall_seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "metric_name": trainer.metric_name,

@@ -4,6 +4,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,17 @@ from zo_peft.core.batch import Batch
 from zo_peft.core.direction import Direction
 from zo_peft.core.eps import EpsChoice
 from zo_peft.core.evaluator import Evaluator
+from zo_peft.core.flat_space import FlatSpace
 from zo_peft.core.journal import INITIAL_NAME, JOURNAL_NAME, Follower, Journal, read
 from zo_peft.core.lanes import replaced
 from zo_peft.core.noise import GENERATOR, derive_seed
 from zo_peft.core.ranks import OneRank, Ranks
 from zo_peft.core.tuner import Tuner
 from zo_peft.core.updates import AUTOMATIC, UpdateRule
-from zo_peft.data.collate import drawn_batch
+from zo_peft.data.collate import Collator, drawn_batch
 from zo_peft.errors import NonFiniteLossError, UserError
 from zo_peft.models import recipe
+from zo_peft.models.agreement import check
 from zo_peft.models.guide import ResidualGuide, may_read
 from zo_peft.models.in_place_space import InPlaceSpace
 from zo_peft.models.loading import base_hash, identity
@@ -178,6 +181,9 @@ class ZOTrainer(CheckpointTrainer):
         Raises:
             UserError: the journal or the checkpoint is damaged, or of another run.
         """
+        if isinstance(self.space, FlatSpace) and not resume_from_checkpoint:
+            self.space.check()
+        self._check_lanes()
         resumed = self._open_journal(resume_from_checkpoint)
         try:
             result = super().train(resumed, trial, ignore_keys_for_eval)
@@ -185,6 +191,22 @@ class ZOTrainer(CheckpointTrainer):
             return result
         finally:
             self.tuner.journal.close()
+
+    def _check_lanes(self) -> None:
+        """See `zo_peft.models.agreement`: on the shortest and the longest of the first examples,
+        with the adapter as it is before any step, so a resumed run decides the same.
+        """
+        if not getattr(self.objective, "repeatable", False) or self.check_passes:
+            return
+        self.model.eval()
+        some = sorted(islice(self.train_dataset or (), 32), key=lambda row: row["length"])
+        if not some:
+            return
+        chosen = some[-1:] if len(some) == 1 or self._train_batch_size == 1 else [some[0], some[-1]]
+        collate = self.data_collator
+        plain = replace(collate, shares_prompts=False) if isinstance(collate, Collator) else collate
+        alone = [self._prepare_inputs(plain([features])) for features in chosen]
+        self.check_passes = check(self.evaluator, self._prepare_inputs(collate(chosen)), alone)
 
     def _open_journal(self, resume: str | bool | None) -> str | None:
         """Start a journal or take one up; returns the checkpoint to go on from."""

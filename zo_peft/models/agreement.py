@@ -1,0 +1,153 @@
+"""One check before the first step: do losses come out as they do one by one?
+
+A batch whose candidates and examples share a forward, as in a step, is compared with one candidate
+of one example at a time, which runs PEFT's own modules without padding. That settles for any
+adapter, option and family whether candidates may share a forward, whether examples may share a
+batch, and whether what is tuned acts at all.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from zo_peft.core.batch import Batch, Objective
+from zo_peft.core.direction import Direction
+from zo_peft.core.evaluator import Evaluator
+from zo_peft.core.flat_space import FlatSpace
+from zo_peft.core.lanes import NotInLanes, replaced
+from zo_peft.errors import UserError
+from zo_peft.models.adapters import name_of, running
+from zo_peft.models.hub import first_line
+from zo_peft.objectives.scoring import (
+    ClassificationObjective,
+    CompletionObjective,
+    OptionObjective,
+)
+
+#: Displacements, of which the first is taken that moves losses well beyond rounding.
+LENGTHS = (1e-2, 1e-1, 1.0)
+
+#: The objectives whose losses change with anything that acts.
+SMOOTH = (CompletionObjective, OptionObjective, ClassificationObjective)
+
+
+class _Counted:
+    """Counts how often losses are asked for; of wrong predictions they are those behind them."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.inner, self.forwards = getattr(objective, "inner", objective), 0
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        self.forwards += 1
+        return self.inner.losses(model, batch).double()
+
+
+@torch.no_grad()
+def check(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch]) -> int:
+    """Send candidates one by one, with a warning, where a shared forward gives other losses.
+
+    The counts of the evaluator and the generators of random numbers stay as they are.
+
+    Args:
+        batch: one example, or two of different length.
+        alone: each of them as a batch of its own, in its plainest form.
+
+    Returns:
+        The forwards that this took.
+
+    Raises:
+        UserError: the model does not run, examples of a batch change each other's losses, or
+            nothing that is tuned has an effect.
+    """
+    counted = _Counted(evaluator.objective)
+    kept = torch.random.fork_rng(range(torch.cuda.device_count()))
+    with replaced([(evaluator, "objective", counted)]), kept:
+        _settle(evaluator, batch, [alone[0], alone[-1]], type(counted.inner) in SMOOTH)
+    return counted.forwards
+
+
+def _settle(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch], smooth: bool) -> None:
+    """`alone` is what the first and the second candidate are evaluated on one by one."""
+    parts, name = evaluator.parts([batch]), name_of(evaluator.model)
+    relative = rounding(evaluator.model)
+    with running(evaluator.model):
+        rest = torch.cat([_loss(evaluator, Direction(), own) for own in alone])
+        for length in LENGTHS:
+            points = [
+                [length * Direction.of(c + 2 * part) for part in range(parts)] for c in (0, 1)
+            ]
+            own = [points[0][0], points[1][-1]]
+            expected = torch.cat([_loss(evaluator, *pair) for pair in zip(own, alone)])
+            moved, noise = _size(expected - rest), relative * _size(rest)
+            if not moved <= 4 * noise:
+                break
+    if moved == 0 and smooth:
+        raise UserError(
+            f"nothing that is tuned changes a loss, so nothing would be learned: {name} does not "
+            "use it, or not on the first examples"
+        )
+    if moved == 0 or not math.isfinite(moved):
+        return
+    tolerance = (0.01 + 8 * relative) * moved + 2 * noise
+    fault = _fault(evaluator, points, batch, expected, tolerance) or _unread(evaluator, alone, rest)
+    if fault and evaluator.one_by_one(NotInLanes(f"{name} ({fault})")):
+        fault = _fault(evaluator, points, batch, expected, tolerance)
+    if fault:
+        raise UserError(
+            f"examples that share a batch change each other's losses in {name} ({fault}); use "
+            "per_device_train_batch_size=1 and per_device_eval_batch_size=1, with "
+            "gradient_accumulation_steps for larger batches"
+        )
+
+
+def _loss(evaluator: Evaluator, point: Direction, batch: Batch) -> Tensor:
+    with evaluator.space.displaced(point):
+        return evaluator.objective.losses(evaluator.model, batch)
+
+
+def _fault(
+    evaluator: Evaluator,
+    points: Sequence[Sequence[Direction]],
+    batch: Batch,
+    expected: Tensor,
+    tolerance: float,
+) -> str | None:
+    """How the losses of the batch differ from what is expected: first and last of [2, examples]."""
+    try:
+        losses = evaluator.batch_losses(points, batch).flatten()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+    off = _size(losses[[0, -1]] - expected)
+    return None if off <= tolerance else f"a loss would be off by {off:.2g}"
+
+
+def _unread(evaluator: Evaluator, alone: Sequence[Batch], rest: Tensor) -> str | None:
+    """A tuned parameter that acts on a loss, but that no lane has read the values of."""
+    space = evaluator.space
+    if not evaluator.read or not isinstance(space, FlatSpace):
+        return None
+    noise = {
+        name: tensor
+        for index in range(len(space.buffers))
+        for name, tensor in space.views(index, space.dense(index, Direction.of(0))).items()
+        if space.parameters[name] not in evaluator.read
+    }
+    if not noise:
+        return None
+    with space.vectors([noise]) as seeds:
+        moved = [_loss(evaluator, Direction.combine(seeds, [1.0]), own) for own in alone]
+    return None if torch.equal(torch.cat(moved), rest) else f"{min(noise)} would stay as it is"
+
+
+def _size(losses: Tensor) -> float:
+    return losses.square().mean().sqrt().item()
+
+
+def rounding(model: nn.Module) -> float:
+    """The relative rounding of a forward: that of the coarsest dtype that the model has."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    return max(torch.finfo(d).eps if d.is_floating_point else 2.0**-7 for d in dtypes)
