@@ -364,6 +364,17 @@ def test_adapters_of_all_kinds(peft_type: str) -> None:
     assert mine.tuned == sum(p.numel() for p in tuned.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize(
+    ("settings", "guided"),
+    [({}, True), ({"peft_type": "PREFIX_TUNING"}, True), ({"peft_type": "IA3"}, False)],
+    ids=str,
+)
+def test_the_default_strategy_is_that_of_a_trainer(settings: dict[str, Any], guided: bool) -> None:
+    planner = Planner(ModelArguments(str(EMBEDDED), **settings), ZOConfig("out"))
+    assert (planner.guide is not None) == guided == (planner.args.strategy == "guided")
+    assert Planner(planner.model, ZOConfig("out"), generates=True).guide is None
+
+
 @pytest.mark.parametrize("tune", ["scales", "weights"])
 def test_a_base_that_is_tuned_itself(tune: Any, capsys: pytest.CaptureFixture[str]) -> None:
     folder = ["--model_name_or_path", str(EMBEDDED), "--load_in_8bit", "True", "--tune", tune]

@@ -29,8 +29,9 @@ from zo_peft.core.strategies import STRATEGIES
 from zo_peft.core.updates import RULES
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import add_adapter, unreadable_adapter
+from zo_peft.models.guide import may_read
 from zo_peft.models.guide_memory import GuideMemory
-from zo_peft.models.hub import LOAD_ERRORS, public_name
+from zo_peft.models.hub import LOAD_ERRORS, AnyModel, public_name
 from zo_peft.models.loading import check_4bit_widths, meta_base
 from zo_peft.models.memory import Fit, layer_bytes, weight_bytes
 from zo_peft.models.recipe import SPACE_FIELDS, replacements_of, space_of
@@ -119,6 +120,9 @@ class Planner:
         with torch.device("meta"):
             tuned = add_adapter(base, _peft_config(model)) if args.tune == "adapter" else base
         self.space = space_of(tuned, **{name: getattr(args, name) for name in SPACE_FIELDS})
+        # As the trainer chooses.
+        if args.strategy == GUIDED and args.strategy_is_default and not self._is_read(tuned):
+            self.args = args = args.with_candidates()
         new_tokens = args.max_completion_length if self.generates else 0
         self.fit = Fit(tuned, self.space.lane_numel, new_tokens, self.device)
         self.tuned = self.space.numel
@@ -126,6 +130,9 @@ class Planner:
         self.in_lanes = not isinstance(replacements_of(tuned, self.space), NotInLanes)
         self._measure_layers(base)
         self.guide = self._guide() if args.strategy == GUIDED else None
+
+    def _is_read(self, tuned: AnyModel) -> bool:
+        return not self.generates and may_read(tuned, self.space.parameters)
 
     def _guide(self) -> GuideMemory:
         model, args = self.model, self.args
