@@ -35,7 +35,7 @@ METRICS = {
 
 
 def options(tmp_path: Path, **changes: Any) -> list[str]:
-    return command_line(tmp_path / "out", **{"max_forward_passes": 32, **changes})
+    return command_line(tmp_path / "out", **{"max_forward_passes": 32, "strategy": "gv", **changes})
 
 
 def test_train_writes_adapter_card_and_metrics_and_evaluate_agrees(

@@ -105,6 +105,7 @@ def trainer(folder: Path, rows: int = 200, **settings: Any) -> ZOTrainer:
             "disable_tqdm": True,
             "use_cpu": True,
             "report_to": "none",
+            "strategy": "gv",
             **settings,
         },
     )

@@ -157,6 +157,7 @@ def test_a_new_head_depends_on_the_seed_alone(
 ) -> None:
     data = {**HEAD, "train_file": files / "2.jsonl", "eval_file": None, "tune": tune}
     data["lora_target_modules"] = ["q_proj"] if tune == "adapter" else None
+    data["strategy"] = "gv"  # of which a replay can be made
     for name in ("first", "second"):
         zo("train", tmp_path / name, **data)
     argv = ["replay", str(tmp_path / "first/zo_journal"), "--model_name_or_path", MODEL]

@@ -78,7 +78,8 @@ from zo_peft.tools.demo import EMBEDDED
 rows = [json.loads(line) for line in (EMBEDDED / "train.jsonl").open()][:40]
 data = [{"prompt": r["text"] + " It was", "options": ["terrible", "great"], "label": r["label"]}
         for r in rows]
-args = ZOConfig("during", max_steps=4, zo_eps=1e-2, per_device_train_batch_size=4, use_cpu=True,
+args = ZOConfig("during", strategy="gv", max_steps=4, zo_eps=1e-2, use_cpu=True,
+                per_device_train_batch_size=4,
                 save_strategy="steps", save_steps=2, push_to_hub=True, hub_always_push=True,
                 hub_strategy="every_save", disable_tqdm=True, report_to="none")
 lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])

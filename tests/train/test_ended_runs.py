@@ -171,7 +171,7 @@ def test_a_run_without_a_full_batch_is_refused(strategy: str, tmp_path: Path) ->
 def test_mistakes_in_python_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="args is a TrainingArguments; give a ZOConfig"):
         ZOTrainer(MODEL, TrainingArguments(str(tmp_path), use_cpu=True))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="strategy='gv' has no gradients"):
+    with pytest.raises(UserError, match="strategy='guided' has no gradients"):
         make_trainer(tmp_path, kind=GradientTrainer)
     with pytest.raises(UserError, match="strategy='adam' needs gradients"):
         make_trainer(tmp_path, strategy="adam")

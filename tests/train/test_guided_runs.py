@@ -210,7 +210,7 @@ def test_accumulated_micro_batches_are_one_larger_batch(tmp_path: Path) -> None:
     [
         ({"strategy": "guided", "update_rule": "sgd"}, "adam"),
         ({"strategy": "guided", "update_rule": "fzoo"}, "adam"),
-        ({"exact_layers": 1}, "guided"),
+        ({"strategy": "gv", "exact_layers": 1}, "guided"),
         ({"strategy": "guided", "exact_layers": -1}, "exact_layers=-1"),
         ({"strategy": "guided", "max_forward_passes": 10}, "first step of guided"),
     ],

@@ -213,7 +213,8 @@ def collator_for(
 def _logits(model: PreTrainedModel | PeftModel, ids: list[int]) -> Tensor:
     with running(model):
         inputs = torch.tensor([ids], device=input_device(model))
-        return model(input_ids=inputs, use_cache=False).logits.float()
+        mask = torch.ones_like(inputs)
+        return model(input_ids=inputs, attention_mask=mask, use_cache=False).logits.float()
 
 
 def _tokens(example: dict[str, Any]) -> int:

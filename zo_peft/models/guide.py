@@ -261,9 +261,10 @@ class _Pass:
             known = role_of(module, heads, output[0], self._outputs)
             self.guide.roles[module] = known
         readings: list[Reading] = []
-        if known.agrees and known.value is not None:
+        # Of a layer that attends twice with the same values, the first time is read.
+        if known.agrees and known.value in self._inputs:
             readings.append(heads.of_values(known.value, self._inputs[known.value]))
-        if known.agrees and known.query is not None:
+        if known.agrees and known.query in self._inputs:
             states = self._inputs[known.query], self._outputs[known.query]
             readings.append(heads.of_queries(known.query, *states))
         if known.agrees and prefix:

@@ -206,7 +206,18 @@ class ZOTrainer(CheckpointTrainer):
         collate = self.data_collator
         plain = replace(collate, shares_prompts=False) if isinstance(collate, Collator) else collate
         alone = [self._prepare_inputs(plain([features])) for features in chosen]
-        self.check_passes = check(self.evaluator, self._prepare_inputs(collate(chosen)), alone)
+        batch = self._prepare_inputs(collate(chosen))
+        objective = self.objective
+        if isinstance(objective, RewardObjective):
+            # Sampled completions differ from batch to batch; the likelihood of given ones does not.
+            objective = CompletionObjective()
+            batch, *alone = map(self._answered, (batch, *alone))
+        with replaced([(self.evaluator, "objective", objective)]):
+            self.check_passes = check(self.evaluator, batch, alone)
+
+    def _answered(self, batch: Batch) -> Batch:
+        """Prompts with some completions, as a `CompletionObjective` batch."""
+        return drawn_batch(batch, [[0, 0]] * batch.rows, self.processing_class.pad_token_id)
 
     def _open_journal(self, resume: str | bool | None) -> str | None:
         """Start a journal or take one up; returns the checkpoint to go on from."""
