@@ -41,6 +41,8 @@ class GradientTrainer(BaseTrainer):
 
     Attributes:
         trained: what is trained, by name.
+        forward_passes: so far; a micro-batch counts as three, for a backward pass counts as two.
+        examples_forwarded: so far, counted in the same way.
     """
 
     trains = True
