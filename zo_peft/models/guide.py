@@ -111,7 +111,8 @@ class ResidualGuide:
         gradients = {n: g.float() for n, g in zip(self._above, exact) if g is not None}
         errors = reading.scored.of(errors).float()
         errors_at = reading.feedback.down(errors)
-        for module, read in reading.readings:
+        # Some models carry several residual streams a token, of which nothing is read.
+        for module, read in reading.readings if errors.dim() == 2 else ():
             for parameter, gradient in read(errors_at(module)):
                 if (name := self.names.get(id(parameter))) is not None:
                     gradients[name] = gradients.get(name, 0.0) + gradient
@@ -278,9 +279,9 @@ def _writers(
     layer: nn.Module, modules: list[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[nn.Module]:
     """Those of the modules whose displacement the layer's output follows; runs it for each once."""
-    if not modules:
-        return
     hidden = hidden_of(*args, **kwargs)
+    if not modules or hidden.dim() != 3:
+        return
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(hidden.shape, generator=generator).to(hidden)
     start = first_of(layer.forward(*args, **kwargs))
