@@ -24,13 +24,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import config as lora
 from transformers import (
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
 )
+from workloads import BASES
 
 from zo_peft.core.direction import Direction
 from zo_peft.core.flat_space import FlatSpace
@@ -44,14 +44,6 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
     "pad_token_id": 0,
-}
-BASES: dict[str, dict[str, Any]] = {
-    "float32": {},
-    "bfloat16": {"dtype": "bfloat16"},
-    "int8": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
-    "nf4": {
-        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    },
 }
 TARGETS = ["q_proj", "v_proj"]
 #: What a type needs, or what suits a model that is 64 wide; the default is `TARGETS` alone.

@@ -162,6 +162,15 @@ def test_the_number_of_processes_does_not_change_the_run(
     assert same({names[n]: t.numpy() for n, t in saved.items()}, found[0]["adapter"])
 
 
+def assert_one_run(folder: Path, expected: dict[str, Any], found: list[dict[str, Any]]) -> None:
+    """Processes in `folder / "both"` made the run of `folder / "alone"`, and end alike."""
+    both, alone = (losses(folder / name) for name in ("both", "alone"))
+    np.testing.assert_allclose(both, alone, atol=1e-4, rtol=0)
+    for result in found:
+        assert result["spent"] == expected["spent"]
+        assert same(result["adapter"], found[0]["adapter"])
+
+
 @pytest.mark.parametrize("parallel", ["data", "candidates"])
 def test_all_processes_follow_the_same_guide(parallel: str, tmp_path: Path) -> None:
     settings = {"strategy": "guided", "max_steps": 6, "update_rule": "momentum"}
@@ -170,12 +179,7 @@ def test_all_processes_follow_the_same_guide(parallel: str, tmp_path: Path) -> N
     batch = 8 if parallel == "data" else 16
     settings |= {"parallel": parallel, "per_device_train_batch_size": batch}
     found = on_ranks(2, trained_with, tmp_path / "both", settings)
-    np.testing.assert_allclose(
-        losses(tmp_path / "both"), losses(tmp_path / "alone"), atol=1e-4, rtol=0
-    )
-    for result in found:
-        assert result["spent"] == expected["spent"]
-        assert same(result["adapter"], found[0]["adapter"])
+    assert_one_run(tmp_path, expected, found)
 
 
 @pytest.mark.parametrize("parallel", ["data", "candidates"])
@@ -184,12 +188,7 @@ def test_all_processes_follow_the_same_policy_gradient(parallel: str, tmp_path: 
     batch = 8 if parallel == "data" else 16
     settings = {"parallel": parallel, "per_device_train_batch_size": batch}
     found = on_ranks(2, rewarded, tmp_path / "both", settings)
-    np.testing.assert_allclose(
-        losses(tmp_path / "both"), losses(tmp_path / "alone"), atol=1e-4, rtol=0
-    )
-    for result in found:
-        assert result["spent"] == expected["spent"]
-        assert same(result["adapter"], found[0]["adapter"])
+    assert_one_run(tmp_path, expected, found)
 
 
 def rewarded(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -100,28 +100,31 @@ def covariance(weights: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return keys.transpose(2, 3) @ centred.mul_(weights[..., None])
 
 
-def attended(
-    errors: Tensor, weights: Tensor, keys: Tensor, values: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Errors at the outputs of heads as errors at their queries and values.
+def at_values(errors: Tensor, weights: Tensor, value_heads: int) -> Tensor:
+    """Errors at the outputs of heads as errors at their values: [R, value heads, S, width].
+
+    Args:
+        errors: [R, heads, n, width], at n positions of R rows.
+        weights: [R, heads, n, S]; a value head serves equally many heads in a row.
+    """
+    errors, weights = (x.unflatten(1, (value_heads, -1)) for x in (errors, weights))
+    return (weights.transpose(3, 4) @ errors).sum(dim=2)
+
+
+def at_queries(errors: Tensor, weights: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Errors at the outputs of heads as errors at their queries: [R, heads, n, width].
 
     With the weights w as the softmax of scores q . k_j, the error at score j is
     `w_j (e . v_j - sum_i w_i e . v_i)`.
 
     Args:
-        errors: [R, heads, n, width], at n positions of R rows.
-        weights: [R, heads, n, S].
-        keys, values: [R, value heads, S, width]; a value head serves equally many heads in a row.
-
-    Returns:
-        Errors at the queries, [R, heads, n, width], and at the values, shaped as these.
+        errors, weights: as of `at_values`.
+        keys, values: [R, value heads, S, width].
     """
-    by_group = (x.unflatten(1, (values.shape[1], -1)) for x in (errors, weights))
-    errors, weights = by_group
+    errors, weights = (x.unflatten(1, (values.shape[1], -1)) for x in (errors, weights))
     scores = errors @ values[:, :, None].transpose(3, 4)
     scores = weights * (scores - (weights * scores).sum(dim=-1, keepdim=True))
-    at_values = (weights.transpose(3, 4) @ errors).sum(dim=2)
-    return (scores @ keys[:, :, None]).flatten(1, 2), at_values
+    return (scores @ keys[:, :, None]).flatten(1, 2)
 
 
 def unrotated(errors: Tensor, before: Tensor, after: Tensor) -> Tensor:

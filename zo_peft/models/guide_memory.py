@@ -167,7 +167,7 @@ class _Pass:
     ) -> Any:
         _, self.heads, _, width = query.shape
         made = [_leaves(tensor) for tensor in (query, key, value)]
-        size, kept, inputs = query.element_size(), self.kept[-1], 0
+        size, kept = query.element_size(), self.kept[-1]
         for lora in _loras(module):
             ids = {id(p) for p in lora.parameters()}
             of_query, of_key, of_value = (not ids.isdisjoint(leaves) for leaves in made)
@@ -176,12 +176,12 @@ class _Pass:
             if of_query:
                 kept.alone += size * (self.heads * width * (width + 2) + lora.in_features)
                 kept.scored += size * (self.heads * width * 2 + lora.in_features)
+                kept.tokens += size * 2 * key.shape[1] * width
             elif of_value:
                 kept.alone += size * self.heads * lora.in_features
-                inputs = lora.in_features
+                kept.tokens += size * lora.in_features
             if of_query or of_value:
-                # Keys, values and weights are kept once for both.
-                kept.tokens = size * (inputs + 2 * key.shape[1] * width)
+                # Both keep the same weights.
                 kept.weights = size * self.heads
         if self._prefix:
             numbers = size * self.heads * (2 * width + self._prefix)

@@ -5,7 +5,7 @@ head. From these the weights of the scored positions alone are computed once mor
 the heads' outputs they give the gradients of values, queries and prefixes in closed form.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from zo_peft.core.batch import Batch
-from zo_peft.core.guide import attended, covariance, low_rank, mixed, unrotated
+from zo_peft.core.guide import at_queries, at_values, covariance, low_rank, mixed, unrotated
 from zo_peft.models.peft_layers import is_plain_lora, lora_factors
 
 #: Errors [N, width] in; out come gradients by tuned parameter.
@@ -113,51 +113,46 @@ class Heads:
 
         Where rows have one scored position, what is kept of x are its sums by head.
         """
-        # What reads later must not hold the states of this attention.
-        single, heads, parameters = self.scored.single, self.heads, lora_parameters(module)
-        inputs, carry = (self.mix(x), None) if single else (x.flatten(0, 1), self._carry())
+        # What reads later must not hold more of this attention than it needs.
+        heads, weights, shape = self.heads, self.weights, self.value.shape
+        parameters = lora_parameters(module)
+        inputs = self.mix(x) if self.scored.single else x.flatten(0, 1)
 
-        def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-            a, b, scaling = lora_factors(module)
-            if carry is None:
-                found = mixed(_by_head(errors, heads), inputs.float(), a, b, scaling)
-            else:
-                own = carry(errors)[1].transpose(1, 2).flatten(2).flatten(0, 1)
-                found = low_rank(own, inputs.float(), a, b, scaling)
+        def read_alone(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+            found = mixed(_by_head(errors, heads), inputs.float(), *lora_factors(module))
             return list(zip(parameters, found))
 
-        return read
+        def read_several(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+            own = torch.zeros(shape, device=errors.device)
+            for rows, part, e in _by_rows(errors, weights, heads):
+                own[rows] = at_values(e, part, shape[1])
+            own = own.transpose(1, 2).flatten(2).flatten(0, 1)
+            return list(zip(parameters, low_rank(own, inputs.float(), *lora_factors(module))))
 
-    def _carry(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """Takes errors [N, heads * width] at the outputs of heads to queries and values.
-
-        Theirs are [N, heads, width] and [B, value heads, S, width]. Keys and values are kept.
-        """
-        weights, key, value, heads = self.weights, self.key, self.value, self.heads
-        scaling = self.scaling
-
-        def carry(errors: Tensor) -> tuple[Tensor, Tensor]:
-            at_queries, at_values = [], torch.zeros_like(value, dtype=torch.float32)
-            own = _by_head(errors, heads).split([w.shape[0] * w.shape[2] for _, w in weights])
-            for (rows, part), e in zip(weights, own):
-                e = e.unflatten(0, (part.shape[0], -1)).transpose(1, 2)
-                states = (part.float(), key[rows].float(), value[rows].float())
-                found, at_values[rows] = attended(e, *states)
-                at_queries.append(scaling * found.transpose(1, 2).flatten(0, 1))
-            return torch.cat(at_queries), at_values
-
-        return carry
+        return read_alone if self.scored.single else read_several
 
     def _carry_to_queries(self) -> Callable[[Tensor], Tensor]:
-        """As `_carry`, to queries alone. Where a row has one position, what carries is kept."""
-        if not self.scored.single:
-            carry = self._carry()
-            return lambda errors: carry(errors)[0]
-        ((_, weights),), heads, scaling = self.weights, self.heads, self.scaling
-        carried = covariance(weights[:, :, 0], self._repeated(self.key), self._repeated(self.value))
-        return lambda errors: (
-            scaling * (carried.float() @ _by_head(errors, heads)[..., None])[..., 0]
-        )
+        """Takes errors [N, heads * width] at the outputs of heads to queries [N, heads, width].
+
+        Where a row has one scored position, what carries them is kept, else keys and values are.
+        """
+        weights, heads, scaling = self.weights, self.heads, self.scaling
+        key, value = self.key, self.value
+        if self.scored.single:
+            ((_, alone),) = weights
+            carried = covariance(alone[:, :, 0], self._repeated(key), self._repeated(value))
+            return lambda errors: (
+                scaling * (carried.float() @ _by_head(errors, heads)[..., None])[..., 0]
+            )
+
+        def carry(errors: Tensor) -> Tensor:
+            found = [
+                at_queries(e, part, key[rows].float(), value[rows].float())
+                for rows, part, e in _by_rows(errors, weights, heads)
+            ]
+            return scaling * torch.cat([own.transpose(1, 2).flatten(0, 1) for own in found])
+
+        return carry
 
     def of_queries(self, module: Any, x: Tensor, made: Tensor) -> Reading:
         """The gradients of a LoRA on the queries, whose input and output are x and `made`."""
@@ -252,6 +247,15 @@ def _grouped(x: Tensor, y: Tensor) -> Tensor:
     shared = heads // y.shape[1]
     product = x.unflatten(1, (-1, shared)).flatten(2, 3) @ y
     return product.unflatten(2, (shared, count)).flatten(1, 2)
+
+
+def _by_rows(
+    errors: Tensor, weights: Sequence[tuple[slice, Tensor]], heads: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows, their weights in float32, and errors [R, heads, n, width] of [N, heads * width]."""
+    sizes = [part.shape[0] * part.shape[2] for _, part in weights]
+    for (rows, part), own in zip(weights, _by_head(errors, heads).split(sizes)):
+        yield rows, part.float(), own.unflatten(0, (len(part), -1)).transpose(1, 2)
 
 
 def lora_parameters(module: Any) -> list[nn.Parameter]:

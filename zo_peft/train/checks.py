@@ -117,6 +117,16 @@ def default_strategy(config: "ZOConfig") -> str:
     return "gv" if given or few or other or config.update_rule in ALONG_CANDIDATES else GUIDED
 
 
+def check_first_guided(config: "ZOConfig", passes: int) -> None:
+    """Refuse a budget below the first step of a guided run, of `passes` for each micro-batch."""
+    budget, first = config.max_forward_passes, passes * config.gradient_accumulation_steps
+    if budget is not None and budget < first:
+        raise UserError(
+            f"max_forward_passes={budget} is less than the first step of guided may take, {first}; "
+            "raise it"
+        )
+
+
 def choose_noise(config: "ZOConfig") -> None:
     """Full noise, unless low-rank noise is asked for or weights are tuned in our own way."""
     if config.noise_rank is None:

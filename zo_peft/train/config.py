@@ -240,12 +240,8 @@ class ZOConfig(TrainingArguments):
         parts = self._examples if self.per_example_noise else 1
         chosen = eps.forward_passes(parts, budget // per_step) if chooses else 0
         steps = (budget - chosen * self.gradient_accumulation_steps) // per_step
-        first = checks.FIRST_GUIDED * self.gradient_accumulation_steps
-        if self.strategy == GUIDED and budget < first:
-            raise UserError(
-                f"max_forward_passes={budget} is less than the first step of guided may take, "
-                f"{first}; raise it"
-            )
+        if self.strategy == GUIDED:
+            checks.check_first_guided(self, checks.FIRST_GUIDED)
         if steps < 1:
             raise UserError(
                 f"max_forward_passes={budget} is less than one step of {self.strategy}, which "

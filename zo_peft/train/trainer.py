@@ -43,7 +43,7 @@ from zo_peft.objectives.scoring import (
 )
 from zo_peft.train import checkpoint
 from zo_peft.train.checkpoint import CheckpointTrainer
-from zo_peft.train.checks import GRADIENT, GUIDED
+from zo_peft.train.checks import GRADIENT, GUIDED, check_first_guided
 from zo_peft.train.config import ZOConfig
 from zo_peft.train.policy import PolicyGuide
 
@@ -106,12 +106,8 @@ class ZOTrainer(CheckpointTrainer):
             self._guide() if args.strategy == GUIDED else None,
         )
         self.faults, self.calibrations = self.tuner.faults, self.tuner.eps.calibrations
-        first, budget = self.tuner.passes(0) * args.gradient_accumulation_steps, self._budget
-        if self.tuner.guided is not None and budget < first:
-            raise UserError(
-                f"max_forward_passes={budget} is less than the first step of guided may take, "
-                f"{first}; raise it"
-            )
+        if self.tuner.guided is not None:
+            check_first_guided(args, self.tuner.passes(0))
 
     @property
     def _budget(self) -> float:
@@ -313,10 +309,10 @@ class ZOTrainer(CheckpointTrainer):
 
     def _spent(self, step: int) -> bool:
         """Whether the budget leaves too few forward passes for this step."""
-        if self.args.max_forward_passes is None:
-            return False
-        left = self.args.max_forward_passes - self.forward_passes
-        return left < self.tuner.passes(step) * self.args.gradient_accumulation_steps
+        return (
+            self._budget - self.forward_passes
+            < self.tuner.passes(step) * self.args.gradient_accumulation_steps
+        )
 
     def _advice(self, batches: Sequence[Batch]) -> str:
         """What to do where losses are not finite."""
