@@ -24,31 +24,63 @@ FORMS: tuple[Form, ...] = (
     ("prompt", "completion"),
     ("prompt", "answers"),
     ("messages",),
+    ("conversations",),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "response"),
     ("text", "label"),
     ("text",),
     ("prompt",),
 )
+TEXT_LABEL = ("text", "label")
 #: Columns that may stand beside those of a form.
 TOKENIZED = ("attention_mask", "token_type_ids", "length")
 OPTIONAL = ("passage", "passage_start", "also_right", "tools")
 #: Columns of tokenized rows that would change what is learned, and that no model here is given.
 REFUSED = ("position_ids", "completion_mask", "assistant_masks", "loss_mask")
 
-
-#: What a model without a head for classes needs.
-WANTED = (
-    "prompt + completion, prompt + options + label, messages, text, or input_ids + labels (on the "
-    "command line, --prompt_template and --label_column or --label_words make them)"
+#: What other programs call the columns of their files: what it is called, the columns that may
+#: stand beside those of the form, and the function that makes an example of the forms above.
+OTHERS: dict[Form, tuple[str, Form, Callable[[Row], Row]]] = {
+    ("conversations",): (
+        "ShareGPT's conversations",
+        ("system", "tools"),
+        lambda row: _conversation(**row),
+    ),
+    ("instruction", "output"): (
+        "alpaca's instructions",
+        ("input",),
+        lambda row: _instruction(row, "input", "output"),
+    ),
+    ("instruction", "response"): (
+        "dolly's instructions",
+        ("context",),
+        lambda row: _instruction(row, "context", "response"),
+    ),
+    ("prompt", "response"): (
+        "prompt + response",
+        (),
+        lambda row: {"prompt": row["prompt"], "completion": row["response"]},
+    ),
+}
+#: The prompt with which alpaca was trained.
+INSTRUCTION = (
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
+PAIRED = ", paired with an input that provides further context"
+#: Who speaks in ShareGPT's conversations, as roles of messages.
+ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
 
 
 @contextmanager
-def located(source: str, number: int) -> Iterator[None]:
+def located(source: str, number: int | None = None) -> Iterator[None]:
     """Within the context, a UserError becomes one line that begins with the source and the row."""
     try:
         yield
     except UserError as error:
-        where = f"{source}, row {number}" if source else f"row {number}"
+        where = ", ".join(filter(None, (source, number and f"row {number}")))
         raise UserError(f"{where}: {' '.join(str(error).split())}") from None
 
 
@@ -63,9 +95,55 @@ def form_of(row: Row) -> Form | None:
     return next((form for form in FORMS if present.issuperset(form)), None)
 
 
-def _unfit(row: Row, wanted: str) -> str:
-    columns = (name if value is not None else f"{name} (null)" for name, value in row.items())
-    return f"it has the columns {named(columns)}; this model needs {wanted}"
+def called(form: Form | None) -> str:
+    """What a form is called, for a message."""
+    if form in OTHERS:
+        return OTHERS[form][0]
+    return "plain text" if form == ("text",) else " + ".join(form or ())
+
+
+def check_layout(rows: list[Row], source: str) -> None:
+    """Raise a UserError for one object that holds all rows, with the command that takes them out.
+
+    It holds them by column, as pandas writes them, or as a list in one of its columns.
+    """
+    row = rows[0]
+    if len(rows) > 1 or not row:
+        return
+    # What each column has: the keys of an object, or the length of a list of plain values.
+    shapes = [
+        [*value] if isinstance(value, dict) else isinstance(value, list) and len(value)
+        for value in row.values()
+    ]
+    alike = len(shapes) > 1 and shapes.count(shapes[0]) == len(shapes) and shapes[0]
+    nested = any(isinstance(value, list) and isinstance(value[0], dict) for value in row.values())
+    if alike and form_of(row) != FORMS[0] and not nested:
+        code = f"import pandas; pandas.read_json({source!r}).to_json('rows.json', orient='records')"
+        raise UserError(f'{source} holds columns, not rows; convert it: python -c "{code}"')
+    lists = [n for n, value in row.items() if isinstance(value, list) and len(value) > 1]
+    if form_of(row) is None and lists and all(isinstance(part, dict) for part in row[lists[0]]):
+        code = f"json.dump(json.load(open({source!r}))[{lists[0]!r}], open('rows.json', 'w'))"
+        raise UserError(
+            f"{source} holds its rows in {lists[0]!r}; take them out: "
+            f'python -c "import json; {code}"'
+        )
+
+
+def _unfit(row: Row, classifies: bool = False) -> str:
+    """Why a row is no example, and what the model needs."""
+    has = named(name if value is not None else f"{name} (null)" for name, value in row.items())
+    if classifies:
+        return f"it has the columns {has}; this model needs text + label (a class index)"
+    first, *_, last = [*row] * 2 or ["text", "label"]
+    answer = f'--label_column "{"chosen" if "chosen" in row else last}"'
+    if "label" in row:
+        first, answer = "text" if "text" in row else first, "--label_words first,second"
+    pairs = "pairs of answers cannot be compared; " if "rejected" in row else ""
+    return (
+        f"it has the columns {has} (of a CSV file, the first line); {pairs}this model needs prompt "
+        "+ completion, messages, text or another form of docs/data.md (the command line makes one, "
+        f'for example with --prompt_template "{{{first}}}" {answer})'
+    )
 
 
 def fitting_form(first: Row, source: str, classifies: bool, generates: bool) -> Form | None:
@@ -76,18 +154,17 @@ def fitting_form(first: Row, source: str, classifies: bool, generates: bool) -> 
     """
     if generates and not classifies:
         return None
-    form, head = form_of(first), (FORMS[0], ("text", "label"))
-    wanted = "text + label (a class index)" if classifies else WANTED
+    form, head = form_of(first), (FORMS[0], TEXT_LABEL)
     fits = form in head if classifies else form not in (None, ("prompt",), head[1])
     with located(source, 1):
         if form is None or not fits:
-            raise UserError(_unfit(first, wanted))
-    known = (*form, *((*TOKENIZED, *REFUSED) if form == FORMS[0] else OPTIONAL))
+            raise UserError(_unfit(first, classifies))
+    beside = OTHERS[form][1] if form in OTHERS else OPTIONAL
+    known = (*form, *((*TOKENIZED, *REFUSED) if form == FORMS[0] else beside))
     if unused := [n for n, value in first.items() if value is not None and n not in known]:
-        kind = "plain text" if form == ("text",) else " + ".join(form)
-        source = source or "the data set"
-        message = f"{source} is read as {kind}; these columns are not used: {named(unused)}"
-        warnings.warn(message, UserWarning, stacklevel=3)
+        what = called(form)
+        message = f"{source or 'the data set'} is read as {what}; these columns are not used: "
+        warnings.warn(message + named(unused), UserWarning, stacklevel=3)
     return form
 
 
@@ -118,7 +195,11 @@ def example_of(row: Row, form: Form | None = None, generates: bool = False) -> R
             "it, or put rows of another form into a file of their own"
         )
     if own is None or own == ("prompt",):
-        raise UserError(_unfit(row, WANTED))
+        raise UserError(_unfit(row))
+    if own in OTHERS:
+        _, beside, convert = OTHERS[own]
+        row = convert({name: row[name] for name in (*own, *beside) if row.get(name) is not None})
+        own = form_of(row)
     if refused := [name for name in REFUSED if own == FORMS[0] and row.get(name) is not None]:
         raise UserError(f"column {refused[0]!r} cannot be used; express it in labels, or drop it")
     used = (*own, *(TOKENIZED if own == FORMS[0] else OPTIONAL))
@@ -204,6 +285,38 @@ def _message(value: Any) -> dict[str, Any]:
     if "weight" in message and message["weight"] not in ((0, 1) if trained else (0,)):
         raise UserError(f"weight {message['weight']!r} must be 0 or 1, and 1 only of the assistant")
     return message
+
+
+def _conversation(conversations: Any, system: Any = "", tools: Any = None) -> Row:
+    """Messages; the turns behind the last one of the assistant teach nothing, and are left out."""
+    turns = read("conversations", conversations, _turns)
+    while turns and turns[-1]["role"] != "assistant":
+        turns.pop()
+    if not turns:
+        raise UserError("column 'conversations' has no turn of gpt to learn from; drop the row")
+    before = [{"role": "system", "content": system}] if system else []
+    return {"messages": before + turns, **({"tools": tools} if tools else {})}
+
+
+def _turns(value: Any) -> Messages:
+    return _listed(value, _turn, "turns with from and value")
+
+
+def _turn(value: Any) -> dict[str, Any]:
+    turn = dict(value) if isinstance(value, dict) else {}
+    role = ROLES.get(str(turn.pop("from", turn.pop("role", None))))
+    if role is None:
+        raise UserError(f"{reprlib.repr(value)} must have from ({', '.join(ROLES)}) and value")
+    return {"role": role, "content": text_of(turn.pop("value", turn.pop("content", None))), **turn}
+
+
+def _instruction(row: Row, context: str, answer: str) -> Row:
+    """An instruction as alpaca's prompt, and its answer."""
+    task = read("instruction", row["instruction"], filled_text)
+    given = read(context, row.get(context, ""), text_of)
+    paired, given = (PAIRED, f"### Input:\n{given}\n\n") if given.strip() else ("", "")
+    prompt = INSTRUCTION.format(paired=paired, instruction=task, input=given)
+    return {"prompt": prompt, "completion": read(answer, row[answer], filled_text)}
 
 
 def _mask(value: Any) -> list[int]:

@@ -24,9 +24,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.quantizers import AutoHfQuantizer
+from transformers.utils.hub import cached_file
 
 from zo_peft.errors import UserError
 from zo_peft.models.hub import LOAD_ERRORS, AnyModel, public_name, reason
+
+CHATML = Path(__file__).with_name("chatml.jinja")
+#: An adapter without a chat template is none the worse, wherever it is.
+QUIET = ("missing_entries", "connection_errors", "gated_repo")
 
 
 def quantization_config(
@@ -100,6 +105,12 @@ def _head(config: PreTrainedConfig, num_labels: int, words: Sequence[str]) -> di
                 f"the head of {name} has {config.num_labels} classes, and there are {num_labels}; "
                 "correct the labels, or give a base without a head"
             )
+        own = [str(config.id2label[index]).lower() for index in range(config.num_labels)]
+        if (other := [word.lower() for word in words]) != own and sorted(other) == sorted(own):
+            raise UserError(
+                f"the head of {name} has its classes in another order; give --label_words "
+                f"{','.join(own)}"
+            )
         return {}
     if num_labels < 2:
         raise UserError(
@@ -147,6 +158,24 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def chat_template(name: str | None, adapter: str | None) -> str | None:
+    """The text of a chat template: a Jinja file, `chatml`, or else the one saved with an adapter.
+
+    None: neither is there. A UserError says that the file cannot be read.
+    """
+    if name is None:
+        quiet = {f"_raise_exceptions_for_{what}": False for what in QUIET}
+        file = cached_file(adapter, "chat_template.jinja", **quiet) if adapter else None
+    else:
+        file = CHATML if name == "chatml" else name
+    try:
+        return None if file is None else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--chat_template {name} cannot be read: {error}; give a Jinja file, or chatml"
+        ) from None
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from zo_peft.data.tasks import ANSWER_TOKENS, TASKS
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
-from zo_peft.models.loading import load_base, load_tokenizer
+from zo_peft.models.loading import load_base
 from zo_peft.objectives.rewards import RewardObjective, generates, load_function
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.runs.jobs import flags
@@ -34,7 +34,7 @@ from zo_peft.train.trainer import ZOTrainer
 
 #: The options whose values are names on the Hub or folders, and those that are always paths.
 NAMES = {"model_name_or_path", "adapter_name_or_path", "dataset_name"}
-FILES = {"train_file", "eval_file", "task_data_dir"}
+FILES = {"train_file", "eval_file", "task_data_dir", "chat_template"}
 
 #: Options of a LoRA, of a benchmark task, and of a data set of the Hub.
 LORA = {"lora_r", "lora_alpha"}
@@ -57,7 +57,7 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         UserError: something in the arguments cannot work; then no adapter has been written.
     """
     resume = resumes(model, args)
-    classifies = model.task_type == "SEQ_CLS"
+    classifies = _classifies(model, data)
     rewarded = generates(data.reward_funcs, args.objective)
     examples, dev = training_examples(data, classifies, rewarded, args.seed)
     test = evaluation_examples(data, classifies, rewarded)
@@ -112,7 +112,7 @@ def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict
     if model.adapter_name_or_path is None and data.task is None and args.tune == "adapter":
         raise UserError("nothing to evaluate; give --adapter_name_or_path, or a --task")
     rewarded = generates(data.reward_funcs, args.objective)
-    examples = evaluation_examples(data, model.task_type == "SEQ_CLS", rewarded)
+    examples = evaluation_examples(data, _classifies(model, data), rewarded)
     if examples is None:
         raise UserError("nothing to evaluate on; give --eval_file, --dataset_test_split or --task")
     with tempfile.TemporaryDirectory() as scratch:
@@ -125,6 +125,14 @@ def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict
         "eval_loss": result["eval_loss"],
         "examples": len(examples),
     }
+
+
+def _classifies(model: ModelArguments, data: DataArguments) -> bool:
+    """Whether the model has a head for classes. The order of one that is there is not in data."""
+    classifies = model.task_type == "SEQ_CLS"
+    if classifies and model.adapter_name_or_path is not None and data.words() is None:
+        data.label_words = ["none"]
+    return classifies
 
 
 def settings(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
@@ -173,7 +181,7 @@ def _trainer(
     train: list[Row] | None,
     evaluation: list[Row] | None,
 ) -> Any:
-    tokenizer = load_tokenizer(model.model_name_or_path, **model.source)
+    tokenizer = model.tokenizer()
     num_labels, words = None, data.words() or []
     if model.task_type == "SEQ_CLS":
         num_labels = len(words) or classes_of(train or ())

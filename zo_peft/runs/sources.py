@@ -1,10 +1,12 @@
 """The examples that the command line's data arguments name."""
 
+import sys
 from pathlib import Path
 
 from zo_peft.data import make_examples, read_rows
-from zo_peft.data.examples import converted
-from zo_peft.data.forms import Row
+from zo_peft.data.examples import column_of, converted
+from zo_peft.data.forms import TEXT_LABEL, Row, called, check_layout, form_of, located
+from zo_peft.data.labels import are_texts, found_words, options_of, repeat, write_words
 from zo_peft.data.tasks import TASKS, hub_rows, sample, task_rows, train_parts, with_demonstrations
 from zo_peft.errors import UserError
 from zo_peft.runs.arguments import DataArguments
@@ -53,12 +55,44 @@ def evaluation_examples(data: DataArguments, classifies: bool, generates: bool) 
 def _own_examples(
     data: DataArguments, path: str | None, split: str | None, classifies: bool, generates: bool
 ) -> Examples | None:
-    """Examples of the user's own file, or of a split of the user's own data set."""
+    """Examples of the user's own file, or of a split of the user's own data set.
+
+    How the first of them was understood is said on stderr and written into `data`, so that it holds
+    for the others, too.
+    """
     if path is not None:
         source, rows = Path(path).name, read_rows(path)
     elif data.dataset_name is not None and split is not None:
         source, rows = data.dataset_name, hub_rows(data.dataset_name, data.dataset_config, split)
     else:
         return None
-    template, column = data.prompt_template, data.label_column
-    return make_examples(rows, source, template, column, data.words(), classifies, generates)
+    check_layout(rows, source)
+    with located(source):
+        _find_words(data, rows, classifies, generates)
+    template, column, words = data.prompt_template, data.label_column, data.given_words()
+    made = make_examples(rows, source, template, column, words, classifies, generates)
+    if generates:
+        what = "prompts to complete"
+    elif template is None and not classifies:
+        what = called(form_of(rows[0]))
+    else:
+        kind = "classes" if classifies else "label words" if words else "completions"
+        what = f"{kind} from column {column or 'label'!r}"
+        what += f": {', '.join(map(repr, options_of(words)))}" if words else ""
+    print(f"{source}: {len(rows):,} rows, {what}", file=sys.stderr)
+    return made
+
+
+def _find_words(data: DataArguments, rows: list[Row], classifies: bool, generates: bool) -> None:
+    """Write into `data` what it leaves open: a template for text + label, and label words."""
+    column = data.label_column or "label"
+    labels, template = column_of(rows, column), data.prompt_template
+    is_pair = form_of(rows[0]) == TEXT_LABEL and not (classifies or generates)
+    # Numbers need words that a model could answer with.
+    if template is None and is_pair and (data.label_words is not None or are_texts(labels)):
+        data.prompt_template = "{text}"
+    if data.label_words is None and (classifies or data.prompt_template) and not generates:
+        named = are_texts(labels) and (classifies or data.label_column is None or repeat(labels))
+        data.label_words = ["auto" if named else "none"]
+    if data.label_words == ["auto"]:
+        data.label_words = write_words(found_words(labels, column))

@@ -13,8 +13,7 @@ from transformers.hf_argparser import HfArg
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter, merged_model, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
-from zo_peft.models.loading import load_tokenizer
-from zo_peft.runs.arguments import ModelArguments
+from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.runs.run import load
 from zo_peft.train.card import write_model_card
 from zo_peft.train.results import METRICS_NAME
@@ -38,7 +37,7 @@ class MergeArguments:
 def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
     """Write the base with `W + change` for every weight that the adapter changes.
 
-    The sum is made in float32 and rounded once to the base's dtype. With the model go the base's
+    The sum is made in float32 and rounded once to the base's dtype. With the model go the
     tokenizer and a short card. Of `model`, `adapter_name_or_path` and what concerns the base count.
 
     Returns:
@@ -59,10 +58,11 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
             f"{config.peft_type.value} cannot be merged: it adds tokens, or keys and values, and "
             "changes no weight; load it with PEFT"
         )
-    tokenizer = load_tokenizer(model.model_name_or_path, **model.source)
+    tokenizer = model.tokenizer()
     path = Path(model.adapter_name_or_path) / METRICS_NAME
     told = json.loads(path.read_text())["settings"] if path.is_file() else {}
-    base = load(model, "adapter", classes, told.get("label_words", "").split(","))
+    words = DataArguments(label_words=told.get("label_words")).words() or ()
+    base = load(model, "adapter", classes, words)
     dtype = base.dtype
     if quantized := getattr(base, "is_quantized", False):
         base = _dequantized(base, model.model_name_or_path, given.dequantize)
