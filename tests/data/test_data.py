@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerFast
 from zo_peft import UserError
 from zo_peft.core.batch import Batch
 from zo_peft.data import Collator, Tokenization, make_examples, read_rows, tokenize_dataset
-from zo_peft.data.examples import fill_template, label_index
+from zo_peft.data.examples import fill_template
 from zo_peft.data.forms import named
+from zo_peft.data.labels import label_index
 from zo_peft.data.tokenize import is_tokenized
 
 SPECIAL = {"<pad>": 0, "<s>": 1, "</s>": 2}
@@ -156,7 +157,9 @@ def fails(action: Callable[[], object], *parts: str) -> None:
     [
         ("a.jsonl", None, ["a.jsonl", "No such file", "check the path"]),
         ("a.txt", "x", ["a.txt", "unknown kind", ".jsonl", ".csv", ".tsv"]),
-        ("a.json.gz", "x", ["unknown kind", "unpack or convert"]),
+        ("a.json.gz", "x", ["a.json.gz", "gzip", "check the path and the file"]),
+        ("a.zip", "x", ["unknown kind", "unzip a.zip"]),
+        ("a.xlsx", "x", ["unknown kind", "read_excel('a.xlsx').to_csv('a.csv'"]),
         ("a", "x", ["unknown kind"]),
         ("a.jsonl", "", ["a.jsonl has no rows", "at least one"]),
         ("a.jsonl", "\n \n", ["a.jsonl has no rows"]),
@@ -176,7 +179,11 @@ def fails(action: Callable[[], object], *parts: str) -> None:
         ("a.csv", "a,b\n1,2,3\n", ["a.csv, line 2", "fields"]),
         ("a.tsv", "a\tb\n1\t2\n\n1 2\n", ["a.tsv, line 4", "fields"]),
         ("a.csv", 'a,b\n1,"x\n2,y\n3,z\n', ["a.csv, line"]),
-        ("a.jsonl", b'{"a": "\xe9"}', ["a.jsonl is not UTF-8 (byte 7)", "convert"]),
+        ("a.csv", "дым\nвид".encode("cp1251"), ["a.csv is not UTF-8 (byte 0)", "iconv -f"]),
+        ("a.csv", b"text of\n a page: \x81", ["a.csv is not UTF-8 (byte 17)", "iconv -f"]),
+        ("a.csv", "text\nä\n".encode("utf-16-le"), ["NUL", "iconv -f utf-16le -t utf-8 a.csv >"]),
+        ("a.csv", "a\nx\0y" + "z" * 9, ["NUL", "tr -d '\\0' < a.csv > new_a.csv"]),
+        ("a.parquet", "PAR1", ["a.parquet cannot be read as Parquet", "save it anew"]),
     ],
 )
 def test_a_file_that_cannot_be_read_is_the_users_error(
@@ -405,13 +412,13 @@ def test_a_bool_is_the_word_it_reads_as(words: list[str]) -> None:
         (
             [{"s": "x", "label": ["a"]}],
             {"prompt_template": "{s}", "label_words": ["a", "b"]},
-            ["column 'label'", "['a'] is not among"],
+            ["column 'label'", "label ['a'] is not one text", "a row for each"],
         ),
         ([{"text": "\ud800"}], {}, ["f, row 1", "column 'text'", "surrogate"]),
         (
             [{"text": "a", "label": "x"}],
             {"classifies": True},
-            ["f, row 1", "'x'", "label words"],
+            ["f, row 1", "'x'", "--label_words"],
         ),
         ([{"label": 1}], {"classifies": True}, ["f, row 1", "no column 'text'"]),
         (

@@ -140,9 +140,9 @@ def _unfit(row: Row, classifies: bool = False) -> str:
         first, answer = "text" if "text" in row else first, "--label_words first,second"
     pairs = "pairs of answers cannot be compared; " if "rejected" in row else ""
     return (
-        f"it has the columns {has} (of a CSV file, the first line); {pairs}this model needs prompt "
-        "+ completion, messages, text or another form of docs/data.md (the command line makes one, "
-        f'for example with --prompt_template "{{{first}}}" {answer})'
+        f"it has the columns {has}; {pairs}this model needs prompt + completion, messages, text or "
+        "another form of docs/data.md (the command line makes one, for example with "
+        f'--prompt_template "{{{first}}}" {answer}; the first line of a CSV file names its columns)'
     )
 
 
