@@ -1,9 +1,6 @@
 """Files as people have them: compressed, of other encodings and separators, Parquet."""
 
-import bz2
 import gzip
-import lzma
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +26,25 @@ def test_tables_that_pandas_writes(
 
 def test_cp1252_is_read_and_a_part_of_it_shown(tmp_path: Path) -> None:
     FRAME.to_csv(tmp_path / "a.csv", sep=";", encoding="cp1252", index=False)
-    with pytest.warns(UserWarning, match=r"a\.csv is not UTF-8, .* cp1252, with '.*Café.*iconv"):
+    with pytest.warns(UserWarning, match=r"a\.csv is not UTF-8 .* cp1252, with .*Café.*iconv"):
         assert read_rows(tmp_path / "a.csv") == ROWS
 
 
 def test_a_tsv_has_quotes_only_where_it_is_no_table_without_them(tmp_path: Path) -> None:
     FRAME.to_csv(tmp_path / "a.tsv", sep="\t", index=False)
-    with pytest.warns(UserWarning, match=r"a\.tsv is read with quotes around fields"):
-        assert read_rows(tmp_path / "a.tsv") == ROWS
+    assert read_rows(tmp_path / "a.tsv") == ROWS
     FRAME[:1].to_csv(tmp_path / "a.tsv", sep="\t", index=False)
     assert read_rows(tmp_path / "a.tsv")[0]["Ticket"] == '"Café ""Zur Mühle""; 3, 4"'
 
 
-@pytest.mark.parametrize(
-    ("suffix", "compress"), [(".gz", gzip.compress), (".BZ2", bz2.compress), (".xz", lzma.compress)]
-)
-def test_compressed_files(suffix: str, compress: Callable[[bytes], bytes], tmp_path: Path) -> None:
-    content = compress(FRAME.to_csv(index=False).encode())
-    (tmp_path / f"a.csv{suffix}").write_bytes(content)
-    assert read_rows(tmp_path / f"a.csv{suffix}") == ROWS
-    (tmp_path / f"a.csv{suffix}").write_bytes(content[:-9])
+def test_compressed_files(tmp_path: Path) -> None:
+    content = gzip.compress(FRAME.to_csv(index=False).encode())
+    for name in ("a.csv.gz", "A.CSV.GZ"):
+        (tmp_path / name).write_bytes(content)
+        assert read_rows(tmp_path / name) == ROWS
+    (tmp_path / "a.csv.gz").write_bytes(content[:-9])
     with pytest.raises(UserError, match=r"cannot be read: .*check the path and the file"):
-        read_rows(tmp_path / f"a.csv{suffix}")
+        read_rows(tmp_path / "a.csv.gz")
 
 
 def test_parquet_gives_pythons_values(tmp_path: Path) -> None:

@@ -6,15 +6,17 @@ import pytest
 
 from zo_peft import UserError
 from zo_peft.data import make_examples
-from zo_peft.data.labels import (
-    are_texts,
-    found_words,
-    label_index,
+from zo_peft.data.examples import (
+    find_words,
+    label_reader,
     options_of,
     read_words,
-    repeat,
     write_words,
 )
+
+
+def index_of(label: object, words: Any) -> int:
+    return label_reader([label], words, "f", "c")(label)
 
 
 @pytest.mark.parametrize(
@@ -41,9 +43,9 @@ def test_words_are_read_and_written(given: list[str], words: Any) -> None:
     [
         (["a"], "two or more"),
         (["a=x", "b=x"], "two or more"),
-        (["a=x", "a=y"], "label 'a' twice"),
-        (["a=x", "b"], "for all of them or for none"),
-        (["[a, b]"], "is no JSON"),
+        (["a=x", "a=y"], "label=word for each, once"),
+        (["a=x", "b"], "label=word for each, once"),
+        (['{"a": "x"}'], "two or more"),
         (['["a", ["b"]]'], "no text"),
     ],
 )
@@ -53,24 +55,26 @@ def test_words_that_are_none_are_refused(given: list[str], part: str) -> None:
 
 
 def test_labels_of_a_column_are_its_words() -> None:
-    assert found_words(["b ", "a", None, "b", "", "nan"], "c") == ["a", "b"]
-    assert found_words([True, False], "c") == ["false", "true"]
-    # Numbers among words would be indices, too; as names they are not.
-    stars = found_words(["5", "1", "4"], "c")
-    assert [label_index(label, stars) for label in ("1", 4, "5", "0")] == [0, 1, 2, None]
+    assert find_words(["b ", "a", None, "b", "", "nan"], "c", False, True) == ["a", "b"]
+    assert find_words([True, False], "c", True, True) == ["False", "True"]
+    # Numbers among words would be indices, too; as labels of a mapping they are not.
+    stars = find_words(["5", "1", "4"], "c", True, False)
+    read = label_reader(["1", 4, "5"], stars, "f", "c")
+    assert [read(label) for label in ("1", 4, "5")] == [0, 1, 2]
     for labels, part in (
         (["Ab", "ab", "c"], "'Ab' and 'ab', which differ in case"),
-        (["a"], "two"),
+        (["a"], "two or more"),
     ):
         with pytest.raises(UserError, match=part):
-            found_words(labels, "c")
+            find_words(labels, "c", True, True)
 
 
 def test_which_labels_are_classes() -> None:
-    assert are_texts(["a", None])
-    assert not any(map(are_texts, (["a", "1"], ["1.5"], [True], [["a"]], [None], [])))
-    assert repeat(["a", "b"] * 2)
-    assert not any(map(repeat, (["a", "b", "a"], ["a"] * 4, [*map(str, range(101))] * 2)))
+    for labels in (["a", "b"] * 2, ["a", "b", None, "b", "a"]):
+        assert find_words(labels, "c", False, False) == ["a", "b"]
+    few: list[Any] = [["a", "b", "a"], ["a"] * 4, [*map(str, range(101))] * 2]
+    for labels in [*few, ["a", "1"] * 2, ["1.5", "2"] * 2, [True, False] * 2, [["a"]] * 4, [None]]:
+        assert find_words(labels, "c", False, False) is None
 
 
 def test_a_mapping_gives_the_word_of_each_label() -> None:
@@ -80,14 +84,17 @@ def test_a_mapping_gives_the_word_of_each_label() -> None:
     assert [example["label"] for example in made] == [1, 0, 1]
     assert made[0]["options"] == options_of(words) == ["bad", "good"]
     # Elsewhere 2 would be an index.
-    assert label_index(0, {"0": "b", "1": "a"}) == 0
-    assert label_index("a", {"0": "b", "1": "a"}) is None
+    assert index_of(0, {"0": "b", "1": "a"}) == 0
+    with pytest.raises(UserError, match="label 'a' is not among"):
+        index_of("a", {"0": "b", "1": "a"})
 
 
 def test_whole_numbers_as_pandas_writes_them_are_indices() -> None:
-    assert [label_index(label, None) for label in ("1.0", 0.0, "1.5")] == [1, 0, None]
-    assert [label_index(label, ["a", "b"]) for label in ("1.0", 0.0, "0.5")] == [1, 0, None]
-    assert label_index("1.0", ["0.0", "1.0"]) == 1
+    for words in (None, ["a", "b"]):
+        assert [index_of(label, words) for label in ("1.0", 0.0)] == [1, 0]
+        with pytest.raises(UserError, match=r"'1\.5' is no"):
+            index_of("1.5", words)
+    assert index_of("1.0", ["0.0", "1.0"]) == 1
 
 
 def test_all_unknown_labels_are_named_at_once() -> None:
@@ -96,6 +103,6 @@ def test_all_unknown_labels_are_named_at_once() -> None:
     with pytest.raises(UserError) as caught:
         make_examples(rows, "f", "{text}", label_words=["a", "b"])
     message = str(caught.value)
-    assert message.startswith("f, row 2: column 'label': label 'x' (and 'y' (row 3), '2' (row 5)")
-    assert "19 more) is not among the label words ['a', 'b'], nor an index from 0 to 1;" in message
-    assert message.endswith("give each label its word: --label_words label=word ...")
+    assert message.startswith("f, row 2: column 'label': label 'x', 'y', '2', '3', '4'")
+    assert "'19', ... is not among the label words ['a', 'b'], nor an index from 0 to 1;" in message
+    assert message.endswith("--label_words, which may be label=word ...")

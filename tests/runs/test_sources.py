@@ -59,7 +59,7 @@ def test_labels_of_tickets_are_found(tmp_path: Path, capsys: pytest.CaptureFixtu
         (ROWS[:3], TICKETS, "printer"),
         (ROWS, {**TICKETS, "label_words": ["none"]}, "printer"),
         (ROWS, {**TICKETS, "label_column": "Ticket ID"}, "0"),
-        (PAIRS, {"label_words": ["none"]}, "printer"),
+        (PAIRS, {"label_words": ["none"], "prompt_template": "{text}"}, "printer"),
     ],
 )
 def test_a_column_that_is_no_label_is_completed(
@@ -80,7 +80,7 @@ def test_rows_to_evaluate_on_have_the_labels_of_training(tmp_path: Path) -> None
 
 
 def test_labels_in_two_cases_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^train\.csv: column 'label' has 'Access' and 'access'"):
+    with pytest.raises(UserError, match=r"^column 'label' has 'Access' and 'access'"):
         told(tmp_path, [*PAIRS, {"text": "a", "label": "Access"}])
 
 
@@ -109,7 +109,7 @@ def test_tickets_from_the_file_to_the_adapter_and_back(
     # An adapter has its classes in an order that other data do not tell.
     more = {**given, "adapter_name_or_path": tmp_path / "out", "label_words": "auto"}
     assert main(["train", *command_line(tmp_path / "more", **more)]) == 2
-    assert "no class index; name the classes as --label_words" in capsys.readouterr().err
+    assert "no class index; name the classes as label words" in capsys.readouterr().err
 
 
 def test_a_chat_file_to_a_merged_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

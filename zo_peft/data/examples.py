@@ -1,7 +1,11 @@
 """Make examples of rows, with a prompt template and label words."""
 
+import csv
+import json
 import re
-from collections.abc import Callable, Iterable
+import reprlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from zo_peft.data.forms import (
@@ -14,8 +18,14 @@ from zo_peft.data.forms import (
     read,
     text_of,
 )
-from zo_peft.data.labels import Words, check_labels, checked_words, label_index, options_of
 from zo_peft.errors import UserError
+
+#: Two or more words, in label order; or the word of each label that the data have.
+Words = Sequence[str] | Mapping[str, str]
+#: More different values than this are no classes, unless they are asked for.
+MOST_CLASSES = 100
+#: How many unknown labels an error names.
+MOST_NAMED = 20
 
 
 class Examples(list[Row]):
@@ -63,23 +73,22 @@ def make_examples(
         return converted(source, rows, lambda row: example_of(row, form, generates))
     template = "{text}" if prompt_template is None else prompt_template
     column = label_column or "label"
-    are_indices = None
-    if words is not None or classifies:
-        are_indices = check_labels(column_of(rows, column), words, source, column)
-    needs_label = label_column is not None or words is not None or classifies or not generates
-
+    labelled = words is not None or classifies
+    if labelled:
+        index_of = label_reader(column_of(rows, column), words, source, column)
+    needs_label = label_column is not None or labelled or not generates
     options = options_of(words or ())
 
     def example(row: Row) -> Row:
         text, kept = fill_template(template, row), row if generates else {}
         if not needs_label and row.get(_key(row, column)) is None:
             return {**kept, "prompt": text}
-        if words is None and not classifies:
+        if not labelled:
             return {**kept, "prompt": text, "completion": _value(row, column, filled_text)}
-        index = label_index(_value(row, column, _filled), words, are_indices)
+        label = _value(row, column, index_of)
         if classifies:
-            return {"text": text, "label": index}
-        return {"prompt": text, "options": options, "label": index}
+            return {"text": text, "label": label}
+        return {"prompt": text, "options": options, "label": label}
 
     return converted(source, rows, example)
 
@@ -148,12 +157,140 @@ def column_of(rows: Iterable[Row], name: str) -> list[Any]:
     return [row.get(_key(row, name)) for row in rows]
 
 
-def _filled(label: Any) -> Any:
-    if label is None:
-        raise UserError("null is no label; write one there, or drop the row")
-    return label
-
-
 def _value(row: Row, name: str, reader: Callable[[Any], Any]) -> Any:
     """What the reader makes of the row's value; a KeyError says that there is no such column."""
     return read(name, row[_key(row, name)], reader)
+
+
+def read_words(given: Sequence[str]) -> Words:
+    """The label words that the values of an option stand for.
+
+    One value may hold several words, separated by commas, or JSON: a list of words, or an object
+    with the word of each label. All values may also be `label=word`.
+    """
+    words: Any = list(given)
+    if len(words) == 1:
+        with suppress(json.JSONDecodeError, RecursionError):
+            if isinstance(read := json.loads(words[0]), list | dict):
+                return checked_words(read)
+        words = next(csv.reader(words, skipinitialspace=True), [])
+    pairs = dict(word.split("=", 1) for word in words if "=" in word)
+    if pairs and len(pairs) < len(words):
+        raise UserError(f"--label_words {words}: write label=word for each, once, or a JSON list")
+    return checked_words(pairs or words)
+
+
+def write_words(words: Words) -> list[str]:
+    """The values that `read_words` reads as these words."""
+    is_plain = all(word[0].isalnum() and "=" not in word for word in words)
+    if is_plain and not isinstance(words, Mapping):
+        return list(words)
+    return [json.dumps(words, ensure_ascii=False)]
+
+
+def checked_words(words: Words) -> Words:
+    """The words without blanks around them; a UserError unless two or more are different."""
+    pairs = words if isinstance(words, Mapping) else {text_of(word).strip(): word for word in words}
+    bare = {text_of(name).strip(): text_of(word).strip() for name, word in pairs.items()}
+    options = options_of(bare)
+    if isinstance(words, str) or len(options) < 2 or "" in options or len(bare) < len(words):
+        raise UserError(
+            f"--label_words {words!r}: give two or more different words, separated by commas"
+        )
+    return bare if isinstance(words, Mapping) else options
+
+
+def options_of(words: Words) -> list[str]:
+    """The different words, in label order."""
+    return list(dict.fromkeys(words.values() if isinstance(words, Mapping) else words))
+
+
+def find_words(labels: Sequence[Any], column: str, asked: bool, sure: bool) -> Words | None:
+    """The labels of a column as their own label words, in alphabetic order; or None.
+
+    A UserError says that they are fewer than two, or differ in case alone.
+
+    Args:
+        labels: those of all rows; None where a row has none.
+        asked: take any values for labels. If not, they must be texts that are no numbers.
+        sure: the column holds labels. If not, few values must repeat, each twice on average.
+    """
+    given = [label for label in labels if label is not None]
+    names = {str(label).strip() for label in given if isinstance(label, str | int | float)}
+    are_texts = all(isinstance(label, str) for label in given)
+    are_texts &= not any(re.fullmatch(r"[-+.\d]+", name) for name in names)
+    few = 2 <= len(names) <= min(MOST_CLASSES, len(labels) / 2)
+    if not (asked or (names and are_texts and (sure or few))):
+        return None
+    found = sorted(names - {"", "nan", "null"})
+    folded = [name.lower() for name in found]
+    if twice := [name for name in found if folded.count(name.lower()) > 1]:
+        raise UserError(
+            f"column {column!r} has {twice[0]!r} and {twice[1]!r}, which differ in case alone; "
+            f"write them alike, or give --label_words {twice[0]}=word {twice[1]}=word ..."
+        )
+    # In a list of words, a number would be an index, too.
+    is_number = any(name.isdecimal() for name in found)
+    return checked_words({name: name for name in found} if is_number else found)
+
+
+def label_reader(
+    labels: Sequence[object], words: Words | None, source: str, column: str
+) -> Callable[[object], int]:
+    """The function that makes a class index of a label: of a word, an index or a truth value.
+
+    A UserError names the labels that are none, or says that all are words as well as indices.
+
+    Args:
+        labels: all of the source; None where a row has none.
+        words: as `checked_words` gives them; the labels of a mapping are the only ones. None:
+            labels are class indices.
+    """
+    texts = [None if label is None else _text(label, words or ()) for label in labels]
+    known = _known({text for text in texts if text is not None}, words, source)
+    unknown = [n for n, text in enumerate(texts) if text is not None and text not in known]
+    if not unknown:
+        return lambda label: known[_text(label, words or ())]
+    names = list(dict.fromkeys(reprlib.repr(labels[n]) for n in unknown))
+    shown = ", ".join(names[:MOST_NAMED]) + ", ..." * (len(names) > MOST_NAMED)
+    what = f"{source}, row {unknown[0] + 1}: column {column!r}: label {shown} is"
+    if words is None:
+        raise UserError(f"{what} no class index; name the classes as label words")
+    index = "" if isinstance(words, Mapping) else f", nor an index from 0 to {len(words) - 1}"
+    raise UserError(
+        f"{what} not among the label words {list(words)}{index}; correct the row or --label_words, "
+        "which may be label=word ..."
+    )
+
+
+def _text(label: object, words: Collection[str]) -> str:
+    """A label as text; a truth value as the word that means it, or else as 0 or 1."""
+    if label is None:
+        raise UserError("null is no label; write one there, or drop the row")
+    if isinstance(label, bool):
+        meant = ("true", "yes") if label else ("false", "no")
+        return next((word for word in words if word.lower() in meant), str(int(label)))
+    text = str(label).strip()
+    # pandas writes whole numbers of a column with gaps so.
+    return text if text in words else text.removesuffix(".0")
+
+
+def _known(texts: set[str], words: Words | None, source: str) -> dict[str, int]:
+    """The class indices of labels as texts, where numbers are either words or indices."""
+    if words is None:
+        return {text: int(text) for text in texts if text.isdecimal() and len(text) < 10}
+    if isinstance(words, Mapping):
+        options = options_of(words)
+        return {label: options.index(word) for label, word in words.items()}
+    as_words = {word: index for index, word in enumerate(words)}
+    as_indices = {str(index): index for index in range(len(words))}
+    if not any(word.isdecimal() and word != str(index) for index, word in enumerate(words)):
+        return as_indices | as_words
+    if not texts <= as_indices.keys():
+        return as_words
+    if texts <= as_words.keys() and any(as_words[text] != as_indices[text] for text in texts):
+        raise UserError(
+            f"{source}: its labels may be label words ({', '.join(words)}) or indices from 0; give "
+            f"each label its word, for example --label_words {words[0]}={words[0]} ..."
+        )
+    return as_indices

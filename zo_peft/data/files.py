@@ -1,17 +1,16 @@
 """Read files into rows."""
 
-import bz2
 import codecs
 import csv
 import gzip
 import io
 import json
-import lzma
 import re
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,15 @@ from pyarrow import parquet
 from zo_peft.data.forms import Row
 from zo_peft.errors import UserError
 
-#: How compressed files are opened, by their last suffix.
-OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-#: What turns files of other kinds into one that is read.
-CURES = {
-    **dict.fromkeys(
-        (".xlsx", ".xls", ".ods"),
-        'python -c "import pandas; pandas.read_excel({0!r}).to_csv({1!r}, index=False)"',
-    ),
-    ".feather": "python -c \"import pandas; pandas.read_feather({0!r}).to_parquet('{1}.parquet')\"",
-    ".zip": "unzip {0}",
-}
-
 
 def read_rows(path: str | Path) -> list[Row]:
     """The rows of a JSON (.jsonl, .ndjson, .json), CSV, TSV or Parquet file, in order.
 
-    The suffix may be in upper case, and `.gz`, `.bz2` or `.xz` may follow it. JSON files hold one
-    object after another, most often a line each, or one list of objects. CSV files begin with a
-    header line, whose commas, semicolons or tabs separate the columns, and all their values are
-    strings. In TSV files quotes are ordinary characters, as in GLUE's files, unless the lines only
-    have as many fields as the header where quotes are read as in CSV files. Text is UTF-8, UTF-16
-    with its byte-order mark, or cp1252, of which a warning shows a part.
+    The suffix may be in upper case, and `.gz` may follow it. JSON files hold one object after
+    another, most often a line each, or one list of objects. CSV files begin with a header line,
+    whose commas, semicolons or tabs separate the columns, and all their values are strings. In TSV
+    files quotes are ordinary characters, as in GLUE's files, unless they are a table only with
+    quotes as in CSV files. Text is UTF-8, UTF-16 with its mark, or cp1252, which a warning says.
 
     Raises:
         UserError: the file is missing, empty or of another kind, or a line cannot be read.
@@ -54,17 +40,18 @@ def read_rows(path: str | Path) -> list[Row]:
         ".tsv": _read_tsv,
         ".parquet": _read_parquet,
     }
-    suffixes = [suffix.lower() for suffix in ["", *path.suffixes]]
-    opener = OPENERS.get(suffixes[-1], Path.open)
-    kind = suffixes[-2] if suffixes[-1] in OPENERS else suffixes[-1]
+    is_packed = path.suffix.lower() == ".gz"
+    kind = Path(path.stem if is_packed else path.name).suffix.lower()
     if kind not in readers:
-        cure = CURES.get(kind, f"convert it to {', '.join(readers)}")
-        cure = cure.format(path.name, f"{path.stem}.csv")
-        raise UserError(f"{path.name} is of an unknown kind; {cure}")
+        code = f"pandas.read_excel({path.name!r}).to_csv({path.stem + '.csv'!r}, index=False)"
+        raise UserError(
+            f"{path.name} is of an unknown kind; unpack it, or convert it to {', '.join(readers)}, "
+            f'for example: python -c "import pandas; {code}"'
+        )
     try:
-        with opener(path, "rb") as file:
-            content = file.read()
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if is_packed else content
+    except (OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read: {why}; check the path and the file") from None
     rows = readers[kind](content, path)
@@ -79,50 +66,32 @@ def _read_parquet(content: bytes, path: Path) -> list[Row]:
     except (pyarrow.ArrowException, OSError) as error:
         why = str(error).splitlines()[0]
         raise UserError(f"{path.name} cannot be read as Parquet: {why}; save it anew") from None
-    if twice := _twice(table.column_names):
-        raise UserError(f"{path.name} has the column {twice[0]!r} twice; rename or drop one")
     return table.to_pylist()
 
 
 def _text(content: bytes, path: Path) -> str:
     """The text of a file, with line feeds at the ends of lines."""
-    is_marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    is_marked, name = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)), path.name
     if b"\0" in content and not is_marked:
         line = content.count(b"\n", 0, content.index(b"\0")) + 1
-        # UTF-16 has one in nearly every character of a western language.
-        is_wide = content.count(b"\0") * 3 > len(content)
-        cure = "if it is UTF-16: iconv -f utf-16le -t utf-8" if is_wide else "tr -d '\\0' <"
-        what = f"{path.name}, line {line} holds a NUL character"
-        raise UserError(f"{what}; {cure} {path.name} > new_{path.name}")
+        raise UserError(
+            f"{name}, line {line} holds a NUL character; use tr -d '\\0' < {name} > new_{name}; "
+            f"or, if it is UTF-16, iconv -f utf-16le -t utf-8 {name} > new_{name}"
+        )
     try:
         text = content.decode("utf-16" if is_marked else "utf-8-sig")
     except UnicodeDecodeError as error:
-        text = _western(content, error.start, path)
+        text, start = content.decode("cp1252", errors="replace"), error.start
+        what = f"{name} is not UTF-8 (byte {start})"
+        cure = f"iconv -f ENCODING -t utf-8 {name} > new_{name}"
+        # In western languages, for which cp1252 is, most characters are ASCII.
+        beyond = len(content.translate(None, delete=bytes(range(128))))
+        if beyond * 4 > len(content) or "\ufffd" in text:
+            raise UserError(f"{what}; convert it from gb18030, for example: {cure}") from None
+        shown = " ".join(text[max(0, start - 20) : start + 20].split())
+        message = f"{what}, and is read as cp1252, with {shown!r} there; if that is wrong: {cure}"
+        warnings.warn(message, UserWarning, stacklevel=5)
     return re.sub("\r\n?", "\n", text)
-
-
-def _western(content: bytes, start: int, path: Path) -> str:
-    """The text in cp1252, where few bytes are beyond ASCII, as in western languages."""
-    beyond = len(content.translate(None, delete=bytes(range(128))))
-    try:
-        if beyond * 4 > len(content):
-            raise ValueError
-        text = content.decode("cp1252")
-    except ValueError:
-        raise UserError(
-            f"{path.name} is not UTF-8 (byte {start}); convert it from its encoding, for example "
-            f"iconv -f gb18030 -t utf-8 {path.name} > new_{path.name}"
-        ) from None
-    shown = " ".join(text[max(0, start - 20) : start + 20].split())
-    _warn(
-        f"{path.name} is not UTF-8, and is read as cp1252, with {shown!r} at byte {start}; if that "
-        f"is wrong: iconv -f ENCODING -t utf-8 {path.name} > new_{path.name}"
-    )
-    return text
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=6)
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -170,13 +139,10 @@ def _read_tsv(content: bytes, path: Path) -> list[Row]:
     text = _text(content, path)
     try:
         return _table(text, path, "\t", csv.QUOTE_NONE)
-    except UserError as error:
-        try:
-            rows = _table(text, path, "\t", csv.QUOTE_MINIMAL)
-        except UserError:
-            raise error from None
-    _warn(f"{path.name} is read with quotes around fields, because it has no table without them")
-    return rows
+    except UserError:
+        with suppress(UserError):
+            return _table(text, path, "\t", csv.QUOTE_MINIMAL)
+        raise
 
 
 def _table(text: str, path: Path, delimiter: str, quoting: Any) -> list[Row]:
@@ -191,11 +157,11 @@ def _table(text: str, path: Path, delimiter: str, quoting: Any) -> list[Row]:
             raise UserError(f"{path.name}: the header has {twice[0]!r} twice; rename or drop one")
         for row in reader:
             if None in row or None in row.values():
-                fewer, cure = "fewer", "leave out no field"
-                if None in row:
-                    fewer, cure = "more", f"put a field that holds {delimiter!r} in quotes"
-                where = f"{path.name}, line {reader.line_num}"
-                raise UserError(f"{where} has {fewer} fields than the header; {cure}")
+                fewer = "more" if None in row else "fewer"
+                raise UserError(
+                    f"{path.name}, line {reader.line_num} has {fewer} fields than the header; put "
+                    f"a field that holds {delimiter!r} in quotes, and leave out none"
+                )
             rows.append(row)
     except csv.Error as error:
         # DictReader has not counted the line that its inner reader failed on.

@@ -32,41 +32,15 @@ FORMS: tuple[Form, ...] = (
     ("text",),
     ("prompt",),
 )
-TEXT_LABEL = ("text", "label")
 #: Columns that may stand beside those of a form.
 TOKENIZED = ("attention_mask", "token_type_ids", "length")
 OPTIONAL = ("passage", "passage_start", "also_right", "tools")
 #: Columns of tokenized rows that would change what is learned, and that no model here is given.
 REFUSED = ("position_ids", "completion_mask", "assistant_masks", "loss_mask")
-
-#: What other programs call the columns of their files: what it is called, the columns that may
-#: stand beside those of the form, and the function that makes an example of the forms above.
-OTHERS: dict[Form, tuple[str, Form, Callable[[Row], Row]]] = {
-    ("conversations",): (
-        "ShareGPT's conversations",
-        ("system", "tools"),
-        lambda row: _conversation(**row),
-    ),
-    ("instruction", "output"): (
-        "alpaca's instructions",
-        ("input",),
-        lambda row: _instruction(row, "input", "output"),
-    ),
-    ("instruction", "response"): (
-        "dolly's instructions",
-        ("context",),
-        lambda row: _instruction(row, "context", "response"),
-    ),
-    ("prompt", "response"): (
-        "prompt + response",
-        (),
-        lambda row: {"prompt": row["prompt"], "completion": row["response"]},
-    ),
-}
 #: The prompt with which alpaca was trained.
 INSTRUCTION = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately "
-    "completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+    "completes the request.\n\n### Instruction:\n{task}\n\n{given}### Response:\n"
 )
 PAIRED = ", paired with an input that provides further context"
 #: Who speaks in ShareGPT's conversations, as roles of messages.
@@ -75,12 +49,12 @@ ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
 
 
 @contextmanager
-def located(source: str, number: int | None = None) -> Iterator[None]:
+def located(source: str, number: int) -> Iterator[None]:
     """Within the context, a UserError becomes one line that begins with the source and the row."""
     try:
         yield
     except UserError as error:
-        where = ", ".join(filter(None, (source, number and f"row {number}")))
+        where = f"{source}, row {number}" if source else f"row {number}"
         raise UserError(f"{where}: {' '.join(str(error).split())}") from None
 
 
@@ -95,38 +69,17 @@ def form_of(row: Row) -> Form | None:
     return next((form for form in FORMS if present.issuperset(form)), None)
 
 
+def check_layout(rows: list[Row], source: str) -> None:
+    """Raise a UserError for one object that holds columns, with the command that makes rows."""
+    if len(rows) == 1 and rows[0] and all(isinstance(value, dict) for value in rows[0].values()):
+        code = f"pandas.read_json({source!r}).to_json('rows.json', orient='records')"
+        cure = f'convert it: python -c "import pandas; {code}"'
+        raise UserError(f"{source} holds columns, not rows; {cure}")
+
+
 def called(form: Form | None) -> str:
     """What a form is called, for a message."""
-    if form in OTHERS:
-        return OTHERS[form][0]
     return "plain text" if form == ("text",) else " + ".join(form or ())
-
-
-def check_layout(rows: list[Row], source: str) -> None:
-    """Raise a UserError for one object that holds all rows, with the command that takes them out.
-
-    It holds them by column, as pandas writes them, or as a list in one of its columns.
-    """
-    row = rows[0]
-    if len(rows) > 1 or not row:
-        return
-    # What each column has: the keys of an object, or the length of a list of plain values.
-    shapes = [
-        [*value] if isinstance(value, dict) else isinstance(value, list) and len(value)
-        for value in row.values()
-    ]
-    alike = len(shapes) > 1 and shapes.count(shapes[0]) == len(shapes) and shapes[0]
-    nested = any(isinstance(value, list) and isinstance(value[0], dict) for value in row.values())
-    if alike and form_of(row) != FORMS[0] and not nested:
-        code = f"import pandas; pandas.read_json({source!r}).to_json('rows.json', orient='records')"
-        raise UserError(f'{source} holds columns, not rows; convert it: python -c "{code}"')
-    lists = [n for n, value in row.items() if isinstance(value, list) and len(value) > 1]
-    if form_of(row) is None and lists and all(isinstance(part, dict) for part in row[lists[0]]):
-        code = f"json.dump(json.load(open({source!r}))[{lists[0]!r}], open('rows.json', 'w'))"
-        raise UserError(
-            f"{source} holds its rows in {lists[0]!r}; take them out: "
-            f'python -c "import json; {code}"'
-        )
 
 
 def _unfit(row: Row, classifies: bool = False) -> str:
@@ -134,15 +87,13 @@ def _unfit(row: Row, classifies: bool = False) -> str:
     has = named(name if value is not None else f"{name} (null)" for name, value in row.items())
     if classifies:
         return f"it has the columns {has}; this model needs text + label (a class index)"
-    first, *_, last = [*row] * 2 or ["text", "label"]
-    answer = f'--label_column "{"chosen" if "chosen" in row else last}"'
-    if "label" in row:
-        first, answer = "text" if "text" in row else first, "--label_words first,second"
-    pairs = "pairs of answers cannot be compared; " if "rejected" in row else ""
+    first, *_, last = [*row, *row] or ["text", "label"]
+    answer = "chosen" if "chosen" in row else last
     return (
-        f"it has the columns {has}; {pairs}this model needs prompt + completion, messages, text or "
+        f"it has the columns {has}; this model needs prompt + completion, messages, text or "
         "another form of docs/data.md (the command line makes one, for example with "
-        f'--prompt_template "{{{first}}}" {answer}; the first line of a CSV file names its columns)'
+        f'--prompt_template "{{{first}}}" --label_column "{answer}"; a CSV file names its columns '
+        "in its first line)"
     )
 
 
@@ -154,17 +105,17 @@ def fitting_form(first: Row, source: str, classifies: bool, generates: bool) -> 
     """
     if generates and not classifies:
         return None
-    form, head = form_of(first), (FORMS[0], TEXT_LABEL)
+    form, head = form_of(first), (FORMS[0], ("text", "label"))
     fits = form in head if classifies else form not in (None, ("prompt",), head[1])
     with located(source, 1):
         if form is None or not fits:
             raise UserError(_unfit(first, classifies))
-    beside = OTHERS[form][1] if form in OTHERS else OPTIONAL
+    beside = OTHERS[form][0] if form in OTHERS else OPTIONAL
     known = (*form, *((*TOKENIZED, *REFUSED) if form == FORMS[0] else beside))
     if unused := [n for n, value in first.items() if value is not None and n not in known]:
-        what = called(form)
-        message = f"{source or 'the data set'} is read as {what}; these columns are not used: "
-        warnings.warn(message + named(unused), UserWarning, stacklevel=3)
+        source = source or "the data set"
+        message = f"{source} is read as {called(form)}; these columns are not used: {named(unused)}"
+        warnings.warn(message, UserWarning, stacklevel=3)
     return form
 
 
@@ -197,7 +148,7 @@ def example_of(row: Row, form: Form | None = None, generates: bool = False) -> R
     if own is None or own == ("prompt",):
         raise UserError(_unfit(row))
     if own in OTHERS:
-        _, beside, convert = OTHERS[own]
+        beside, convert = OTHERS[own]
         row = convert({name: row[name] for name in (*own, *beside) if row.get(name) is not None})
         own = form_of(row)
     if refused := [name for name in REFUSED if own == FORMS[0] and row.get(name) is not None]:
@@ -287,19 +238,15 @@ def _message(value: Any) -> dict[str, Any]:
     return message
 
 
-def _conversation(conversations: Any, system: Any = "", tools: Any = None) -> Row:
+def _conversation(row: Row) -> Row:
     """Messages; the turns behind the last one of the assistant teach nothing, and are left out."""
-    turns = read("conversations", conversations, _turns)
+    what = "turns with from and value"
+    turns = read("conversations", row["conversations"], lambda value: _listed(value, _turn, what))
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()
     if not turns:
         raise UserError("column 'conversations' has no turn of gpt to learn from; drop the row")
-    before = [{"role": "system", "content": system}] if system else []
-    return {"messages": before + turns, **({"tools": tools} if tools else {})}
-
-
-def _turns(value: Any) -> Messages:
-    return _listed(value, _turn, "turns with from and value")
+    return {"messages": turns, **({"tools": row["tools"]} if row.get("tools") else {})}
 
 
 def _turn(value: Any) -> dict[str, Any]:
@@ -310,13 +257,13 @@ def _turn(value: Any) -> dict[str, Any]:
     return {"role": role, "content": text_of(turn.pop("value", turn.pop("content", None))), **turn}
 
 
-def _instruction(row: Row, context: str, answer: str) -> Row:
+def _instruction(row: Row) -> Row:
     """An instruction as alpaca's prompt, and its answer."""
-    task = read("instruction", row["instruction"], filled_text)
-    given = read(context, row.get(context, ""), text_of)
+    texts = {name: read(name, value, text_of) for name, value in row.items()}
+    given = texts.get("input", texts.get("context", ""))
     paired, given = (PAIRED, f"### Input:\n{given}\n\n") if given.strip() else ("", "")
-    prompt = INSTRUCTION.format(paired=paired, instruction=task, input=given)
-    return {"prompt": prompt, "completion": read(answer, row[answer], filled_text)}
+    prompt = INSTRUCTION.format(paired=paired, task=texts["instruction"], given=given)
+    return {"prompt": prompt, "completion": texts.get("output", texts.get("response"))}
 
 
 def _mask(value: Any) -> list[int]:
@@ -340,6 +287,17 @@ def _without_nulls(value: Any) -> Any:
         return {name: _without_nulls(part) for name, part in value.items() if part is not None}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
+
+#: Forms of other programs: the columns that may stand beside, and what makes an own form of them.
+OTHERS: dict[Form, tuple[Form, Callable[[Row], Row]]] = {
+    ("conversations",): (("tools",), _conversation),
+    ("instruction", "output"): (("input",), _instruction),
+    ("instruction", "response"): (("context",), _instruction),
+    ("prompt", "response"): (
+        (),
+        lambda row: {"prompt": row["prompt"], "completion": row["response"]},
+    ),
+}
 
 READERS: dict[str, Callable[[Any], Any]] = {
     "prompt": lambda value: _messages(value) if isinstance(value, list) else text_of(value),

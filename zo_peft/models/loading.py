@@ -24,14 +24,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.quantizers import AutoHfQuantizer
-from transformers.utils.hub import cached_file
 
 from zo_peft.errors import UserError
 from zo_peft.models.hub import LOAD_ERRORS, AnyModel, public_name, reason
 
 CHATML = Path(__file__).with_name("chatml.jinja")
-#: An adapter without a chat template is none the worse, wherever it is.
-QUIET = ("missing_entries", "connection_errors", "gated_repo")
 
 
 def quantization_config(
@@ -151,31 +148,25 @@ def load_config(name: str, **kwargs: Any) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name, **kwargs)
 
 
-def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of this name, or a UserError; by default it pads with the end of a sequence."""
+def load_tokenizer(
+    name: str, chat_template: str | None = None, **kwargs: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of this name, or a UserError; by default it pads with the end of a sequence.
+
+    Args:
+        chat_template: a Jinja file, or `chatml`. None: the tokenizer's own template, if it has one.
+    """
     with _loading(f"the tokenizer of {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        file = CHATML if chat_template == "chatml" else Path(chat_template)
+        try:
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--chat_template {error}; give a Jinja file, or chatml") from None
     return tokenizer
-
-
-def chat_template(name: str | None, adapter: str | None) -> str | None:
-    """The text of a chat template: a Jinja file, `chatml`, or else the one saved with an adapter.
-
-    None: neither is there. A UserError says that the file cannot be read.
-    """
-    if name is None:
-        quiet = {f"_raise_exceptions_for_{what}": False for what in QUIET}
-        file = cached_file(adapter, "chat_template.jinja", **quiet) if adapter else None
-    else:
-        file = CHATML if name == "chatml" else name
-    try:
-        return None if file is None else Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--chat_template {name} cannot be read: {error}; give a Jinja file, or chatml"
-        ) from None
 
 
 @contextmanager

@@ -4,9 +4,8 @@ import sys
 from pathlib import Path
 
 from zo_peft.data import make_examples, read_rows
-from zo_peft.data.examples import column_of, converted
-from zo_peft.data.forms import TEXT_LABEL, Row, called, check_layout, form_of, located
-from zo_peft.data.labels import are_texts, found_words, options_of, repeat, write_words
+from zo_peft.data.examples import column_of, converted, find_words, options_of, write_words
+from zo_peft.data.forms import Row, called, check_layout, form_of
 from zo_peft.data.tasks import TASKS, hub_rows, sample, task_rows, train_parts, with_demonstrations
 from zo_peft.errors import UserError
 from zo_peft.runs.arguments import DataArguments
@@ -67,32 +66,28 @@ def _own_examples(
     else:
         return None
     check_layout(rows, source)
-    with located(source):
-        _find_words(data, rows, classifies, generates)
+    _find_words(data, rows, classifies, generates)
     template, column, words = data.prompt_template, data.label_column, data.given_words()
     made = make_examples(rows, source, template, column, words, classifies, generates)
-    if generates:
-        what = "prompts to complete"
-    elif template is None and not classifies:
-        what = called(form_of(rows[0]))
-    else:
-        kind = "classes" if classifies else "label words" if words else "completions"
-        what = f"{kind} from column {column or 'label'!r}"
-        what += f": {', '.join(map(repr, options_of(words)))}" if words else ""
+    given, read = called(form_of(rows[0])), called(form_of(made[0]))
+    what = read if template or classifies or given == read else f"{given}, read as {read}"
+    if words and not generates:
+        named = ", ".join(map(repr, options_of(words)))
+        what = f"with these labels in column {column or 'label'!r}: {named}"
     print(f"{source}: {len(rows):,} rows, {what}", file=sys.stderr)
     return made
 
 
 def _find_words(data: DataArguments, rows: list[Row], classifies: bool, generates: bool) -> None:
-    """Write into `data` what it leaves open: a template for text + label, and label words."""
-    column = data.label_column or "label"
-    labels, template = column_of(rows, column), data.prompt_template
-    is_pair = form_of(rows[0]) == TEXT_LABEL and not (classifies or generates)
-    # Numbers need words that a model could answer with.
-    if template is None and is_pair and (data.label_words is not None or are_texts(labels)):
+    """Write label words of the rows, and a template for text + label, into `data` that has none."""
+    column, asked = data.label_column or "label", data.label_words == ["auto"]
+    is_pair = (
+        data.prompt_template is None and form_of(rows[0]) == ("text", "label") and not classifies
+    )
+    wanted = (data.prompt_template is not None or is_pair or classifies) and not generates
+    if asked or (wanted and data.label_words is None):
+        sure = classifies or data.label_column is None
+        words = find_words(column_of(rows, column), column, asked, sure)
+        data.label_words = ["none"] if words is None else write_words(words)
+    if is_pair and not generates and data.words() is not None:
         data.prompt_template = "{text}"
-    if data.label_words is None and (classifies or data.prompt_template) and not generates:
-        named = are_texts(labels) and (classifies or data.label_column is None or repeat(labels))
-        data.label_words = ["auto" if named else "none"]
-    if data.label_words == ["auto"]:
-        data.label_words = write_words(found_words(labels, column))
