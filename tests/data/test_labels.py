@@ -63,7 +63,7 @@ def test_labels_of_a_column_are_its_words() -> None:
     assert [read(label) for label in ("1", 4, "5")] == [0, 1, 2]
     for labels, part in (
         (["Ab", "ab", "c"], "'Ab' and 'ab', which differ in case"),
-        (["a"], "two or more"),
+        (["a"], "fewer than two"),
     ):
         with pytest.raises(UserError, match=part):
             find_words(labels, "c", True, True)

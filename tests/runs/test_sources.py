@@ -40,9 +40,7 @@ def test_labels_of_tickets_are_found(tmp_path: Path, capsys: pytest.CaptureFixtu
     made, data = told(tmp_path, ROWS, **TICKETS)
     assert made[0] == {"prompt": "paper 0", "options": words, "label": 2}
     assert data.label_words == data.words() == words
-    line = (
-        "train.csv: 6 rows, label words from column 'Ticket Type': 'access', 'billing', 'printer'"
-    )
+    line = "train.csv: 6 rows, label words of column 'Ticket Type': 'access', 'billing', 'printer'"
     assert capsys.readouterr().err == f"{line}\n"
     made, data = told(tmp_path, ROWS, True, **TICKETS)
     assert made[1] == {"text": "refund 0", "label": 1}

@@ -229,6 +229,8 @@ def find_words(labels: Sequence[Any], column: str, asked: bool, sure: bool) -> W
             f"column {column!r} has {twice[0]!r} and {twice[1]!r}, which differ in case alone; "
             f"write them alike, or give --label_words {twice[0]}=word {twice[1]}=word ..."
         )
+    if len(found) < 2:
+        raise UserError(f"column {column!r} has fewer than two labels: {found}; name another")
     # In a list of words, a number would be an index, too.
     is_number = any(name.isdecimal() for name in found)
     return checked_words({name: name for name in found} if is_number else found)

@@ -46,7 +46,7 @@ def read_rows(path: str | Path) -> list[Row]:
         code = f"pandas.read_excel({path.name!r}).to_csv({path.stem + '.csv'!r}, index=False)"
         raise UserError(
             f"{path.name} is of an unknown kind; unpack it, or convert it to {', '.join(readers)}, "
-            f'for example: python -c "import pandas; {code}"'
+            f'of a spreadsheet by python -c "import pandas; {code}"'
         )
     try:
         content = path.read_bytes()
@@ -87,7 +87,7 @@ def _text(content: bytes, path: Path) -> str:
         # In western languages, for which cp1252 is, most characters are ASCII.
         beyond = len(content.translate(None, delete=bytes(range(128))))
         if beyond * 4 > len(content) or "\ufffd" in text:
-            raise UserError(f"{what}; convert it from gb18030, for example: {cure}") from None
+            raise UserError(f"{what}; convert it, from gb18030 or another: {cure}") from None
         shown = " ".join(text[max(0, start - 20) : start + 20].split())
         message = f"{what}, and is read as cp1252, with {shown!r} there; if that is wrong: {cure}"
         warnings.warn(message, UserWarning, stacklevel=5)

@@ -88,11 +88,13 @@ def _unfit(row: Row, classifies: bool = False) -> str:
     if classifies:
         return f"it has the columns {has}; this model needs text + label (a class index)"
     first, *_, last = [*row, *row] or ["text", "label"]
-    answer = "chosen" if "chosen" in row else last
+    answer = f'--label_column "{"chosen" if "chosen" in row else last}"'
+    if "label" in row:
+        first, answer = "text" if "text" in row else first, "--label_words first,second"
     return (
         f"it has the columns {has}; this model needs prompt + completion, messages, text or "
         "another form of docs/data.md (the command line makes one, for example with "
-        f'--prompt_template "{{{first}}}" --label_column "{answer}"; a CSV file names its columns '
+        f'--prompt_template "{{{first}}}" {answer}; a CSV file names its columns '
         "in its first line)"
     )
 

@@ -165,7 +165,8 @@ def load_tokenizer(
         try:
             tokenizer.chat_template = file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise UserError(f"--chat_template {error}; give a Jinja file, or chatml") from None
+            what = f"--chat_template {chat_template} cannot be read: {error}"
+            raise UserError(f"{what}; give a Jinja file, or chatml") from None
     return tokenizer
 
 

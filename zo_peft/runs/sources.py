@@ -73,7 +73,7 @@ def _own_examples(
     what = read if template or classifies or given == read else f"{given}, read as {read}"
     if words and not generates:
         named = ", ".join(map(repr, options_of(words)))
-        what = f"with these labels in column {column or 'label'!r}: {named}"
+        what = f"label words of column {column or 'label'!r}: {named}"
     print(f"{source}: {len(rows):,} rows, {what}", file=sys.stderr)
     return made
 
