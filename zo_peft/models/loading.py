@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
@@ -149,25 +150,38 @@ def load_config(name: str, **kwargs: Any) -> PreTrainedConfig:
 
 
 def load_tokenizer(
-    name: str, chat_template: str | None = None, **kwargs: Any
+    name: str, template: str | None = None, adapter: str | None = None, **kwargs: Any
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of this name, or a UserError; by default it pads with the end of a sequence.
 
     Args:
-        chat_template: a Jinja file, or `chatml`. None: the tokenizer's own template, if it has one.
+        template: a chat template: a Jinja file, or `chatml`. None: that of the adapter, or else the
+            tokenizer's own.
+        adapter: a Hub id or a folder.
     """
     with _loading(f"the tokenizer of {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if chat_template is not None:
-        file = CHATML if chat_template == "chatml" else Path(chat_template)
+    file = CHATML if template == "chatml" else Path(template) if template else _template_of(adapter)
+    if file is not None:
         try:
             tokenizer.chat_template = file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            what = f"--chat_template {chat_template} cannot be read: {error}"
+            what = f"--chat_template {template} cannot be read: {error}"
             raise UserError(f"{what}; give a Jinja file, or chatml") from None
     return tokenizer
+
+
+def _template_of(adapter: str | None) -> Path | None:
+    """The file of the chat template that was saved with an adapter, if there is one."""
+    own = "chat_template.jinja"
+    if adapter is None or Path(adapter).is_dir():
+        return next(Path(adapter).glob(own), None) if adapter else None
+    try:
+        return Path(hf_hub_download(adapter, own))
+    except LOAD_ERRORS:
+        return None
 
 
 @contextmanager

@@ -7,14 +7,14 @@ from typing import Any, Literal
 import torch
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from zo_peft.data.examples import Words, options_of, read_words, write_words
 from zo_peft.data.tasks import TASKS
 from zo_peft.errors import UserError
 from zo_peft.models.hub import first_line
-from zo_peft.models.loading import quantization_config
+from zo_peft.models.loading import load_tokenizer, quantization_config
 
 
 @dataclass
@@ -34,7 +34,8 @@ class ModelArguments:
     trust_remote_code: bool = HfArg(default=False, help="Run the Python code of a Hub model.")
     chat_template: str | None = HfArg(
         default=None,
-        help="How messages become text: a Jinja file, or chatml. Default: the tokenizer's own.",
+        help="How messages become text: a Jinja file, or chatml. Default: the adapter's, or "
+        "the tokenizer's own.",
     )
     task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = HfArg(
         default="CAUSAL_LM", help="SEQ_CLS: a classification head on a decoder or an encoder."
@@ -56,6 +57,11 @@ class ModelArguments:
     def source(self) -> dict[str, Any]:
         """The keyword arguments that `from_pretrained` needs to find and read the base."""
         return {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer, with the chat template of the arguments or of the adapter."""
+        chat = self.chat_template, self.adapter_name_or_path
+        return load_tokenizer(self.model_name_or_path, *chat, **self.source)
 
     def quantization(self, has_classes: bool) -> BitsAndBytesConfig | None:
         """How the base, with a head for classes or not, is quantized; None: as it was saved."""

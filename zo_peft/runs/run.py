@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from zo_peft.core.journal import JOURNAL_NAME
@@ -19,7 +19,7 @@ from zo_peft.data.tasks import ANSWER_TOKENS, TASKS
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
-from zo_peft.models.loading import load_base, load_tokenizer
+from zo_peft.models.loading import load_base
 from zo_peft.objectives.rewards import RewardObjective, generates, load_function
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.runs.jobs import flags
@@ -181,7 +181,7 @@ def _trainer(
     train: list[Row] | None,
     evaluation: list[Row] | None,
 ) -> Any:
-    tokenizer = tokenizer_of(model, kind.trains)
+    tokenizer = model.tokenizer()
     num_labels, words = None, data.words() or []
     if model.task_type == "SEQ_CLS":
         num_labels = len(words) or classes_of(train or ())
@@ -215,15 +215,6 @@ def _trainer(
         reward_funcs=[load_function(name) for name in data.reward_funcs or ()],
         eval_objective=answers,
     )
-
-
-def tokenizer_of(model: ModelArguments, trains: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer with its chat template: of the adapter's run, unless this one trains."""
-    adapter = model.adapter_name_or_path
-    name = model.model_name_or_path
-    if not trains and adapter is not None and (Path(adapter) / METRICS_NAME).is_file():
-        name = adapter
-    return load_tokenizer(name, model.chat_template, **model.source)
 
 
 def load(

@@ -14,7 +14,7 @@ from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter, merged_model, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
 from zo_peft.runs.arguments import DataArguments, ModelArguments
-from zo_peft.runs.run import load, tokenizer_of
+from zo_peft.runs.run import load
 from zo_peft.train.card import write_model_card
 from zo_peft.train.results import METRICS_NAME
 
@@ -58,7 +58,7 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
             f"{config.peft_type.value} cannot be merged: it adds tokens, or keys and values, and "
             "changes no weight; load it with PEFT"
         )
-    tokenizer = tokenizer_of(model, trains=False)
+    tokenizer = model.tokenizer()
     path = Path(model.adapter_name_or_path) / METRICS_NAME
     told = json.loads(path.read_text())["settings"] if path.is_file() else {}
     words = DataArguments(label_words=told.get("label_words")).words() or ()
