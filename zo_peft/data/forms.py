@@ -152,7 +152,7 @@ def example_of(row: Row, form: Form | None = None, generates: bool = False) -> R
     if own in OTHERS:
         beside, convert = OTHERS[own]
         row = convert({name: row[name] for name in (*own, *beside) if row.get(name) is not None})
-        own = form_of(row)
+        own = form_of(row) or own
     if refused := [name for name in REFUSED if own == FORMS[0] and row.get(name) is not None]:
         raise UserError(f"column {refused[0]!r} cannot be used; express it in labels, or drop it")
     used = (*own, *(TOKENIZED if own == FORMS[0] else OPTIONAL))
