@@ -115,7 +115,7 @@ def test_seeds_are_summed_up_and_presets_and_the_readout_take_part(
 def test_the_readout_is_the_best_head_on_the_frozen_states(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """scipy finds no head with a lower loss on the states that plain transformers gives."""
+    """On other states, scipy finds no head with a lower loss."""
     argv = ["readout", *command_line(tmp_path, max_forward_passes=8, disable_tqdm=None)]
     assert main([*argv, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -127,7 +127,7 @@ def test_the_readout_is_the_best_head_on_the_frozen_states(
     v = readout.fitted([states, offsets, labels], 1e-3)
 
     def penalized(flat: Any) -> float:
-        own = torch.tensor(flat).view(2, 3)
+        own = torch.tensor(flat, dtype=torch.float64).view(2, 3)
         loss = torch.nn.functional.cross_entropy(offsets + states @ own.T, labels)
         return float(loss + 1e-3 * states.square().sum(1).mean() * own.square().sum())
 
