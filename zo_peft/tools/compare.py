@@ -24,7 +24,13 @@ from zo_peft.train.results import write_json
 RESULT_NAME, PLOT_NAME = "comparison.json", "comparison.png"
 
 #: The entries of `zo_metrics.json` that are means over seeds.
-MEANS = ("metric_before", "metric_after", "eval_loss_before", "eval_loss_after", "wall_seconds")
+MEANS: tuple[str, ...] = (
+    "metric_before",
+    "metric_after",
+    "eval_loss_before",
+    "eval_loss_after",
+    "wall_seconds",
+)
 MEANS += ("steps", "forward_passes", "examples_forwarded", "peak_memory_bytes")
 
 #: How many points a line of a run with gradients has, which is drawn from its log.
@@ -77,7 +83,7 @@ def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
     for name in given.strategies:
         runs[name] = {}
         for seed in range(first, first + given.seeds):
-            own = {"max_forward_passes": budget, "seed": seed}
+            own: dict[str, Any] = {"max_forward_passes": budget, "seed": seed}
             if name != READOUT:
                 own["strategy" if name in known else "preset"] = name
             # The log is all that a run with gradients leaves of its steps.
@@ -113,15 +119,15 @@ def plot(folder: Path, result: dict[str, Any], runs: dict[str, list[str]]) -> No
     panels = figure.subplot_mosaic([["losses"] * 3, ["metric", "seconds", "memory"]])
     for index, (name, folders) in enumerate(runs.items()):
         if name == READOUT:
-            line = {"color": f"C{index}", "ls": "--", "label": f"{name} (evaluation loss)"}
-            panels["losses"].axhline(result[name]["eval_loss_after"], **line)
+            loss = result[name]["eval_loss_after"]
+            panels["losses"].axhline(loss, color=f"C{index}", ls="--", label=f"{name} (evaluation)")
             continue
         for run in folders:
             steps = load(folder / run, run).steps.dropna(subset="loss")
             # The legend names each strategy once.
-            line = {"color": f"C{index}", "label": name if run == folders[0] else f"_{run}"}
+            label, style = name if run == folders[0] else f"_{run}", f"C{index}.-"
             panels["losses"].plot(
-                steps["forward_passes"], smooth(steps["loss"]), marker=".", ms=3, **line
+                steps["forward_passes"], smooth(steps["loss"]), style, label=label
             )
     panels["losses"].set(
         xlabel="forward passes (a backward pass counts as two)",
