@@ -70,6 +70,7 @@ def test_rows_of_other_programs(row: dict[str, Any], example: dict[str, Any]) ->
         ({"instruction": "a", "output": ""}, ["column 'completion'", "empty"]),
         ({"conversations": [HUMAN]}, ["column 'conversations'", "no turn of gpt"]),
         ({"conversations": [{"from": "cat", "value": "b"}]}, ["'cat'", "human, gpt"]),
+        ({"messages": [{**USER, "role": "\ud800"}, ANSWER]}, ["column 'messages'", "surrogate"]),
         ({"conversations": [GPT, "b"]}, ["column 'conversations'", "'b' must have from"]),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},

@@ -232,6 +232,7 @@ def _message(value: Any) -> dict[str, Any]:
     message = _without_nulls(value)
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise UserError(f"{reprlib.repr(value)} must be a message with role and content")
+    text_of(message["role"])
     if "content" in message or "tool_calls" not in message:
         message["content"] = text_of(message.get("content"))
     trained = message["role"] == "assistant"
@@ -295,10 +296,7 @@ OTHERS: dict[Form, tuple[Form, Callable[[Row], Row]]] = {
     ("conversations",): (("tools",), _conversation),
     ("instruction", "output"): (("input",), _instruction),
     ("instruction", "response"): (("context",), _instruction),
-    ("prompt", "response"): (
-        (),
-        lambda row: {"prompt": row["prompt"], "completion": row["response"]},
-    ),
+    ("prompt", "response"): ((), lambda r: {"prompt": r["prompt"], "completion": r["response"]}),
 }
 
 READERS: dict[str, Callable[[Any], Any]] = {
