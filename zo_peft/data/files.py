@@ -18,7 +18,7 @@ import pyarrow
 from pyarrow import parquet
 
 from zo_peft.data.forms import Row
-from zo_peft.errors import UserError
+from zo_peft.errors import Notice, UserError
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -90,7 +90,7 @@ def _text(content: bytes, path: Path) -> str:
             raise UserError(f"{what}; convert it, from gb18030 or another: {cure}") from None
         shown = " ".join(text[max(0, start - 20) : start + 20].split())
         message = f"{what}, and is read as cp1252, with {shown!r} there; if that is wrong: {cure}"
-        warnings.warn(message, UserWarning, stacklevel=5)
+        warnings.warn(message, Notice, stacklevel=5)
     return re.sub("\r\n?", "\n", text)
 
 

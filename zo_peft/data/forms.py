@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from zo_peft.errors import UserError
+from zo_peft.errors import Notice, UserError
 
 Row = dict[str, Any]
 Form = tuple[str, ...]
@@ -117,7 +117,7 @@ def fitting_form(first: Row, source: str, classifies: bool, generates: bool) -> 
     if unused := [n for n, value in first.items() if value is not None and n not in known]:
         source = source or "the data set"
         message = f"{source} is read as {called(form)}; these columns are not used: {named(unused)}"
-        warnings.warn(message, UserWarning, stacklevel=3)
+        warnings.warn(message, Notice, stacklevel=3)
     return form
 
 
