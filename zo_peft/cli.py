@@ -36,6 +36,7 @@ class Command:
     trains: bool = False
     positional: Sequence[str] = ()
     json: str | None = None
+    defaults: str | None = None
     goes_on: str = ""
 
 
@@ -123,7 +124,8 @@ def _run(name: str, command: Command, argv: Sequence[str]) -> tuple[bool, dict[s
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     arguments = [named(argument) for argument in command.arguments]
-    output, parsed = parse(name, arguments, argv, command.positional, command.trains)
+    defaults = named(command.defaults) if command.defaults else None
+    output, parsed = parse(name, arguments, argv, command.positional, command.trains, defaults)
     # Trainer prints its logs on stdout, where only the result belongs.
     with contextlib.redirect_stdout(sys.stderr):
         return output.json, named(command.job)(*parsed)

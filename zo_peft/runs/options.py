@@ -4,9 +4,10 @@ import argparse
 import contextlib
 import json
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,6 +41,7 @@ def parse(
     argv: Sequence[str],
     positional: Sequence[str] = (),
     trains: bool = False,
+    defaults: Callable[[Sequence[str]], dict[str, Any]] | None = None,
 ) -> tuple[OutputArguments, list[Any]]:
     """The arguments of a command, or a UserError. The command line overrides a `--config` file.
 
@@ -47,6 +49,7 @@ def parse(
         arguments: the command's dataclasses.
         positional: names of arguments that may come first without their names.
         trains: all other options are those of `zo-peft train`. They are returned last, as a list.
+        defaults: takes the options that are given, and returns those that count where none is.
     """
     for index, argument in enumerate(positional):
         if len(argv) > 2 * index and not argv[2 * index].startswith("-"):
@@ -57,8 +60,14 @@ def parse(
     parser = _Parser(
         (OutputArguments, *arguments), prog=f"zo-peft {name}", epilog=epilog, allow_abbrev=False
     )
+    if not trains:
+        argv = _with_file(parser, argv)
+    if defaults is not None:
+        actions = {action.dest: action for action in parser._actions}
+        before = [_words(name, v, actions[name]) for name, v in defaults(argv).items()]
+        argv = [*chain(*before), *argv]
     output, *filled, unknown = parser.parse_args_into_dataclasses(
-        argv if trains else _with_file(parser, argv),
+        argv,
         return_remaining_strings=True,
         look_for_args_file=False,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 from peft import PeftModel
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from zo_peft.core.journal import JOURNAL_NAME
@@ -19,17 +19,19 @@ from zo_peft.data.tasks import ANSWER_TOKENS, TASKS
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
-from zo_peft.models.loading import load_base, load_tokenizer
+from zo_peft.models.loading import check_head, load_base, load_tokenizer
 from zo_peft.objectives.rewards import RewardObjective, generates, load_function
 from zo_peft.runs.arguments import DataArguments, ModelArguments
+from zo_peft.runs.earlier import note_base, tell_differences
 from zo_peft.runs.jobs import flags
 from zo_peft.runs.sources import evaluation_examples, training_examples
 from zo_peft.scales import load_scales
-from zo_peft.train.base import BaseTrainer, classes_of
+from zo_peft.train.answers import classes_of
+from zo_peft.train.base import BaseTrainer
 from zo_peft.train.checks import GRADIENT
 from zo_peft.train.config import ZOConfig, run_settings
 from zo_peft.train.gradient import GradientTrainer
-from zo_peft.train.results import METRICS_NAME, given, results, write_json
+from zo_peft.train.results import METRICS_NAME, given, read_results, results, write_json
 from zo_peft.train.trainer import ZOTrainer
 
 #: The options whose values are names on the Hub or folders, and those that are always paths.
@@ -46,7 +48,8 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     """Tune an adapter and write it to `args.output_dir`, with a card and `zo_metrics.json`.
 
     Returns:
-        The contents of `zo_metrics.json`. `wall_seconds` counts from the start of the process.
+        The contents of `zo_metrics.json`, `output_dir`, and the commands that may come `next`, one
+        by one. `wall_seconds` counts from the start of the process.
         With them count the seconds of training in earlier processes of the run.
         `peak_memory_bytes` is the process's resident set on a CPU, and the allocator's peak on
         CUDA. `train_loss` is the mean over the run's steps. The values of evaluation are None if
@@ -62,7 +65,7 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     examples, dev = training_examples(data, classifies, rewarded, args.seed)
     test = evaluation_examples(data, classifies, rewarded)
     kind = GradientTrainer if args.strategy in GRADIENT else ZOTrainer
-    trainer = _trainer(kind, model, data, args, examples, dev or test)
+    trainer = trainer_of(kind, model, data, args, examples, dev or test)
     test_set = trainer.eval_dataset if dev is None else trainer.features(test)
     before = _evaluate(trainer, test_set)
     if before:
@@ -75,13 +78,15 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     # The trainer may have chosen another strategy than the default one.
     told = model, data, trainer.args
     trainer.summary |= {"command": command(*told), "settings": settings(*told)}
+    trainer.summary["label_words"] = data.words()
     if data.task is not None and data.task_data_dir is None:
         trainer.summary["dataset"] = TASKS[data.task].hub[0]
     if args.should_save:
         write_json(Path(args.output_dir) / METRICS_NAME, trainer.summary)
+        note_base(args.output_dir, model.model_name_or_path)
     trainer.save_model()
     trainer.save_state()
-    return trainer.summary
+    return trainer.summary | {"output_dir": args.output_dir, "next": _next(model, data, args)}
 
 
 def resumes(model: ModelArguments, args: ZOConfig) -> str | bool | None:
@@ -108,16 +113,17 @@ def resumes(model: ModelArguments, args: ZOConfig) -> str | bool | None:
 
 
 def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
-    """The metric and the loss of an adapter, or of a base alone on a task; or a UserError."""
-    if model.adapter_name_or_path is None and data.task is None and args.tune == "adapter":
-        raise UserError("nothing to evaluate; give --adapter_name_or_path, or a --task")
+    """The metric and the loss of an adapter, or of a base alone; or a UserError.
+
+    What the command line does not give is that of the adapter's run.
+    """
+    tell_differences(model, settings(model, data, args))
     rewarded = generates(data.reward_funcs, args.objective)
     examples = evaluation_examples(data, model.task_type == "SEQ_CLS", rewarded)
     if examples is None:
         raise UserError("nothing to evaluate on; give --eval_file, --dataset_test_split or --task")
-    with tempfile.TemporaryDirectory() as scratch:
-        args.output_dir = scratch
-        trainer = _trainer(BaseTrainer, model, data, args, None, examples)
+    with tempfile.TemporaryDirectory() as args.output_dir:
+        trainer = trainer_of(BaseTrainer, model, data, args, None, examples)
         result = trainer.evaluate()
     return {
         "metric_name": trainer.metric_name,
@@ -139,6 +145,19 @@ def command(model: ModelArguments, data: DataArguments, args: ZOConfig) -> str:
     told = _told(model, data, args) | {"output_dir": Path(args.output_dir).name}
     chosen = {name: _shown(name, v) for name, v in told.items() if v != defaults[name]}
     return shlex.join(["zo-peft", "train", *flags(chosen)]).replace("\n", "\\n")
+
+
+def _next(model: ModelArguments, data: DataArguments, args: ZOConfig) -> list[str]:
+    """Commands that use, show and publish what a run made."""
+    folder = args.output_dir
+    made = "adapter" if args.tune == "adapter" else "model"
+    rows = data.eval_file or data.train_file or "rows.csv"
+    answer = {f"{made}_name_or_path": folder, "eval_file": rows, "output_file": "predictions.csv"}
+    if model.trust_remote_code:
+        answer["trust_remote_code"] = True
+    lines = [["predict", *flags(answer)], ["report", folder], ["push", folder]]
+    lines[2].append(f"you/{Path(folder).resolve().name}")
+    return [shlex.join(["zo-peft", *map(str, line)]) for line in lines]
 
 
 def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
@@ -165,18 +184,21 @@ def _shown(name: str, value: Any) -> Any:
     return Path(value).name if name in FILES and value is not None else value
 
 
-def _trainer(
+def trainer_of(
     kind: type[BaseTrainer],
     model: ModelArguments,
     data: DataArguments,
     args: ZOConfig,
-    train: list[Row] | None,
-    evaluation: list[Row] | None,
+    train: list[Row] | None = None,
+    evaluation: list[Row] | None = None,
 ) -> Any:
-    tokenizer = load_tokenizer(model.model_name_or_path, **model.source)
+    """A trainer of this kind on the model and adapter that the arguments name; or a UserError."""
+    tokenizer = tokenizer_of(model, kind.trains)
     num_labels, words = None, data.words() or []
     if model.task_type == "SEQ_CLS":
         num_labels = len(words) or classes_of(train or ())
+        if not kind.trains and model.adapter_name_or_path is None:
+            check_head(model.model_name_or_path, **model.source)
     if model.adapter_name_or_path is not None and args.tune == "adapter":
         config, classes = saved_adapter(model.adapter_name_or_path)
         num_labels = classes or num_labels
@@ -207,6 +229,15 @@ def _trainer(
         reward_funcs=[load_function(name) for name in data.reward_funcs or ()],
         eval_objective=answers,
     )
+
+
+def tokenizer_of(model: ModelArguments, trains: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of the adapter's run, with its chat template; in training that of the base."""
+    adapter = model.adapter_name_or_path
+    # A repository of an adapter never gets the trust that its base was given.
+    if not trains and not model.trust_remote_code and read_results(adapter):
+        return load_tokenizer(str(adapter))
+    return load_tokenizer(model.model_name_or_path, **model.source)
 
 
 def load(
