@@ -94,7 +94,7 @@ def load_base(
 def _head(config: PreTrainedConfig, num_labels: int, words: Sequence[str]) -> dict[str, Any]:
     """The settings of a new head for classes; none where the base has a head that fits."""
     name = public_name(config.name_or_path)
-    if _has_head(config):
+    if any("ForSequenceClassification" in kind for kind in config.architectures or ()):
         if num_labels > config.num_labels:
             raise UserError(
                 f"the head of {name} has {config.num_labels} classes, and there are {num_labels}; "
@@ -113,19 +113,6 @@ def _head(config: PreTrainedConfig, num_labels: int, words: Sequence[str]) -> di
         "id2label": dict(enumerate(words)),
         "label2id": {word: index for index, word in enumerate(words)},
     }
-
-
-def _has_head(config: PreTrainedConfig) -> bool:
-    return any("ForSequenceClassification" in kind for kind in config.architectures or ())
-
-
-def check_head(name: str, **source: Any) -> None:
-    """Raise a UserError where the base of this name has no head for classes of its own."""
-    if not _has_head(load_config(name, **source)):
-        raise UserError(
-            f"{public_name(name)} has no head for classes, and a new one would answer at random; "
-            "give --adapter_name_or_path, or ask it as a language model (CAUSAL_LM)"
-        )
 
 
 def check_4bit_widths(model: PreTrainedModel, device: str = "cpu") -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from zo_peft.models.adapters import saved_adapter
 from zo_peft.models.hub import public_name
-from zo_peft.runs.arguments import ModelArguments
 from zo_peft.train.results import read_results
 
 #: The file of a run that holds the path of a base that is a folder. It never goes to the Hub.
@@ -22,7 +21,7 @@ OF_TASK = ("task", "num_eval")
 
 
 def options_of_run(words: Sequence[str]) -> dict[str, Any]:
-    """Options of an earlier run, which count where a command line does not give them.
+    """Options of an earlier run, None where it had none; a command line that gives them counts.
 
     The run is the one that made the adapter or, without an adapter, the model. A line on stderr
     says where an adapter does not tell of its run. A UserError says that what it tells is damaged.
@@ -34,49 +33,26 @@ def options_of_run(words: Sequence[str]) -> dict[str, Any]:
     for name in ("adapter_name_or_path", "model_name_or_path", "task", "eval_file", "dataset_name"):
         finder.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?")
     given, _ = finder.parse_known_args(words)
-    adapter = given.adapter_name_or_path
-    told = read_results(adapter or given.model_name_or_path).get("settings", {})
-    names = [*OF_ROWS]
+    adapter, base = given.adapter_name_or_path, given.model_name_or_path
+    told = read_results(adapter or base).get("settings", {}) if adapter or base else {}
+    names = [*OF_ROWS, *(OF_BASE if adapter else ())]
     if given.task is None:
         own = given.eval_file or given.dataset_name or "task" not in told
         names += OF_OWN if own else OF_TASK
-    found = {name: told[name] for name in names if name in told}
+    found = {name: told.get(name) for name in names} if told else {}
     if adapter is None:
         return found
     if not told:
         print(f"{public_name(adapter)} does not tell of its run; give its options", file=sys.stderr)
-    found |= {name: told[name] for name in OF_BASE if name in told}
-    if given.model_name_or_path is None and (base := _base_of(adapter, told)) is not None:
-        found["model_name_or_path"] = base
-    return found
-
-
-def _base_of(adapter: str, told: dict[str, Any]) -> str | None:
     noted = Path(adapter) / BASE_NAME
-    if noted.is_file():
-        return noted.read_text().strip()
-    return told.get("model_name_or_path") or saved_adapter(adapter)[0].base_model_name_or_path
+    own_base = noted.read_text().strip() if noted.is_file() else told.get("model_name_or_path")
+    own_base = own_base or saved_adapter(adapter)[0].base_model_name_or_path
+    if base is None or public_name(base) != public_name(own_base):
+        found["model_name_or_path"] = own_base
+    return found
 
 
 def note_base(folder: str, name: str) -> None:
     """Write down where a base is, if it is a folder, in the folder of a run."""
     if Path(name).is_dir():
         (Path(folder) / BASE_NAME).write_text(f"{Path(name).absolute()}\n")
-
-
-def tell_differences(model: ModelArguments, now: dict[str, Any]) -> None:
-    """Say on stderr, in one line, which options differ from those of the run that is used.
-
-    Args:
-        now: all options, as `zo_metrics.json` holds those of the run.
-    """
-    adapter = model.adapter_name_or_path
-    told = read_results(adapter or model.model_name_or_path).get("settings")
-    names = [*OF_ROWS, *OF_OWN, "task", *(("model_name_or_path", *OF_BASE) if adapter else ())]
-    differing = [
-        f"{name} is {now.get(name)!r} (was {told.get(name)!r})"
-        for name in names
-        if told and now.get(name) != told.get(name)
-    ]
-    if differing:
-        print(f"unlike the run: {'; '.join(differing)}", file=sys.stderr)

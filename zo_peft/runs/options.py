@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import reprlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -49,7 +50,8 @@ def parse(
         arguments: the command's dataclasses.
         positional: names of arguments that may come first without their names.
         trains: all other options are those of `zo-peft train`. They are returned last, as a list.
-        defaults: takes the options that are given, and returns those that count where none is.
+        defaults: takes the options that are given, and returns those of a run, which count where
+            none is given. A line on stderr says where others are given.
     """
     for index, argument in enumerate(positional):
         if len(argv) > 2 * index and not argv[2 * index].startswith("-"):
@@ -62,15 +64,18 @@ def parse(
     )
     if not trains:
         argv = _with_file(parser, argv)
-    if defaults is not None:
-        actions = {action.dest: action for action in parser._actions}
-        before = [_words(name, v, actions[name]) for name, v in defaults(argv).items()]
-        argv = [*chain(*before), *argv]
+    found = {} if defaults is None else defaults(argv)
+    actions = {action.dest: action for action in parser._actions}
+    before = [_words(name, v, actions[name]) for name, v in found.items() if v is not None]
     output, *filled, unknown = parser.parse_args_into_dataclasses(
-        argv,
+        [*chain(*before), *argv],
         return_remaining_strings=True,
         look_for_args_file=False,
     )
+    now = {name: value for part in filled for name, value in vars(part).items()}
+    was = {name: parser.get_default(name) if v is None else v for name, v in found.items()}
+    if other := [f"{n} is {now[n]!r} (was {v!r})" for n, v in was.items() if now[n] != v]:
+        print(f"unlike the run: {'; '.join(other)}", file=sys.stderr)
     if trains:
         return output, [*filled, unknown]
     if unknown:

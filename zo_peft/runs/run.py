@@ -1,5 +1,6 @@
 """The main jobs from start to end: train an adapter, or evaluate one."""
 
+import re
 import shlex
 import tempfile
 import time
@@ -10,7 +11,7 @@ from typing import Any
 
 import psutil
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from zo_peft.core.journal import JOURNAL_NAME
@@ -19,10 +20,10 @@ from zo_peft.data.tasks import ANSWER_TOKENS, TASKS
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
-from zo_peft.models.loading import check_head, load_base, load_tokenizer
+from zo_peft.models.loading import load_base, load_tokenizer
 from zo_peft.objectives.rewards import RewardObjective, generates, load_function
 from zo_peft.runs.arguments import DataArguments, ModelArguments
-from zo_peft.runs.earlier import note_base, tell_differences
+from zo_peft.runs.earlier import note_base
 from zo_peft.runs.jobs import flags
 from zo_peft.runs.sources import evaluation_examples, training_examples
 from zo_peft.scales import load_scales
@@ -31,7 +32,7 @@ from zo_peft.train.base import BaseTrainer
 from zo_peft.train.checks import GRADIENT
 from zo_peft.train.config import ZOConfig, run_settings
 from zo_peft.train.gradient import GradientTrainer
-from zo_peft.train.results import METRICS_NAME, given, read_results, results, write_json
+from zo_peft.train.results import METRICS_NAME, given, results, write_json
 from zo_peft.train.trainer import ZOTrainer
 
 #: The options whose values are names on the Hub or folders, and those that are always paths.
@@ -113,11 +114,7 @@ def resumes(model: ModelArguments, args: ZOConfig) -> str | bool | None:
 
 
 def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
-    """The metric and the loss of an adapter, or of a base alone; or a UserError.
-
-    What the command line does not give is that of the adapter's run.
-    """
-    tell_differences(model, settings(model, data, args))
+    """The metric and the loss of an adapter, or of a base alone; or a UserError."""
     rewarded = generates(data.reward_funcs, args.objective)
     examples = evaluation_examples(data, model.task_type == "SEQ_CLS", rewarded)
     if examples is None:
@@ -151,12 +148,12 @@ def _next(model: ModelArguments, data: DataArguments, args: ZOConfig) -> list[st
     """Commands that use, show and publish what a run made."""
     folder = args.output_dir
     made = "adapter" if args.tune == "adapter" else "model"
-    rows = data.eval_file or data.train_file or "rows.csv"
+    rows = data.eval_file or data.train_file or "new.csv"
     answer = {f"{made}_name_or_path": folder, "eval_file": rows, "output_file": "predictions.csv"}
     if model.trust_remote_code:
         answer["trust_remote_code"] = True
-    lines = [["predict", *flags(answer)], ["report", folder], ["push", folder]]
-    lines[2].append(f"you/{Path(folder).resolve().name}")
+    repository = f"you/{re.sub('[^A-Za-z0-9._]+', '-', Path(folder).resolve().name)}"
+    lines = [["predict", *flags(answer)], ["report", folder], ["push", folder, repository]]
     return [shlex.join(["zo-peft", *map(str, line)]) for line in lines]
 
 
@@ -193,12 +190,12 @@ def trainer_of(
     evaluation: list[Row] | None = None,
 ) -> Any:
     """A trainer of this kind on the model and adapter that the arguments name; or a UserError."""
-    tokenizer = tokenizer_of(model, kind.trains)
+    tokenizer = load_tokenizer(model.model_name_or_path, **model.source)
     num_labels, words = None, data.words() or []
     if model.task_type == "SEQ_CLS":
-        num_labels = len(words) or classes_of(train or ())
-        if not kind.trains and model.adapter_name_or_path is None:
-            check_head(model.model_name_or_path, **model.source)
+        # A new head that nobody trains would answer at random, so it gets no classes.
+        trained = kind.trains or model.adapter_name_or_path is not None
+        num_labels = trained * (len(words) or classes_of(train or ()))
     if model.adapter_name_or_path is not None and args.tune == "adapter":
         config, classes = saved_adapter(model.adapter_name_or_path)
         num_labels = classes or num_labels
@@ -229,15 +226,6 @@ def trainer_of(
         reward_funcs=[load_function(name) for name in data.reward_funcs or ()],
         eval_objective=answers,
     )
-
-
-def tokenizer_of(model: ModelArguments, trains: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of the adapter's run, with its chat template; in training that of the base."""
-    adapter = model.adapter_name_or_path
-    # A repository of an adapter never gets the trust that its base was given.
-    if not trains and not model.trust_remote_code and read_results(adapter):
-        return load_tokenizer(str(adapter))
-    return load_tokenizer(model.model_name_or_path, **model.source)
 
 
 def load(

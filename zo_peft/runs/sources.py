@@ -54,19 +54,11 @@ def _own_examples(
     data: DataArguments, path: str | None, split: str | None, classifies: bool, generates: bool
 ) -> Examples | None:
     """Examples of the user's own file, or of a split of the user's own data set."""
-    if (found := own_rows(data, path, split)) is None:
+    if path is not None:
+        source, rows = Path(path).name, read_rows(path)
+    elif data.dataset_name is not None and split is not None:
+        source, rows = data.dataset_name, hub_rows(data.dataset_name, data.dataset_config, split)
+    else:
         return None
-    source, rows = found
     template, column = data.prompt_template, data.label_column
     return make_examples(rows, source, template, column, data.words(), classifies, generates)
-
-
-def own_rows(
-    data: DataArguments, path: str | None, split: str | None
-) -> tuple[str, list[Row]] | None:
-    """The name and the rows of the user's own file, or of a split of the user's own data set."""
-    if path is not None:
-        return Path(path).name, read_rows(path)
-    if data.dataset_name is not None and split is not None:
-        return data.dataset_name, hub_rows(data.dataset_name, data.dataset_config, split)
-    return None

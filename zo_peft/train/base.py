@@ -39,7 +39,7 @@ from zo_peft.models import adapters
 from zo_peft.models.hub import AnyModel, first_line
 from zo_peft.models.loading import load_base, load_tokenizer
 from zo_peft.objectives import rewards, scoring
-from zo_peft.train.answers import answered, classes_of, form_named, lacks_answers
+from zo_peft.train.answers import answered, classes_of, is_chat, questions
 from zo_peft.train.card import write_model_card
 from zo_peft.train.config import ZOConfig
 from zo_peft.train.progress import Progress, Totals
@@ -141,7 +141,8 @@ class BaseTrainer(Trainer):
         chosen = partial(_objective, self.tokenization, args, reward_funcs)
         given = eval_objective or objective
         self.evaluated = None if given else _kind(evaluation or train)
-        self.form = form_named(_kind(evaluation or train), train_dataset or eval_dataset)
+        chats = is_chat(train_dataset or eval_dataset)
+        self.form = "messages" if chats else _kind(evaluation or train)
         self.eval_objective = given or chosen(self.evaluated)
         self.objective = objective or chosen(_kind(train or evaluation))
         objectives = (self.objective, self.eval_objective)
@@ -201,8 +202,8 @@ class BaseTrainer(Trainer):
         probabilities [N, K] of the options or classes, 0 where a row has fewer; or greedily
         generated texts [N], and `test_cut` counts those that `max_completion_length` cut.
         """
-        if lacks_answers(test_dataset, self.tokenization):
-            return answered(self, test_dataset)
+        if (asked := questions(test_dataset, self.tokenization)) is not None:
+            return answered(self, asked)
         return super().predict(self._alike(test_dataset), *args, **kwargs)
 
     def _alike(self, dataset: Any) -> Any:

@@ -71,7 +71,7 @@ def write_model_card(
         )
         results = [result]
     metadata = ModelCardData(
-        license=_license(model.config.name_or_path),
+        license="unknown",
         library_name="transformers" if config is None else "peft",
         pipeline_tag=task,
         base_model=base["name"] if base["on_hub"] else None,
@@ -84,7 +84,6 @@ def write_model_card(
     card = ModelCard.from_template(
         metadata,
         str(TEMPLATE),
-        metadata=metadata,
         title=title,
         base=base,
         settings=settings,
@@ -126,19 +125,6 @@ def _question(summary: dict[str, Any], num_labels: int | None) -> dict[str, Any]
     space = "" if template and template[-1].isspace() else " "
     spaced = [space + word.strip() for word in words or ("one option", "another option")]
     return {"form": form, "template": template, "row": row, "words": spaced}
-
-
-def _license(base: str) -> str | list[str]:
-    """The licence that the card of a base names, as far as the card is here; else `unknown`."""
-    path: Any = Path(base) / CARD_NAME
-    if not path.is_file():
-        try:
-            path = try_to_load_from_cache(base, CARD_NAME)
-        except HFValidationError:
-            path = None
-    if not isinstance(path, str | Path):
-        return "unknown"
-    return ModelCard.load(path, ignore_metadata_errors=True).data.license or "unknown"
 
 
 def _names(config: PreTrainedConfig) -> dict[int, str] | None:

@@ -71,27 +71,23 @@ def _count(dataset: Any) -> int | None:
     return len(dataset) if has_length(dataset) and not isinstance(dataset, dict) else None
 
 
-def read_results(name: str | None) -> dict[str, Any]:
+def read_results(name: str) -> dict[str, Any]:
     """The contents of `zo_metrics.json` of a folder or a repository of the Hub; empty without one.
 
     A UserError says that it is there, but is not what a run writes.
     """
-    if name is None:
-        return {}
-    path = Path(name) / METRICS_NAME
     try:
+        path = Path(name) / METRICS_NAME
         path = path if Path(name).is_dir() else Path(hf_hub_download(name, METRICS_NAME))
+        content = path.read_bytes()
     except LOAD_ERRORS:
         return {}
-    if not path.is_file():
-        return {}
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(content)
         return {**found, "settings": {**found["settings"]}}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
-            f"{METRICS_NAME} of {public_name(name)} is not what a run writes "
-            f"({type(error).__name__}); remove it, and give its options yourself"
+            f"{METRICS_NAME} of {public_name(name)} is not what a run writes: {error!r}; remove it"
         ) from error
 
 
