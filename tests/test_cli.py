@@ -44,7 +44,9 @@ def test_train_writes_adapter_card_and_metrics_and_evaluate_agrees(
     assert main(["train", *options(tmp_path, save_strategy="no"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     out = tmp_path / "out"
-    assert printed == json.loads((out / "zo_metrics.json").read_text())
+    assert {n: v for n, v in printed.items() if n not in ("output_dir", "next")} == json.loads(
+        (out / "zo_metrics.json").read_text()
+    )
     assert printed.keys() >= METRICS
     assert (printed["steps"], printed["forward_passes"]) == (8, 32)
     assert printed["examples_forwarded"] == 32 * 4

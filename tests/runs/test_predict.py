@@ -411,7 +411,7 @@ def test_the_code_of_a_card_prints_what_predict_predicts(
     card = (merged / "README.md").read_text()
     metrics = json.loads((run_of("several") / "zo_metrics.json").read_text())
     assert f"| accuracy | {metrics['metric_before']:.4f} | {metrics['metric_after']:.4f} |" in card
-    assert f"before they were merged on {ROWS} examples" in card
+    assert f"before merging, on {ROWS} examples." in card
     assert "The file `several.jsonl`, trained on." in card
     assert "license: unknown" in card
     assert "model-index" not in card

@@ -93,17 +93,14 @@ def _question(row: Row, template: str | None, words: Sequence[str], classifies: 
         return {"text": fill_template(template or "{text}", row)}
     if template is not None:
         return {"prompt": fill_template(template, row), **({"options": [*words]} if words else {})}
-    asked = {name: row[name] for name in ("prompt", "options", *OPTIONAL) if name in row}
-    if row.get("messages"):
-        turns = [*row["messages"]]
-        while turns and turns[-1]["role"] == "assistant":
-            turns.pop()
-        asked["prompt"] = turns
-    elif row.get("text") is not None:
-        asked["prompt"] = row["text"]
-    if not asked.get("prompt"):
+    prompt = row.get("prompt")
+    if prompt is None and row.get("messages"):
+        prompt = [*row["messages"]]
+        while prompt and prompt[-1]["role"] == "assistant":
+            prompt.pop()
+    if not (prompt := row.get("text") if prompt is None else prompt):
         raise UserError(f"it has the columns {named(row)}; give a --prompt_template")
-    return asked
+    return {"prompt": prompt, **{n: row[n] for n in ("options", *OPTIONAL) if n in row}}
 
 
 def _labelled(probabilities: Any, labels: Sequence[Any]) -> Row:

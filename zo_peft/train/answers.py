@@ -59,8 +59,9 @@ def _question(row: Row, classifies: bool) -> Row | None:
     if classifies:
         return {**kept, "text": row["text"], "label": 0} if form == ("text",) else None
     if form == ("messages",):
-        last = row["messages"][-1]["role"]
-        return None if last == "assistant" else {**kept, "prompt": row["messages"]}
+        roles = [turn.get("role") for turn in row["messages"] if isinstance(turn, Mapping)]
+        asks = roles and roles[-1] != "assistant"
+        return {**kept, "prompt": row["messages"]} if asks else None
     options = {} if row.get("options") is None else {"options": row["options"], "label": 0}
     return {**kept, **options} if form == ("prompt",) else None
 

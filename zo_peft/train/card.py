@@ -97,7 +97,7 @@ def write_model_card(
         quantization=quantization_of(model.config),
         config=config and _chosen(config),
         question=_question(summary, num_labels),
-        literal=lambda value: json.dumps(value, ensure_ascii=False),
+        literal=_literal,
         block=_block,
         yaml=_yaml,
     )
@@ -178,6 +178,11 @@ def _yaml(values: dict[str, Any]) -> str:
     """Values as YAML: sets are sorted, and enumerations and the like written as text."""
     text = json.dumps(values, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
     return yaml.safe_dump(json.loads(text), sort_keys=False, width=100, allow_unicode=True).rstrip()
+
+
+def _literal(value: Any) -> str:
+    """Texts as Python writes them, without backticks that would end the block they stand in."""
+    return json.dumps(value, ensure_ascii=False).replace("```", r"\u0060" * 3)
 
 
 def _block(language: str, text: str) -> str:
