@@ -148,7 +148,9 @@ def test_classes_are_those_of_the_head_or_the_words(zo: Lines, files: Path, tmp_
     # An adapter of another task is not scored with a head of random numbers.
     zo("train", tmp_path / "causal")
     assert "of task_type CAUSAL_LM, not SEQ_CLS" in head("evaluate", "causal", 2, code=2)
-    assert "of task_type SEQ_CLS, not CAUSAL_LM" in evaluated(zo, tmp_path / "two", code=2)
+    assert "of task_type SEQ_CLS, not CAUSAL_LM" in evaluated(
+        zo, tmp_path / "two", code=2, task_type="CAUSAL_LM"
+    )
 
 
 @pytest.mark.parametrize("tune", ["adapter", "weights"])
