@@ -125,7 +125,8 @@ def _run(name: str, command: Command, argv: Sequence[str]) -> tuple[bool, dict[s
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     arguments = [named(argument) for argument in command.arguments]
     defaults = named(command.defaults) if command.defaults else None
-    output, parsed = parse(name, arguments, argv, command.positional, command.trains, defaults)
+    given = command.positional, command.trains
+    output, parsed = parse(name, arguments, argv, *given, defaults=defaults)
     # Trainer prints its logs on stdout, where only the result belongs.
     with contextlib.redirect_stdout(sys.stderr):
         return output.json, named(command.job)(*parsed)

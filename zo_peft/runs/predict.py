@@ -61,7 +61,7 @@ def predict(
         source, rows = data.dataset_name, hub_rows(data.dataset_name, data.dataset_config, split)
     else:
         raise UserError("nothing to answer; give --eval_file, or --dataset_name and its split")
-    if taken := [name for name in ADDED if name in rows[0]]:
+    if taken := [name for name in ADDED if any(name in row for row in rows)]:
         raise UserError(f"{source} has a column {taken[0]!r} already; rename it")
     # What was maximised has no say in an answer.
     args.objective = None
@@ -114,7 +114,8 @@ def _write(path: Path, rows: list[Row]) -> None:
     """Write rows as JSON lines or, by the name, as CSV, in one piece."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
+    # Half a character (a lone surrogate) is written as JSON writes it.
+    with unfinished.open("w", -1, "utf-8", "backslashreplace", "") as file:
         if path.suffix.lower() == ".jsonl":
             file.writelines(_json(row) + "\n" for row in rows)
         else:

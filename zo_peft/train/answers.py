@@ -30,7 +30,7 @@ def classes_of(rows: Any) -> int:
 def is_chat(dataset: Any) -> bool:
     """Whether the examples of a data set, or of the first of several, are conversations."""
     dataset = next(iter(dataset.values()), None) if isinstance(dataset, dict) else dataset
-    first = next(iter(dataset or ()), {})
+    first: Any = next(iter(dataset or ()), {})
     return any(isinstance(first.get(name), list) for name in ("messages", "prompt"))
 
 
