@@ -61,10 +61,7 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         UserError: something in the arguments cannot work; then no adapter has been written.
     """
     resume = resumes(model, args)
-    classifies = model.task_type == "SEQ_CLS"
-    rewarded = generates(data.reward_funcs, args.objective)
-    examples, dev = training_examples(data, classifies, rewarded, args.seed)
-    test = evaluation_examples(data, classifies, rewarded)
+    examples, dev, test = examples_of(model, data, args)
     kind = GradientTrainer if args.strategy in GRADIENT else ZOTrainer
     trainer = trainer_of(kind, model, data, args, examples, dev or test)
     test_set = trainer.eval_dataset if dev is None else trainer.features(test)
@@ -88,6 +85,16 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     trainer.save_model()
     trainer.save_state()
     return trainer.summary | {"output_dir": args.output_dir, "next": _next(model, data, args)}
+
+
+def examples_of(
+    model: ModelArguments, data: DataArguments, args: ZOConfig
+) -> tuple[list[Row], list[Row] | None, list[Row] | None]:
+    """Examples to train on, to choose checkpoints on, and to evaluate on."""
+    classifies = model.task_type == "SEQ_CLS"
+    rewarded = generates(data.reward_funcs, args.objective)
+    train, dev = training_examples(data, classifies, rewarded, args.seed)
+    return train, dev, evaluation_examples(data, classifies, rewarded)
 
 
 def resumes(model: ModelArguments, args: ZOConfig) -> str | bool | None:
@@ -189,7 +196,7 @@ def trainer_of(
     train: list[Row] | None = None,
     evaluation: list[Row] | None = None,
 ) -> Any:
-    """A trainer of this kind on the model and adapter that the arguments name; or a UserError."""
+    """A trainer of this kind for these arguments; its model and its data are loaded."""
     tokenizer = load_tokenizer(model.model_name_or_path, **model.source)
     num_labels, words = None, data.words() or []
     if model.task_type == "SEQ_CLS":
