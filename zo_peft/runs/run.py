@@ -201,7 +201,7 @@ def trainer_of(
     num_labels, words = None, data.words() or []
     if model.task_type == "SEQ_CLS":
         # A new head that nobody trains would answer at random, so it gets no classes.
-        trained = kind.trains or model.adapter_name_or_path is not None
+        trained = train is not None or model.adapter_name_or_path is not None
         num_labels = trained * (len(words) or classes_of(train or ()))
     if model.adapter_name_or_path is not None and args.tune == "adapter":
         config, classes = saved_adapter(model.adapter_name_or_path)
