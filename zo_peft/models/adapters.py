@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zo_peft.errors import UserError
+from zo_peft.errors import Notice, UserError
 from zo_peft.models.hub import LOAD_ERRORS, AnyModel, first_line, public_name, reason
 from zo_peft.models.loading import check_4bit_widths, load_config
 
@@ -353,7 +353,7 @@ def start_prefix_from_tokens(model: PeftModel, token_ids: Tensor) -> None:
     output = base(input_ids=token_ids[None].to(input_device(base)), use_cache=True)
     cache = getattr(output, "past_key_values", None)
     if cache is None:
-        warnings.warn(f"{name_of(model)} starts from a random prefix", UserWarning, stacklevel=2)
+        warnings.warn(f"{name_of(model)} starts from a random prefix", Notice, stacklevel=2)
         return
     heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
     weight = model.prompt_encoder[model.active_adapter].embedding.weight
