@@ -162,8 +162,7 @@ def _run(name: str, command: Command, argv: Sequence[str]) -> tuple[bool, dict[s
     from zo_peft.runs.options import parse
 
     arguments = [named(argument) for argument in command.arguments]
-    given = command.positional, command.trains, command.groups
-    output, parsed = parse(name, arguments, argv, *given)
+    output, parsed = parse(name, arguments, argv, command.positional, command.trains)
     # Trainer prints its logs on stdout, where only the result belongs.
     with contextlib.redirect_stdout(sys.stderr):
         return output.json, named(command.job)(*parsed)
