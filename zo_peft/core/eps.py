@@ -79,9 +79,9 @@ class EpsChoice:
                 # The error grows with eps; so does what a jump says of the slope, over its noise.
                 grown = min(tolerance / error, NEIGHBOURS[-1])
                 eps, error = eps * grown, error * grown
-        tried = f"of {len(ladder)} distances from {ladder[0]:.1g} to {ladder[-1]:.1g} the largest"
-        message = f"candidates are tried at a distance of zo_eps={eps:.2g}, {tried} over which the "
-        message += f"loss still changes evenly, up to {error:.0%}"
+        tried = f"the largest of {len(ladder)} from {ladder[0]:.2g} to {ladder[-1]:.2g}"
+        message = f"candidates are tried at a distance of zo_eps={eps:.2g}, {tried} at which the "
+        message += f"loss still changes in proportion (within {error:.0%})"
         return Calibration(evaluator.forward_passes, eps, error), message
 
     def adopt(self, calibration: Calibration) -> bool:

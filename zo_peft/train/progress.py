@@ -95,6 +95,8 @@ class Progress(ProgressCallback):
         """Move the bar of an evaluation."""
         if self.bars:
             super().on_prediction_step(args, state, control, **kwargs)
+            if self.prediction_bar is not None:
+                self.prediction_bar.set_description("evaluation", refresh=False)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
