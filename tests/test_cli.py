@@ -1,5 +1,6 @@
 """The command line on the embedded model: what it writes, prints and refuses."""
 
+import ast
 import json
 import re
 from dataclasses import fields, is_dataclass
@@ -11,6 +12,7 @@ import torch
 import yaml
 from tiny import command_line
 
+import zo_peft
 from zo_peft import __version__
 from zo_peft.cli import COMMANDS, RUN, main, named
 from zo_peft.objectives.scoring import OptionObjective
@@ -199,8 +201,12 @@ def test_a_classification_head_trains_and_is_evaluated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     head = {"task_type": "SEQ_CLS", "prompt_template": None, "label_words": "negative,positive"}
-    assert main(["train", *options(tmp_path, **head), "--json"]) == 0
-    trained = json.loads(capsys.readouterr().out)
+    assert main(["train", *options(tmp_path, num_candidates=2, **head), "--json"]) == 0
+    printed = capsys.readouterr()
+    trained = json.loads(printed.out)
+    # transformers reports a new head, and shows bars while it loads.
+    said = {line.split(":")[0].split("  ")[0] for line in printed.err.splitlines()}
+    assert {line for line in said if not re.fullmatch(r"step \d+", line)} == {"note"}
     assert (
         main(["evaluate", *options(tmp_path, adapter_name_or_path=tmp_path / "out", **head)]) == 0
     )
@@ -219,6 +225,25 @@ def test_a_quantized_base_with_a_new_head_is_tuned_and_loaded(
     evaluated = json.loads(capsys.readouterr().out)
     assert evaluated["metric"] == trained["metric_after"]
     assert evaluated["eval_loss"] == pytest.approx(trained["eval_loss_after"], rel=1e-5)
+
+
+def test_a_run_without_output_dir_is_in_a_folder_named_after_base_and_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = {"output_dir": None, "eval_file": None, "max_forward_passes": 4}
+    assert main(["train", *options(tmp_path, **short), "--json"]) == 0
+    assert "--output_dir model-train" in json.loads(capsys.readouterr().out)["command"]
+    assert (tmp_path / "model-train" / "adapter_model.safetensors").is_file()
+    assert main(["train", *options(tmp_path, **short)]) == 2
+    assert "model-train holds a run" in capsys.readouterr().err
+
+
+def test_all_warnings_of_ours_are_shown() -> None:
+    for path in Path(zo_peft.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
+                assert ast.unparse(node.args[1]) == "Notice", f"{path.name}, line {node.lineno}"
 
 
 def test_usage_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,6 +333,12 @@ def test_a_config_holds_lists_objects_and_defaults(tmp_path: Path) -> None:
     assert args.report_to == []
     assert args.reward_weights == [-1.0, 0.5]
     assert (data.task, model.peft_type, model.task_type) == ("sst2", "IA3", "SEQ_CLS")
+
+
+def test_a_text_may_begin_with_dashes() -> None:
+    argv = ["--model_name_or_path", "m", "--prompt_template", "-- {text} --lr"]
+    _, (_, data, _) = parse("train", [*map(named, RUN)], argv)
+    assert data.prompt_template == argv[-1]
 
 
 #: What the help does not show: options that are refused, and those that only belong to them.

@@ -52,7 +52,12 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
             f"{kind} may read weights outside of their layers, and part of the base is offloaded; "
             f"use one of {', '.join(ON_OFFLOADED)}"
         )
+    given = getattr(peft_config, "target_modules", None)
     try:
+        for name in given if isinstance(given, set | list) else ():
+            # PEFT is content with one name that fits.
+            if not any(f".{module}".endswith(f".{name}") for module, _ in model.named_modules()):
+                raise ValueError(f"no module is named {name}.")
         # PEFT fills default target modules into the configuration that it is given.
         with stand_ins(offloaded):
             adapted = peft.get_peft_model(model, deepcopy(peft_config))

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import re
 import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,13 +34,8 @@ class _Parser(HfArgumentParser):
     """Takes choices in either case, hides what is refused, and reports an error in one line."""
 
     def __init__(self, name: str, arguments: Sequence[type]) -> None:
-        super().__init__(
-            (OutputArguments, *arguments),
-            prog=f"zo-peft {name}",
-            usage="%(prog)s [options]",
-            allow_abbrev=False,
-            add_help=False,
-        )
+        names = {"prog": f"zo-peft {name}", "usage": "%(prog)s [options]"}
+        super().__init__((OutputArguments, *arguments), **names, allow_abbrev=False, add_help=False)
         self.add_argument("--help-all", "--help_all", action="help", help="Show this.")
         for action in self._actions:
             if action.choices is not None:
@@ -79,7 +75,8 @@ def parse(
             argv = [*argv[: 2 * index], f"--{argument}", *argv[2 * index :]]
     parser = _Parser(name, arguments)
     if not trains:
-        parser.refuse_unknown(word for word in argv if word.startswith("--"))
+        # As for argparse, what has a space is a value.
+        parser.refuse_unknown(w for w in argv if re.match(r"--[^\s=]*(=|$)", w))
     output, *filled, unknown = parser.parse_args_into_dataclasses(
         argv if trains else _with_file(parser, argv),
         return_remaining_strings=True,

@@ -190,7 +190,11 @@ class ZOConfig(TrainingArguments):
         self.chooses_folder = self.output_dir is None
         if self.num_train_epochs is None:
             self.num_train_epochs = checks.EPOCHS
-        if self.load_best_model_at_end and self.save_strategy == "steps" and self.eval_steps is None:
+        if (
+            self.load_best_model_at_end
+            and self.save_strategy == "steps"
+            and self.eval_steps is None
+        ):
             # transformers takes `logging_steps`, which as a share fits no number of steps.
             self.eval_steps = self.save_steps
         self.strategy_is_default = self.strategy is None
