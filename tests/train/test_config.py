@@ -118,7 +118,7 @@ def test_a_chosen_budget_is_three_times_over_the_data_within_bounds(
     config = make(tmp_path, **settings)
     assert config.chooses_budget
     assert default_budget(config, steps, passes) == budget
-    limited = config.with_budget(budget)
+    limited = config.changed(max_forward_passes=budget)
     assert limited.max_steps == make(tmp_path, max_forward_passes=budget, **settings).max_steps
     assert config.max_forward_passes is None
 

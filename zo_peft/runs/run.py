@@ -57,7 +57,8 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         UserError: something in the arguments cannot work; then no adapter has been written.
     """
     if args.chooses_folder:
-        args.output_dir = default_folder(model, data)
+        source = Path(data.task or data.train_file or data.dataset_name or "data").stem
+        args.output_dir = f"{Path(model.model_name_or_path).resolve().name}-{source}"
     resume = resumes(model, args)
     classifies = model.task_type == "SEQ_CLS"
     rewarded = generates(data.reward_funcs, args.objective)
@@ -84,12 +85,6 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     trainer.save_model()
     trainer.save_state()
     return trainer.summary
-
-
-def default_folder(model: ModelArguments, data: DataArguments) -> str:
-    """The output folder of a run for which none is given, named after its base and its data."""
-    source = data.task or data.train_file or data.dataset_name or "data"
-    return f"{Path(model.model_name_or_path).resolve().name}-{Path(source).stem}"
 
 
 def resumes(model: ModelArguments, args: ZOConfig) -> str | bool | None:

@@ -79,7 +79,7 @@ POSITIVE += ["per_device_eval_batch_size"]
 
 
 def check_choices(config: "ZOConfig") -> None:
-    """Refuse a value that is none of the known ones: of its `Literal`, or of the tables."""
+    """Refuse a value that is in neither case a known one: of its `Literal`, or of the tables."""
     # These are looked up now, because a user's own may have joined the table since the import.
     known: dict[str, tuple[str, ...]] = {"strategy": (*STRATEGIES, GUIDED, *GRADIENT)}
     known["update_rule"] = tuple(RULES)
@@ -91,10 +91,8 @@ def check_choices(config: "ZOConfig") -> None:
     defaults = {f.name: f.default for f in fields(config)}
     for name, choices in known.items():
         value = getattr(config, name)
-        if isinstance(value, str):
-            # Letters of either case will do.
-            value = {choice.lower(): choice for choice in choices}.get(value.lower(), value)
-            setattr(config, name, value)
+        value = {choice.lower(): choice for choice in choices}.get(str(value).lower(), value)
+        setattr(config, name, value)
         if value not in (*choices, defaults[name]):
             raise UserError(f"{name}={value!r} is not known; use one of {', '.join(choices)}")
 
@@ -169,7 +167,7 @@ def check_values(config: "ZOConfig") -> None:
             raise UserError(f"{name}={value}; it must be positive and finite")
     if config.max_steps == 0 or config.max_steps < -1:
         raise UserError(f"max_steps={config.max_steps}; it must be positive, or -1 (no limit)")
-    if config.max_steps < 0 and not 0 < config.num_train_epochs < math.inf:
+    if config.max_steps < 0 and not 0 < (config.num_train_epochs or 0) < math.inf:
         raise UserError(f"num_train_epochs={config.num_train_epochs}; it must be positive")
     if not 0 <= config.seed < 1 << 32:
         raise UserError(f"seed={config.seed}; it must be at least 0 and below 2^32")

@@ -196,7 +196,7 @@ class ZOConfig(TrainingArguments):
             and self.eval_steps is None
         ):
             # transformers takes `logging_steps`, which as a share fits no number of steps.
-            self.eval_steps = self.save_steps
+            self.eval_steps: float | None = self.save_steps
         self.strategy_is_default = self.strategy is None
         if self.strategy is None:
             self.strategy = checks.default_strategy(self)
@@ -223,19 +223,16 @@ class ZOConfig(TrainingArguments):
 
     def with_candidates(self) -> "ZOConfig":
         """The same with `gv`, for a model or a goal of which a guide can read nothing."""
+        rule = "normalized" if self.update_rule == "guided" else self.update_rule
+        return self.changed(strategy="gv", update_rule=rule)
+
+    def changed(self, **settings: Any) -> "ZOConfig":
+        """The same with other settings, and the steps that its budget then allows."""
         changed = copy.copy(self)
-        changed.strategy = "gv"
-        if changed.update_rule == "guided":
-            changed.update_rule = "normalized"
+        for name, value in settings.items():
+            setattr(changed, name, value)
         if changed.max_forward_passes is not None:
             changed._limit_steps(changed.max_forward_passes)
-        return changed
-
-    def with_budget(self, passes: int) -> "ZOConfig":
-        """The same with this `max_forward_passes`, for a run of which nothing says when it ends."""
-        changed = copy.copy(self)
-        changed.max_forward_passes = passes
-        changed._limit_steps(passes)
         return changed
 
     @property

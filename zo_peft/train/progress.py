@@ -110,6 +110,7 @@ class Progress(ProgressCallback):
             return
         self.shown["loss"] = f"{logs['loss']:.4f}"
         counts = {name: f"{count:,}" for name, count in self._counts(state).items()}
+        counts[self.unit] += f"/{self.total:,}"
         done = self._counts(state)[self.unit]
         pace = (time.monotonic() - self.began) / max(done - self.initial, 1)
         left = f"{tqdm.format_interval(pace * max(self.total - done, 0))} left"
@@ -118,12 +119,11 @@ class Progress(ProgressCallback):
             tqdm.write(f"{chosen} (max_forward_passes sets another)", file=sys.stderr)
             self.says_budget = False
         if self.training_bar is not None:
-            passes = {"passes": counts["passes"]} if self.unit == "step" else {}
+            passes = {} if self.unit == "passes" else {"passes": counts["passes"]}
             self.training_bar.set_postfix(passes | self.shown, refresh=False)
-            return
-        counts[self.unit] += f"/{self.total:,}"
-        shown = [f"{name} {value}" for name, value in (counts | self.shown).items()]
-        print("  ".join([*shown, left]), file=sys.stderr)
+        else:
+            shown = [f"{name} {value}" for name, value in (counts | self.shown).items()]
+            print("  ".join([*shown, left]), file=sys.stderr)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""

@@ -108,7 +108,8 @@ class ZOTrainer(CheckpointTrainer):
         self.faults, self.calibrations = self.tuner.faults, self.tuner.eps.calibrations
         if args.chooses_budget and has_length(self.train_dataset):
             steps = len(self.train_dataset) / self.get_total_train_batch_size(args)
-            self.args = args = args.with_budget(default_budget(args, steps, self._step_passes))
+            budget = default_budget(args, steps, self._step_passes)
+            self.args = args = args.changed(max_forward_passes=budget)
         if self.tuner.guided is not None:
             check_first_guided(args, self.tuner.passes(0))
 
