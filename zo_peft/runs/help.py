@@ -70,7 +70,7 @@ def _meaning(given: dict[str | None, ast.expr]) -> str:
     """The first sentence of an `HfArg`'s help, with its default in brackets."""
     texts = (node.value for node in ast.walk(given["help"]) if isinstance(node, ast.Constant))
     sentence = str(next(texts)).partition(". ")[0].rstrip(".")
-    if "default" not in given:
+    if not {"default", "default_factory"} & given.keys():
         return f"{sentence} (required)"
-    default = ast.unparse(given["default"]).strip("'")
-    return sentence if default in ("None", "False") else f"{sentence} [{default}]"
+    default = getattr(given.get("default"), "value", None)
+    return sentence if default is None or default is False else f"{sentence} [{default}]"
