@@ -133,6 +133,7 @@ LONG = json.dumps({"text": "good " * 500, "label": 1})
         ({}, [LONG], "context holds 256; shorten it, or set max_length"),
         ({"strategy": "spsa"}, None, "strategy='spsa' is not known; use one of mezo, n-spsa"),
         ({"lora_target_modules": "nothing"}, None, "linear layers are: .*q_proj"),
+        ({"lora_target_modules": ["q_proj", "v_projj"]}, None, "no module is named v_projj"),
         ({"model_name_or_path": "no/such-model"}, None, "no/such-model"),
         ({"peft_type": "LAURA"}, None, "PEFT has .*LORA"),
         ({"fp16": True}, None, "fp16 is not for forward-only tuning: .*dtype"),
