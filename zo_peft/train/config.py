@@ -35,7 +35,8 @@ class ZOConfig(TrainingArguments):
     )
     preset: Preset | None = HfArg(
         default=None,
-        help="paper-gv, paper-greedy, mezo, subzero or lozo. A published algorithm, exactly.",
+        help="paper-gv, paper-greedy, mezo, subzero or lozo. A published algorithm, exactly; "
+        "paper-mezo is another name of mezo.",
     )
     tune: Tune = HfArg(
         default="adapter",
