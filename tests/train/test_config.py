@@ -163,7 +163,7 @@ def test_every_field_of_its_own_is_documented() -> None:
         ({"auto_find_batch_size": True}, ["per_device_train_batch_size"]),
         ({"optim": "adafactor"}, ["optim", "update_rule"]),
         ({"strategy": "spsa"}, ["strategy='spsa'", "mezo, n-spsa, greedy, gv, guided, adam, sgd"]),
-        ({"preset": "paper"}, ["preset='paper'", "paper-gv, paper-greedy, mezo"]),
+        ({"preset": "paper"}, ["preset='paper'", "paper-gv, paper-greedy, paper-mezo, mezo"]),
         ({"weighting": "rank"}, ["weighting='rank'", "split, loss"]),
         ({"probe": "none"}, ["probe='none'", "central, reuse"]),
         ({"noise": "uniform"}, ["noise='uniform'", "gaussian, rademacher"]),
