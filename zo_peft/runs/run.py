@@ -60,6 +60,9 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     Raises:
         UserError: something in the arguments cannot work; then no adapter has been written.
     """
+    if args.chooses_folder:
+        source = Path(data.task or data.train_file or data.dataset_name or "data").stem
+        args.output_dir = f"{Path(model.model_name_or_path).resolve().name}-{source}"
     resume = resumes(model, args)
     examples, dev, test = examples_of(model, data, args)
     kind = GradientTrainer if args.strategy in GRADIENT else ZOTrainer

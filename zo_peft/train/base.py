@@ -1,5 +1,6 @@
 """What forward-only tuning and its gradient baseline share: model, data, evaluation, saving."""
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
@@ -16,6 +17,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import (
     EarlyStoppingCallback,
     ExportableState,
+    PrinterCallback,
     ProgressCallback,
     TrainerCallback,
 )
@@ -171,8 +173,9 @@ class BaseTrainer(Trainer):
             raise UserError(f"transformers refuses the settings: {first_line(error)}") from error
         self.totals = Totals()
         self.add_callback(self.totals)
-        if self.trains and self.pop_callback(ProgressCallback):
-            self.add_callback(Progress(lambda: self.forward_passes, self.metric_name))
+        if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):
+            bars = sys.stderr.isatty() and not args.disable_tqdm
+            self.add_callback(Progress(lambda: self.forward_passes, self.metric_name, bars))
         if data_collator is None:
             model.eval()
             several = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
