@@ -299,6 +299,18 @@ OTHERS: dict[Form, tuple[Form, Callable[[Row], Row]]] = {
     ("prompt", "response"): ((), lambda r: {"prompt": r["prompt"], "completion": r["response"]}),
 }
 
+
+def question_of(row: Row) -> Row:
+    """The row in a form of ours without its answer, if it is in one of another program's."""
+    for first in ("conversations", "instruction"):
+        if row.get(first) is not None:
+            beside = {n for form, (names, _) in OTHERS.items() if form[0] == first for n in names}
+            convert = next(convert for form, (_, convert) in OTHERS.items() if form[0] == first)
+            asked = {n: v for n, v in row.items() if n in {first, *beside} and v is not None}
+            return {n: v for n, v in convert(asked).items() if v is not None}
+    return row
+
+
 READERS: dict[str, Callable[[Any], Any]] = {
     "prompt": lambda value: _messages(value) if isinstance(value, list) else text_of(value),
     "completion": lambda value: _messages(value) if isinstance(value, list) else filled_text(value),
