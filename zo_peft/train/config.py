@@ -179,7 +179,8 @@ class ZOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         checks.check_choices(self)
         checks.apply_preset(self)
-        self.strategy_is_default = self.strategy is None
+        # Exact layers are only read by a guide, and it reads all that is in them.
+        self.strategy_is_default = self.strategy is None and not self.exact_layers
         if self.strategy is None:
             self.strategy = checks.default_strategy(self)
         checks.choose_noise(self)

@@ -45,7 +45,7 @@ from zo_peft.train import checkpoint
 from zo_peft.train.checkpoint import CheckpointTrainer
 from zo_peft.train.checks import GRADIENT, GUIDED, check_first_guided
 from zo_peft.train.config import ZOConfig
-from zo_peft.train.policy import PolicyGuide
+from zo_peft.train.policy import PolicyGuide, may_draw
 
 #: How far a random walk of all steps would move the loss of an example, in nats, with the automatic
 #: learning rate (docs/efficiency.md).
@@ -129,9 +129,11 @@ class ZOTrainer(CheckpointTrainer):
         return None if self.tuner.guided is None else self.tuner.guided.told
 
     def _guide_reads(self) -> bool:
-        return isinstance(self.objective, DIFFERENTIABLE) and may_read(
-            self.model, self.space.parameters
-        )
+        objective = self.objective
+        known = isinstance(objective, DIFFERENTIABLE)
+        if isinstance(objective, RewardObjective):
+            known = may_draw(objective.temperature, self.args)
+        return known and may_read(self.model, self.space.parameters)
 
     def _guide(self) -> ResidualGuide:
         args, objective = self.args, self.objective
