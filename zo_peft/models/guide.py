@@ -30,8 +30,8 @@ from zo_peft.models.trunk import first_of, hidden_of, layers_of, with_hidden
 #: A module writes into the residual stream if its layer's output follows it: the least cosine of
 #: what it is displaced by and of what the layer's output is displaced by.
 FOLLOWS = 0.3
-#: Rows with several scored positions are read together up to so many tokens (or one by one), because
-#: of such rows all tokens are kept.
+#: Rows with several scored positions are read together up to so many tokens, longer ones alone:
+#: something is kept of all their tokens.
 TOKENS = 512
 #: By what share of the standard deviation of its layer's output a module is displaced for that.
 DISPLACED = 0.1

@@ -68,7 +68,7 @@ class GuideMemory:
         return total
 
     def weights(self, batch: int, length: int, scored: int) -> int:
-        """Bytes of a layer's attention weights at `scored` positions of each example, COPIES times."""
+        """Bytes of a layer's attention weights at `scored` positions of each example."""
         return COPIES * 4 * batch * self._heads * scored * length
 
     def graph(self, batch: int, length: int, exact_layers: int) -> int:
