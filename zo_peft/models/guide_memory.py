@@ -26,8 +26,6 @@ from zo_peft.models.trunk import first_of, hidden_of, layers_of, with_hidden
 
 #: The lengths of the examples that are passed. Bytes are a square function of the length.
 LENGTHS = (2, 3, 4)
-#: How many times attention weights are there, in float32, while they are read.
-COPIES = 2
 
 
 class GuideMemory:
@@ -68,8 +66,8 @@ class GuideMemory:
         return total
 
     def weights(self, batch: int, length: int, scored: int) -> int:
-        """Bytes of a layer's attention weights at `scored` positions of each example."""
-        return COPIES * 4 * batch * self._heads * scored * length
+        """Bytes of a layer's attention weights at `scored` positions of each example, twice."""
+        return 2 * 4 * batch * self._heads * scored * length
 
     def graph(self, batch: int, length: int, exact_layers: int) -> int:
         """Bytes that the exact layers keep for their backward pass."""

@@ -7,7 +7,6 @@ REINFORCE with the baseline of GRPO (arXiv:2402.03300) and RLOO (arXiv:2402.1474
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -22,15 +21,13 @@ from zo_peft.models.guide import ResidualGuide
 from zo_peft.objectives.rewards import RewardObjective
 from zo_peft.objectives.scoring import PolicyObjective, SequenceObjective
 from zo_peft.train.checks import FIRST_GUIDED
-
-if TYPE_CHECKING:
-    from zo_peft.train.config import ZOConfig
+from zo_peft.train.config import ZOConfig
 
 #: The completions of each prompt, which are compared with each other.
 COMPLETIONS = 4
 
 
-def may_draw(temperature: float, config: "ZOConfig") -> bool:
+def may_draw(temperature: float, config: ZOConfig) -> bool:
     """Whether completions of a prompt differ, and the budget has room for a first guided step."""
     # They are drawn before they are read.
     first = COMPLETIONS * (FIRST_GUIDED + 1) * config.gradient_accumulation_steps
