@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from zo_peft import UserError
 from zo_peft.core.batch import Batch
+from zo_peft.data import Collator
 from zo_peft.models.adapters import prepare, tuned_parameters
 from zo_peft.models.guide import ResidualGuide
 from zo_peft.models.loading import load_base
@@ -164,6 +165,39 @@ def test_reads_the_gradient_where_rows_have_several_scored_positions(
     found = read(model, objective, given)
     assert len(found) == LAYERS * 4
     assert_near(found, gradients(model, objective, given), ".0.", 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_few_rows_at_a_time_have_the_same_gradient(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(silenced(llama(), WRITERS["llama"]), QUERY_VALUE)
+    given = batch(scored=3, uneven=True)
+    true = gradients(model, CompletionObjective(), given)
+    monkeypatch.setattr("zo_peft.models.guide.TOKENS", rows * 11)
+    seen: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    guide = ResidualGuide(model, tuned_parameters(model), CompletionObjective())
+    losses, found = guide.read(given)
+    assert seen == {1: [1] * 5, 2: [2, 2, 1]}[rows]
+    torch.testing.assert_close(losses, CompletionObjective().losses(model, given))
+    assert_near(found, true, ".0.", 1e-5)
+
+
+def test_rows_of_options_are_scored_by_themselves() -> None:
+    features = [
+        {"prompt_ids": [5, 6, 7], "option_ids": [[8, 9], [10]], "label": 1},
+        {"prompt_ids": [9, 8], "option_ids": [[5], [6, 7, 8], [9]], "label": 2},
+        {"prompt_ids": [4], "option_ids": [[11, 12], [6]], "label": 0},
+    ]
+    whole = Collator(PAD, is_causal=True, shares_prompts=True)(features)
+    model, objective = llama(), OptionObjective()
+    expected = objective.losses(model, whole)
+    parts = [whole.of_rows(0, 1), whole.of_rows(1, 3)]
+    found = torch.cat([objective.losses(model, part) for part in parts])
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_head_gets_its_exact_policy_gradient() -> None:
