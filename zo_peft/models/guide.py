@@ -101,13 +101,25 @@ class ResidualGuide:
         return batches
 
     @torch.no_grad()
-    def read(self, batch: Batch) -> tuple[Tensor, Gradients]:
-        """The losses [B] of a batch, and the gradients of their mean, by name."""
+    def read(self, batch: Batch, parts: int = 1) -> tuple[Tensor, list[Gradients]]:
+        """The losses [B] of a batch, and for each of equal parts of its examples the gradients of
+        their mean loss, by name.
+        """
         reading = _Pass(self, batch)
         with reading.hooks():
             losses = self.objective.losses(self.model, batch)
+        found = [self._gradients(reading, part.mean()) for part in losses.chunk(parts)]
+        if self.first:
+            roles = self.roles.values()
+            needed = self.writers.union(*({r.value, r.query, r.out} for r in roles if r.agrees))
+            self.watched = [module for module in self.watched if module in needed]
+        self.first, self.looked = False, math.ceil(self.layer_runs / self._depth)
+        return losses.detach(), found
+
+    def _gradients(self, reading: "_Pass", loss: Tensor) -> Gradients:
+        """The gradients of a loss of the pass."""
         wanted = [reading.leaf, *self._above.values()]
-        errors, *exact = torch.autograd.grad(losses.mean(), wanted, allow_unused=True)
+        errors, *exact = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
         gradients = {n: g.float() for n, g in zip(self._above, exact) if g is not None}
         errors = reading.scored.of(errors).float()
         errors_at = reading.feedback.down(errors)
@@ -116,12 +128,7 @@ class ResidualGuide:
             for parameter, gradient in read(errors_at(module)):
                 if (name := self.names.get(id(parameter))) is not None:
                     gradients[name] = gradients.get(name, 0.0) + gradient
-        if self.first:
-            roles = self.roles.values()
-            needed = self.writers.union(*({r.value, r.query, r.out} for r in roles if r.agrees))
-            self.watched = [module for module in self.watched if module in needed]
-        self.first, self.looked = False, math.ceil(self.layer_runs / self._depth)
-        return losses.detach(), gradients
+        return gradients
 
 
 def may_read(model: PeftModel, tuned: Mapping[str, nn.Parameter]) -> bool:
