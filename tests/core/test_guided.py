@@ -1,6 +1,5 @@
 """Closed forms against back-propagation, and which guides are followed."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import pytest

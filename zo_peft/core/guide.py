@@ -37,8 +37,9 @@ EPS = 1e-2
 #: Along the guide, a check goes as far as should change the loss by this share of it.
 NEAR = 0.1
 #: A guide is followed if the slope of the loss along it is at least this share of what it promises
-#: (noise of its length keeps about 1 / sqrt(its numbers)) and at most promised / this share. It is
-#: dropped after two checks in a row that say otherwise.
+#: (noise of its length keeps about 1 / sqrt(its numbers), and gradients of other examples or labels
+#: keep what these have in common) and at most promised / this share. It is dropped after two checks
+#: in a row that say otherwise.
 KEPT = 0.25
 #: The forward passes of a check, and the most that the first one takes to find its distance.
 CHECK_PASSES, FIRST_PASSES = 4, 12
@@ -178,9 +179,10 @@ class Guided:
     """Which parts of a guide are followed, and when it is checked again.
 
     A check compares losses on the batch that the guide has read, at both sides of `theta`: along
-    the guide, and along it with a random sign for each of its parts, which every example has of its
-    own where lanes allow it. That is four forward passes. The first check also measures how far
-    noise moves the losses.
+    the guide, and along it with a random sign for each of its parts. Every example has its own
+    signs and goes along its own gradient, where lanes allow it: what the examples have in common,
+    such as the frequency of labels, is soon learned and says little of the rest. That is four
+    forward passes. The first check also measures how far noise moves the losses.
 
     Attributes:
         followed: the parts whose measured slope agrees; none: candidates make the steps.
