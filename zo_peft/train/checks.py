@@ -26,7 +26,7 @@ FIRST_GUIDED = 1 + FIRST_PASSES + CHECK_PASSES
 ALONG_CANDIDATES = ("sgd", "fzoo")
 OF_CANDIDATES = [f.name for f in fields(Options)]
 OF_CANDIDATES += ["noise", "noise_rank", "low_rank_noise", "per_example_noise"]
-Preset = Literal["paper-gv", "paper-greedy", "mezo", "subzero", "lozo"]
+Preset = Literal["paper-gv", "paper-greedy", "paper-mezo", "mezo", "subzero", "lozo"]
 Tune = Literal["adapter", "scales", "weights"]
 ObjectiveName = Literal["accuracy", "f1", "exact_match"]
 
@@ -45,6 +45,7 @@ PAPER: dict[str, Any] = {"probe": "central", "carry_best": False, **PUBLISHED}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper-gv": {"strategy": "gv", "elite_fraction": 0.5, "weighting": "split", **PAPER},
     "paper-greedy": {"strategy": "greedy", **PAPER},
+    "paper-mezo": {"strategy": "mezo", **PUBLISHED},
     "mezo": {"strategy": "mezo", **PUBLISHED},
     "subzero": {"strategy": "mezo", "low_rank_noise": "subzero", **PUBLISHED},
     "lozo": {"strategy": "mezo", "low_rank_noise": "lozo", **PUBLISHED},
