@@ -297,11 +297,12 @@ class Guided:
             first, last, _ = batch.share or (0, parts, parts)
             mine = own[first:last] if parts > 1 else own
             loss, found = self.guide.read(batch, max(1, len(mine)))
-            for gradients, part in zip(mine, found):
-                _add(gradients, part, 1.0 / len(batches))
-            whole = Gradients()
+            whole, count = Gradients(), len(found)
             for part in found:
-                _add(whole, part, 1.0 / len(found))
+                _add(whole, part, 1.0 / count)
+            for gradients in mine:
+                # One at a time, so that no part is held twice.
+                _add(gradients, found.pop(0), 1.0 / len(batches))
             mean, *shares = self.evaluator.ranks.mean(
                 [torch.stack([loss.mean(), loss.abs().mean()]), *whole.values()], batch
             )
