@@ -85,9 +85,9 @@ def gradients(model: PeftModel, objective: Any, given: Batch) -> dict[str, Tenso
 def read(model: PeftModel, objective: Any, given: Batch, **settings: Any) -> dict[str, Tensor]:
     """What a guide reads, which must not depend on what its first pass finds out."""
     guide = ResidualGuide(model, tuned_parameters(model), objective, **settings)
-    losses, first = guide.read(given)
+    losses, (first,) = guide.read(given)
     assert torch.equal(losses, objective.losses(model, given))
-    second = guide.read(given)[1]
+    (second,) = guide.read(given)[1]
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     return second
@@ -111,6 +111,24 @@ def test_reads_the_gradient_where_upper_layers_do_nothing(family: str) -> None:
     found = read(model, OptionObjective(), batch())
     assert len(found) == LAYERS * 6
     assert_near(found, gradients(model, OptionObjective(), batch()), ".0.", 1e-5)
+
+
+class LossOfOne(OptionObjective):
+    """The loss of one example of a batch."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def losses(self, model: nn.Module, given: Batch) -> Tensor:
+        return super().losses(model, given)[self.index, None]
+
+
+def test_reads_the_gradients_of_examples_by_themselves() -> None:
+    model = adapted(silenced(llama(), WRITERS["llama"]), QUERY_VALUE)
+    guide = ResidualGuide(model, tuned_parameters(model), OptionObjective())
+    _, found = guide.read(batch(rows=3), parts=3)
+    for index, mine in enumerate(found):
+        assert_near(mine, gradients(model, LossOfOne(index), batch(rows=3)), ".0.", 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +250,7 @@ def test_the_dial_differentiates_so_many_layers_and_no_more(exact_layers: int) -
     guide = ResidualGuide(model, tuned_parameters(model), OptionObjective(), exact_layers)
     guide.read(batch())
     seen.clear()
-    found = guide.read(batch())[1]
+    (found,) = guide.read(batch())[1]
     below = LAYERS - exact_layers
     assert seen == [False] * below + [True] * exact_layers
     true = gradients(model, OptionObjective(), batch())

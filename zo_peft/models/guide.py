@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from zo_peft.core.batch import Batch, Objective
-from zo_peft.core.guide import Gradients, low_rank
+from zo_peft.core.guide import Gradients, add, low_rank
 from zo_peft.core.lanes import replaced
 from zo_peft.errors import UserError
 from zo_peft.models.feedback import Feedback, PostNorm, linears_of, through_linear
@@ -103,20 +103,25 @@ class ResidualGuide:
         """The batches themselves."""
         return batches
 
-    def read(self, batch: Batch) -> tuple[Tensor, Gradients]:
-        """The losses [B] of a batch, and the gradients of their mean, by name."""
+    def read(self, batch: Batch, parts: int = 1) -> tuple[Tensor, list[Gradients]]:
+        """The losses [B] of a batch, and for each of equal parts of its examples the gradients of
+        their mean loss, by name. Parts are one, or as many as examples.
+        """
+        pieces = self._pieces(batch)
+        whole = parts == 1 < len(pieces)
         losses: list[Tensor] = []
-        gradients: Gradients = {}
-        for part in self._pieces(batch):
-            own, found = self._read(part)
+        found = [Gradients()] if whole else []
+        for piece in pieces:
+            own, gradients = self._read(piece, max(1, parts * piece.rows // batch.rows))
             losses.append(own)
-            for name, gradient in found.items():
-                share = len(own) / batch.rows * gradient
-                gradients[name] = gradients[name] + share if name in gradients else share
-        return torch.cat(losses), gradients
+            if whole:
+                add(found[0], gradients[0], piece.rows / batch.rows)
+            else:
+                found += gradients
+        return torch.cat(losses), found
 
     def _pieces(self, batch: Batch) -> list[Batch]:
-        """A batch in parts that are read one after the other, where rows can be told apart."""
+        """A batch in pieces that are read one after the other, where rows can be told apart."""
         rows, length = batch["input_ids"].shape
         apart = getattr(self.objective, "repeatable", False) and rows == len(batch["labels"])
         if Scored(batch).single or not apart:
@@ -126,12 +131,22 @@ class ResidualGuide:
 
     # Within a pass gradients are enabled above its leaf.
     @torch.no_grad()
-    def _read(self, batch: Batch) -> tuple[Tensor, Gradients]:
+    def _read(self, batch: Batch, parts: int) -> tuple[Tensor, list[Gradients]]:
         reading = _Pass(self, batch)
         with reading.hooks():
             losses = self.objective.losses(self.model, batch)
+        found = [self._gradients(reading, part.mean()) for part in losses.chunk(parts)]
+        if self.first:
+            roles = self.roles.values()
+            needed = self.writers.union(*({r.value, r.query, r.out} for r in roles if r.agrees))
+            self.watched = [module for module in self.watched if module in needed]
+        self.first, self.looked = False, math.ceil(self.layer_runs / self._depth)
+        return losses.detach(), found
+
+    def _gradients(self, reading: "_Pass", loss: Tensor) -> Gradients:
+        """The gradients of a loss of the pass."""
         wanted = [reading.leaf, *self._above.values()]
-        errors, *exact = torch.autograd.grad(losses.mean(), wanted, allow_unused=True)
+        errors, *exact = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
         gradients = {n: g.float() for n, g in zip(self._above, exact) if g is not None}
         errors = reading.scored.of(errors).float()
         errors_at = reading.feedback.down(errors)
@@ -143,12 +158,7 @@ class ResidualGuide:
             for parameter, gradient in read(errors_at(module)):
                 if (name := self.names.get(id(parameter))) is not None:
                     gradients[name] = gradients.get(name, 0.0) + gradient
-        if self.first:
-            roles = self.roles.values()
-            needed = self.writers.union(*({r.value, r.query, r.out} for r in roles if r.agrees))
-            self.watched = [module for module in self.watched if module in needed]
-        self.first, self.looked = False, math.ceil(self.layer_runs / self._depth)
-        return losses.detach(), gradients
+        return gradients
 
 
 def may_read(model: PeftModel, tuned: Mapping[str, nn.Parameter]) -> bool:

@@ -219,8 +219,9 @@ class Planner:
             read = 4 * self.tuned
         return self._memory(
             (self.weights, 4 * self.tuned * copies, candidates, activations, kept, logits),
-            # A check holds what was read, and its directions.
-            max(2 * read + candidates + max(activations, logits, noise), read + reading),
+            # A check holds what was read of each part of the batch, too.
+            read * (1 + self._parts(batch))
+            + max(candidates + max(activations, logits, noise), reading),
             read + fit.adapter + noise,
             self._evaluation(eval_batch, length, fit.size),
         )

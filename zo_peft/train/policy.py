@@ -65,9 +65,9 @@ class PolicyGuide(ResidualGuide):
         """The prompts with completions, their `losses` [B] and `advantages` [B]."""
         return [drawn for batch in batches for drawn in self._drawn(batch)]
 
-    def read(self, batch: Batch) -> tuple[Tensor, Gradients]:
+    def read(self, batch: Batch, parts: int = 1) -> tuple[Tensor, list[Gradients]]:
         """The losses [B] of a batch that was drawn, and policy gradients by name."""
-        return batch["losses"], super().read(batch)[1]
+        return batch["losses"], super().read(batch, parts)[1]
 
     def _drawn(self, batch: Batch) -> list[Batch]:
         completed, losses = [], []
