@@ -20,6 +20,7 @@ from zo_peft.core.lanes import NotInLanes, replaced
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import name_of, running
 from zo_peft.models.hub import first_line
+from zo_peft.models.loading import is_packed, weight_dtypes
 from zo_peft.objectives.scoring import (
     ClassificationObjective,
     CompletionObjective,
@@ -152,6 +153,9 @@ def _size(losses: Tensor) -> float:
 
 
 def rounding(model: nn.Module) -> float:
-    """The relative rounding of a forward: that of the coarsest dtype that the model has."""
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    return max(torch.finfo(d).eps if d.is_floating_point else 2.0**-7 for d in dtypes)
+    """The relative rounding of a forward: that of the coarsest dtype that the model has.
+
+    Activations beside weights of eight bits or fewer are rounded as bfloat16 is, at the most.
+    """
+    dtypes = weight_dtypes(model)
+    return max(2.0**-7 if is_packed(d) else torch.finfo(d).eps for d in dtypes)
