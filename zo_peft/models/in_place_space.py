@@ -61,6 +61,11 @@ class InPlaceSpace:
                 raise NotInLanes(f"{name} (a {type(module).__name__})")
         return self._sites
 
+    def own_forwards(self) -> set[str]:
+        """The tuned numbers that a module reads in its own forward, which is under way."""
+        sites = (site for _, _, site in self._sites.values() if getattr(site, "running", False))
+        return {numbers.name for site in sites for numbers in site.own.values()}
+
     @contextmanager
     def displaced(self, displacement: Direction) -> Iterator[None]:
         """As of `Space`."""
