@@ -23,7 +23,7 @@ from zo_peft.errors import UserError
 from zo_peft.models.adapters import name_of, running
 from zo_peft.models.hub import first_line
 from zo_peft.models.in_place_space import InPlaceSpace
-from zo_peft.models.loading import is_packed, weight_dtypes
+from zo_peft.models.loading import is_packed
 from zo_peft.objectives.scoring import (
     ClassificationObjective,
     CompletionObjective,
@@ -81,7 +81,8 @@ def _settle(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch], smooth: 
     parts, name = evaluator.parts([batch]), name_of(evaluator.model)
     relative = rounding(evaluator.model)
     with running(evaluator.model):
-        _check_own_forwards(evaluator, alone[0])
+        if isinstance(evaluator.space, InPlaceSpace):
+            _check_own_forwards(evaluator, evaluator.space, alone[0])
         rest = torch.cat([_loss(evaluator, Direction(), own) for own in alone])
         for length in LENGTHS:
             points = [
@@ -160,22 +161,17 @@ class _Reads(TorchFunctionMode):
         self.space, self.outside = space, set[str]()
         self.names = {id(parameter): name for name, parameter in space.parameters.items()}
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):  # and not a shape or a dtype
-            read = {self.names[id(a)] for a in args if id(a) in self.names}
-            if read:
-                self.outside |= read - self.space.own_forwards()
+    def __torch_function__(self, do: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = do(*args, **(kwargs or {}))
+        read = {self.names[id(a)] for a in args if id(a) in self.names}
+        if read and isinstance(result, Tensor):  # and not a shape or a dtype
+            self.outside |= read - self.space.own_forwards()
         return result
 
 
-def _check_own_forwards(evaluator: Evaluator, batch: Batch) -> None:
+def _check_own_forwards(evaluator: Evaluator, space: InPlaceSpace, batch: Batch) -> None:
     """Raise a UserError for numbers of a base of which a displacement would not be seen."""
-    if not isinstance(evaluator.space, InPlaceSpace):
-        return
-    with _Reads(evaluator.space) as reads:
+    with _Reads(space) as reads:
         _loss(evaluator, LENGTHS[0] * Direction.of(0), batch)
     if reads.outside:
         kinds = sorted({".".join(name.split(".")[-2:]) for name in reads.outside})
@@ -191,9 +187,6 @@ def _size(losses: Tensor) -> float:
 
 
 def rounding(model: nn.Module) -> float:
-    """The relative rounding of a forward: that of the coarsest dtype that the model has.
-
-    Activations beside weights of eight bits or fewer are rounded as bfloat16 is, at the most.
-    """
-    dtypes = weight_dtypes(model)
-    return max(2.0**-7 if is_packed(d) else torch.finfo(d).eps for d in dtypes)
+    """The relative rounding of a forward: of the coarsest dtype; beside packed weights 2**-7."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    return 2.0**-7 if is_packed(model) else max(torch.finfo(dtype).eps for dtype in dtypes)

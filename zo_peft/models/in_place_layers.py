@@ -110,9 +110,9 @@ class Site:
         own: the module's tuned numbers by attribute.
         forward: the module's own forward.
         stand_in: takes the site, the lanes and the arguments of the forward.
-        running: whether a forward of the module is under way.
     """
 
+    #: Whether a forward of the module is under way.
     running = False
 
     def __init__(self, name: str, module: Any, own: Own, noise: Noise) -> None:

@@ -236,28 +236,14 @@ def bits_in(model: nn.Module) -> Literal[8, 4] | None:
     return 4 if Linear4bit in kinds else 8 if Linear8bitLt in kinds else None
 
 
-def weight_dtypes(model: nn.Module) -> set[torch.dtype]:
-    """The dtypes of a model's parameters; of packed weights those of their parts."""
-    return {part.dtype for parameter in model.parameters() for part in plain_tensors(parameter)}
-
-
-def is_packed(dtype: torch.dtype) -> bool:
-    """Whether weights of this dtype are quantized: codes, or floats of 8 bits."""
-    return not dtype.is_floating_point or dtype.itemsize == 1
-
-
-def is_quantized(model: PreTrainedModel) -> bool:
-    """Whether a loaded base is quantized, by bitsandbytes or by others."""
-    return bool(quantization_of(model.config)) or any(map(is_packed, weight_dtypes(model)))
+def is_packed(model: nn.Module) -> bool:
+    """Whether some parameters are codes or floats of 8 bits, or packed in such tensors."""
+    dtypes = {part.dtype for tensor in model.parameters() for part in plain_tensors(tensor)}
+    return any(not dtype.is_floating_point or dtype.itemsize == 1 for dtype in dtypes)
 
 
 def check_bits(bits: Literal[8, 4] | None, quantized: bool, name: str, tune: str) -> None:
-    """Raise a UserError for a base whose weights, or whose scales, cannot be tuned.
-
-    Args:
-        bits: those of what bitsandbytes has quantized.
-        quantized: whether anyone has quantized the base.
-    """
+    """Raise a UserError where what bitsandbytes, or another, did to a base bars tuning it."""
     if quantized and bits is None:
         raise UserError(
             f"tune={tune!r} is for bases in floating point and for those that bitsandbytes "
@@ -307,7 +293,7 @@ def identity(model: AnyModel) -> dict[str, str]:
     name = model.config.name_or_path
     files = sorted(Path(name).glob("*.safetensors")) if name else []
     # What others quantize while they load it has no file of its own.
-    if not files or (not bits and any(map(is_packed, weight_dtypes(base)))):
+    if not files or (not bits and is_packed(base)):
         return {"tensors": base_hash(model), "loaded": loaded}
     digest = hashlib.blake2b(digest_size=16)
     for path in files:

@@ -125,8 +125,11 @@ def _is_lora(module: nn.Module) -> bool:
 
 
 def is_plain_lora(module: nn.Module) -> bool:
-    """Whether a module is a LoRA of the form that was first published, on a linear layer."""
-    return _is_lora(module) and _is_plain(module)
+    """Whether a module is a LoRA as first published, on a linear layer whose weight PEFT reads."""
+    if not (_is_lora(module) and _is_plain(module)):
+        return False
+    base = module.get_base_layer()
+    return hasattr(base, "weight") or hasattr(base, "W_q")  # the weight of HQQ
 
 
 def lora_factors(module: Any) -> tuple[Tensor, Tensor, float]:
