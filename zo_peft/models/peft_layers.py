@@ -124,7 +124,7 @@ def _is_lora(module: nn.Module) -> bool:
     return kind.__name__ in _LORAS and kind.__module__.startswith("peft.tuners.lora.")
 
 
-def is_plain_lora(module: nn.Module) -> bool:
+def is_plain_lora(module: Any) -> bool:
     """Whether a module is a LoRA as first published, on a linear layer whose weight PEFT reads."""
     if not (_is_lora(module) and _is_plain(module)):
         return False
