@@ -1,7 +1,7 @@
 """Turn examples into token ids."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
@@ -25,6 +25,8 @@ from zo_peft.models.adapters import check_token
 
 #: Keys of a message that a chat template may leave out, because they only say whose it is.
 NAMES = ("role", "content", "weight", "name", "tool_call_id")
+#: A label above it would be the number of something else: a head has a row for each class.
+MOST_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,12 @@ class Tokenization:
             for token, (start, end) in zip(ids, offsets)
         ]
         kept, cut = self._kept(ids), self._cut(ids)
-        ids, labels = cut, labels[:kept] + labels[len(labels) - len(cut) + kept :]
+        behind = labels[len(labels) - len(cut) + kept :]
+        if len(cut) < len(ids):
+            # Of a turn that begins before the cut, nobody would see what it answers.
+            partial = len(list(takewhile(lambda label: label != -100, behind)))
+            behind[:partial] = [-100] * partial
+        ids, labels = cut, labels[:kept] + behind
         if _unscored(labels):
             raise UserError(
                 "no token of the assistant's turns is left; shorten them, raise max_length, or "
@@ -367,10 +374,25 @@ def _unformatted(dataset: Any) -> list[Row] | Dataset | IterableDataset:
                 dataset = dataset.cast_column(name, Value("int64"))
     if isinstance(dataset, Dataset | IterableDataset):
         return dataset.with_format(None)
-    rows = [] if isinstance(dataset, Mapping) else list(dataset)
-    if isinstance(dataset, Mapping) or not all(isinstance(row, Mapping) for row in rows):
+    listed = isinstance(dataset, Iterable) and not isinstance(dataset, Mapping)
+    rows = list(dataset) if listed else []
+    if not listed or not all(isinstance(row, Mapping) for row in rows):
         raise UserError("give one Dataset, or one list of examples, each of them a dictionary")
     return rows
+
+
+def classes_of(dataset: Any) -> int:
+    """One more than the largest class index of examples for a head; 0 without examples or indices.
+
+    A UserError says that an index is negative, or so large that it counts something else.
+    """
+    rows = [] if dataset is None else _unformatted(dataset)
+    labels = [row.get("labels" if form_of(row) == FORMS[0] else "label") for row in rows]
+    indices = sorted(label for label in labels if isinstance(label, int))
+    for index in indices[:1] + indices[-1:]:
+        if not 0 <= index < MOST_CLASSES:
+            raise UserError(f"label {index} is no class index; number the classes from 0")
+    return 1 + indices[-1] if indices else 0
 
 
 def is_tokenized(dataset: Any) -> bool:

@@ -295,7 +295,14 @@ def prepare(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
-    dtype = model.get_base_model().dtype
+    dtype, bias = model.get_base_model().dtype, getattr(model.active_peft_config, "bias", "none")
+    if bias != "none" and dtype != torch.float32:
+        # Layers fail on a bias of another dtype than their weight, or put a rounded copy in its
+        # place, which nothing would tune.
+        raise UserError(
+            f"bias={bias!r} tunes biases of the base in float32, but the base is in {dtype}; load "
+            "it with dtype='float32', or tune no biases (bias='none')"
+        )
     for name, module in model.named_modules():
         # These hold float32 copies of base modules, whose inputs and outputs PEFT does not cast.
         if isinstance(module, ModulesToSaveWrapper):

@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from zo_peft.core.journal import JOURNAL_NAME
 from zo_peft.data.forms import Row
 from zo_peft.data.tasks import ANSWER_TOKENS, TASKS
+from zo_peft.data.tokenize import classes_of
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
@@ -25,7 +26,7 @@ from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.runs.jobs import flags
 from zo_peft.runs.sources import evaluation_examples, training_examples
 from zo_peft.scales import load_scales
-from zo_peft.train.base import BaseTrainer, classes_of
+from zo_peft.train.base import BaseTrainer
 from zo_peft.train.checks import GRADIENT
 from zo_peft.train.config import ZOConfig, run_settings
 from zo_peft.train.gradient import GradientTrainer
@@ -176,7 +177,7 @@ def _trainer(
     tokenizer = load_tokenizer(model.model_name_or_path, **model.source)
     num_labels, words = None, data.words() or []
     if model.task_type == "SEQ_CLS":
-        num_labels = len(words) or classes_of(train or ())
+        num_labels = len(words) or classes_of(train)
     if model.adapter_name_or_path is not None and args.tune == "adapter":
         config, classes = saved_adapter(model.adapter_name_or_path)
         num_labels = classes or num_labels

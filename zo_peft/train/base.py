@@ -33,7 +33,7 @@ from zo_peft.core.batch import Batch, Objective
 from zo_peft.core.lanes import replaced
 from zo_peft.data import Tokenization, collator_for, tokenize_dataset
 from zo_peft.data.sampler import EpochSampler
-from zo_peft.data.tokenize import is_tokenized
+from zo_peft.data.tokenize import classes_of, is_tokenized
 from zo_peft.errors import UserError
 from zo_peft.models import adapters
 from zo_peft.models.hub import AnyModel, first_line
@@ -112,7 +112,7 @@ class BaseTrainer(Trainer):
         if isinstance(model, str):
             num_labels = None
             if peft_config is not None and peft_config.task_type == TaskType.SEQ_CLS:
-                num_labels = classes_of(train_dataset or ()) or 2
+                num_labels = classes_of(train_dataset) or 2
             kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
             model = load_base(model, num_labels, args.tune, **kwargs)
         self.prepare_base(model, args)
@@ -164,7 +164,7 @@ class BaseTrainer(Trainer):
                 )
         except UserError:
             raise
-        except (ValueError, RuntimeError, ImportError) as error:
+        except Exception as error:
             raise UserError(f"transformers refuses the settings: {first_line(error)}") from error
         self.totals = Totals()
         self.add_callback(self.totals)
@@ -394,14 +394,12 @@ def _check_tuned(args: ZOConfig, model: str | AnyModel, peft_config: PeftConfig 
         raise UserError(
             f"tune={args.tune!r} tunes the base itself: give no adapter, no peft_config"
         )
-    if args.tune == "adapter" and (peft_config is None) != isinstance(model, PeftModel):
-        raise UserError("give a peft_config for a new adapter or a PeftModel: one of the two")
-
-
-def classes_of(rows: Any) -> int:
-    """One more than the largest label of examples for a classification head; 0 without labels."""
-    labels = [row["label"] if "label" in row else row.get("labels") for row in rows]
-    return 1 + max((label for label in labels if isinstance(label, int)), default=-1)
+    kinds: Any = type(None) if isinstance(model, PeftModel) else PeftConfig
+    if args.tune == "adapter" and not isinstance(peft_config, kinds):
+        raise UserError(
+            "give a peft_config (a LoraConfig, for example) for a new adapter or a PeftModel: one "
+            "of the two"
+        )
 
 
 def _kind(features: Any) -> str:

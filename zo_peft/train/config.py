@@ -3,7 +3,7 @@
 import copy
 import os
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -163,7 +163,7 @@ class ZOConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = HfArg(
         default=None, help="Keyword arguments for from_pretrained when the model is a name."
     )
-    train_sampling_strategy: str = HfArg(
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = HfArg(
         default="group_by_length",
         help="As in transformers; examples of like length share a batch by default.",
     )
@@ -178,6 +178,7 @@ class ZOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         checks.check_choices(self)
+        checks.check_fields(self)
         checks.apply_preset(self)
         self.strategy_is_default = self.strategy is None
         if self.strategy is None:
@@ -198,10 +199,11 @@ class ZOConfig(TrainingArguments):
             self.use_cpu = True
         try:
             super().__post_init__()
-        except (ValueError, TypeError, ArithmeticError, OSError, ImportError) as error:
+        except Exception as error:
             raise UserError(f"transformers refuses the settings: {error}") from error
-        if isinstance(self.model_init_kwargs, str):
-            raise UserError(f"model_init_kwargs={self.model_init_kwargs!r}; give a JSON object")
+        for name in ("lr_scheduler_kwargs", "model_init_kwargs"):
+            if isinstance(value := getattr(self, name), str):
+                raise UserError(f"{name}={value!r}; give a JSON object")
 
     def with_candidates(self) -> "ZOConfig":
         """The same with `gv`, for a model or a goal of which a guide can read nothing."""
