@@ -1,9 +1,9 @@
-"""Mutated journals, configurations, data files, rows and settings: a `UserError` refuses them, if
-they cannot be used.
+"""Mutated journals, configurations, data files, rows and settings: used, or refused by `UserError`.
 
-Anything else is a finding: another exception, an input that takes more than a second, a file that
-is opened for writing outside the scratch folder, a process, a connection, or a pickle. Findings are
-printed with their input, and the exit code is 1 if there is any.
+Anything else is a finding: another exception, an input that takes more than a second of processor
+time (settings, with which a run is made: 20), a file that is opened for writing outside the scratch
+folder, a process, a connection, or a pickle. Findings are printed with their input, and the exit
+code is 1 if there is any.
 
     python scripts/fuzz.py --inputs 100000
 """
@@ -101,7 +101,7 @@ TOKENIZER.chat_template = (
 
 
 class Hang(Exception):
-    """An input that takes more than a second."""
+    """An input that takes too long."""
 
 
 def mutated(content: bytes, random_: random.Random) -> bytes:
@@ -205,7 +205,7 @@ ADAPTERS = ["LORA", "LORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING", "VERA", "LN
 
 
 def mutated_settings(content: bytes, random_: random.Random) -> bytes:
-    """Settings of a trainer, options of an adapter and arguments of `ZOTrainer`, some of them odd."""
+    """Settings of a trainer, options of an adapter and arguments of `ZOTrainer`, some odd."""
     kind = random_.choice(ADAPTERS)
     adapter = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
     options = {f.name: f.default for f in fields(adapter) if not re.search(ELSEWHERE, f.name)}
@@ -289,6 +289,7 @@ class Stops(TrainerCallback):
     """Ends a run after its second step."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As in transformers."""
         control.should_training_stop |= state.global_step >= 2
 
 
@@ -311,7 +312,8 @@ def train(path: Path) -> None:
         trainer = ZOTrainer(base, processing_class=copy.deepcopy(TOKENIZER), **{**usual, **given})
         trainer.add_callback(Stops)
         trainer.train()
-        trainer.evaluate()
+        if trainer.eval_dataset is not None:
+            trainer.evaluate()
         trainer.save_model()
 
 
@@ -329,7 +331,7 @@ def fuzz(
         data = MUTATIONS.get(name, mutated)(content, random_)
         path = folder / f"input{suffix}"
         path.write_bytes(data)
-        signal.setitimer(signal.ITIMER_REAL, 20.0 if name == "settings" else 1.0)
+        signal.setitimer(signal.ITIMER_PROF, 20.0 if name == "settings" else 1.0)
         try:
             parser(path)
             outcomes["read"] += 1
@@ -339,7 +341,7 @@ def fuzz(
             outcomes["findings"] += 1
             found.setdefault(f"{type(error).__name__}: {str(error)[:80]}", data)
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
     counts = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items())
     print(f"{name}: {inputs:,} inputs in {time.monotonic() - start:.0f} s: {counts}", flush=True)
     return [f"{name}: {error}\n    {data!r}" for error, data in found.items()]
@@ -358,9 +360,9 @@ def _guard(folder: Path) -> None:
                 raise PermissionError(f"{path} is opened for writing")
 
     def late(*_: Any) -> None:
-        raise Hang("more than a second")
+        raise Hang("too long")
 
-    signal.signal(signal.SIGALRM, late)
+    signal.signal(signal.SIGPROF, late)
     sys.addaudithook(hook)
 
 

@@ -96,6 +96,11 @@ def test_a_budget_becomes_one_of_candidates(tmp_path: Path) -> None:
         assert config.strategy == "guided"
 
 
+def test_a_run_with_gradients_says_what_of_candidates_it_does_not_use(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="zo_eps=0.1 is not used: strategy='adam'"):
+        make(tmp_path, strategy="adam", zo_eps=0.1, max_grad_norm=0.5)
+
+
 def test_every_field_of_its_own_is_documented() -> None:
     inherited = {field.name for field in fields(TrainingArguments)}
     own = [field for field in fields(ZOConfig) if field.name not in inherited]

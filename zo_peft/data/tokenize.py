@@ -25,7 +25,7 @@ from zo_peft.models.adapters import check_token
 
 #: Keys of a message that a chat template may leave out, because they only say whose it is.
 NAMES = ("role", "content", "weight", "name", "tool_call_id")
-#: A label above it would be the number of something else: a head has a row for each class.
+#: A head has a row for each class; a larger label is the number of something else.
 MOST_CLASSES = 100_000
 
 
@@ -382,17 +382,16 @@ def _unformatted(dataset: Any) -> list[Row] | Dataset | IterableDataset:
 
 
 def classes_of(dataset: Any) -> int:
-    """One more than the largest class index of examples for a head; 0 without examples or indices.
+    """One more than the largest class index of examples for a head; 0 without any.
 
-    A UserError says that an index is negative, or so large that it counts something else.
+    A UserError says that an index is so large that it is none.
     """
     rows = [] if dataset is None else _unformatted(dataset)
-    labels = [row.get("labels" if form_of(row) == FORMS[0] else "label") for row in rows]
-    indices = sorted(label for label in labels if isinstance(label, int))
-    for index in indices[:1] + indices[-1:]:
-        if not 0 <= index < MOST_CLASSES:
-            raise UserError(f"label {index} is no class index; number the classes from 0")
-    return 1 + indices[-1] if indices else 0
+    labels = (row.get("labels" if form_of(row) == FORMS[0] else "label") for row in rows)
+    largest = max((label for label in labels if isinstance(label, int)), default=-1)
+    if largest >= MOST_CLASSES:
+        raise UserError(f"label {largest} is no class index; number the classes from 0")
+    return 1 + largest
 
 
 def is_tokenized(dataset: Any) -> bool:

@@ -52,6 +52,8 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
             f"{kind} may read weights outside of their layers, and part of the base is offloaded; "
             f"use one of {', '.join(ON_OFFLOADED)}"
         )
+    if getattr(peft_config, "num_virtual_tokens", None) == 0:
+        raise UserError("num_virtual_tokens=0 leaves nothing to tune; give 1 or more")
     try:
         # PEFT fills default target modules into the configuration that it is given.
         with stand_ins(offloaded):
@@ -424,6 +426,8 @@ def context_length(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> int |
         if name.endswith("position_embeddings") and padding is not None:
             positions = min(positions, module.num_embeddings - padding - 1)
     virtual = getattr(peft_config_of(model), "num_virtual_tokens", None) or 0
+    if virtual >= positions:
+        raise UserError(f"num_virtual_tokens={virtual} fill the context of {positions}; lower them")
     return min(positions, tokenizer.model_max_length) - virtual
 
 

@@ -1,6 +1,6 @@
 """What forward-only tuning and its gradient baseline share: model, data, evaluation, saving."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -93,7 +93,7 @@ class BaseTrainer(Trainer):
         eval_objective: Objective | None = None,
     ) -> None:
         name = model if isinstance(model, str) else model.config.name_or_path
-        args = args or ZOConfig(f"{Path(name).name}-zo")
+        args = ZOConfig(f"{Path(name).name}-zo") if args is None else args
         if not isinstance(args, ZOConfig):
             raise UserError(
                 f"args is a {type(args).__name__}; give a ZOConfig, which takes the same"
@@ -102,6 +102,8 @@ class BaseTrainer(Trainer):
             _check_tuned(args, model, peft_config)
         if (objective is not None) + bool(reward_funcs) + (args.objective is not None) > 1:
             raise UserError("give one of: an objective, reward_funcs, ZOConfig.objective")
+        if args.reward_weights is not None and not reward_funcs:
+            raise UserError("reward_weights are weights of reward_funcs, and there are none")
         if args.device.type == "cpu":
             args.dataloader_pin_memory = False
         # The collator needs all columns that `tokenize_dataset` makes.
@@ -112,6 +114,8 @@ class BaseTrainer(Trainer):
         if isinstance(model, str):
             num_labels = None
             if peft_config is not None and peft_config.task_type == TaskType.SEQ_CLS:
+                if isinstance(train_dataset, Iterator):
+                    train_dataset = list(train_dataset)
                 num_labels = classes_of(train_dataset) or 2
             kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
             model = load_base(model, num_labels, args.tune, **kwargs)
@@ -243,6 +247,8 @@ class BaseTrainer(Trainer):
 
         A UserError says that the data gave no batch to make a step on.
         """
+        if self.train_dataset is None:
+            raise UserError("there is nothing to train on; give a train_dataset")
         self.totals.clear()
         result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if not self.state.global_step:

@@ -30,6 +30,9 @@ FIRST_GUIDED = 1 + FIRST_PASSES + CHECK_PASSES
 ALONG_CANDIDATES = ("sgd", "fzoo")
 OF_CANDIDATES = [f.name for f in fields(Options)]
 OF_CANDIDATES += ["noise", "noise_rank", "low_rank_noise", "per_example_noise"]
+#: What decides about steps without gradients, of which a run with gradients uses nothing.
+CANDIDATES = {*OF_CANDIDATES, "update_rule", "momentum", "candidates_per_forward", "parallel"}
+CANDIDATES |= {"zo_eps", "exact_layers", "tune_unquantized"}
 Preset = Literal["paper-gv", "paper-greedy", "mezo", "subzero", "lozo"]
 Tune = Literal["adapter", "scales", "weights"]
 ObjectiveName = Literal["accuracy", "f1", "exact_match"]
@@ -110,8 +113,9 @@ def check_fields(config: "ZOConfig") -> None:
     # transformers takes these as well, whatever it declares.
     hints["accelerator_config"] |= AcceleratorConfig
     hints["debug"] |= None
+    descends = config.strategy in GRADIENT
     advice = "momentum, weight_decay and update_rule shape steps without gradients"
-    other = {} if config.strategy in GRADIENT else dict.fromkeys(OF_GRADIENTS, advice)
+    refused = REFUSED | ({} if descends else dict.fromkeys(OF_GRADIENTS, advice))
     for name, default in ((f.name, f.default) for f in fields(config)):
         value, hint = getattr(config, name), hints[name]
         given = f"{name}={reprlib.repr(value)}"
@@ -121,8 +125,11 @@ def check_fields(config: "ZOConfig") -> None:
         if value == default:
             continue
         # What is off by default is off with 0, too.
-        if (why := (REFUSED | other).get(name)) and (value or default is True):
-            raise UserError(f"{name} is not for forward-only tuning: {why}")
+        if name in refused and (value or default is True):
+            raise UserError(f"{name} is not for forward-only tuning: {refused[name]}")
+        if name in CANDIDATES and descends:
+            message = f"{given} is not used: strategy={config.strategy!r} has no candidates"
+            warnings.warn(message, UserWarning, stacklevel=4)
         # Of a setting that is infinite or no number, nothing is known to be meant.
         limit, positive = 1 if name in BELOW_ONE else 1 << 32, name in POSITIVE
         if _is_of(value, float) and not (0 <= value < limit and (value or not positive)):

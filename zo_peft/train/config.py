@@ -257,12 +257,6 @@ class ZOConfig(TrainingArguments):
 RUN_FIELDS = {"gradient_accumulation_steps", "lr_scheduler_type", "max_steps", "num_train_epochs"}
 RUN_FIELDS |= {"per_device_train_batch_size", "seed", "weight_decay"}
 
-
-#: What decides about candidates, which a run with gradients has none of.
-CANDIDATES = {f.name for f in fields(Options)} | {"per_example_noise", "update_rule", "momentum"}
-CANDIDATES |= {"candidates_per_forward", "parallel", "zo_eps", "noise", "noise_rank"}
-CANDIDATES |= {"low_rank_noise", "exact_layers", "tune_unquantized"}
-
 #: What decides about completions, where none are generated.
 GENERATION = {"reward_weights", "max_completion_length", "temperature", "top_p"}
 
@@ -276,7 +270,7 @@ def run_settings(config: ZOConfig, generates: bool) -> dict[str, Any]:
     # model_init_kwargs may contain paths or tokens.
     told = (RUN_FIELDS | ZOConfig.__annotations__.keys()) - {"model_init_kwargs"}
     told.remove("num_train_epochs" if config.max_steps > 0 else "max_steps")
-    told -= CANDIDATES if config.strategy in checks.GRADIENT else set()
+    told -= checks.CANDIDATES if config.strategy in checks.GRADIENT else set()
     told -= set() if generates else GENERATION
     return {f.name: getattr(config, f.name) for f in fields(config) if f.name in told}
 

@@ -177,8 +177,11 @@ class ZOTrainer(CheckpointTrainer):
         Raises:
             UserError: the journal or the checkpoint is damaged, or of another run.
         """
-        self._check_lanes()
         if isinstance(self.space, FlatSpace) and not resume_from_checkpoint:
+            self.space.check()
+        self._check_lanes()
+        if isinstance(self.space, FlatSpace):
+            # A forward may have put other tensors in the place of parameters.
             self.space.check()
         resumed = self._open_journal(resume_from_checkpoint)
         try:
@@ -376,8 +379,7 @@ class ZOTrainer(CheckpointTrainer):
         try:
             scheduler = super().create_scheduler(num_training_steps, optimizer)
         except (TypeError, ValueError) as error:
-            kind = self.args.lr_scheduler_type
-            raise UserError(f"lr_scheduler_type={str(kind)!r} or its kwargs: {error}") from error
+            raise UserError(f"lr_scheduler_kwargs do not fit: {error}") from error
         if guided is not None and math.isfinite(self._budget):
             # Steps take one forward pass or several; the schedule follows the passes.
             scheduler.lr_lambdas = [
