@@ -25,8 +25,6 @@ from zo_peft.models.adapters import check_token
 
 #: Keys of a message that a chat template may leave out, because they only say whose it is.
 NAMES = ("role", "content", "weight", "name", "tool_call_id")
-#: A head has a row for each class; a larger label is the number of something else.
-MOST_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
@@ -389,7 +387,8 @@ def classes_of(dataset: Any) -> int:
     rows = [] if dataset is None else _unformatted(dataset)
     labels = (row.get("labels" if form_of(row) == FORMS[0] else "label") for row in rows)
     largest = max((label for label in labels if isinstance(label, int)), default=-1)
-    if largest >= MOST_CLASSES:
+    if largest >= 100_000:
+        # Such labels number something else, and a head has a row for each class.
         raise UserError(f"label {largest} is no class index; number the classes from 0")
     return 1 + largest
 

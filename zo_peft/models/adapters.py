@@ -52,8 +52,6 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
             f"{kind} may read weights outside of their layers, and part of the base is offloaded; "
             f"use one of {', '.join(ON_OFFLOADED)}"
         )
-    if getattr(peft_config, "num_virtual_tokens", None) == 0:
-        raise UserError("num_virtual_tokens=0 leaves nothing to tune; give 1 or more")
     try:
         # PEFT fills default target modules into the configuration that it is given.
         with stand_ins(offloaded):
@@ -299,11 +297,10 @@ def prepare(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> None:
             parameter.data = parameter.data.float()
     dtype, bias = model.get_base_model().dtype, getattr(model.active_peft_config, "bias", "none")
     if bias != "none" and dtype != torch.float32:
-        # Layers fail on a bias of another dtype than their weight, or put a rounded copy in its
-        # place, which nothing would tune.
+        # Layers fail on a float32 bias, or replace it by a rounded one, which nothing would tune.
         raise UserError(
-            f"bias={bias!r} tunes biases of the base in float32, but the base is in {dtype}; load "
-            "it with dtype='float32', or tune no biases (bias='none')"
+            f"bias={bias!r} tunes biases in float32, and the base is in {dtype}; load it with "
+            "dtype='float32', or tune no biases (bias='none')"
         )
     for name, module in model.named_modules():
         # These hold float32 copies of base modules, whose inputs and outputs PEFT does not cast.
@@ -425,10 +422,10 @@ def context_length(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> int |
         padding = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and padding is not None:
             positions = min(positions, module.num_embeddings - padding - 1)
-    virtual = getattr(peft_config_of(model), "num_virtual_tokens", None) or 0
-    if virtual >= positions:
-        raise UserError(f"num_virtual_tokens={virtual} fill the context of {positions}; lower them")
-    return min(positions, tokenizer.model_max_length) - virtual
+    virtual = getattr(peft_config_of(model), "num_virtual_tokens", None)
+    if virtual is not None and not 0 < virtual < positions:
+        raise UserError(f"num_virtual_tokens={virtual}; give 1 or more, and below {positions}")
+    return min(positions, tokenizer.model_max_length) - (virtual or 0)
 
 
 def vocabulary(model: AnyModel) -> int | None:

@@ -1,5 +1,6 @@
 """The main jobs from start to end: train an adapter, or evaluate one."""
 
+import json
 import shlex
 import tempfile
 import time
@@ -75,6 +76,8 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     trainer.summary = results(trainer, before, after, validated, test_set, round(seconds, 2))
     # The trainer may have chosen another strategy than the default one.
     told = model, data, trainer.args
+    if resume is True:
+        _check_same(Path(args.output_dir), trainer.state.global_step, settings(*told))
     trainer.summary |= {"command": command(*told), "settings": settings(*told)}
     if data.task is not None and data.task_data_dir is None:
         trainer.summary["dataset"] = TASKS[data.task].hub[0]
@@ -83,6 +86,19 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     trainer.save_model()
     trainer.save_state()
     return trainer.summary
+
+
+def _check_same(folder: Path, steps: int, now: dict[str, Any]) -> None:
+    """Raise a UserError where a run that was over before is started again with other settings."""
+    path = folder / METRICS_NAME
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    was = kept["settings"] if kept.get("steps") == steps else now
+    changed = {name for name in {**was, **now} if was.get(name) != now.get(name)}
+    for name in sorted(changed):
+        raise UserError(
+            f"{folder.name} holds a run that is over, with {name}={was.get(name)!r}, and now it is "
+            f"{now.get(name)!r}; start it with its own options, or give another --output_dir"
+        )
 
 
 def resumes(model: ModelArguments, args: ZOConfig) -> str | bool | None:

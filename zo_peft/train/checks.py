@@ -91,24 +91,10 @@ POSITIVE += ["per_device_eval_batch_size", "max_steps", "top_p"]
 BELOW_ONE = ["momentum", "adam_beta1", "adam_beta2"]
 
 
-def check_choices(config: "ZOConfig") -> None:
-    """Refuse a value that is none of the known ones: of its `Literal`, or of the tables."""
-    # These are looked up now, because a user's own may have joined the table since the import.
-    known: dict[str, tuple[str, ...]] = {"strategy": (*STRATEGIES, GUIDED, *GRADIENT)}
-    known["update_rule"] = tuple(RULES)
-    for name, hint in get_type_hints(type(config)).items():
-        for part in (hint, *get_args(hint)):
-            words = get_args(part)
-            if get_origin(part) is Literal and isinstance(words[0], str):
-                known[name] = words
-    defaults = {f.name: f.default for f in fields(config)}
-    for name, choices in known.items():
-        if (value := getattr(config, name)) not in (*choices, defaults[name]):
-            raise UserError(f"{name}={value!r} is not known; use one of {', '.join(choices)}")
-
-
 def check_fields(config: "ZOConfig") -> None:
     """Refuse what is not for this tuning, of another type than declared, or out of its range."""
+    # These are looked up now, because a user's own may have joined the table since the import.
+    known = {"strategy": (*STRATEGIES, GUIDED, *GRADIENT), "update_rule": tuple(RULES)}
     hints = get_type_hints(type(config))
     # transformers takes these as well, whatever it declares.
     hints["accelerator_config"] |= AcceleratorConfig
@@ -119,7 +105,13 @@ def check_fields(config: "ZOConfig") -> None:
     for name, default in ((f.name, f.default) for f in fields(config)):
         value, hint = getattr(config, name), hints[name]
         given = f"{name}={reprlib.repr(value)}"
-        if not (_is_of(value, hint) or value is default is None):
+        if value is default is None:
+            continue
+        literals = (part for part in (hint, *get_args(hint)) if get_origin(part) is Literal)
+        words = known.get(name) or [word for part in literals for word in get_args(part) if word]
+        if words and value not in words:
+            raise UserError(f"{given} is not known; use one of {', '.join(words)}")
+        if not _is_of(value, hint):
             kind = hint.__name__ if isinstance(hint, type) else hint
             raise UserError(f"{given} is of another type; it must be {kind}")
         if value == default:

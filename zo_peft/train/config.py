@@ -177,7 +177,6 @@ class ZOConfig(TrainingArguments):
     ]
 
     def __post_init__(self) -> None:
-        checks.check_choices(self)
         checks.check_fields(self)
         checks.apply_preset(self)
         self.strategy_is_default = self.strategy is None
