@@ -59,12 +59,9 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         UserError: something in the arguments cannot work; then no adapter has been written.
     """
     resume = resumes(model, args)
-    classifies = model.task_type == "SEQ_CLS"
-    rewarded = generates(data.reward_funcs, args.objective)
-    examples, dev = training_examples(data, classifies, rewarded, args.seed)
-    test = evaluation_examples(data, classifies, rewarded)
+    examples, dev, test = examples_of(model, data, args)
     kind = GradientTrainer if args.strategy in GRADIENT else ZOTrainer
-    trainer = _trainer(kind, model, data, args, examples, dev or test)
+    trainer = trainer_of(kind, model, data, args, examples, dev or test)
     test_set = trainer.eval_dataset if dev is None else trainer.features(test)
     before = _evaluate(trainer, test_set)
     if before:
@@ -101,6 +98,16 @@ def _check_same(folder: Path, steps: int, now: dict[str, Any]) -> None:
         )
 
 
+def examples_of(
+    model: ModelArguments, data: DataArguments, args: ZOConfig
+) -> tuple[list[Row], list[Row] | None, list[Row] | None]:
+    """Examples to train on, to choose checkpoints on, and to evaluate on."""
+    classifies = model.task_type == "SEQ_CLS"
+    rewarded = generates(data.reward_funcs, args.objective)
+    train, dev = training_examples(data, classifies, rewarded, args.seed)
+    return train, dev, evaluation_examples(data, classifies, rewarded)
+
+
 def resumes(model: ModelArguments, args: ZOConfig) -> str | bool | None:
     """What a run goes on from: the end of its journal (True), a checkpoint, or nothing.
 
@@ -134,7 +141,7 @@ def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict
         raise UserError("nothing to evaluate on; give --eval_file, --dataset_test_split or --task")
     with tempfile.TemporaryDirectory() as scratch:
         args.output_dir = scratch
-        trainer = _trainer(BaseTrainer, model, data, args, None, examples)
+        trainer = trainer_of(BaseTrainer, model, data, args, None, examples)
         result = trainer.evaluate()
     return {
         "metric_name": trainer.metric_name,
@@ -182,7 +189,7 @@ def _shown(name: str, value: Any) -> Any:
     return Path(value).name if name in FILES and value is not None else value
 
 
-def _trainer(
+def trainer_of(
     kind: type[BaseTrainer],
     model: ModelArguments,
     data: DataArguments,
@@ -190,6 +197,7 @@ def _trainer(
     train: list[Row] | None,
     evaluation: list[Row] | None,
 ) -> Any:
+    """A trainer of this kind for these arguments; its model and its data are loaded."""
     tokenizer = load_tokenizer(model.model_name_or_path, **model.source)
     num_labels, words = None, data.words() or []
     if model.task_type == "SEQ_CLS":

@@ -33,7 +33,7 @@ OF_CANDIDATES += ["noise", "noise_rank", "low_rank_noise", "per_example_noise"]
 #: What decides about steps without gradients, of which a run with gradients uses nothing.
 CANDIDATES = {*OF_CANDIDATES, "update_rule", "momentum", "candidates_per_forward", "parallel"}
 CANDIDATES |= {"zo_eps", "exact_layers", "tune_unquantized"}
-Preset = Literal["paper-gv", "paper-greedy", "mezo", "subzero", "lozo"]
+Preset = Literal["paper-gv", "paper-greedy", "paper-mezo", "mezo", "subzero", "lozo"]
 Tune = Literal["adapter", "scales", "weights"]
 ObjectiveName = Literal["accuracy", "f1", "exact_match"]
 
@@ -52,6 +52,7 @@ PAPER: dict[str, Any] = {"probe": "central", "carry_best": False, **PUBLISHED}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper-gv": {"strategy": "gv", "elite_fraction": 0.5, "weighting": "split", **PAPER},
     "paper-greedy": {"strategy": "greedy", **PAPER},
+    "paper-mezo": {"strategy": "mezo", **PUBLISHED},
     "mezo": {"strategy": "mezo", **PUBLISHED},
     "subzero": {"strategy": "mezo", "low_rank_noise": "subzero", **PUBLISHED},
     "lozo": {"strategy": "mezo", "low_rank_noise": "lozo", **PUBLISHED},

@@ -35,7 +35,8 @@ class ZOConfig(TrainingArguments):
     )
     preset: Preset | None = HfArg(
         default=None,
-        help="A published algorithm, exactly: paper-gv, paper-greedy, mezo, subzero or lozo.",
+        help="A published algorithm, exactly: paper-gv, paper-greedy, paper-mezo (or mezo), "
+        "subzero or lozo.",
     )
     tune: Tune = HfArg(
         default="adapter",
