@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from zo_peft.errors import UserError
+from zo_peft.errors import Notice, UserError
 
 Row = dict[str, Any]
 Form = tuple[str, ...]
@@ -87,7 +87,7 @@ def fitting_form(first: Row, source: str, classifies: bool, generates: bool) -> 
         kind = "plain text" if form == ("text",) else " + ".join(form)
         source = source or "the data set"
         message = f"{source} is read as {kind}; these columns are not used: {named(unused)}"
-        warnings.warn(message, UserWarning, stacklevel=3)
+        warnings.warn(message, Notice, stacklevel=3)
     return form
 
 

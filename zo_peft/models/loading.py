@@ -104,7 +104,7 @@ def _head(config: PreTrainedConfig, num_labels: int, words: Sequence[str]) -> di
     if num_labels < 2:
         raise UserError(
             f"{name} has no head for classes, and the labels name {num_labels} of them, where a "
-            "new head needs two or more; give all --label_words, or an adapter with a head"
+            "new head needs two or more; give all --label_words to train one, or an adapter with it"
         )
     if len(words) != num_labels:
         return {"num_labels": num_labels}

@@ -1,6 +1,7 @@
 """The main jobs from start to end: train an adapter, or evaluate one."""
 
 import json
+import re
 import shlex
 import tempfile
 import time
@@ -24,6 +25,7 @@ from zo_peft.models.hub import check_apart, public_name
 from zo_peft.models.loading import load_base, load_tokenizer
 from zo_peft.objectives.rewards import RewardObjective, generates, load_function
 from zo_peft.runs.arguments import DataArguments, ModelArguments
+from zo_peft.runs.earlier import note_base
 from zo_peft.runs.jobs import flags
 from zo_peft.runs.sources import evaluation_examples, training_examples
 from zo_peft.scales import load_scales
@@ -48,7 +50,8 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     """Tune an adapter and write it to `args.output_dir`, with a card and `zo_metrics.json`.
 
     Returns:
-        The contents of `zo_metrics.json`. `wall_seconds` counts from the start of the process.
+        The contents of `zo_metrics.json`, `output_dir`, and the commands that may come `next`, one
+        by one. `wall_seconds` counts from the start of the process.
         With them count the seconds of training in earlier processes of the run.
         `peak_memory_bytes` is the process's resident set on a CPU, and the allocator's peak on
         CUDA. `train_loss` is the mean over the run's steps. The values of evaluation are None if
@@ -58,6 +61,9 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     Raises:
         UserError: something in the arguments cannot work; then no adapter has been written.
     """
+    if args.chooses_folder:
+        source = Path(data.task or data.train_file or data.dataset_name or "data").stem
+        args.output_dir = f"{Path(model.model_name_or_path).resolve().name}-{source}"
     resume = resumes(model, args)
     examples, dev, test = examples_of(model, data, args)
     kind = GradientTrainer if args.strategy in GRADIENT else ZOTrainer
@@ -76,13 +82,15 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     if resume is True:
         _check_same(Path(args.output_dir), trainer.state.global_step, settings(*told))
     trainer.summary |= {"command": command(*told), "settings": settings(*told)}
+    trainer.summary["label_words"] = data.words()
     if data.task is not None and data.task_data_dir is None:
         trainer.summary["dataset"] = TASKS[data.task].hub[0]
     if args.should_save:
         write_json(Path(args.output_dir) / METRICS_NAME, trainer.summary)
+        note_base(args.output_dir, model.model_name_or_path)
     trainer.save_model()
     trainer.save_state()
-    return trainer.summary
+    return trainer.summary | {"output_dir": args.output_dir, "next": _next(model, data, args)}
 
 
 def _check_same(folder: Path, steps: int, now: dict[str, Any]) -> None:
@@ -132,15 +140,12 @@ def resumes(model: ModelArguments, args: ZOConfig) -> str | bool | None:
 
 
 def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
-    """The metric and the loss of an adapter, or of a base alone on a task; or a UserError."""
-    if model.adapter_name_or_path is None and data.task is None and args.tune == "adapter":
-        raise UserError("nothing to evaluate; give --adapter_name_or_path, or a --task")
+    """The metric and the loss of an adapter, or of a base alone; or a UserError."""
     rewarded = generates(data.reward_funcs, args.objective)
     examples = evaluation_examples(data, model.task_type == "SEQ_CLS", rewarded)
     if examples is None:
         raise UserError("nothing to evaluate on; give --eval_file, --dataset_test_split or --task")
-    with tempfile.TemporaryDirectory() as scratch:
-        args.output_dir = scratch
+    with tempfile.TemporaryDirectory() as args.output_dir:
         trainer = trainer_of(BaseTrainer, model, data, args, None, examples)
         result = trainer.evaluate()
     return {
@@ -163,6 +168,19 @@ def command(model: ModelArguments, data: DataArguments, args: ZOConfig) -> str:
     told = _told(model, data, args) | {"output_dir": Path(args.output_dir).name}
     chosen = {name: _shown(name, v) for name, v in told.items() if v != defaults[name]}
     return shlex.join(["zo-peft", "train", *flags(chosen)]).replace("\n", "\\n")
+
+
+def _next(model: ModelArguments, data: DataArguments, args: ZOConfig) -> list[str]:
+    """Commands that use, show and publish what a run made."""
+    folder = args.output_dir
+    made = "adapter" if args.tune == "adapter" else "model"
+    rows = data.eval_file or data.train_file or "new.csv"
+    answer = {f"{made}_name_or_path": folder, "eval_file": rows, "output_file": "predictions.csv"}
+    if model.trust_remote_code:
+        answer["trust_remote_code"] = True
+    repository = f"you/{re.sub('[^A-Za-z0-9._]+', '-', Path(folder).resolve().name)}"
+    lines = [["predict", *flags(answer)], ["report", folder], ["push", folder, repository]]
+    return [shlex.join(["zo-peft", *map(str, line)]) for line in lines]
 
 
 def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
@@ -194,14 +212,16 @@ def trainer_of(
     model: ModelArguments,
     data: DataArguments,
     args: ZOConfig,
-    train: list[Row] | None,
-    evaluation: list[Row] | None,
+    train: list[Row] | None = None,
+    evaluation: list[Row] | None = None,
 ) -> Any:
     """A trainer of this kind for these arguments; its model and its data are loaded."""
     tokenizer = load_tokenizer(model.model_name_or_path, **model.source)
     num_labels, words = None, data.words() or []
     if model.task_type == "SEQ_CLS":
-        num_labels = len(words) or classes_of(train)
+        # A new head that nobody trains would answer at random, so it gets no classes.
+        trained = train is not None or model.adapter_name_or_path is not None
+        num_labels = trained * (len(words) or classes_of(train))
     if model.adapter_name_or_path is not None and args.tune == "adapter":
         config, classes = saved_adapter(model.adapter_name_or_path)
         num_labels = classes or num_labels

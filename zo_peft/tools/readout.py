@@ -50,6 +50,8 @@ def readout(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[
         UserError: there are no evaluation data, or the task is not one of label words of one token
             or of classes.
     """
+    if args.chooses_folder:
+        args.output_dir = f"{Path(model.model_name_or_path).resolve().name}-readout"
     resumes(model, args)
     train, _, test = examples_of(model, data, args)
     if test is None:

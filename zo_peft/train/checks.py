@@ -1,5 +1,6 @@
 """What of a configuration is refused, and what presets and defaults make of it."""
 
+import math
 import reprlib
 import warnings
 from dataclasses import fields
@@ -13,7 +14,7 @@ from zo_peft.core.guide import CHECK_PASSES, FIRST_PASSES
 from zo_peft.core.low_rank import Structure
 from zo_peft.core.strategies import STRATEGIES, Options
 from zo_peft.core.updates import RULES
-from zo_peft.errors import UserError
+from zo_peft.errors import Notice, UserError
 
 if TYPE_CHECKING:
     from zo_peft.train.config import ZOConfig
@@ -26,6 +27,9 @@ GUIDED = "guided"
 GRADIENT_PASSES = 3
 #: The most forward passes of the first step of a guided run, for each micro-batch.
 FIRST_GUIDED = 1 + FIRST_PASSES + CHECK_PASSES
+#: Times over the data that a run makes which is given no other budget; and the least and the most
+#: forward passes for it, guided and not, for each micro-batch of a step (docs/usage.md#how-long).
+EPOCHS, GUIDED_BUDGET, BUDGET = 3.0, (100, 400), (1_000, 4_000)
 #: Update rules that only candidates can use, and options that mean candidates.
 ALONG_CANDIDATES = ("sgd", "fzoo")
 OF_CANDIDATES = [f.name for f in fields(Options)]
@@ -110,6 +114,9 @@ def check_fields(config: "ZOConfig") -> None:
             continue
         literals = (part for part in (hint, *get_args(hint)) if get_origin(part) is Literal)
         words = known.get(name) or [word for part in literals for word in get_args(part) if word]
+        # Letters of either case will do.
+        value = {word.lower(): word for word in words}.get(str(value).lower(), value)
+        setattr(config, name, value)
         if words and value not in words:
             raise UserError(f"{given} is not known; use one of {', '.join(words)}")
         if not _is_of(value, hint):
@@ -122,7 +129,7 @@ def check_fields(config: "ZOConfig") -> None:
             raise UserError(f"{name} is not for forward-only tuning: {refused[name]}")
         if name in CANDIDATES and descends:
             message = f"{given} is not used: strategy={config.strategy!r} has no candidates"
-            warnings.warn(message, UserWarning, stacklevel=4)
+            warnings.warn(message, Notice, stacklevel=4)
         # Of a setting that is infinite or no number, nothing is known to be meant.
         limit, positive = 1 if name in BELOW_ONE else 1 << 32, name in POSITIVE
         if _is_of(value, float) and not (0 <= value < limit and (value or not positive)):
@@ -167,6 +174,13 @@ def default_strategy(config: "ZOConfig") -> str:
     few = config.max_forward_passes is not None and config.max_forward_passes < short
     other = config.tune != "adapter" or config.objective is not None
     return "gv" if given or few or other or config.update_rule in ALONG_CANDIDATES else GUIDED
+
+
+def default_budget(config: "ZOConfig", steps: float, passes: int) -> int:
+    """The budget of a run that is given none; `steps` of so many `passes` go once over the data."""
+    least, most = GUIDED_BUDGET if config.strategy == GUIDED else BUDGET
+    micro_batches = config.gradient_accumulation_steps
+    return min(max(math.ceil(EPOCHS * steps) * passes, micro_batches * least), micro_batches * most)
 
 
 def check_first_guided(config: "ZOConfig", passes: int) -> None:
@@ -240,6 +254,6 @@ def check_candidates(config: "ZOConfig") -> None:
             f"{config.strategy} with num_candidates=2 learns no more than MeZO per step and spends "
             "more forward passes: with two candidates the direction is +-(z1 - z2), whichever is "
             "better (docs/how-it-works.md). Use num_candidates of 4 or more.",
-            UserWarning,
+            Notice,
             stacklevel=4,
         )
