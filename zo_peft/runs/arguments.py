@@ -1,6 +1,5 @@
 """What a run is made of beside `ZOConfig`: the model, the adapter and the data."""
 
-import csv
 import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -8,13 +7,14 @@ from typing import Any, Literal
 import torch
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
+from zo_peft.data.examples import Words, options_of, read_words, write_words
 from zo_peft.data.tasks import TASKS
 from zo_peft.errors import UserError
 from zo_peft.models.hub import first_line
-from zo_peft.models.loading import quantization_config
+from zo_peft.models.loading import load_tokenizer, quantization_config
 
 
 @dataclass
@@ -32,6 +32,11 @@ class ModelArguments:
         default=None, help="As in transformers, for example auto for several devices."
     )
     trust_remote_code: bool = HfArg(default=False, help="Run the Python code of a Hub model.")
+    chat_template: str | None = HfArg(
+        default=None,
+        help="How messages become text: a Jinja file, or chatml. Default: the adapter's, or "
+        "the tokenizer's own.",
+    )
     task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = HfArg(
         default="CAUSAL_LM", help="SEQ_CLS: a head for classes. The base may be an encoder."
     )
@@ -58,6 +63,11 @@ class ModelArguments:
     def source(self) -> dict[str, Any]:
         """The keyword arguments that `from_pretrained` needs to find and read the base."""
         return {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer, with the chat template of the arguments or of the adapter."""
+        chat = self.chat_template, self.adapter_name_or_path
+        return load_tokenizer(self.model_name_or_path, *chat, **self.source)
 
     def quantization(self, has_classes: bool) -> BitsAndBytesConfig | None:
         """How the base, with a head for classes or not, is quantized; None: as it was saved."""
@@ -115,7 +125,7 @@ class DataArguments:
         help="Rewards of completions, as module:function. They are maximised. Each takes prompts, "
         "completions and the data's columns, and returns a number for each completion.",
     )
-    train_file: str | None = HfArg(default=None, help="JSON lines, CSV or TSV file to train on.")
+    train_file: str | None = HfArg(default=None, help="JSON, CSV, TSV or Parquet file to train on.")
     eval_file: str | None = HfArg(default=None, help="The same, to evaluate on.")
     dataset_name: str | None = HfArg(default=None, help="A data set on the Hub.")
     dataset_config: str | None = HfArg(default=None, help="The data set's configuration.")
@@ -129,13 +139,19 @@ class DataArguments:
     label_column: str | None = HfArg(
         default=None, help="Column of the label, or of the completion. Default: label."
     )
-    label_words: str | None = HfArg(
+    label_words: list[str] | None = HfArg(
         default=None,
-        help="Words in label order: terrible,great. A word with a comma stands in double quotes.",
+        help="Words in label order: terrible,great. Or label=word for each, or JSON. auto: the "
+        "labels themselves, the default where they are texts that repeat. none: the label column "
+        "is text to complete.",
     )
 
     def __post_init__(self) -> None:
         self.task = self.task and self.task.lower()
+        if isinstance(self.label_words, str):
+            self.label_words = [self.label_words]
+        if words := self.given_words():
+            self.label_words = write_words(words)
         if self.task is not None and self.task not in TASKS:
             raise UserError(f"task={self.task!r} is not known; use one of {', '.join(TASKS)}")
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
@@ -150,8 +166,13 @@ class DataArguments:
         if self.prompt_template is not None:
             self.prompt_template = self.prompt_template.replace("\\n", "\n")
 
-    def words(self) -> list[str] | None:
-        """The label words, one by one; None if there are none."""
-        if self.label_words is None:
+    def given_words(self) -> Words | None:
+        """The label words as they were given; None if there are none, or if data have them."""
+        if self.label_words in (None, ["auto"], ["none"]):
             return None
-        return next(csv.reader([self.label_words], skipinitialspace=True), [])
+        return read_words(self.label_words or ())
+
+    def words(self) -> list[str] | None:
+        """The label words in label order; None if there are none, or if data have them."""
+        words = self.given_words()
+        return None if words is None else options_of(words)

@@ -4,7 +4,7 @@ import csv
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 from transformers.hf_argparser import HfArg
 
 from zo_peft.data import make_examples, read_rows
-from zo_peft.data.examples import converted, fill_template
-from zo_peft.data.forms import OPTIONAL, Row, named
+from zo_peft.data.examples import Words, converted, fill_template
+from zo_peft.data.forms import OPTIONAL, Row, named, question_of
 from zo_peft.data.tasks import hub_rows
 from zo_peft.errors import UserError
 from zo_peft.runs.arguments import DataArguments, ModelArguments
@@ -65,11 +65,11 @@ def predict(
         raise UserError(f"{source} has a column {taken[0]!r} already; rename it")
     # What was maximised has no say in an answer.
     args.objective = None
-    words = [word.strip() for word in data.words() or ()]
+    given_words, words = data.given_words(), data.words() or []
     classifies = model.task_type == "SEQ_CLS"
     # No rows: label words are looked at, and whether they have a template.
     template, column = data.prompt_template, data.label_column
-    make_examples((), source, template, column, data.words(), classifies)
+    make_examples((), source, template, column, given_words, classifies)
     questions = converted(source, rows, lambda row: _question(row, template, words, classifies))
     with tempfile.TemporaryDirectory() as args.output_dir:
         trainer = trainer_of(BaseTrainer, model, data, args)
@@ -78,13 +78,20 @@ def predict(
         limit = f"--max_completion_length {args.max_completion_length}"
         print(f"{cut} of {len(rows)} completions were cut by {limit}", file=sys.stderr)
     names = words or [*trainer.model.config.id2label.values()] if classifies else []
+    titles = _titles(given_words, words)
     for row, question, answer in zip(rows, questions, answers.predictions):
-        labels = question.get("options", names)
+        labels = [titles.get(label, label) for label in question.get("options", names)]
         row |= _labelled(answer, labels) if labels else {"prediction": answer}
     if output is not None and trainer.is_world_process_zero():
         _write(output, rows)
     shown = rows if output is None else None
     return {"output_file": given.output_file, "examples": len(rows), "rows": shown}
+
+
+def _titles(given: Words | None, words: Sequence[str]) -> dict[str, str]:
+    """By label word the label that it stands for, where each label has a word of its own."""
+    pairs = given if isinstance(given, Mapping) and len(given) == len(words) else {}
+    return {word: label for label, word in pairs.items()}
 
 
 def _question(row: Row, template: str | None, words: Sequence[str], classifies: bool) -> Row:
@@ -93,6 +100,7 @@ def _question(row: Row, template: str | None, words: Sequence[str], classifies: 
         return {"text": fill_template(template or "{text}", row)}
     if template is not None:
         return {"prompt": fill_template(template, row), **({"options": [*words]} if words else {})}
+    row = question_of(row)
     prompt = row.get("prompt")
     if prompt is None and row.get("messages"):
         prompt = [*row["messages"]]

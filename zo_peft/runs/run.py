@@ -22,7 +22,7 @@ from zo_peft.data.tokenize import classes_of
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
-from zo_peft.models.loading import load_base, load_tokenizer
+from zo_peft.models.loading import load_base
 from zo_peft.objectives.rewards import RewardObjective, generates, load_function
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.runs.earlier import note_base
@@ -38,7 +38,7 @@ from zo_peft.train.trainer import ZOTrainer
 
 #: The options whose values are names on the Hub or folders, and those that are always paths.
 NAMES = {"model_name_or_path", "adapter_name_or_path", "dataset_name"}
-FILES = {"train_file", "eval_file", "task_data_dir"}
+FILES = {"train_file", "eval_file", "task_data_dir", "chat_template"}
 
 #: Options of a LoRA, of a benchmark task, and of a data set of the Hub.
 LORA = {"lora_r", "lora_alpha"}
@@ -110,7 +110,7 @@ def examples_of(
     model: ModelArguments, data: DataArguments, args: ZOConfig
 ) -> tuple[list[Row], list[Row] | None, list[Row] | None]:
     """Examples to train on, to choose checkpoints on, and to evaluate on."""
-    classifies = model.task_type == "SEQ_CLS"
+    classifies = _classifies(model, data)
     rewarded = generates(data.reward_funcs, args.objective)
     train, dev = training_examples(data, classifies, rewarded, args.seed)
     return train, dev, evaluation_examples(data, classifies, rewarded)
@@ -142,7 +142,7 @@ def resumes(model: ModelArguments, args: ZOConfig) -> str | bool | None:
 def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
     """The metric and the loss of an adapter, or of a base alone; or a UserError."""
     rewarded = generates(data.reward_funcs, args.objective)
-    examples = evaluation_examples(data, model.task_type == "SEQ_CLS", rewarded)
+    examples = evaluation_examples(data, _classifies(model, data), rewarded)
     if examples is None:
         raise UserError("nothing to evaluate on; give --eval_file, --dataset_test_split or --task")
     with tempfile.TemporaryDirectory() as args.output_dir:
@@ -154,6 +154,14 @@ def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict
         "eval_loss": result["eval_loss"],
         "examples": len(examples),
     }
+
+
+def _classifies(model: ModelArguments, data: DataArguments) -> bool:
+    """Whether the model has a head for classes. The order of one that is there is not in data."""
+    classifies = model.task_type == "SEQ_CLS"
+    if classifies and model.adapter_name_or_path is not None and data.words() is None:
+        data.label_words = ["none"]
+    return classifies
 
 
 def settings(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
@@ -216,7 +224,7 @@ def trainer_of(
     evaluation: list[Row] | None = None,
 ) -> Any:
     """A trainer of this kind for these arguments; its model and its data are loaded."""
-    tokenizer = load_tokenizer(model.model_name_or_path, **model.source)
+    tokenizer = model.tokenizer()
     num_labels, words = None, data.words() or []
     if model.task_type == "SEQ_CLS":
         # A new head that nobody trains would answer at random, so it gets no classes.

@@ -12,7 +12,6 @@ from transformers.hf_argparser import HfArg
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter, merged_model, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
-from zo_peft.models.loading import load_tokenizer
 from zo_peft.runs.arguments import ModelArguments
 from zo_peft.runs.run import load
 from zo_peft.train.card import write_model_card
@@ -37,7 +36,7 @@ class MergeArguments:
 def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
     """Write the base with `W + change` for every weight that the adapter changes.
 
-    The sum is made in float32 and rounded once to the base's dtype. With the model go the base's
+    The sum is made in float32 and rounded once to the base's dtype. With the model go the
     tokenizer, the figures of the adapter's run, and a card. Of `model`, `adapter_name_or_path` and
     what concerns the base count.
 
@@ -59,7 +58,7 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
             f"{config.peft_type.value} cannot be merged: it adds tokens, or keys and values, and "
             "changes no weight; load it with PEFT"
         )
-    tokenizer = load_tokenizer(model.model_name_or_path, **model.source)
+    tokenizer = model.tokenizer()
     summary = read_results(model.adapter_name_or_path)
     base = load(model, "adapter", classes, summary.get("label_words") or ())
     dtype = base.dtype

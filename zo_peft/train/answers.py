@@ -14,7 +14,7 @@ from zo_peft.core.batch import IGNORE_INDEX, Batch, Prediction
 from zo_peft.core.lanes import replaced
 from zo_peft.data import Tokenization, collator_for, tokenize_dataset
 from zo_peft.data.examples import Examples, converted
-from zo_peft.data.forms import OPTIONAL, Row, form_of
+from zo_peft.data.forms import OPTIONAL, Row, form_of, question_of
 from zo_peft.data.tokenize import is_tokenized
 from zo_peft.errors import UserError
 from zo_peft.objectives.rewards import RewardObjective
@@ -48,6 +48,7 @@ def questions(dataset: Any, tokenization: Tokenization) -> Examples | None:
 
 
 def _question(row: Row, classifies: bool) -> Row | None:
+    row = row if form_of(row) else question_of(row)
     form = form_of(row)
     kept = {name: row[name] for name in (*OPTIONAL, "prompt") if row.get(name) is not None}
     if classifies:
