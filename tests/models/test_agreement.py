@@ -8,7 +8,19 @@ import pytest
 import torch
 from peft import CPTConfig, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from peft.tuners.lora.gptq import GPTQLoraLinear
-from tiny import LORA, MODEL, PAD, WIDTH, assert_same, bert, llama, make_trainer, opt, theta
+from tiny import (
+    BASES,
+    LORA,
+    MODEL,
+    PAD,
+    WIDTH,
+    assert_same,
+    bert,
+    llama,
+    make_trainer,
+    opt,
+    theta,
+)
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import (
@@ -255,6 +267,28 @@ def test_weights_that_change_after_the_trainer_was_built_are_refused(tmp_path: P
     parameters[0].data.fill_(0.5)
     with pytest.raises(UserError, match="was changed after the trainer was built"):
         trainer.train()
+
+
+def test_a_parameter_that_its_module_replaces_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    module = trainer.model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"]
+
+    def replaces(module: nn.Module, args: object) -> None:
+        module.weight.data = module.weight.data.clone()
+
+    module.register_forward_pre_hook(replaces)
+    with pytest.raises(UserError, match=r"layers.0.self_attn.q_proj.lora_B.* was changed"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("base", ["bfloat16", "int8", "nf4"])
+def test_biases_beside_half_precision_are_refused(base: str, tmp_path: Path) -> None:
+    opt(vocab_size=1024).save_pretrained(tmp_path)
+    settings = {**BASES[base], "dtype": torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **settings)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], bias="lora_only")
+    with pytest.raises(UserError, match=r"bias='lora_only' .* base is in torch.bfloat16; load it"):
+        make_trainer(tmp_path, config, model=model)
 
 
 @pytest.mark.parametrize("resized", [False, True])
