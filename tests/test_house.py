@@ -18,6 +18,7 @@ FLOORS = [
     "core",
     "objectives",
     "models",
+    "engines",
     "scales",
     "data",
     "train",

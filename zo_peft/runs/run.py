@@ -10,12 +10,13 @@ from typing import Any
 
 import psutil
 from peft import PeftModel
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from zo_peft.core.journal import JOURNAL_NAME
 from zo_peft.data.forms import Row
 from zo_peft.data.tasks import ANSWER_TOKENS, TASKS
+from zo_peft.engines.served import load_served
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
@@ -33,8 +34,12 @@ from zo_peft.train.results import METRICS_NAME, given, results, write_json
 from zo_peft.train.trainer import ZOTrainer
 
 #: The options whose values are names on the Hub or folders, and those that are always paths.
-NAMES = {"model_name_or_path", "adapter_name_or_path", "dataset_name"}
+NAMES = {"model_name_or_path", "adapter_name_or_path", "dataset_name", "tokenizer_name"}
 FILES = {"train_file", "eval_file", "task_data_dir"}
+
+#: Options of a base that PyTorch computes.
+IN_PYTORCH = ("model_revision", "dtype", "load_in_8bit", "load_in_4bit", "device_map")
+IN_PYTORCH += ("trust_remote_code", "task_type")
 
 #: Options of a LoRA, of a benchmark task, and of a data set of the Hub.
 LORA = {"lora_r", "lora_alpha"}
@@ -173,7 +178,10 @@ def _trainer(
     train: list[Row] | None,
     evaluation: list[Row] | None,
 ) -> Any:
-    tokenizer = load_tokenizer(model.model_name_or_path, **model.source)
+    if args.engine is not None:
+        served, tokenizer = _served(model, args)
+    else:
+        served, tokenizer = None, load_tokenizer(model.model_name_or_path, **model.source)
     num_labels, words = None, data.words() or []
     if model.task_type == "SEQ_CLS":
         num_labels = len(words) or classes_of(train or ())
@@ -187,7 +195,7 @@ def _trainer(
             )
     # A new head is part of the run.
     set_seed(args.seed)
-    base: PreTrainedModel | PeftModel = load(model, args.tune, num_labels, words)
+    base: PreTrainedModel | PeftModel = served or load(model, args.tune, num_labels, words)
     if model.adapter_name_or_path is not None:
         if args.tune == "scales":
             load_scales(base, model.adapter_name_or_path)
@@ -207,6 +215,17 @@ def _trainer(
         reward_funcs=[load_function(name) for name in data.reward_funcs or ()],
         eval_objective=answers,
     )
+
+
+def _served(
+    model: ModelArguments, args: ZOConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base for which an engine answers, and its tokenizer; or a UserError."""
+    for name in IN_PYTORCH:
+        if getattr(model, name) != getattr(ModelArguments, name):
+            raise UserError(f"--{name} is for a base in PyTorch; drop it, or --engine")
+    assert args.engine is not None
+    return load_served(model.model_name_or_path, args.engine, args.tokenizer_name)
 
 
 def load(

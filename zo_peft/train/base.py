@@ -34,6 +34,7 @@ from zo_peft.core.lanes import replaced
 from zo_peft.data import Tokenization, collator_for, tokenize_dataset
 from zo_peft.data.sampler import EpochSampler
 from zo_peft.data.tokenize import is_tokenized
+from zo_peft.engines import served
 from zo_peft.errors import UserError
 from zo_peft.models import adapters
 from zo_peft.models.hub import AnyModel, first_line
@@ -50,8 +51,8 @@ class BaseTrainer(Trainer):
     """A `transformers.Trainer` that loads a model, adds an adapter and reads examples by itself.
 
     Args:
-        model: the name of a base (Hub id or folder), a loaded base, or a `PeftModel` whose adapter
-            is tuned.
+        model: the name of a base (Hub id or folder; for `args.engine` a file), a loaded base, or a
+            `PeftModel` whose adapter is tuned.
         args: the settings; default: `ZOConfig("<model>-zo")`.
         train_dataset, eval_dataset: examples in one of the forms of `zo_peft.data`.
         processing_class: the tokenizer; default: the base's own.
@@ -76,6 +77,8 @@ class BaseTrainer(Trainer):
     trains: ClassVar[bool] = False
     #: Forwards of a check before the first step, which the budget does not count.
     check_passes = 0
+    #: Seconds of the engine in training, of an engine's run.
+    engine_seconds = 0.0
 
     def __init__(
         self,
@@ -106,7 +109,11 @@ class BaseTrainer(Trainer):
             args.dataloader_pin_memory = False
         # The collator needs all columns that `tokenize_dataset` makes.
         args.remove_unused_columns = False
-        tokenizer = processing_class or load_tokenizer(name)
+        tokenizer = processing_class
+        if isinstance(model, str) and args.engine is not None:
+            model, own = served.load_served(model, args.engine, args.tokenizer_name)
+            tokenizer = tokenizer or own
+        tokenizer = tokenizer or load_tokenizer(name)
         # Trainer seeds too late for this: a new adapter's values are part of the run.
         set_seed(args.seed)
         if isinstance(model, str):
@@ -119,6 +126,7 @@ class BaseTrainer(Trainer):
         if peft_config is not None:
             model = adapters.add_adapter(model, peft_config)
         adapters.prepare(model, tokenizer)
+        self.engine = served.check_engine(model, args.engine)
         self.tokenization = Tokenization(
             tokenizer,
             adapters.context_length(model, tokenizer),
@@ -130,6 +138,8 @@ class BaseTrainer(Trainer):
         )
         if self.tokenization.generates and self.tokenization.num_labels is not None:
             raise UserError("rewards are for language models; this model has a head for classes")
+        if self.tokenization.generates and self.engine is not None:
+            raise UserError("rewards need generated completions, which engines are not asked for")
         if isinstance(train_dataset, dict):
             parts = ", ".join(map(str, train_dataset))
             raise UserError(f"train_dataset is several data sets ({parts}); give one of them")
@@ -324,6 +334,8 @@ class BaseTrainer(Trainer):
         folder = output_dir or self.args.output_dir
         if isinstance(self.model, PeftModel):
             adapters.save_adapter(self.model, folder)
+            if self.engine is not None:
+                self.engine.save_adapter(served.states_of(self.model.get_base_model()), folder)
         else:
             self.model.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)

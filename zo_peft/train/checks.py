@@ -74,6 +74,14 @@ POSITIVE = ["zo_eps", "learning_rate", "max_forward_passes", "max_length", "cand
 POSITIVE += ["max_completion_length", "gradient_accumulation_steps", "per_device_train_batch_size"]
 POSITIVE += ["per_device_eval_batch_size"]
 
+#: What an engine cannot do: the values of a setting, and what to do instead.
+NOT_BY_ENGINES: dict[str, tuple[tuple[Any, ...], str]] = {
+    "strategy": ((GUIDED, *GRADIENT), "an engine tells likelihoods alone; use gv"),
+    "tune": (("scales", "weights"), "an engine's base stays as it is; tune an adapter"),
+    "objective": (("f1", "exact_match"), "engines do not generate completions for training"),
+    "torch_compile": ((True,), "the base is not PyTorch's; drop it"),
+}
+
 
 def check_choices(config: "ZOConfig") -> None:
     """Refuse a value that is none of the known ones: of its `Literal`, or of the tables."""
@@ -109,6 +117,8 @@ def default_strategy(config: "ZOConfig") -> str:
     """What a strategy is where none is given and nothing is known of the model yet."""
     if config.exact_layers:
         return GUIDED
+    if config.engine is not None:
+        return "gv"
     defaults = {f.name: f.default for f in fields(config)}
     given = any(getattr(config, name) != defaults[name] for name in OF_CANDIDATES)
     short = FIRST_GUIDED * config.gradient_accumulation_steps
@@ -176,6 +186,13 @@ def check_values(config: "ZOConfig") -> None:
         )
     if config.tune_unquantized and config.tune == "adapter":
         raise UserError("tune_unquantized=True has no meaning for tune='adapter'")
+    if config.engine is not None:
+        for name, (values, advice) in NOT_BY_ENGINES.items():
+            if (value := getattr(config, name)) in values:
+                raise UserError(f"{name}={value!r} is not for engine={config.engine!r}: {advice}")
+    for name in ("tokenizer_name", "engine_reference"):
+        if getattr(config, name) is not None and config.engine is None:
+            raise UserError(f"{name} has no meaning without an engine; drop it, or give an engine")
     if config.load_best_model_at_end and config.save_only_model:
         raise UserError("load_best_model_at_end needs whole checkpoints; drop save_only_model")
 

@@ -27,6 +27,8 @@ from zo_peft.core.ranks import OneRank, Ranks
 from zo_peft.core.tuner import Tuner
 from zo_peft.core.updates import AUTOMATIC, UpdateRule
 from zo_peft.data.collate import Collator, drawn_batch
+from zo_peft.engines.check import check_answers
+from zo_peft.engines.served import host_of
 from zo_peft.errors import NonFiniteLossError, UserError
 from zo_peft.models import recipe
 from zo_peft.models.agreement import check
@@ -88,7 +90,11 @@ class ZOTrainer(CheckpointTrainer):
         if self.ranks.count > 1 and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise UserError("a base on several devices is tuned by one process; drop device_map")
         limit = args.candidates_per_forward
-        self.evaluator = recipe.evaluator_of(model, self.space, self.objective, limit, self.ranks)
+        given = model, self.space, self.objective
+        if self.engine is not None:
+            self.evaluator = Evaluator(*given, host_of(model, self.space), limit, self.ranks)
+        else:
+            self.evaluator = recipe.evaluator_of(*given, limit, self.ranks)
         if args.torch_compile:
             options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
             compile_frozen_parts(model, self.space.parameters.values(), **options)
@@ -181,12 +187,14 @@ class ZOTrainer(CheckpointTrainer):
             self.space.check()
         self._check_lanes()
         resumed = self._open_journal(resume_from_checkpoint)
+        start = self.engine.seconds if self.engine else 0.0
         try:
             result = super().train(resumed, trial, ignore_keys_for_eval)
             self.tuner.compare_ranks(self.state.global_step)
             return result
         finally:
             self.tuner.journal.close()
+            self.engine_seconds = self.engine.seconds - start if self.engine else 0.0
 
     def _check_lanes(self) -> None:
         """See `zo_peft.models.agreement`: on the shortest and the longest of the first examples,
@@ -203,6 +211,8 @@ class ZOTrainer(CheckpointTrainer):
         plain = replace(collate, shares_prompts=False) if isinstance(collate, Collator) else collate
         alone = [self._prepare_inputs(plain([features])) for features in chosen]
         batch = self._prepare_inputs(collate(chosen))
+        if self.engine is not None:
+            check_answers(self.model, batch, self.args.engine_reference)
         objective = self.objective
         if isinstance(objective, RewardObjective):
             # Sampled completions differ from batch to batch; the likelihood of given ones does not.

@@ -1,0 +1,190 @@
+"""llama.cpp as the evaluator, against PyTorch on the same base."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from zo_peft import ZOTrainer
+from zo_peft.core.batch import Batch
+from zo_peft.core.direction import Direction
+from zo_peft.core.evaluator import Evaluator
+from zo_peft.core.flat_space import FlatSpace
+from zo_peft.data.collate import Collator
+from zo_peft.engines import check, llamacpp
+from zo_peft.engines.served import host_of, load_served
+from zo_peft.errors import UserError
+from zo_peft.models.adapters import tuned_parameters
+from zo_peft.models.recipe import evaluator_of
+from zo_peft.objectives.scoring import CompletionObjective, OptionObjective
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("xllamacpp")
+from scripts.make_gguf import write  # noqa: E402
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=ALL)
+POINTS = [[0.1 * Direction.of(2 * m + g) for g in (0, 1)] for m in range(3)]
+
+
+def qwen(config: Any, kind: Any) -> Any:
+    sizes = {"intermediate_size": tiny.WIDTH, "num_key_value_heads": 2}
+    return kind(config(**{**tiny.SIZES, **sizes, "head_dim": 16}))
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": tiny.llama,
+    "qwen2": lambda: qwen(Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": lambda: qwen(Qwen3Config, Qwen3ForCausalLM),
+}
+
+
+def batches() -> dict[str, tuple[Any, Batch]]:
+    """Options of several tokens, options of one, and completions; prompts of unlike length."""
+    ids = [[5, 9, 3, 8, 21, 7, 7, 30], [11, 4, 6]]
+    options = [[[7, 8], [9]], [[10], [12, 13]]]
+    many = [{"prompt_ids": p, "option_ids": o, "label": 1} for p, o in zip(ids, options)]
+    single = [{"prompt_ids": p, "option_ids": [[7], [9]], "label": 0} for p in ids]
+    labels = [[-100] * (len(p) - 2) + p[-2:] for p in ids]
+    completions = [{"input_ids": p, "labels": own} for p, own in zip(ids, labels)]
+    given = [(OptionObjective(), many), (OptionObjective(), single)]
+    given.append((CompletionObjective(), completions))
+    names = ("long options", "options", "completions")
+    return {name: (one, Collator(tiny.PAD)(rows)) for name, (one, rows) in zip(names, given)}
+
+
+def pair(folder: Path, name: str, kind: str = "F32") -> tuple[PeftModel, PeftModel]:
+    """The same base with the same LoRA, in the engine and in PyTorch."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    model.save_pretrained(folder / name)
+    AutoTokenizer.from_pretrained(tiny.MODEL).save_pretrained(folder / name)
+    write(model, folder / f"{name}.gguf", kind)
+    base, _ = load_served(str(folder / f"{name}.gguf"), "llamacpp", str(folder / name))
+    served, own = get_peft_model(base, LORA), get_peft_model(model, LORA)
+    for key, parameter in own.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+            served.get_parameter(key).data.copy_(parameter.data)
+    return served.eval(), own.eval()
+
+
+def in_engine(served: PeftModel, objective: Any) -> Evaluator:
+    space = FlatSpace(tuned_parameters(served))
+    return Evaluator(served, space, objective, host_of(served, space))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def both(request: Any, tmp_path_factory: Any) -> tuple[PeftModel, PeftModel]:
+    return pair(tmp_path_factory.mktemp("gguf"), request.param)
+
+
+@pytest.mark.parametrize("name", batches())
+def test_a_float_engine_has_the_losses_of_pytorch(both: Any, name: str) -> None:
+    objective, batch = batches()[name]
+    served, own = both
+    space = FlatSpace(tuned_parameters(own))
+    points = POINTS if name == "options" else [point[:1] for point in POINTS]
+    expected = evaluator_of(own, space, objective, 1).batch_losses(points, batch)
+    losses = in_engine(served, objective).batch_losses(points, batch)
+    assert expected.std() > 1e-2
+    torch.testing.assert_close(losses, expected, atol=1e-4, rtol=0)
+    for mine, theirs in zip(objective.predict(served, batch), objective.predict(own, batch)):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+
+
+def test_the_check_knows_an_adapter_that_acts_otherwise(both: Any, monkeypatch: Any) -> None:
+    served, own = both
+    kind, batch = own.config.model_type, batches()["options"][1]
+    reference = own.config.name_or_path or served.config.name_or_path
+    check.check_answers(served, batch, reference)
+    other = None if llamacpp.ARCHITECTURES[kind] else r"\.[qk]_proj$"
+    monkeypatch.setitem(llamacpp.ARCHITECTURES, kind, other)
+    with pytest.raises(UserError, match="an adapter on k_proj acts otherwise"):
+        check.check_answers(served, batch, reference)
+
+
+def test_a_quantized_engine_has_its_own_losses_one_by_one(tmp_path: Path) -> None:
+    served, _ = pair(tmp_path, "llama", "Q4_0")
+    objective, batch = batches()["options"]
+    evaluator = in_engine(served, objective)
+    together = evaluator.batch_losses(POINTS, batch)
+    evaluator.candidates_per_forward = 1
+    alone = [evaluator.batch_losses([[point]], batch)[0] for points in POINTS for point in points]
+    # A point of a part belongs to the part's example alone.
+    expected = torch.stack([torch.stack(alone[g::2])[:, g] for g in (0, 1)], dim=1)
+    torch.testing.assert_close(together, expected, atol=1e-4, rtol=0)
+    check.check_answers(served, batch)
+
+
+# ---- Runs on the embedded model -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: Any) -> str:
+    path = tmp_path_factory.mktemp("gguf") / "demo.gguf"
+    write(AutoModelForCausalLM.from_pretrained(tiny.MODEL), path, "Q4_0")
+    return str(path)
+
+
+def trainer_of(folder: Path, model: str, **settings: Any) -> Any:
+    settings = {"engine": "llamacpp", "tokenizer_name": tiny.MODEL, **settings}
+    return tiny.make_trainer(folder, kind=ZOTrainer, model=model, **settings)
+
+
+def accuracy(model: PeftModel) -> float:
+    rows = tiny.examples("test", 100)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.MODEL)
+    words = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in rows[0]["options"]]
+    right = 0
+    for row in rows:
+        logits = model(**tokenizer(row["prompt"], return_tensors="pt")).logits[0, -1, words]
+        right += int(logits.argmax()) == row["label"]
+    return right / len(rows)
+
+
+def test_a_run_on_a_quantized_base_learns_and_loads_anywhere(
+    quantized: str, tmp_path: Path
+) -> None:
+    trainer = trainer_of(
+        tmp_path,
+        quantized,
+        train=tiny.examples(count=400),
+        test=tiny.examples("test", 100),
+        max_steps=40,
+        per_device_train_batch_size=16,
+        zo_eps=0.03,
+    )
+    trainer.train()
+    reached = trainer.evaluate()["eval_accuracy"]
+    assert reached >= 0.9
+    trainer.save_model()
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny.MODEL), str(tmp_path)
+    )
+    assert abs(accuracy(plain) - reached) <= 0.03
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    written = {
+        t.name: torch.from_numpy(t.data) for t in gguf.GGUFReader(tmp_path / "adapter.gguf").tensors
+    }
+    layer = "base_model.model.model.layers.2.self_attn"
+    for place, name in (("attn_q", "q_proj"), ("attn_v", "v_proj")):
+        rows: Tensor = saved[f"{layer}.{name}.lora_B.weight"] * (8 / 4)
+        if name == "q_proj":
+            halves = [half for head in rows.split(32) for half in zip(head[:16], head[16:])]
+            rows = torch.stack([row for half in halves for row in half])
+        assert torch.equal(written[f"blk.2.{place}.weight.lora_b"], rows)

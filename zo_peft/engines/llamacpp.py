@@ -1,0 +1,295 @@
+"""llama.cpp in this process: a GGUF base, through the C functions that `xllamacpp` exports.
+
+Only functions that `llama.h` names are called. Structures change from build to build, so none is
+declared here: batches are opaque (`llama_batch_ext`), and of the parameters of a context those that
+have to differ from the defaults are found by their defaults, or the build is refused.
+"""
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from ctypes import c_char_p, c_float, c_int32, c_size_t, c_void_p
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zo_peft.engines.engine import Answers, Row, States
+from zo_peft.errors import UserError
+
+#: The architectures of GGUF whose modules are known, and the modules whose rows a GGUF has in
+#: another order: there the two halves that rotary embeddings turn are interleaved.
+ARCHITECTURES = {"llama": r"\.[qk]_proj$", "qwen2": None, "qwen3": None}
+
+#: Sequences that share a call, and tokens by which their space grows.
+SEQUENCES, TOKENS = 8, 256
+
+ADAPTER_NAME = "adapter.gguf"
+
+
+class _Parameters(ctypes.Structure):
+    """The parameters of a model or a context: more bytes than any build has."""
+
+    _fields_ = (("words", c_int32 * 128),)
+
+
+class _Pointer(ctypes.c_void_p):
+    """To something of llama.cpp; unlike a plain `c_void_p` it is passed on as a pointer again."""
+
+
+#: The types of results that are no integers.
+RESULTS: dict[str, Any] = {
+    "llama_model_default_params": _Parameters,
+    "llama_context_default_params": _Parameters,
+    "llama_model_load_from_file": _Pointer,
+    "llama_model_get_vocab": _Pointer,
+    "llama_init_from_model": _Pointer,
+    "llama_get_memory": _Pointer,
+    "llama_adapter_lora_init": _Pointer,
+    "llama_batch_ext_init": _Pointer,
+    "llama_batch_ext_set_pos": ctypes.c_bool,
+    "llama_batch_ext_set_output_logits": ctypes.c_bool,
+    "llama_get_logits_ith": ctypes.POINTER(ctypes.c_float),
+}
+
+#: So many words of the parameters of a context are searched; what is behind them are switches.
+SETTINGS = 32
+
+#: `llama_process` decodes rather than encodes.
+DECODE = 1
+
+
+@ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
+def _log(level: int, text: bytes, _: Any) -> None:
+    """Passes on errors alone, which have this level."""
+    if level == 4:
+        sys.stderr.write(text.decode(errors="replace"))
+
+
+class LlamaCpp:
+    """An `Engine`: llama.cpp on the CPU, with keys and values in float32.
+
+    A state of an adapter goes to it as a GGUF file that exists in memory alone (Linux).
+
+    Args:
+        path: the GGUF file of the base.
+
+    Raises:
+        UserError: the package is missing or of another kind, or the file cannot be loaded.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._library = _library()
+        self._gguf = gguf = importlib.import_module("gguf")
+        fields = gguf.GGUFReader(path)
+        self._architecture = fields.get_field("general.architecture").contents()
+        if self._architecture not in ARCHITECTURES:
+            raise UserError(
+                f"{path} is a {self._architecture}; LoRA matrices are known to fit the GGUF files "
+                f"of {', '.join(ARCHITECTURES)}"
+            )
+        count = fields.get_field(f"{self._architecture}.attention.head_count").contents()
+        few = fields.get_field(f"{self._architecture}.attention.head_count_kv")
+        self._heads = {"q_proj": count, "k_proj": count if few is None else few.contents()}
+        layers = fields.get_field(f"{self._architecture}.block_count").contents()
+        kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+        self._names = gguf.get_tensor_name_map(kinds[self._architecture], layers)
+        types = {tensor.tensor_type.name for tensor in fields.tensors if len(tensor.shape) > 1}
+        self.is_float32 = types <= {"F32"}
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+        loaded = f"llamacpp {', '.join(sorted(types))}"
+        self.identity = {"files": digest.hexdigest(), "loaded": loaded}
+        self.swaps, self.seconds = 0, 0.0
+        call = self._library.llama_model_default_params()
+        self._model = self._library.llama_model_load_from_file(os.fsencode(path), call)
+        if not self._model:
+            raise UserError(f"llama.cpp cannot load {path}; its reason stands above")
+        vocabulary = self._library.llama_model_get_vocab(self._model)
+        self._tokens = self._library.llama_vocab_n_tokens(vocabulary)
+        self._context = self._batch = self._adapter = None
+        self._length = 0
+        #: The file of the adapter in memory, and its matrices by name as parts of it.
+        self._file, self._views = os.memfd_create("adapter"), dict[str, Any]()
+
+    def __del__(self) -> None:
+        if getattr(self, "_model", None):
+            self._close_context()
+            if self._adapter:
+                self._library.llama_adapter_lora_free(self._adapter)
+            self._library.llama_model_free(self._model)
+            os.close(self._file)
+
+    def answer(self, states: States, rows: Sequence[Sequence[Row]]) -> Answers:
+        """As of `Engine`."""
+        start = time.perf_counter()
+        self._grow(max(len(row.ids) for own in rows for row in own))
+        found = []
+        for index, own in enumerate(rows):
+            self._put(states, index)
+            for first in range(0, len(own), SEQUENCES):
+                found.append(self._ask(own[first : first + SEQUENCES]))
+        self.seconds += time.perf_counter() - start
+        return Answers(*map(torch.cat, zip(*found)))
+
+    def forget(self) -> None:
+        """As of `Engine`."""
+        self._close_context()
+
+    def save_adapter(self, states: States, folder: str) -> None:
+        """As of `Engine`: `adapter.gguf`, as llama.cpp's own tools load it."""
+        self._write(Path(folder) / ADAPTER_NAME, dict(self._tensors(states, 0)))
+
+    # ---- Adapters -------------------------------------------------------------------------------
+
+    def _tensors(self, states: States, index: int) -> Iterator[tuple[str, Any]]:
+        """One state's matrices as a GGUF has them, by name."""
+        for module, (a, b) in states.items():
+            name = self._names.get_name(module)
+            if name is None:
+                raise UserError(f"the GGUF has no place for a LoRA on {module}; name other modules")
+            rows, turned = b[index], ARCHITECTURES[self._architecture]
+            if turned and re.search(turned, module):
+                heads = self._heads[module.rpartition(".")[2]]
+                rows = rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+            yield f"{name}.weight.lora_a", a[index].contiguous().numpy()
+            yield f"{name}.weight.lora_b", rows.contiguous().numpy()
+
+    def _write(self, path: Path, tensors: dict[str, Any]) -> None:
+        writer = self._gguf.GGUFWriter(path, self._architecture)
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        # Then llama.cpp scales by 1: the scaling is in the matrices.
+        writer.add_float32("adapter.lora.alpha", 0.0)
+        for name, tensor in tensors.items():
+            writer.add_tensor(name, tensor)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def _put(self, states: States, index: int) -> None:
+        """Put a state in the place of the last one."""
+        if not states:
+            return
+        tensors, path = dict(self._tensors(states, index)), Path(f"/proc/self/fd/{self._file}")
+        if tensors.keys() != self._views.keys():
+            self._write(path, tensors)
+            self._views = {t.name: t.data for t in self._gguf.GGUFReader(path, "r+").tensors}
+        for name, tensor in tensors.items():
+            self._views[name][...] = tensor
+        adapter = self._library.llama_adapter_lora_init(self._model, os.fsencode(path))
+        if not adapter:
+            raise UserError("llama.cpp refuses the adapter; its reason stands above")
+        one, scale = c_size_t(1), ctypes.byref(c_float(1.0))
+        if self._library.llama_set_adapters_lora(self._context, ctypes.byref(adapter), one, scale):
+            raise UserError("llama.cpp does not take the adapter; its reason stands above")
+        if self._adapter:
+            self._library.llama_adapter_lora_free(self._adapter)
+        self._adapter = adapter
+        self.swaps += 1
+
+    # ---- Questions ------------------------------------------------------------------------------
+
+    def _grow(self, length: int) -> None:
+        """Make space for sequences of so many tokens."""
+        if self._context and length <= self._length:
+            return
+        self._close_context()
+        self._length = -(-length // TOKENS) * TOKENS
+        call = _context_parameters(self._library, self._length)
+        self._context = self._library.llama_init_from_model(self._model, call)
+        sizes = self._context and (
+            self._library.llama_n_seq_max(self._context),
+            self._library.llama_n_ctx_seq(self._context),
+        )
+        if sizes != (SEQUENCES, self._length):
+            raise UserError(
+                f"llama.cpp does not give {SEQUENCES} sequences of {self._length} tokens each; "
+                "shorten the examples (max_length)"
+            )
+        threads = torch.get_num_threads()
+        self._library.llama_set_n_threads(self._context, threads, threads)
+        self._batch = self._library.llama_batch_ext_init(self._context)
+
+    def _close_context(self) -> None:
+        if self._context:
+            self._library.llama_batch_ext_free(self._batch)
+            self._library.llama_free(self._context)
+            self._context = None
+
+    def _ask(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and likeliest tokens of a few rows, with nothing kept of others."""
+        library, batch, places = self._library, self._batch, []
+        library.llama_memory_clear(library.llama_get_memory(self._context), False)
+        library.llama_batch_ext_clear(batch)
+        for sequence, row in enumerate(rows):
+            asked = set(row.positions)
+            for position, token in enumerate(row.ids):
+                place = library.llama_batch_ext_add_token(batch, sequence, token)
+                taken = library.llama_batch_ext_set_pos(
+                    batch, place, ctypes.byref(c_int32(position))
+                )
+                if position in asked:
+                    taken &= library.llama_batch_ext_set_output_logits(batch, place, True)
+                    places.append(place)
+                if place < 0 or not taken:
+                    raise UserError(f"llama.cpp does not take token {token} ({place})")
+        if status := library.llama_process(self._context, DECODE, batch):
+            raise UserError(f"llama.cpp does not answer ({status}); its reason stands above")
+        pointers = [library.llama_get_logits_ith(self._context, place) for place in places]
+        logits = np.stack([np.ctypeslib.as_array(p, (self._tokens,)) for p in pointers])
+        known = torch.from_numpy(logits).log_softmax(dim=-1)
+        wanted = torch.cat([row.tokens for row in rows])
+        return known.gather(1, wanted), known.argmax(dim=-1)
+
+
+def _library() -> ctypes.CDLL:
+    """The functions of llama.cpp, or a UserError."""
+    advice = "pip install --upgrade xllamacpp gguf"
+    missing = [name for name in ("xllamacpp", "gguf") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"the engine llamacpp needs the package {missing[0]}; {advice}")
+    folder = (importlib.util.find_spec("xllamacpp").submodule_search_locations or [""])[0]
+    try:
+        library = ctypes.CDLL(str(next(Path(folder).glob("xllamacpp*.so"))))
+        for name, result in RESULTS.items():
+            getattr(library, name).restype = result
+    except (StopIteration, OSError, AttributeError) as error:
+        raise UserError(f"this xllamacpp lacks what is needed ({error}); {advice}") from None
+    library.llama_log_set(_log, None)
+    library.llama_backend_init()
+    return library
+
+
+def _context_parameters(library: ctypes.CDLL, length: int) -> _Parameters:
+    """Those of a context for `SEQUENCES` sequences of so many tokens, all in float32.
+
+    Sizes come first, as they always did. Flash attention, whose sums are in float16, is the last of
+    four settings in a row that are -1 (automatic). The types of keys and values are the only two
+    settings in a row that are 1 (float16).
+    """
+    parameters = library.llama_context_default_params()
+    words = [int(word) for word in parameters.words[:SETTINGS]]
+    automatic, types = _places(words, [-1] * 4), _places(words, [1, 1])
+    if words[:4] != [512, 2048, 512, 1] or len(automatic) != 1 or len(types) != 1:
+        raise UserError(
+            "the parameters of this xllamacpp's llama.cpp stand in an order that is not known; "
+            "install another version"
+        )
+    parameters.words[0] = parameters.words[1] = length * SEQUENCES
+    parameters.words[3] = SEQUENCES
+    parameters.words[automatic[0] + 3] = 0
+    parameters.words[types[0]] = parameters.words[types[0] + 1] = 0
+    return parameters
+
+
+def _places(words: list[int], wanted: list[int]) -> list[int]:
+    return [n for n in range(len(words)) if words[n : n + len(wanted)] == wanted]
