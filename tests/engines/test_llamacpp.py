@@ -1,5 +1,7 @@
 """llama.cpp as the evaluator, against PyTorch on the same base."""
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from transformers import (
 )
 
 from zo_peft import ZOTrainer
+from zo_peft.cli import main
 from zo_peft.core.batch import Batch
 from zo_peft.core.direction import Direction
 from zo_peft.core.evaluator import Evaluator
@@ -149,7 +152,7 @@ def trainer_of(folder: Path, model: str, **settings: Any) -> Any:
 def accuracy(model: PeftModel) -> float:
     rows = tiny.examples("test", 100)
     tokenizer = AutoTokenizer.from_pretrained(tiny.MODEL)
-    words = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in rows[0]["options"]]
+    words = [tokenizer(f"It was {word}").input_ids[-1] for word in rows[0]["options"]]
     right = 0
     for row in rows:
         logits = model(**tokenizer(row["prompt"], return_tensors="pt")).logits[0, -1, words]
@@ -188,3 +191,59 @@ def test_a_run_on_a_quantized_base_learns_and_loads_anywhere(
             halves = [half for head in rows.split(32) for half in zip(head[:16], head[16:])]
             rows = torch.stack([row for half in halves for row in half])
         assert torch.equal(written[f"blk.2.{place}.weight.lora_b"], rows)
+
+
+def test_a_run_goes_on_bit_for_bit(quantized: str, tmp_path: Path) -> None:
+    """On one machine and in the same build, llama.cpp gives the same bits again."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
+    whole = trainer_of(tmp_path / "whole", quantized, **settings)
+    whole.train()
+    assert whole.engine.swaps > 4 * 4
+    resumed = trainer_of(tmp_path / "whole", quantized, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    tiny.assert_same(tiny.theta(whole), tiny.theta(resumed))
+
+
+def test_the_command_line_trains_and_evaluates(quantized: str, tmp_path: Path, capsys: Any) -> None:
+    changes = {"model_name_or_path": quantized, "engine": "llamacpp", "tokenizer_name": tiny.MODEL}
+    changes |= {"eval_file": tmp_path / "test.jsonl", "engine_reference": tiny.MODEL}
+    lines = (tiny.EMBEDDED / "test.jsonl").read_text().splitlines()[:40]
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    options = tiny.command_line(tmp_path / "out", **changes, max_steps=2)
+    assert main(["train", *options, "--json"]) == 0
+    trained = json.loads(capsys.readouterr().out)
+    assert trained["strategy"] == "gv"
+    assert trained["engine"]["loaded"] == "llamacpp Q4_0"
+    # Two steps of four candidates for each of four examples, the check, and evaluations.
+    assert trained["engine"]["swaps"] >= 2 * 4 * 4
+    assert 0 < trained["engine"]["seconds"] < trained["engine"]["training_seconds"]
+    changes |= {"adapter_name_or_path": tmp_path / "out", "lora_target_modules": None}
+    changes |= {"engine_reference": None}
+    options = tiny.command_line(tmp_path / "evaluated", **changes)
+    assert main(["evaluate", *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["eval_loss"] == trained["eval_loss_after"]
+
+
+REFUSED = [
+    ({"peft_type": "IA3"}, "an engine takes a plain LORA, not .* of a IA3"),
+    ({"load_in_8bit": True}, "--load_in_8bit is for a base in PyTorch"),
+    ({"strategy": "guided"}, "strategy='guided' is not for engine='llamacpp'"),
+    ({"strategy": "adam"}, "strategy='adam' is not for engine='llamacpp'"),
+    ({"tune": "weights"}, "tune='weights' is not for engine='llamacpp'"),
+    ({"objective": "f1"}, "objective='f1' is not for engine='llamacpp'"),
+    ({"engine": None}, "tokenizer_name has no meaning without an engine"),
+    ({"model_name_or_path": tiny.MODEL}, "reads a GGUF file"),
+    ({"tokenizer_name": None}, "Give --tokenizer_name"),
+    ({"model_name_or_path": tiny.EMBEDDED / "test.jsonl"}, "is no GGUF file"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_what_an_engine_cannot_do_is_refused(
+    quantized: str, tmp_path: Path, changes: dict[str, Any], message: str, capsys: Any
+) -> None:
+    given = {"model_name_or_path": quantized, "engine": "llamacpp", "tokenizer_name": tiny.MODEL}
+    options = tiny.command_line(tmp_path / "out", **{**given, **changes}, max_steps=2)
+    assert main(["train", *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()

@@ -63,6 +63,7 @@ def _two(base: Any, kind: str, rows: Sequence[Row]) -> States:
     rest = _alone(base.engine, _longer(two, 0.0), 0, rows)
     for length in LENGTHS:
         longer = _longer(two, length)
+        base.engine.forget()
         moved = (_alone(base.engine, longer, 0, rows) - rest).abs().max()
         if moved > MOVED:
             return longer

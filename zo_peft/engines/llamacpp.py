@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from ctypes import c_char_p, c_float, c_int32, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,10 @@ class LlamaCpp:
     def __init__(self, path: str) -> None:
         self._library = _library()
         self._gguf = gguf = importlib.import_module("gguf")
-        fields = gguf.GGUFReader(path)
+        try:
+            fields = gguf.GGUFReader(path)
+        except ValueError as error:
+            raise UserError(f"{path} is no GGUF file: {error}") from error
         self._architecture = fields.get_field("general.architecture").contents()
         if self._architecture not in ARCHITECTURES:
             raise UserError(
@@ -117,7 +120,7 @@ class LlamaCpp:
         self._context = self._batch = self._adapter = None
         self._length = 0
         #: The file of the adapter in memory, and its matrices by name as parts of it.
-        self._file, self._views = os.memfd_create("adapter"), dict[str, Any]()
+        self._file, self._views = os.memfd_create("adapter"), list[tuple[str, Any]]()
 
     def __del__(self) -> None:
         if getattr(self, "_model", None):
@@ -129,14 +132,13 @@ class LlamaCpp:
 
     def answer(self, states: States, rows: Sequence[Sequence[Row]]) -> Answers:
         """As of `Engine`."""
-        start = time.perf_counter()
         self._grow(max(len(row.ids) for own in rows for row in own))
         found = []
+        tensors = self._tensors(states)
         for index, own in enumerate(rows):
-            self._put(states, index)
+            self._put({name: tensor[index] for name, tensor in tensors.items()})
             for first in range(0, len(own), SEQUENCES):
                 found.append(self._ask(own[first : first + SEQUENCES]))
-        self.seconds += time.perf_counter() - start
         return Answers(*map(torch.cat, zip(*found)))
 
     def forget(self) -> None:
@@ -145,22 +147,30 @@ class LlamaCpp:
 
     def save_adapter(self, states: States, folder: str) -> None:
         """As of `Engine`: `adapter.gguf`, as llama.cpp's own tools load it."""
-        self._write(Path(folder) / ADAPTER_NAME, dict(self._tensors(states, 0)))
+        tensors = {name: tensor[0] for name, tensor in self._tensors(states).items()}
+        self._write(Path(folder) / ADAPTER_NAME, tensors)
+
+    def _timed(self, function: Any, *arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*arguments)
+        self.seconds += time.perf_counter() - start
+        return result
 
     # ---- Adapters -------------------------------------------------------------------------------
 
-    def _tensors(self, states: States, index: int) -> Iterator[tuple[str, Any]]:
-        """One state's matrices as a GGUF has them, by name."""
+    def _tensors(self, states: States) -> dict[str, Any]:
+        """The matrices of all states as a GGUF has them [M, ...], by name."""
+        tensors, turned = {}, ARCHITECTURES[self._architecture]
         for module, (a, b) in states.items():
             name = self._names.get_name(module)
             if name is None:
                 raise UserError(f"the GGUF has no place for a LoRA on {module}; name other modules")
-            rows, turned = b[index], ARCHITECTURES[self._architecture]
             if turned and re.search(turned, module):
                 heads = self._heads[module.rpartition(".")[2]]
-                rows = rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-            yield f"{name}.weight.lora_a", a[index].contiguous().numpy()
-            yield f"{name}.weight.lora_b", rows.contiguous().numpy()
+                b = b.unflatten(1, (heads, 2, -1)).transpose(2, 3).flatten(1, 3)
+            tensors[f"{name}.weight.lora_a"] = a.contiguous().numpy()
+            tensors[f"{name}.weight.lora_b"] = b.contiguous().numpy()
+        return tensors
 
     def _write(self, path: Path, tensors: dict[str, Any]) -> None:
         writer = self._gguf.GGUFWriter(path, self._architecture)
@@ -175,24 +185,27 @@ class LlamaCpp:
         writer.write_tensors_to_file()
         writer.close()
 
-    def _put(self, states: States, index: int) -> None:
-        """Put a state in the place of the last one."""
-        if not states:
+    def _put(self, tensors: dict[str, Any]) -> None:
+        """Put a state, as `_tensors` gives it, in the place of the last one."""
+        library = self._library
+        if not tensors:
+            library.llama_set_adapters_lora(self._context, None, c_size_t(0), None)
             return
-        tensors, path = dict(self._tensors(states, index)), Path(f"/proc/self/fd/{self._file}")
-        if tensors.keys() != self._views.keys():
+        path = Path(f"/proc/self/fd/{self._file}")
+        if [(n, t.shape) for n, t in tensors.items()] != [(n, v.shape) for n, v in self._views]:
             self._write(path, tensors)
-            self._views = {t.name: t.data for t in self._gguf.GGUFReader(path, "r+").tensors}
-        for name, tensor in tensors.items():
-            self._views[name][...] = tensor
-        adapter = self._library.llama_adapter_lora_init(self._model, os.fsencode(path))
-        if not adapter:
-            raise UserError("llama.cpp refuses the adapter; its reason stands above")
+            found = self._gguf.GGUFReader(path, "r+").tensors
+            self._views = [(tensor.name, tensor.data) for tensor in found]
+        for name, view in self._views:
+            view[...] = tensors[name]
+        adapter = self._timed(library.llama_adapter_lora_init, self._model, os.fsencode(path))
         one, scale = c_size_t(1), ctypes.byref(c_float(1.0))
-        if self._library.llama_set_adapters_lora(self._context, ctypes.byref(adapter), one, scale):
-            raise UserError("llama.cpp does not take the adapter; its reason stands above")
+        if not adapter or library.llama_set_adapters_lora(
+            self._context, ctypes.byref(adapter), one, scale
+        ):
+            raise UserError("llama.cpp refuses the adapter; its reason stands above")
         if self._adapter:
-            self._library.llama_adapter_lora_free(self._adapter)
+            library.llama_adapter_lora_free(self._adapter)
         self._adapter = adapter
         self.swaps += 1
 
@@ -230,19 +243,18 @@ class LlamaCpp:
         library, batch, places = self._library, self._batch, []
         library.llama_memory_clear(library.llama_get_memory(self._context), False)
         library.llama_batch_ext_clear(batch)
+        here = c_int32()
         for sequence, row in enumerate(rows):
             asked = set(row.positions)
-            for position, token in enumerate(row.ids):
+            for here.value, token in enumerate(row.ids):
                 place = library.llama_batch_ext_add_token(batch, sequence, token)
-                taken = library.llama_batch_ext_set_pos(
-                    batch, place, ctypes.byref(c_int32(position))
-                )
-                if position in asked:
+                taken = library.llama_batch_ext_set_pos(batch, place, ctypes.byref(here))
+                if here.value in asked:
                     taken &= library.llama_batch_ext_set_output_logits(batch, place, True)
                     places.append(place)
                 if place < 0 or not taken:
                     raise UserError(f"llama.cpp does not take token {token} ({place})")
-        if status := library.llama_process(self._context, DECODE, batch):
+        if status := self._timed(library.llama_process, self._context, DECODE, batch):
             raise UserError(f"llama.cpp does not answer ({status}); its reason stands above")
         pointers = [library.llama_get_logits_ith(self._context, place) for place in places]
         logits = np.stack([np.ctypeslib.as_array(p, (self._tokens,)) for p in pointers])
