@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple, Protocol
 from torch import Tensor
 
 #: The engines, and the package that each of them needs.
-PACKAGES = {"llamacpp": "xllamacpp"}
-EngineName = Literal["llamacpp"]
+PACKAGES = {"llamacpp": "xllamacpp", "openvino": "openvino"}
+EngineName = Literal["llamacpp", "openvino"]
 
 
 class Matrices(NamedTuple):

@@ -26,6 +26,7 @@ from zo_peft.core.lanes import Host, Lanes
 from zo_peft.core.space import Space
 from zo_peft.engines.engine import Answers, Engine, EngineName, Matrices, Row, States
 from zo_peft.engines.llamacpp import LlamaCpp
+from zo_peft.engines.openvino import MODEL_NAME, OpenVino
 from zo_peft.errors import UserError
 from zo_peft.models.hub import LOAD_ERRORS, AnyModel, first_line
 from zo_peft.models.loading import load_config, load_tokenizer
@@ -40,20 +41,25 @@ STATES = 64 << 20
 def load_served(
     name: str, engine: EngineName, source: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base that the file `name` holds, in shapes alone, and its tokenizer.
+    """The base that an engine computes, in shapes alone, and its tokenizer.
 
     The base's attribute `engine` answers for it.
 
     Args:
+        name: a GGUF file for llamacpp, a folder for openvino.
         source: a folder or a Hub id with the configuration and the tokenizer of the model that was
-            converted to the file; default: what the file says of them.
+            converted; default: what the file or the folder itself says of them.
 
     Raises:
         UserError: the engine is not installed, or the file or the configuration cannot be read.
     """
     path = Path(name)
-    if not path.is_file():
-        raise UserError(f"the engine {engine} reads a GGUF file; {name!r} is none")
+    if engine == "openvino" and not (path / MODEL_NAME).is_file():
+        raise UserError(f"the engine openvino reads a folder with {MODEL_NAME}; {name!r} is none")
+    if engine == "llamacpp" and not path.is_file():
+        raise UserError(f"the engine llamacpp reads a GGUF file; {name!r} is none")
+    if source is None and engine == "openvino":
+        source = name
     if source is None:
         config, tokenizer = (_from_gguf(kind, path) for kind in (AutoConfig, AutoTokenizer))
     else:
@@ -69,7 +75,7 @@ def load_served(
             module.register_buffer(key, torch.zeros(1).expand(buffer.shape), persistent=False)
     base.forward = _refuse
     base.name_or_path = base.config.name_or_path = source or name
-    base.engine = LlamaCpp(name)
+    base.engine = LlamaCpp(name) if engine == "llamacpp" else OpenVino(name)
     base.next_tokens = partial(_next_tokens, base, Lanes({}, 1), "")
     return base.eval(), tokenizer
 

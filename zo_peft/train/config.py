@@ -166,13 +166,13 @@ class ZOConfig(TrainingArguments):
     )
     engine: EngineName | None = HfArg(
         default=None,
-        help="Who computes the base: llamacpp (the model is a GGUF file then, of any quantization; "
-        "a LoRA is tuned). Default: PyTorch.",
+        help="Who computes the base, for which a LoRA is tuned then: llamacpp (the model is a GGUF "
+        "file) or openvino (a folder that optimum-intel exported). Default: PyTorch.",
     )
     tokenizer_name: str | None = HfArg(
         default=None,
         help="With an engine: the folder or Hub id of the model that was converted, for its "
-        "configuration and its tokenizer. Default: what the GGUF file says.",
+        "configuration and its tokenizer. Default: what the file or the folder says.",
     )
     engine_reference: str | None = HfArg(
         default=None,
