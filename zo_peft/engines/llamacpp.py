@@ -6,12 +6,10 @@ have to differ from the defaults are found by their defaults, or the build is re
 """
 
 import ctypes
-import hashlib
 import importlib.util
 import os
 import re
 import sys
-import time
 from collections.abc import Sequence
 from ctypes import c_char_p, c_float, c_int32, c_size_t, c_void_p
 from pathlib import Path
@@ -19,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from transformers import PreTrainedConfig
 
-from zo_peft.engines.engine import Answers, Row, States
+from zo_peft.engines.engine import Answers, Engine, Row, States, answers, check_installed
 from zo_peft.errors import UserError
 
 #: The architectures of GGUF whose modules are known, and the modules whose rows a GGUF has in
@@ -44,19 +42,13 @@ class _Pointer(ctypes.c_void_p):
     """To something of llama.cpp; unlike a plain `c_void_p` it is passed on as a pointer again."""
 
 
-#: The types of results that are no integers.
-RESULTS: dict[str, Any] = {
-    "llama_model_default_params": _Parameters,
-    "llama_context_default_params": _Parameters,
-    "llama_model_load_from_file": _Pointer,
-    "llama_model_get_vocab": _Pointer,
-    "llama_init_from_model": _Pointer,
-    "llama_get_memory": _Pointer,
-    "llama_adapter_lora_init": _Pointer,
-    "llama_batch_ext_init": _Pointer,
-    "llama_batch_ext_set_pos": ctypes.c_bool,
-    "llama_batch_ext_set_output_logits": ctypes.c_bool,
-    "llama_get_logits_ith": ctypes.POINTER(ctypes.c_float),
+#: The functions whose results are no integers, by the type of the result.
+RESULTS: dict[Any, str] = {
+    _Parameters: "llama_model_default_params llama_context_default_params",
+    _Pointer: "llama_model_load_from_file llama_model_get_vocab llama_init_from_model "
+    "llama_get_memory llama_adapter_lora_init llama_batch_ext_init",
+    ctypes.c_bool: "llama_batch_ext_set_pos llama_batch_ext_set_output_logits",
+    ctypes.POINTER(c_float): "llama_get_logits_ith",
 }
 
 #: So many words of the parameters of a context are searched; what is behind them are switches.
@@ -73,50 +65,42 @@ def _log(level: int, text: bytes, _: Any) -> None:
         sys.stderr.write(text.decode(errors="replace"))
 
 
-class LlamaCpp:
-    """An `Engine`: llama.cpp on the CPU, with keys and values in float32.
+class LlamaCpp(Engine):
+    """llama.cpp on the CPU, with keys and values in float32.
 
     A state of an adapter goes to it as a GGUF file that exists in memory alone (Linux).
 
     Args:
         path: the GGUF file of the base.
+        config: the configuration of the model that was converted.
 
     Raises:
-        UserError: the package is missing or of another kind, or the file cannot be loaded.
+        UserError: a package is missing or of another kind, or the file cannot be loaded.
     """
 
-    def __init__(self, path: str) -> None:
-        self._library = _library()
+    def __init__(self, path: Path, config: PreTrainedConfig) -> None:
+        self._library = library = _library()
         self._gguf = gguf = importlib.import_module("gguf")
         try:
-            fields = gguf.GGUFReader(path)
+            file = gguf.GGUFReader(path)
         except ValueError as error:
             raise UserError(f"{path} is no GGUF file: {error}") from error
-        self._architecture = fields.get_field("general.architecture").contents()
+        types = {tensor.tensor_type.name for tensor in file.tensors if len(tensor.shape) > 1}
+        super().__init__("llamacpp", [path], types)
+        self._architecture = file.get_field("general.architecture").contents()
         if self._architecture not in ARCHITECTURES:
             raise UserError(
                 f"{path} is a {self._architecture}; LoRA matrices are known to fit the GGUF files "
                 f"of {', '.join(ARCHITECTURES)}"
             )
-        count = fields.get_field(f"{self._architecture}.attention.head_count").contents()
-        few = fields.get_field(f"{self._architecture}.attention.head_count_kv")
-        self._heads = {"q_proj": count, "k_proj": count if few is None else few.contents()}
-        layers = fields.get_field(f"{self._architecture}.block_count").contents()
-        kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-        self._names = gguf.get_tensor_name_map(kinds[self._architecture], layers)
-        types = {tensor.tensor_type.name for tensor in fields.tensors if len(tensor.shape) > 1}
-        self.is_float32 = types <= {"F32"}
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
-        loaded = f"llamacpp {', '.join(sorted(types))}"
-        self.identity = {"files": digest.hexdigest(), "loaded": loaded}
-        self.swaps, self.seconds = 0, 0.0
-        call = self._library.llama_model_default_params()
-        self._model = self._library.llama_model_load_from_file(os.fsencode(path), call)
+        kind = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[self._architecture]
+        self._names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+        self._heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        parameters = library.llama_model_default_params()
+        self._model = library.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
             raise UserError(f"llama.cpp cannot load {path}; its reason stands above")
-        vocabulary = self._library.llama_model_get_vocab(self._model)
-        self._tokens = self._library.llama_vocab_n_tokens(vocabulary)
+        self._tokens = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
         self._context = self._batch = self._adapter = None
         self._length = 0
         #: The file of the adapter in memory, and its matrices by name as parts of it.
@@ -124,7 +108,7 @@ class LlamaCpp:
 
     def __del__(self) -> None:
         if getattr(self, "_model", None):
-            self._close_context()
+            self.forget()
             if self._adapter:
                 self._library.llama_adapter_lora_free(self._adapter)
             self._library.llama_model_free(self._model)
@@ -142,19 +126,16 @@ class LlamaCpp:
         return Answers(*map(torch.cat, zip(*found)))
 
     def forget(self) -> None:
-        """As of `Engine`."""
-        self._close_context()
+        """As of `Engine`: the space of sequences goes, and `answer` makes another."""
+        if self._context:
+            self._library.llama_batch_ext_free(self._batch)
+            self._library.llama_free(self._context)
+            self._context = None
 
     def save_adapter(self, states: States, folder: str) -> None:
         """As of `Engine`: `adapter.gguf`, as llama.cpp's own tools load it."""
         tensors = {name: tensor[0] for name, tensor in self._tensors(states).items()}
         self._write(Path(folder) / ADAPTER_NAME, tensors)
-
-    def _timed(self, function: Any, *arguments: Any) -> Any:
-        start = time.perf_counter()
-        result = function(*arguments)
-        self.seconds += time.perf_counter() - start
-        return result
 
     # ---- Adapters -------------------------------------------------------------------------------
 
@@ -198,7 +179,7 @@ class LlamaCpp:
             self._views = [(tensor.name, tensor.data) for tensor in found]
         for name, view in self._views:
             view[...] = tensors[name]
-        adapter = self._timed(library.llama_adapter_lora_init, self._model, os.fsencode(path))
+        adapter = self.timed(library.llama_adapter_lora_init, self._model, os.fsencode(path))
         one, scale = c_size_t(1), ctypes.byref(c_float(1.0))
         if not adapter or library.llama_set_adapters_lora(
             self._context, ctypes.byref(adapter), one, scale
@@ -215,31 +196,21 @@ class LlamaCpp:
         """Make space for sequences of so many tokens."""
         if self._context and length <= self._length:
             return
-        self._close_context()
+        self.forget()
         self._length = -(-length // TOKENS) * TOKENS
-        call = _context_parameters(self._library, self._length)
-        self._context = self._library.llama_init_from_model(self._model, call)
-        sizes = self._context and (
-            self._library.llama_n_seq_max(self._context),
-            self._library.llama_n_ctx_seq(self._context),
-        )
+        library, parameters = self._library, _context_parameters(self._library, self._length)
+        self._context = context = library.llama_init_from_model(self._model, parameters)
+        sizes = context and (library.llama_n_seq_max(context), library.llama_n_ctx_seq(context))
         if sizes != (SEQUENCES, self._length):
             raise UserError(
                 f"llama.cpp does not give {SEQUENCES} sequences of {self._length} tokens each; "
                 "shorten the examples (max_length)"
             )
-        threads = torch.get_num_threads()
-        self._library.llama_set_n_threads(self._context, threads, threads)
-        self._batch = self._library.llama_batch_ext_init(self._context)
+        library.llama_set_n_threads(context, torch.get_num_threads(), torch.get_num_threads())
+        self._batch = library.llama_batch_ext_init(context)
 
-    def _close_context(self) -> None:
-        if self._context:
-            self._library.llama_batch_ext_free(self._batch)
-            self._library.llama_free(self._context)
-            self._context = None
-
-    def _ask(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and likeliest tokens of a few rows, with nothing kept of others."""
+    def _ask(self, rows: Sequence[Row]) -> Answers:
+        """The answers to a few rows, with nothing kept of others."""
         library, batch, places = self._library, self._batch, []
         library.llama_memory_clear(library.llama_get_memory(self._context), False)
         library.llama_batch_ext_clear(batch)
@@ -254,28 +225,24 @@ class LlamaCpp:
                     places.append(place)
                 if place < 0 or not taken:
                     raise UserError(f"llama.cpp does not take token {token} ({place})")
-        if status := self._timed(library.llama_process, self._context, DECODE, batch):
+        if status := self.timed(library.llama_process, self._context, DECODE, batch):
             raise UserError(f"llama.cpp does not answer ({status}); its reason stands above")
         pointers = [library.llama_get_logits_ith(self._context, place) for place in places]
         logits = np.stack([np.ctypeslib.as_array(p, (self._tokens,)) for p in pointers])
-        known = torch.from_numpy(logits).log_softmax(dim=-1)
-        wanted = torch.cat([row.tokens for row in rows])
-        return known.gather(1, wanted), known.argmax(dim=-1)
+        return answers(torch.from_numpy(logits), rows)
 
 
 def _library() -> ctypes.CDLL:
     """The functions of llama.cpp, or a UserError."""
-    advice = "pip install --upgrade xllamacpp gguf"
-    missing = [name for name in ("xllamacpp", "gguf") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"the engine llamacpp needs the package {missing[0]}; {advice}")
+    check_installed("xllamacpp", "gguf")
     folder = (importlib.util.find_spec("xllamacpp").submodule_search_locations or [""])[0]
     try:
         library = ctypes.CDLL(str(next(Path(folder).glob("xllamacpp*.so"))))
-        for name, result in RESULTS.items():
-            getattr(library, name).restype = result
+        for result, names in RESULTS.items():
+            for name in names.split():
+                getattr(library, name).restype = result
     except (StopIteration, OSError, AttributeError) as error:
-        raise UserError(f"this xllamacpp lacks what is needed ({error}); {advice}") from None
+        raise UserError(f"this xllamacpp lacks what is needed ({error}); upgrade it") from None
     library.llama_log_set(_log, None)
     library.llama_backend_init()
     return library
@@ -289,8 +256,11 @@ def _context_parameters(library: ctypes.CDLL, length: int) -> _Parameters:
     settings in a row that are 1 (float16).
     """
     parameters = library.llama_context_default_params()
-    words = [int(word) for word in parameters.words[:SETTINGS]]
-    automatic, types = _places(words, [-1] * 4), _places(words, [1, 1])
+    words = parameters.words[:SETTINGS]
+    automatic, types = (
+        [n for n in range(SETTINGS) if words[n : n + len(wanted)] == wanted]
+        for wanted in ([-1] * 4, [1, 1])
+    )
     if words[:4] != [512, 2048, 512, 1] or len(automatic) != 1 or len(types) != 1:
         raise UserError(
             "the parameters of this xllamacpp's llama.cpp stand in an order that is not known; "
@@ -301,7 +271,3 @@ def _context_parameters(library: ctypes.CDLL, length: int) -> _Parameters:
     parameters.words[automatic[0] + 3] = 0
     parameters.words[types[0]] = parameters.words[types[0] + 1] = 0
     return parameters
-
-
-def _places(words: list[int], wanted: list[int]) -> list[int]:
-    return [n for n in range(len(words)) if words[n : n + len(wanted)] == wanted]

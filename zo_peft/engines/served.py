@@ -54,16 +54,13 @@ def load_served(
         UserError: the engine is not installed, or the file or the configuration cannot be read.
     """
     path = Path(name)
-    if engine == "openvino" and not (path / MODEL_NAME).is_file():
-        raise UserError(f"the engine openvino reads a folder with {MODEL_NAME}; {name!r} is none")
-    if engine == "llamacpp" and not path.is_file():
-        raise UserError(f"the engine llamacpp reads a GGUF file; {name!r} is none")
-    if source is None and engine == "openvino":
-        source = name
-    if source is None:
+    if not (path if engine == "llamacpp" else path / MODEL_NAME).is_file():
+        what = {"llamacpp": "a GGUF file", "openvino": f"a folder with {MODEL_NAME}"}[engine]
+        raise UserError(f"the engine {engine} reads {what}; {name!r} is none")
+    if source is None and engine == "llamacpp":
         config, tokenizer = (_from_gguf(kind, path) for kind in (AutoConfig, AutoTokenizer))
     else:
-        config, tokenizer = load_config(source), load_tokenizer(source)
+        config, tokenizer = load_config(source or name), load_tokenizer(source or name)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
     # One expanded number takes no memory. It is not a number, so that nothing can start from it.
@@ -75,7 +72,7 @@ def load_served(
             module.register_buffer(key, torch.zeros(1).expand(buffer.shape), persistent=False)
     base.forward = _refuse
     base.name_or_path = base.config.name_or_path = source or name
-    base.engine = LlamaCpp(name) if engine == "llamacpp" else OpenVino(name)
+    base.engine = LlamaCpp(path, config) if engine == "llamacpp" else OpenVino(path)
     base.next_tokens = partial(_next_tokens, base, Lanes({}, 1), "")
     return base.eval(), tokenizer
 
@@ -113,8 +110,6 @@ def _check_adapter(model: PeftModel) -> None:
             raise UserError(f"an engine takes a plain LORA, not {name} of a {kind}; leave it out")
         if parameter.isnan().any():
             raise UserError(f"{name} starts from weights of the base, which the engine alone has")
-    if getattr(model.active_peft_config, "use_dora", False):
-        raise UserError("an engine takes a plain LORA; use_dora=True needs weights of the base")
 
 
 def states_of(base: nn.Module, lanes: Lanes | None = None) -> States:

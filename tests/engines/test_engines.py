@@ -1,8 +1,10 @@
-"""llama.cpp as the evaluator, against PyTorch on the same base."""
+"""Engines as evaluators, against PyTorch on the same base; those that are not there are skipped."""
 
+import importlib
 import json
 import re
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from zo_peft import ZOTrainer
+from scripts.convert import write_gguf, write_openvino
 from zo_peft.cli import main
 from zo_peft.core.batch import Batch
 from zo_peft.core.direction import Direction
@@ -35,10 +37,6 @@ from zo_peft.models.adapters import tuned_parameters
 from zo_peft.models.recipe import evaluator_of
 from zo_peft.objectives.scoring import CompletionObjective, OptionObjective
 
-gguf = pytest.importorskip("gguf")
-pytest.importorskip("xllamacpp")
-from scripts.make_gguf import write  # noqa: E402
-
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=ALL)
 POINTS = [[0.1 * Direction.of(2 * m + g) for g in (0, 1)] for m in range(3)]
@@ -48,6 +46,11 @@ def qwen(config: Any, kind: Any) -> Any:
     sizes = {"intermediate_size": tiny.WIDTH, "num_key_value_heads": 2}
     return kind(config(**{**tiny.SIZES, **sizes, "head_dim": 16}))
 
+
+NEEDED = {"llamacpp": ["xllamacpp", "gguf"], "openvino": ["openvino"]}
+FLOAT = [("llamacpp", "llama"), ("llamacpp", "qwen2"), ("llamacpp", "qwen3"), ("openvino", "llama")]
+FLOAT += [("openvino", "qwen2")]
+QUANTIZED = [("llamacpp", "Q4_0"), ("openvino", "int4")]
 
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": tiny.llama,
@@ -70,14 +73,23 @@ def batches() -> dict[str, tuple[Any, Batch]]:
     return {name: (one, Collator(tiny.PAD)(rows)) for name, (one, rows) in zip(names, given)}
 
 
-def pair(folder: Path, name: str, kind: str = "F32") -> tuple[PeftModel, PeftModel]:
+def converted(model: Any, folder: Path, engine: str, kind: str) -> str:
+    """The name of a base in the engine's form; without the engine the test is skipped."""
+    for package in NEEDED[engine] + (["nncf"] if kind == "int4" else []):
+        pytest.importorskip(package)
+    path = folder / f"{kind}.{engine}"
+    {"llamacpp": write_gguf, "openvino": write_openvino}[engine](model, path, kind)
+    return str(path)
+
+
+def pair(folder: Path, engine: Any, name: str, kind: str) -> tuple[PeftModel, PeftModel]:
     """The same base with the same LoRA, in the engine and in PyTorch."""
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     model.save_pretrained(folder / name)
     AutoTokenizer.from_pretrained(tiny.MODEL).save_pretrained(folder / name)
-    write(model, folder / f"{name}.gguf", kind)
-    base, _ = load_served(str(folder / f"{name}.gguf"), "llamacpp", str(folder / name))
+    place = converted(model, folder, engine, kind)
+    base, _ = load_served(place, engine, str(folder / name))
     served, own = get_peft_model(base, LORA), get_peft_model(model, LORA)
     for key, parameter in own.named_parameters():
         if parameter.requires_grad:
@@ -91,9 +103,11 @@ def in_engine(served: PeftModel, objective: Any) -> Evaluator:
     return Evaluator(served, space, objective, host_of(served, space))
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=FLOAT, ids="-".join)
 def both(request: Any, tmp_path_factory: Any) -> tuple[PeftModel, PeftModel]:
-    return pair(tmp_path_factory.mktemp("gguf"), request.param)
+    engine, name = request.param
+    kind = {"llamacpp": "F32", "openvino": "f32"}[engine]
+    return pair(tmp_path_factory.mktemp("bases"), engine, name, kind)
 
 
 @pytest.mark.parametrize("name", batches())
@@ -115,14 +129,19 @@ def test_the_check_knows_an_adapter_that_acts_otherwise(both: Any, monkeypatch: 
     kind, batch = own.config.model_type, batches()["options"][1]
     reference = own.config.name_or_path or served.config.name_or_path
     check.check_answers(served, batch, reference)
+    if not isinstance(served.engine, llamacpp.LlamaCpp):
+        return
     other = None if llamacpp.ARCHITECTURES[kind] else r"\.[qk]_proj$"
     monkeypatch.setitem(llamacpp.ARCHITECTURES, kind, other)
     with pytest.raises(UserError, match="an adapter on k_proj acts otherwise"):
         check.check_answers(served, batch, reference)
 
 
-def test_a_quantized_engine_has_its_own_losses_one_by_one(tmp_path: Path) -> None:
-    served, _ = pair(tmp_path, "llama", "Q4_0")
+@pytest.mark.parametrize(("engine", "kind"), QUANTIZED)
+def test_a_quantized_engine_has_its_own_losses_one_by_one(
+    engine: str, kind: str, tmp_path: Path
+) -> None:
+    served, _ = pair(tmp_path, engine, "llama", kind)
     objective, batch = batches()["options"]
     evaluator = in_engine(served, objective)
     together = evaluator.batch_losses(POINTS, batch)
@@ -138,15 +157,16 @@ def test_a_quantized_engine_has_its_own_losses_one_by_one(tmp_path: Path) -> Non
 
 
 @pytest.fixture(scope="module")
-def quantized(tmp_path_factory: Any) -> str:
-    path = tmp_path_factory.mktemp("gguf") / "demo.gguf"
-    write(AutoModelForCausalLM.from_pretrained(tiny.MODEL), path, "Q4_0")
-    return str(path)
+def bases(tmp_path_factory: Any) -> Callable[[str, str], str]:
+    """Gives the embedded model in the form of an engine; each form is made once."""
+    folder = tmp_path_factory.mktemp("embedded")
+    plain = AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype="float32").eval()
+    return cache(partial(converted, plain, folder))
 
 
-def trainer_of(folder: Path, model: str, **settings: Any) -> Any:
-    settings = {"engine": "llamacpp", "tokenizer_name": tiny.MODEL, **settings}
-    return tiny.make_trainer(folder, kind=ZOTrainer, model=model, **settings)
+def trainer_of(folder: Path, engine: str, model: str, **settings: Any) -> Any:
+    settings = {"engine": engine, "tokenizer_name": tiny.MODEL, **settings}
+    return tiny.make_trainer(folder, model=model, **settings)
 
 
 def accuracy(model: PeftModel) -> float:
@@ -160,51 +180,50 @@ def accuracy(model: PeftModel) -> float:
     return right / len(rows)
 
 
+@pytest.mark.parametrize(("engine", "kind"), QUANTIZED)
 def test_a_run_on_a_quantized_base_learns_and_loads_anywhere(
-    quantized: str, tmp_path: Path
+    engine: str, kind: str, bases: Any, tmp_path: Path
 ) -> None:
-    trainer = trainer_of(
-        tmp_path,
-        quantized,
-        train=tiny.examples(count=400),
-        test=tiny.examples("test", 100),
-        max_steps=40,
-        per_device_train_batch_size=16,
-        zo_eps=0.03,
-    )
+    settings = {"max_steps": 30, "per_device_train_batch_size": 16, "zo_eps": 0.03}
+    data = {"train": tiny.examples(count=400), "test": tiny.examples("test", 100)}
+    trainer = trainer_of(tmp_path, engine, bases(engine, kind), **data, **settings)
     trainer.train()
     reached = trainer.evaluate()["eval_accuracy"]
     assert reached >= 0.9
     trainer.save_model()
-    plain = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tiny.MODEL), str(tmp_path)
-    )
-    assert abs(accuracy(plain) - reached) <= 0.03
-    saved = load_file(tmp_path / "adapter_model.safetensors")
-    written = {
-        t.name: torch.from_numpy(t.data) for t in gguf.GGUFReader(tmp_path / "adapter.gguf").tensors
-    }
-    layer = "base_model.model.model.layers.2.self_attn"
+    plain = AutoModelForCausalLM.from_pretrained(tiny.MODEL)
+    assert abs(accuracy(PeftModel.from_pretrained(plain, str(tmp_path))) - reached) <= 0.03
+    if engine == "llamacpp":
+        check_gguf(tmp_path)
+
+
+def check_gguf(folder: Path) -> None:
+    """`adapter.gguf` has PEFT's matrices, with the scaling of 8 / 4 and the rows of a GGUF."""
+    reader = importlib.import_module("gguf").GGUFReader(folder / "adapter.gguf")
+    written = {tensor.name: torch.from_numpy(tensor.data) for tensor in reader.tensors}
+    saved = load_file(folder / "adapter_model.safetensors")
     for place, name in (("attn_q", "q_proj"), ("attn_v", "v_proj")):
-        rows: Tensor = saved[f"{layer}.{name}.lora_B.weight"] * (8 / 4)
+        rows: Tensor = saved[f"base_model.model.model.layers.2.self_attn.{name}.lora_B.weight"] * 2
         if name == "q_proj":
             halves = [half for head in rows.split(32) for half in zip(head[:16], head[16:])]
             rows = torch.stack([row for half in halves for row in half])
         assert torch.equal(written[f"blk.2.{place}.weight.lora_b"], rows)
 
 
-def test_a_run_goes_on_bit_for_bit(quantized: str, tmp_path: Path) -> None:
-    """On one machine and in the same build, llama.cpp gives the same bits again."""
+@pytest.mark.parametrize(("engine", "kind"), QUANTIZED)
+def test_a_run_goes_on_bit_for_bit(engine: str, kind: str, bases: Any, tmp_path: Path) -> None:
+    """On one machine and in the same build, an engine gives the same bits again."""
     settings = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
-    whole = trainer_of(tmp_path / "whole", quantized, **settings)
+    model = bases(engine, kind)
+    whole = trainer_of(tmp_path, engine, model, **settings)
     whole.train()
-    assert whole.engine.swaps > 4 * 4
-    resumed = trainer_of(tmp_path / "whole", quantized, **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    resumed = trainer_of(tmp_path, engine, model, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     tiny.assert_same(tiny.theta(whole), tiny.theta(resumed))
 
 
-def test_the_command_line_trains_and_evaluates(quantized: str, tmp_path: Path, capsys: Any) -> None:
+def test_the_command_line_trains_and_evaluates(bases: Any, tmp_path: Path, capsys: Any) -> None:
+    quantized = bases("llamacpp", "Q4_0")
     changes = {"model_name_or_path": quantized, "engine": "llamacpp", "tokenizer_name": tiny.MODEL}
     changes |= {"eval_file": tmp_path / "test.jsonl", "engine_reference": tiny.MODEL}
     lines = (tiny.EMBEDDED / "test.jsonl").read_text().splitlines()[:40]
@@ -213,7 +232,7 @@ def test_the_command_line_trains_and_evaluates(quantized: str, tmp_path: Path, c
     assert main(["train", *options, "--json"]) == 0
     trained = json.loads(capsys.readouterr().out)
     assert trained["strategy"] == "gv"
-    assert trained["engine"]["loaded"] == "llamacpp Q4_0"
+    assert trained["engine"]["loaded"] == "llamacpp q4_0"
     # Two steps of four candidates for each of four examples, the check, and evaluations.
     assert trained["engine"]["swaps"] >= 2 * 4 * 4
     assert 0 < trained["engine"]["seconds"] < trained["engine"]["training_seconds"]
@@ -225,6 +244,7 @@ def test_the_command_line_trains_and_evaluates(quantized: str, tmp_path: Path, c
 
 
 REFUSED = [
+    ({"engine": "openvino"}, "reads a folder with openvino_model.xml"),
     ({"peft_type": "IA3"}, "an engine takes a plain LORA, not .* of a IA3"),
     ({"load_in_8bit": True}, "--load_in_8bit is for a base in PyTorch"),
     ({"strategy": "guided"}, "strategy='guided' is not for engine='llamacpp'"),
@@ -240,8 +260,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED)
 def test_what_an_engine_cannot_do_is_refused(
-    quantized: str, tmp_path: Path, changes: dict[str, Any], message: str, capsys: Any
+    bases: Any, tmp_path: Path, changes: dict[str, Any], message: str, capsys: Any
 ) -> None:
+    quantized = bases("llamacpp", "Q4_0")
     given = {"model_name_or_path": quantized, "engine": "llamacpp", "tokenizer_name": tiny.MODEL}
     options = tiny.command_line(tmp_path / "out", **{**given, **changes}, max_steps=2)
     assert main(["train", *options]) == 2
