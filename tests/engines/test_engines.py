@@ -137,22 +137,6 @@ def test_the_check_knows_an_adapter_that_acts_otherwise(both: Any, monkeypatch: 
         check.check_answers(served, batch, reference)
 
 
-@pytest.mark.parametrize(("engine", "kind"), QUANTIZED)
-def test_a_quantized_engine_has_its_own_losses_one_by_one(
-    engine: str, kind: str, tmp_path: Path
-) -> None:
-    served, _ = pair(tmp_path, engine, "llama", kind)
-    objective, batch = batches()["options"]
-    evaluator = in_engine(served, objective)
-    together = evaluator.batch_losses(POINTS, batch)
-    evaluator.candidates_per_forward = 1
-    alone = [evaluator.batch_losses([[point]], batch)[0] for points in POINTS for point in points]
-    # A point of a part belongs to the part's example alone.
-    expected = torch.stack([torch.stack(alone[g::2])[:, g] for g in (0, 1)], dim=1)
-    torch.testing.assert_close(together, expected, atol=1e-4, rtol=0)
-    check.check_answers(served, batch)
-
-
 # ---- Runs on the embedded model -----------------------------------------------------------------
 
 
@@ -167,6 +151,24 @@ def bases(tmp_path_factory: Any) -> Callable[[str, str], str]:
 def trainer_of(folder: Path, engine: str, model: str, **settings: Any) -> Any:
     settings = {"engine": engine, "tokenizer_name": tiny.MODEL, **settings}
     return tiny.make_trainer(folder, model=model, **settings)
+
+
+@pytest.mark.parametrize(("engine", "kind"), QUANTIZED)
+def test_a_quantized_engine_has_its_own_losses_one_by_one(
+    engine: Any, kind: str, bases: Any
+) -> None:
+    torch.manual_seed(0)
+    base, _ = load_served(bases(engine, kind), engine, tiny.MODEL)
+    served = get_peft_model(base, LORA)
+    objective, batch = batches()["options"]
+    evaluator = in_engine(served, objective)
+    together = evaluator.batch_losses(POINTS, batch)
+    evaluator.candidates_per_forward = 1
+    alone = [evaluator.batch_losses([[point]], batch)[0] for points in POINTS for point in points]
+    # A point of a part belongs to the part's example alone.
+    expected = torch.stack([torch.stack(alone[g::2])[:, g] for g in (0, 1)], dim=1)
+    torch.testing.assert_close(together, expected, atol=1e-4, rtol=0)
+    check.check_answers(served, batch)
 
 
 def accuracy(model: PeftModel) -> float:

@@ -6,7 +6,7 @@ have to differ from the defaults are found by their defaults, or the build is re
 """
 
 import ctypes
-import importlib.util
+import importlib
 import os
 import re
 import sys
@@ -235,9 +235,9 @@ class LlamaCpp(Engine):
 def _library() -> ctypes.CDLL:
     """The functions of llama.cpp, or a UserError."""
     check_installed("xllamacpp", "gguf")
-    folder = (importlib.util.find_spec("xllamacpp").submodule_search_locations or [""])[0]
+    folder = Path(str(importlib.import_module("xllamacpp").__file__)).parent
     try:
-        library = ctypes.CDLL(str(next(Path(folder).glob("xllamacpp*.so"))))
+        library = ctypes.CDLL(str(next(folder.glob("xllamacpp*.so"))))
         for result, names in RESULTS.items():
             for name in names.split():
                 getattr(library, name).restype = result

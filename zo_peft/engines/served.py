@@ -79,7 +79,7 @@ def load_served(
 
 def host_of(model: PeftModel, space: Space) -> Host:
     """How the evaluator asks the engine for many candidates in one call."""
-    replacement = (model.get_base_model(), "next_tokens", _next_tokens)
+    replacement: Any = (model.get_base_model(), "next_tokens", _next_tokens)
     each = 4 * space.lane_numel
     return Host({"engine": replacement}, lambda batch, parts: max(1, STATES // (each * parts)))
 

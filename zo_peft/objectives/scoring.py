@@ -49,8 +49,8 @@ def labelled_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 def token_losses(model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
     """The negative log-likelihoods of the N scored tokens of a batch, float32 [N]."""
-    if hasattr(model, "next_tokens"):
-        return -model.next_tokens(batch).log_probabilities[:, 0]
+    if ask := getattr(model, "next_tokens", None):
+        return -ask(batch).log_probabilities[:, 0]
     logits = labelled_logits(model, batch)
     logits = logits if temperature == 1.0 else logits.div_(temperature)
     return F.cross_entropy(logits, batch["tokens"], reduction="none")
@@ -84,8 +84,8 @@ class CompletionObjective:
 
     def predict(self, model: nn.Module, batch: Batch) -> Prediction:
         """Losses [B]; the likeliest next tokens and the true ones [B, L - 1], -100 elsewhere."""
-        if hasattr(model, "next_tokens"):
-            known, likeliest = model.next_tokens(batch)
+        if ask := getattr(model, "next_tokens", None):
+            known, likeliest = ask(batch)
             nll = -known[:, 0]
         else:
             logits = labelled_logits(model, batch)
@@ -162,8 +162,8 @@ class OptionObjective:
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-likelihoods up to a constant of the example, float32 [B, K]; -inf for no option."""
         if "option_tokens" in batch:
-            if hasattr(model, "next_tokens"):
-                return model.next_tokens(batch).log_probabilities
+            if ask := getattr(model, "next_tokens", None):
+                return ask(batch).log_probabilities
             return labelled_logits(model, batch).gather(1, batch["option_tokens"])
         is_option, nll = batch["is_option"], token_losses(model, batch)
         means = _mean_by(batch["token_options"], nll, is_option.numel()).view_as(is_option)

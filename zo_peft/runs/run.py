@@ -38,8 +38,8 @@ NAMES = {"model_name_or_path", "adapter_name_or_path", "dataset_name", "tokenize
 FILES = {"train_file", "eval_file", "task_data_dir"}
 
 #: Options of a base that PyTorch computes.
-IN_PYTORCH = ("model_revision", "dtype", "load_in_8bit", "load_in_4bit", "device_map")
-IN_PYTORCH += ("trust_remote_code", "task_type")
+IN_PYTORCH = ["model_revision", "dtype", "load_in_8bit", "load_in_4bit", "device_map"]
+IN_PYTORCH += ["trust_remote_code", "task_type"]
 
 #: Options of a LoRA, of a benchmark task, and of a data set of the Hub.
 LORA = {"lora_r", "lora_alpha"}

@@ -209,10 +209,11 @@ class ZOConfig(TrainingArguments):
         checks.check_candidates(self)
         if self.max_forward_passes is not None:
             self._limit_steps(self.max_forward_passes)
-        # Else accelerate takes processes for unrelated ones, and all would write the same files.
-        alone = _processes() > 1 and not torch.accelerator.is_available()
-        # An engine has the base wherever it is; the LoRA is here.
-        self.use_cpu = self.use_cpu or alone or self.engine is not None
+        several = _processes() > 1 and not torch.accelerator.is_available()
+        if several or self.engine is not None:
+            # Else accelerate takes processes for unrelated ones, and all would write the same
+            # files. And of an engine's model, nothing but the LoRA is here.
+            self.use_cpu = True
         try:
             super().__post_init__()
         except (ValueError, TypeError, ArithmeticError, OSError, ImportError) as error:
