@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from zo_peft.data.collate import Collator
 from zo_peft.engines.check import check_answers
-from zo_peft.engines.engine import Answers, Matrices, Row, States
+from zo_peft.engines.engine import Answers, Matrices, Row, States, check_installed
 from zo_peft.errors import UserError
 
 
@@ -110,3 +110,8 @@ def test_an_engine_that_keeps_the_wrong_things_is_found(
     else:
         with pytest.raises(UserError, match=message):
             check_answers(model, batch)
+
+
+def test_a_package_that_is_missing_is_named() -> None:
+    with pytest.raises(UserError, match="needs no_such_package: pip install torch no_such_package"):
+        check_installed("torch", "no_such_package")

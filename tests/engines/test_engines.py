@@ -1,6 +1,7 @@
 """Engines as evaluators, against PyTorch on the same base; those that are not there are skipped."""
 
-import importlib
+import importlib.metadata
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.flat_space import FlatSpace
 from zo_peft.data.collate import Collator
 from zo_peft.engines import check, llamacpp
+from zo_peft.engines.engine import installed
 from zo_peft.engines.served import host_of, load_served
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import tuned_parameters
@@ -270,3 +272,16 @@ def test_what_an_engine_cannot_do_is_refused(
     assert main(["train", *options]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_knows_no_engine(tmp_path: Path, capsys: Any) -> None:
+    options = tiny.command_line(tmp_path, engine="llamacpp", eval_file=None)
+    assert main(["plan", *options]) == 2
+    assert "an engine's memory is not known" in capsys.readouterr().err
+
+
+def test_the_doctor_is_told_the_versions() -> None:
+    packages = {"llamacpp": "xllamacpp", "openvino": "openvino"}
+    there = {n: p for n, p in packages.items() if importlib.util.find_spec(p) is not None}
+    expected = {name: importlib.metadata.version(package) for name, package in there.items()}
+    assert installed() == dict.fromkeys(packages) | expected

@@ -160,6 +160,7 @@ def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         idle |= LORA if model.peft_type != "LORA" else set()
     rewarded = generates(data.reward_funcs, args.objective)
     told = asdict(model) | asdict(data) | run_settings(args, rewarded)
+    told["tokenizer_name"] = args.tokenizer_name
     return {name: value for name, value in told.items() if name not in idle}
 
 

@@ -77,8 +77,8 @@ class BaseTrainer(Trainer):
     trains: ClassVar[bool] = False
     #: Forwards of a check before the first step, which the budget does not count.
     check_passes = 0
-    #: Seconds of the engine in training, of an engine's run.
-    engine_seconds = 0.0
+    #: Seconds of training inside the engine, and all of them, of an engine's run.
+    engine_seconds = 0.0, 0.0
 
     def __init__(
         self,

@@ -289,9 +289,9 @@ def run_settings(config: ZOConfig, generates: bool) -> dict[str, Any]:
     Args:
         generates: the run has generated completions.
     """
-    # model_init_kwargs may contain paths or tokens, and a reference decides nothing.
+    # These may contain paths or tokens.
     told = RUN_FIELDS | ZOConfig.__annotations__.keys()
-    told -= {"model_init_kwargs", "engine_reference"}
+    told -= {"model_init_kwargs", "tokenizer_name", "engine_reference"}
     told.remove("num_train_epochs" if config.max_steps > 0 else "max_steps")
     told -= CANDIDATES if config.strategy in checks.GRADIENT else set()
     told -= set() if generates else GENERATION

@@ -63,8 +63,8 @@ def _of_engine(trainer: Any) -> dict[str, Any]:
     return {
         **trainer.engine.identity,
         "swaps": trainer.engine.swaps,
-        "seconds": round(trainer.engine_seconds, 3),
-        "training_seconds": round(trainer.totals.seconds or 0.0, 3),
+        "seconds": trainer.engine_seconds[0],
+        "training_seconds": trainer.engine_seconds[1],
     }
 
 
