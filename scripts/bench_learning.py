@@ -16,12 +16,11 @@ that the process has loaded before, so the first run of a process tells the most
 
 import argparse
 import contextlib
-import itertools
 import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import geometric_mean, mean
@@ -29,15 +28,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
 from datasets import disable_progress_bars
 from measuring import peak_mib, print_header, print_row, reset_peak
-from torch import Tensor, nn
 from workloads import Workload, workloads
 
 from zo_peft import NonFiniteLossError, ZOTrainer
-from zo_peft.core.batch import Batch
-from zo_peft.objectives.scoring import OptionObjective
+from zo_peft.tools.readout import fit, readout_loss, seen
 
 #: Learning rates, and eps of which the first is tried with every learning rate.
 Grid = tuple[Sequence[float], Sequence[float]]
@@ -65,9 +61,6 @@ SHARES = {
 #: The forward passes of one more run of each of them, whatever the budget.
 PASSES = 400
 ADAM_RATES, ADAM_STEPS = (1e-3, 3e-3, 1e-2), 150
-#: The penalties of the readout, and the share of its rows that chooses among them.
-PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-HELD_OUT = 0.2
 
 
 def train_loss(trainer: ZOTrainer) -> float:
@@ -125,62 +118,6 @@ def adam_run(trainer: ZOTrainer, learning_rate: float, steps: int) -> dict[str, 
     }
 
 
-#: What a readout sees of rows: states [N, d], offsets [N, K] and labels [N], float64 but for these.
-Seen = Sequence[Tensor]
-
-
-@torch.no_grad()
-def seen(trainer: ZOTrainer, batches: Iterable[Batch]) -> Seen:
-    """What the head of the frozen model sees of batches.
-
-    With label words, the states are those at the scored positions, and their logits the offsets. A
-    head for classes is new: its offsets are zero, and the states have a constant for its bias.
-    """
-    objective, model = trainer.objective, trainer.model.eval()
-    words = isinstance(objective, OptionObjective)
-    head = model.get_output_embeddings() if words else model.base_model.model.classifier
-    states: list[Tensor] = []
-    offsets: list[Tensor] = []
-    labels: list[Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> None:
-        states.append(args[0] if words else F.pad(args[0], (0, 1), value=1.0))
-        if not words:
-            offsets.append(torch.zeros_like(logits))
-
-    with model.disable_adapter(), head.register_forward_hook(keep):
-        for batch in batches:
-            labels.append(batch["labels"])
-            if isinstance(objective, OptionObjective):
-                offsets.append(objective.scores(model, batch))
-            else:
-                objective.losses(model, batch)
-    return torch.cat(states).double(), torch.cat(offsets).double(), torch.cat(labels)
-
-
-def fitted(rows: Seen, penalty: float) -> Tensor:
-    """The V [K, d] of least `mean cross entropy(offsets + V h) + penalty * mean |h|^2 |V|^2`."""
-    states, offsets, _ = rows
-    scale = penalty * states.square().sum(dim=1).mean()
-    v = states.new_zeros(offsets.shape[1], states.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([v], max_iter=500, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = readout_loss(rows, v) + scale * v.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return v.detach()
-
-
-def readout_loss(rows: Seen, v: Tensor) -> Tensor:
-    """The mean cross entropy."""
-    states, offsets, labels = rows
-    return F.cross_entropy(offsets + states @ v.T, labels)
-
-
 def readout_run(trainer: ZOTrainer, rows: int) -> dict[str, Any]:
     """Fit the best linear head on the states that the frozen model has of the training batches.
 
@@ -189,14 +126,7 @@ def readout_run(trainer: ZOTrainer, rows: int) -> dict[str, Any]:
     """
     reset_peak()
     start = time.perf_counter()
-    most = math.ceil(rows / trainer.args.train_batch_size)
-    batches = list(itertools.islice(trainer.get_train_dataloader(), most))
-    known = seen(trainer, batches)
-    count = int(len(known[2]) * (1 - HELD_OUT))
-    kept, held = [part[:count] for part in known], [part[count:] for part in known]
-    tried = {penalty: readout_loss(held, fitted(kept, penalty)).item() for penalty in PENALTIES}
-    penalty = min(tried, key=tried.__getitem__)
-    v = fitted(known, penalty)
+    v, passes = fit(trainer, math.ceil(rows / trainer.args.train_batch_size))
     seconds, peak = time.perf_counter() - start, peak_mib()
     train, dev = (
         seen(trainer, trainer.get_eval_dataloader(trainer.eval_dataset[part]))
@@ -206,10 +136,9 @@ def readout_run(trainer: ZOTrainer, rows: int) -> dict[str, Any]:
     return {
         "train_loss": readout_loss(train, v).item(),
         "dev_accuracy": right.double().mean().item(),
-        "forward_passes": len(batches),
+        "forward_passes": passes,
         "seconds": seconds,
         "peak_mib": peak,
-        "penalty": penalty,
     }
 
 

@@ -1,5 +1,6 @@
 """The command line on the embedded model: what it writes, prints and refuses."""
 
+import ast
 import json
 import re
 from dataclasses import fields, is_dataclass
@@ -11,11 +12,14 @@ import torch
 import yaml
 from tiny import command_line
 
+import zo_peft
+from zo_peft import __version__
 from zo_peft.cli import COMMANDS, RUN, main, named
 from zo_peft.objectives.scoring import OptionObjective
 from zo_peft.runs.options import parse
 from zo_peft.runs.texts import ENVIRONMENT
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.train.checks import REFUSED
 
 METRICS = {
     "strategy",
@@ -44,7 +48,9 @@ def test_train_writes_adapter_card_and_metrics_and_evaluate_agrees(
     assert main(["train", *options(tmp_path, save_strategy="no"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     out = tmp_path / "out"
-    assert printed == json.loads((out / "zo_metrics.json").read_text())
+    assert {n: v for n, v in printed.items() if n not in ("output_dir", "next")} == json.loads(
+        (out / "zo_metrics.json").read_text()
+    )
     assert printed.keys() >= METRICS
     assert (printed["steps"], printed["forward_passes"]) == (8, 32)
     assert printed["examples_forwarded"] == 32 * 4
@@ -129,6 +135,7 @@ LONG = json.dumps({"text": "good " * 500, "label": 1})
         ({}, [LONG], "context holds 256; shorten it, or set max_length"),
         ({"strategy": "spsa"}, None, "strategy='spsa' is not known; use one of mezo, n-spsa"),
         ({"lora_target_modules": "nothing"}, None, "linear layers are: .*q_proj"),
+        ({"lora_target_modules": ["q_proj", "v_projj"]}, None, "no module is named v_projj"),
         ({"model_name_or_path": "no/such-model"}, None, "no/such-model"),
         ({"peft_type": "LAURA"}, None, "PEFT has .*LORA"),
         ({"fp16": True}, None, "fp16 is not for forward-only tuning: .*dtype"),
@@ -138,7 +145,8 @@ LONG = json.dumps({"text": "good " * 500, "label": 1})
         ({"tune": "scales"}, None, "needs a quantized base, and model is not"),
         ({"train_file": None}, None, "give --train_file"),
         ({"prompt_template": None, "label_words": None}, None, "--prompt_template"),
-        ({"no_such_option": 1}, None, "unknown argument --no_such_option"),
+        ({"no_such_option": 1}, None, r"unknown argument --no_such_option; see"),
+        ({"strategie": 1}, None, r"--strategie \(did you mean --strategy\?\)"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(
@@ -196,8 +204,12 @@ def test_a_classification_head_trains_and_is_evaluated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     head = {"task_type": "SEQ_CLS", "prompt_template": None, "label_words": "negative,positive"}
-    assert main(["train", *options(tmp_path, **head), "--json"]) == 0
-    trained = json.loads(capsys.readouterr().out)
+    assert main(["train", *options(tmp_path, num_candidates=2, **head), "--json"]) == 0
+    printed = capsys.readouterr()
+    trained = json.loads(printed.out)
+    # transformers reports a new head, and shows bars while it loads.
+    said = {line.split(":")[0].split("  ")[0] for line in printed.err.splitlines()}
+    assert {line for line in said if not re.fullmatch(r"step \d+", line)} == {"note"}
     assert (
         main(["evaluate", *options(tmp_path, adapter_name_or_path=tmp_path / "out", **head)]) == 0
     )
@@ -218,16 +230,41 @@ def test_a_quantized_base_with_a_new_head_is_tuned_and_loaded(
     assert evaluated["eval_loss"] == pytest.approx(trained["eval_loss_after"], rel=1e-5)
 
 
+def test_a_run_without_output_dir_is_in_a_folder_named_after_base_and_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = {"output_dir": None, "eval_file": None, "max_forward_passes": 4}
+    assert main(["train", *options(tmp_path, **short), "--json"]) == 0
+    assert "--output_dir model-train" in json.loads(capsys.readouterr().out)["command"]
+    assert (tmp_path / "model-train" / "adapter_model.safetensors").is_file()
+    assert main(["train", *options(tmp_path, **short)]) == 2
+    assert "model-train holds a run" in capsys.readouterr().err
+
+
+def test_all_warnings_of_ours_are_shown() -> None:
+    for path in Path(zo_peft.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
+                assert ast.unparse(node.args[1]) == "Notice", f"{path.name}, line {node.lineno}"
+
+
 def test_usage_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "train" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="0"):
-        main(["train", "--help"])
-    assert "--num_candidates" in capsys.readouterr().out
-    assert main(["tune"]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert "usage" in printed.err
+    for words in (["--version"], ["train", "--version"], ["push", "somewhere", "--version"]):
+        assert main(words) == 0
+        assert capsys.readouterr().out == f"zo-peft {__version__}\n"
+    for given, message in {
+        "trian": "there is no command 'trian' (did you mean train?); ",
+        "Evaluate": "there is no command 'Evaluate' (did you mean evaluate?); ",
+        "xyz": "there is no command 'xyz'; zo-peft --help",
+    }.items():
+        assert main([given]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert message in printed.err
+        assert len(printed.err.splitlines()) == 1
 
 
 def test_a_short_demo_saves_base_and_adapter_and_begins_anew(
@@ -265,7 +302,8 @@ REFUSED_LINES = {
     "metric_for_best_model: [a, b]": "metric_for_best_model",
     "model_name_or_path: null": "model_name_or_path",
     "lora_target_modules: [--help]": "lora_target_modules",
-    "no_such_option: 1": "unknown option 'no_such_option'",
+    "no_such_option: 1": "unknown option 'no_such_option'$",
+    "batch_size: 1": r"unknown option 'batch_size' \(did you mean per_device_train_batch_size\?\)",
     "config: other.yaml": "unknown option 'config'",
 }
 
@@ -286,15 +324,29 @@ def test_values_of_a_config_that_are_none_are_refused_by_name(
 def test_a_config_holds_lists_objects_and_defaults(tmp_path: Path) -> None:
     lines = ["model_name_or_path: m", "lora_target_modules: [q_proj, v_proj]", "zo_eps: null"]
     lines += ["model_init_kwargs: {attn_implementation: eager}", "report_to: [none]"]
-    lines += ["reward_weights: [-1, 0.5]"]
+    lines += ["reward_weights: [-1, 0.5]", "task: SST2", "peft_type: ia3", "task_type: seq_cls"]
     write(tmp_path / "c.yaml", *lines, "use_cpu: true", "model_revision: 2020-01-01")
-    _, (model, _, args) = parse("train", [*map(named, RUN)], ["--config", str(tmp_path / "c.yaml")])
+    _, (model, data, args) = parse(
+        "train", [*map(named, RUN)], ["--config", str(tmp_path / "c.yaml")]
+    )
     assert model.lora_target_modules == ["q_proj", "v_proj"]
     assert model.model_revision == "2020-01-01"
     assert args.zo_eps is None
     assert args.model_init_kwargs == {"attn_implementation": "eager"}
     assert args.report_to == []
     assert args.reward_weights == [-1.0, 0.5]
+    assert (data.task, model.peft_type, model.task_type) == ("sst2", "IA3", "SEQ_CLS")
+
+
+def test_a_text_may_begin_with_dashes() -> None:
+    argv = ["--model_name_or_path", "m", "--prompt_template", "-- {text} --lr"]
+    _, (_, data, _) = parse("train", [*map(named, RUN)], argv)
+    assert data.prompt_template == argv[-1]
+
+
+#: What the help does not show: options that are refused, and those that only belong to them.
+HIDDEN = REFUSED.keys() | {"activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"}
+HIDDEN |= {"fsdp_config", "optim_args", "optim_target_modules"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -307,7 +359,15 @@ def test_every_command_has_help_and_what_it_names(
     assert all(callable(named(function)) for function in functions)
     assert ENVIRONMENT.get_template(f"{name}.jinja")
     with pytest.raises(SystemExit) as ended:
-        main([name, "--help"])
+        main([name, "--help-all"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    assert all(f"--{f.name}" in printed for a in command.arguments for f in fields(named(a)))
+    known = {f.name for argument in command.arguments for f in fields(named(argument))}
+    assert {name for name in known if f"--{name}" not in printed} == known & HIDDEN
+    assert main([name, "--help"]) == 0
+    screen = capsys.readouterr().out.splitlines()
+    assert len(screen) <= 60
+    assert max(map(len, screen)) <= 80
+    shown = {line.split()[0][2:] for line in screen if line.startswith("  --")}
+    assert shown <= known - REFUSED.keys()
+    assert command.groups or shown == known

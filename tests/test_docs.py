@@ -24,7 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 #: Runs; shown, as output or a formula; and what a block may need that is not here.
 RUN, SHOWN = {"bash", "python", "yaml"}, {"text"}
-NEEDS = {"a GPU", "the Hub", "a package registry", "minutes"}
+NEEDS = {"a GPU", "the Hub", "a package registry", "minutes", "another program"}
 
 NEEDED = re.compile(r"<!-- needs: (.+?) -->\s*")
 #: The first line of a block that is a file: its name as a comment.

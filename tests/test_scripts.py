@@ -206,19 +206,30 @@ def test_every_script_is_run_here() -> None:
     assert scripts == {one.values[0] for one in SMALLEST} | MODULES
 
 
+@pytest.fixture(scope="module")
+def runner() -> Iterator[subprocess.Popen[str]]:
+    alike = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, Path(__file__).with_name("forked.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with subprocess.Popen(command, env=os.environ | alike, **pipes) as process:
+        yield process
+
+
 @pytest.mark.parametrize(("name", "options", "patterns"), SMALLEST)
 def test_a_script_prints_its_figures(
-    name: str, options: str, patterns: Sequence[str], url: str, tmp_path: Path
+    name: str,
+    options: str,
+    patterns: Sequence[str],
+    url: str,
+    runner: subprocess.Popen[str],
+    tmp_path: Path,
 ) -> None:
     argv = [url if option == "URL" else option for option in shlex.split(options)]
-    alike = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / f"{name}.py", *argv],
-        cwd=tmp_path,
-        env=os.environ | alike,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert runner.stdin is not None
+    assert runner.stdout is not None
+    print(json.dumps([str(tmp_path), str(SCRIPTS / f"{name}.py"), argv]), file=runner.stdin)
+    code = runner.stdout.readline().strip()
+    printed, errors = ((tmp_path / stream).read_text() for stream in ("stdout", "stderr"))
+    assert code == "0", printed + errors
     for pattern in patterns:
-        assert re.search(pattern, done.stdout, re.MULTILINE), done.stdout + done.stderr
+        assert re.search(pattern, printed, re.MULTILINE), printed + errors

@@ -7,11 +7,12 @@ seconds: torch and transformers are not loaded for them.
 import contextlib
 import errno
 import json
+import logging
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -20,7 +21,8 @@ from typing import Any
 import yaml
 
 from zo_peft import __version__
-from zo_peft.errors import UserError
+from zo_peft.errors import Notice, UserError
+from zo_peft.runs.help import guess, screen
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,10 @@ class Command:
     trains: bool = False
     positional: Sequence[str] = ()
     json: str | None = None
+    defaults: str | None = None
     goes_on: str = ""
+    groups: Sequence[str] = ()
+    example: str = ""
 
 
 TABLE = yaml.safe_load(Path(__file__).with_name("commands.yaml").read_bytes())
@@ -50,11 +55,20 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
 def usage() -> str:
     """All commands, a line each."""
     lines = [f"  {name:10} {command.help}" for name, command in COMMANDS.items()]
-    end = (
-        "COMMAND --help lists a command's options; --config FILE.yaml gives them in a file.",
-        "--debug shows the traceback of an error that a library raised.",
-    )
-    return "\n".join(["usage: zo-peft COMMAND [options]", "", *lines, "", *end])
+    end = "zo-peft COMMAND --help shows a command's options, and --version the version."
+    return "\n".join(["usage: zo-peft COMMAND [options]", "", *lines, "", end])
+
+
+def help_of(name: str, command: Command) -> str:
+    """What a command does, an example of it, and its options on one screen."""
+    words = " ".join([name, *(f"[{word.upper()}]" for word in command.positional), "[options]"])
+    parts = [f"usage: zo-peft {words}\n{name}: {command.help}"]
+    if command.example:
+        parts.append("\n".join(f"  {line}" for line in command.example.splitlines()))
+    more = "Options of zo-peft train" if command.trains else "--config FILE: options in YAML"
+    end = f"{more}. --help-all: every option at length.\n"
+    end += "--json: print one JSON object. --debug: tracebacks, and what libraries say."
+    return "\n\n".join([*parts, screen(command.arguments, command.groups), end])
 
 
 def named(name: str) -> Any:
@@ -64,20 +78,27 @@ def named(name: str) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for a mistake of the user's, 130 if stopped."""
-    name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
-    if name == "--version":
+    name, *rest = words = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    if "--version" in words:
         print(f"zo-peft {__version__}")
         return 0
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
     if name not in COMMANDS:
-        known = name in ("-h", "--help")
-        print(usage(), file=sys.stdout if known else sys.stderr)
-        return 0 if known else 2
+        known = f"{guess(name, COMMANDS)}; zo-peft --help lists all commands"
+        print(f"zo-peft: error: there is no command {name!r}{known}", file=sys.stderr)
+        return 2
     command = COMMANDS[name]
+    if {"-h", "--help"} & {*rest}:
+        print(help_of(name, command))
+        return 0
     debug = _take_debug(rest)
     # SIGTERM, by which machines are taken away, ends a command as Ctrl-C does.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        as_json, result = _run(name, command, rest)
+        with contextlib.nullcontext() if debug else _quiet():
+            as_json, result = _run(name, command, rest)
     except Exception as error:
         if debug and not isinstance(error, UserError):
             raise
@@ -93,6 +114,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         as_text = named(command.json) if command.json else json.dumps
         print(as_text(result) if as_json else named("runs.texts:text")(name, result))
     return 0
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Within the context, other libraries print errors alone; a notice of ours is a line."""
+    import datasets
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    datasets.disable_progress_bars()
+    disable_progress_bar()
+    if sys.stderr.isatty():
+        # Downloads take long, and in a terminal a bar does no harm.
+        enable_progress_bars()
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings(action="ignore"):
+        warnings.simplefilter("default", Notice)
+        warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def _take_debug(argv: list[str]) -> bool:
@@ -116,14 +160,12 @@ def _line(error: Exception, command: Command) -> str:
 
 def _run(name: str, command: Command, argv: Sequence[str]) -> tuple[bool, dict[str, Any]]:
     """Whether JSON is asked for, and the result."""
-    import datasets
-
     from zo_peft.runs.options import parse
 
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     arguments = [named(argument) for argument in command.arguments]
-    output, parsed = parse(name, arguments, argv, command.positional, command.trains)
+    defaults = named(command.defaults) if command.defaults else None
+    given = command.positional, command.trains
+    output, parsed = parse(name, arguments, argv, *given, defaults=defaults)
     # Trainer prints its logs on stdout, where only the result belongs.
     with contextlib.redirect_stdout(sys.stderr):
         return output.json, named(command.job)(*parsed)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from zo_peft import UserError
 from zo_peft.core.batch import Batch
 from zo_peft.data import Collator, Tokenization, make_examples, read_rows, tokenize_dataset
-from zo_peft.data.examples import fill_template, label_index
+from zo_peft.data.examples import fill_template, label_reader
 from zo_peft.data.forms import named
 from zo_peft.data.tokenize import is_tokenized
 
@@ -156,7 +156,9 @@ def fails(action: Callable[[], object], *parts: str) -> None:
     [
         ("a.jsonl", None, ["a.jsonl", "No such file", "check the path"]),
         ("a.txt", "x", ["a.txt", "unknown kind", ".jsonl", ".csv", ".tsv"]),
-        ("a.json.gz", "x", ["unknown kind", "unpack or convert"]),
+        ("a.json.gz", "x", ["a.json.gz", "gzip", "check the path and the file"]),
+        ("a.zip", "x", ["unknown kind", "unpack it", ".jsonl"]),
+        ("a.xlsx", "x", ["unknown kind", "read_excel('a.xlsx').to_csv('a.csv'"]),
         ("a", "x", ["unknown kind"]),
         ("a.jsonl", "", ["a.jsonl has no rows", "at least one"]),
         ("a.jsonl", "\n \n", ["a.jsonl has no rows"]),
@@ -176,7 +178,15 @@ def fails(action: Callable[[], object], *parts: str) -> None:
         ("a.csv", "a,b\n1,2,3\n", ["a.csv, line 2", "fields"]),
         ("a.tsv", "a\tb\n1\t2\n\n1 2\n", ["a.tsv, line 4", "fields"]),
         ("a.csv", 'a,b\n1,"x\n2,y\n3,z\n', ["a.csv, line"]),
-        ("a.jsonl", b'{"a": "\xe9"}', ["a.jsonl is not UTF-8 (byte 7)", "convert"]),
+        ("a.csv", "дым\nвид".encode("cp1251"), ["a.csv is not UTF-8 (byte 0)", "iconv -f"]),
+        ("a.csv", b"text of\n a page: \x81", ["a.csv is not UTF-8 (byte 17)", "iconv -f"]),
+        (
+            "a.csv",
+            "text\nä\n".encode("utf-16-le"),
+            ["NUL", "iconv -f utf-16le -t utf-8 a.csv > new_a"],
+        ),
+        ("a.csv", "a\nx\0y" + "z" * 9, ["NUL", "tr -d '\\0' < a.csv > new_a.csv"]),
+        ("a.parquet", "PAR1", ["a.parquet cannot be read as Parquet", "save it anew"]),
     ],
 )
 def test_a_file_that_cannot_be_read_is_the_users_error(
@@ -295,7 +305,7 @@ def test_a_template_that_names_no_column_is_refused(template: str) -> None:
     ],
 )
 def test_a_label_is_a_word_an_index_or_a_bool(label: object, words: Any, index: int) -> None:
-    found = label_index(label, words)
+    found = label_reader([label], words, "f", "c")(label)
     assert (found, type(found)) == (index, int)
 
 
@@ -355,8 +365,8 @@ def test_options_of_a_template_need_one(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("words", [["True", "False"], ["true", "false"]])
 def test_a_bool_is_the_word_it_reads_as(words: list[str]) -> None:
-    assert label_index(True, words) == 0
-    assert label_index(False, words) == 1
+    read = label_reader([True, False], words, "f", "c")
+    assert [read(True), read(False)] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -405,7 +415,7 @@ def test_a_bool_is_the_word_it_reads_as(words: list[str]) -> None:
         (
             [{"s": "x", "label": ["a"]}],
             {"prompt_template": "{s}", "label_words": ["a", "b"]},
-            ["column 'label'", "['a'] is not among"],
+            ["column 'label'", "label ['a'] is not among"],
         ),
         ([{"text": "\ud800"}], {}, ["f, row 1", "column 'text'", "surrogate"]),
         (

@@ -257,7 +257,7 @@ REFUSED = [
     ({"objective": "f1"}, "objective='f1' is not for engine='llamacpp'"),
     ({"engine": None}, "tokenizer_name has no meaning without an engine"),
     ({"model_name_or_path": tiny.MODEL}, "reads a GGUF file"),
-    ({"tokenizer_name": None}, "Give --tokenizer_name"),
+    ({"tokenizer_name": None}, "give --tokenizer_name"),
     ({"model_name_or_path": tiny.EMBEDDED / "test.jsonl"}, "is no GGUF file"),
 ]
 

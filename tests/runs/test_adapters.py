@@ -148,7 +148,9 @@ def test_classes_are_those_of_the_head_or_the_words(zo: Lines, files: Path, tmp_
     # An adapter of another task is not scored with a head of random numbers.
     zo("train", tmp_path / "causal")
     assert "of task_type CAUSAL_LM, not SEQ_CLS" in head("evaluate", "causal", 2, code=2)
-    assert "of task_type SEQ_CLS, not CAUSAL_LM" in evaluated(zo, tmp_path / "two", code=2)
+    assert "of task_type SEQ_CLS, not CAUSAL_LM" in evaluated(
+        zo, tmp_path / "two", code=2, task_type="CAUSAL_LM"
+    )
 
 
 @pytest.mark.parametrize("tune", ["adapter", "weights"])
@@ -273,7 +275,8 @@ def test_an_error_of_a_library_is_one_line_and_debug_shows_it(
 
 def test_metrics_and_card_say_what_was_done(zo: Lines, files: Path, tmp_path: Path) -> None:
     printed = zo("train", tmp_path / "run", learning_rate=None)
-    assert "examples            12 trained on, 12 evaluated on" in printed
+    assert "trained on          12 examples" in printed
+    assert " on 12 examples\nevaluation loss" in printed
     found, card = metrics(tmp_path / "run"), (tmp_path / "run/README.md").read_text()
     assert (found["train_examples"], found["eval_examples"]) == (12, 12)
     assert found["learning_rate"] > 0

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from scipy.optimize import minimize
 from tiny import MODEL, command_line
 from transformers import HfArgumentParser
 
@@ -16,7 +18,7 @@ from zo_peft.cli import main
 from zo_peft.data import read_rows
 from zo_peft.runs import jobs
 from zo_peft.runs.arguments import DataArguments, ModelArguments
-from zo_peft.tools import reproduce
+from zo_peft.tools import compare, readout, reproduce
 from zo_peft.tools.demo import EMBEDDED
 from zo_peft.tools.reproduce import ReproduceArguments, figure, settings
 from zo_peft.train.config import ZOConfig
@@ -48,6 +50,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, *metrics: dict[str, Any], code: in
 
 def metrics(dev: float, test: float, seconds: float = 1.0) -> dict[str, Any]:
     return {
+        "settings": {"model_name_or_path": "tiny", "max_steps": 10},
         "metric_name": "accuracy",
         "metric_dev": dev,
         "metric_after": test,
@@ -81,6 +84,55 @@ def test_compare_spends_the_same_on_each_strategy(
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["mezo", "adam"]
     assert main([*argv, "--seed", "1"]) == 2
     assert "holds a run with other options" in capsys.readouterr().err
+
+
+def test_seeds_are_summed_up_and_presets_and_the_readout_take_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = (1.0, 2.0, 1.0, 2.0)
+    fake = [metrics(0.0, accuracy, s) for accuracy, s in zip((0.6, 0.8, 0.7, 0.7), seconds)]
+    common = {"eval_loss_after": 0.5, "metric_before": 0.5, "eval_loss_before": 0.7, "steps": 1}
+    runner = recorded(monkeypatch, *(one | common | {"examples_forwarded": 80} for one in fake))
+    monkeypatch.setattr(compare, "plot", lambda *_: None)
+    argv = ["compare", "--strategies", "readout", "paper-mezo", "--max_forward_passes", "20"]
+    argv += ["--seeds", "2", "--seed", "7", "--output_dir", str(tmp_path)]
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [command[3] for command in runner.commands] == ["readout", "readout", "train", "train"]
+    for command, seed in zip(runner.commands, "7878"):
+        assert [command[i + 1] for i, word in enumerate(command) if word == "--seed"][-1] == seed
+    assert ("--preset", "paper-mezo") in zip(runner.commands[2], runner.commands[2][1:])
+    assert not {"--preset", "--strategy"} & {*runner.commands[0]}
+    assert found["readout"]["metric_after"] == pytest.approx(0.7)
+    assert found["readout"]["metric_after_std"] == pytest.approx(0.02**0.5)
+    assert found["readout"]["wall_seconds"] == 1.5
+    assert main(argv) == 0
+    assert "0.7000 +- 0.1414" in capsys.readouterr().out
+    assert main([*argv[:-4], "--seeds", "0"]) == 2
+    assert "seeds=0" in capsys.readouterr().err
+
+
+def test_the_readout_is_the_best_head_on_the_frozen_states(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On other states, scipy finds no head with a lower loss."""
+    argv = ["readout", *command_line(tmp_path, max_forward_passes=8, disable_tqdm=None)]
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "zo_metrics.json").read_text())
+    assert found["forward_passes"] == 8
+    assert found["eval_loss_after"] < found["eval_loss_before"]
+    states, labels = torch.randn(40, 3).double(), torch.arange(40) % 2
+    offsets = torch.randn(40, 2).double()
+    v = readout.fitted([states, offsets, labels], 1e-3)
+
+    def penalized(flat: Any) -> float:
+        own = torch.tensor(flat, dtype=torch.float64).view(2, 3)
+        loss = torch.nn.functional.cross_entropy(offsets + states @ own.T, labels)
+        return float(loss + 1e-3 * states.square().sum(1).mean() * own.square().sum())
+
+    least = minimize(penalized, [0.0] * 6).fun
+    assert penalized(v.flatten().tolist()) == pytest.approx(least, abs=1e-6)
 
 
 def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(
@@ -170,6 +222,9 @@ def test_the_grids_best_point_by_validation_gets_all_seeds(
     table = (tmp_path / "reproduction.md").read_text()
     assert "64.0 +- 5.3" in table
     assert "72.6 (OPT-13B, Table V)" in table
+    assert "max_steps 10 (published: 10000)" in table
+    assert "model_name_or_path tiny (published: opt-13b)" in table
+    assert "lora_r None (published: 8)" in table
 
 
 def test_a_point_that_diverges_loses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,3 +276,7 @@ def test_a_row_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert result["published"] == "89.6 (OPT-13B, Table V)"
     assert result["forward_passes"] == 4
     assert {float(rate) for rate in result["grid"]} == {1e-4, 5e-5}
+    differences = result["differences"]
+    assert differences["max_steps"] == [2, 20_000]
+    assert differences["dtype"] == ["float32", "float16"]
+    assert not {"preset", "lora_r", "zo_eps", "learning_rate", "seed"} & differences.keys()

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from zo_peft import UserError, ZOConfig
 from zo_peft.core import eps as calibrate
 from zo_peft.core.strategies import STRATEGIES
+from zo_peft.train.checks import default_budget
 
 WARNING = "num_candidates=2"
 
@@ -96,6 +97,49 @@ def test_a_budget_becomes_one_of_candidates(tmp_path: Path) -> None:
         assert config.strategy == "guided"
 
 
+@pytest.mark.parametrize(
+    ("settings", "steps", "passes", "budget"),
+    [
+        ({"strategy": "guided"}, 50, 1, 150),
+        ({"strategy": "guided"}, 62.5, 1, 188),
+        ({"strategy": "guided"}, 3, 1, 100),
+        ({"strategy": "guided"}, 134, 1, 400),
+        ({"strategy": "guided", "gradient_accumulation_steps": 2}, 3, 2, 200),
+        ({"strategy": "guided", "gradient_accumulation_steps": 2}, 50, 2, 300),
+        ({"strategy": "gv"}, 100, 4, 1_200),
+        ({"strategy": "gv"}, 3, 4, 1_000),
+        ({"strategy": "mezo"}, 1_000, 2, 4_000),
+    ],
+    ids=str,
+)
+def test_a_chosen_budget_is_three_times_over_the_data_within_bounds(
+    settings: dict[str, Any], steps: float, passes: int, budget: int, tmp_path: Path
+) -> None:
+    config = make(tmp_path, **settings)
+    assert config.chooses_budget
+    assert default_budget(config, steps, passes) == budget
+    limited = config.changed(max_forward_passes=budget)
+    assert limited.max_steps == make(tmp_path, max_forward_passes=budget, **settings).max_steps
+    assert config.max_forward_passes is None
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_steps": 5}, {"num_train_epochs": 3}, {"max_forward_passes": 200}], ids=str
+)
+def test_no_budget_is_chosen_beside_one_that_is_given(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = make(tmp_path, **settings)
+    assert not config.chooses_budget
+    assert config.num_train_epochs == 3
+    assert config.max_steps == settings.get("max_steps", config.max_steps)
+
+
+def test_names_are_taken_in_either_case(tmp_path: Path) -> None:
+    config = make(tmp_path, strategy="GV", update_rule="Adam", noise="Gaussian")
+    assert (config.strategy, config.update_rule, config.noise) == ("gv", "adam", "gaussian")
+
+
 def test_every_field_of_its_own_is_documented() -> None:
     inherited = {field.name for field in fields(TrainingArguments)}
     own = [field for field in fields(ZOConfig) if field.name not in inherited]
@@ -119,7 +163,7 @@ def test_every_field_of_its_own_is_documented() -> None:
         ({"auto_find_batch_size": True}, ["per_device_train_batch_size"]),
         ({"optim": "adafactor"}, ["optim", "update_rule"]),
         ({"strategy": "spsa"}, ["strategy='spsa'", "mezo, n-spsa, greedy, gv, guided, adam, sgd"]),
-        ({"preset": "paper"}, ["preset='paper'", "paper-gv, paper-greedy, mezo"]),
+        ({"preset": "paper"}, ["preset='paper'", "paper-gv, paper-greedy, paper-mezo, mezo"]),
         ({"weighting": "rank"}, ["weighting='rank'", "split, loss"]),
         ({"probe": "none"}, ["probe='none'", "central, reuse"]),
         ({"noise": "uniform"}, ["noise='uniform'", "gaussian, rademacher"]),

@@ -1,7 +1,8 @@
-"""The progress bar, and the series that callbacks get."""
+"""The progress bar, the lines in its place, and the series that callbacks get."""
 
 import re
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tiny import examples, make_trainer
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
 
 from zo_peft import GradientTrainer, ZOTrainer
 from zo_peft.core.journal import JOURNAL_NAME, read
@@ -33,8 +33,9 @@ def make(folder: Path, kind: type = ZOTrainer, **settings: Any) -> Any:
 
 
 def test_the_bar_counts_forward_passes_towards_the_budget(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     trainer = make(tmp_path, max_forward_passes=26, eval_strategy="steps", eval_steps=3)
     trainer.train()
     out, err = capfd.readouterr()
@@ -45,12 +46,24 @@ def test_the_bar_counts_forward_passes_towards_the_budget(
     evaluated = [log for log in trainer.state.log_history if "eval_loss" in log][-1]
     assert f"loss={logged['loss']:.4f}" in last[2]
     assert f"accuracy={evaluated['eval_accuracy']:.4f}" in last[2]
-    assert f"'slope': '{logged['slope']:.4g}'" in err
+
+
+def test_the_bar_shows_nothing_that_was_measured_before_training(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    trainer = make(tmp_path, max_forward_passes=16)
+    trainer.evaluate()
+    trainer.train()
+    err = capfd.readouterr().err
+    assert "loss=" in err
+    assert "accuracy=" not in err
 
 
 def test_without_a_budget_it_counts_steps_and_shows_forward_passes(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     make(tmp_path, GradientTrainer, strategy="sgd", max_steps=4).train()
     out, err = capfd.readouterr()
     assert out == ""
@@ -59,13 +72,38 @@ def test_without_a_budget_it_counts_steps_and_shows_forward_passes(
     assert "passes=12" in shown
 
 
-def test_without_tqdm_there_is_no_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_without_tqdm_there_is_no_bar(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     trainer = make(tmp_path, max_steps=2, disable_tqdm=True)
-    callbacks = trainer.callback_handler.callbacks
-    assert not any(isinstance(callback, ProgressCallback) for callback in callbacks)
     capfd.readouterr()
     trainer.train()
-    assert "%|" not in capfd.readouterr().err
+    trainer.evaluate()
+    out, err = capfd.readouterr()
+    assert out == ""
+    loss = trainer.state.log_history[0]["loss"]
+    assert err == f"step 2/2  passes 8  loss {loss:.4f}  00:00 left\n"
+
+
+def test_without_a_terminal_there_is_a_line_for_each_log(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make(tmp_path, max_forward_passes=26, eval_strategy="steps", eval_steps=4)
+    capfd.readouterr()
+    trainer.evaluate()
+    trainer.train()
+    out, err = capfd.readouterr()
+    assert out == ""
+    logs = trainer.state.log_history
+    losses = [log["loss"] for log in logs if "loss" in log]
+    (measured,) = [log["eval_accuracy"] for log in logs if "eval_loss" in log and log["step"] == 4]
+    expected = [
+        rf"step 2  passes 8/26  loss {losses[0]:.4f}  \d\d:\d\d left",
+        rf"step 4  passes 16/26  loss {losses[1]:.4f}  \d\d:\d\d left",
+        rf"step 6  passes 24/26  loss {losses[2]:.4f}  accuracy {measured:.4f}  \d\d:\d\d left",
+    ]
+    assert [bool(re.fullmatch(*pair)) for pair in zip(expected, err.splitlines(), strict=True)]
 
 
 class StopAt(TrainerCallback):
@@ -76,7 +114,25 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
-def test_a_resumed_run_goes_on_counting_passes_and_seconds(tmp_path: Path) -> None:
+def test_a_run_that_is_given_no_budget_says_which_it_has_and_how_long_it_takes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = {"strategy": "guided", "zo_eps": None, "logging_steps": 0.025}
+    trainer = make(tmp_path, callbacks=[StopAt(7)], **given)
+    assert (trainer.args.max_forward_passes, trainer.args.max_steps) == (100, 100)
+    trainer.train()
+    assert trainer.facts["settings"]["max_forward_passes"] == 100
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if "budget" in line]
+    assert re.search(r"no budget .* 100 forward passes: \d\d:\d\d left", said)
+
+    make(tmp_path / "other", callbacks=[StopAt(3)], max_forward_passes=100).train()
+    assert "budget" not in capfd.readouterr().err
+
+
+def test_a_resumed_run_goes_on_counting_passes_and_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     settings = {"max_forward_passes": 32, "save_strategy": "steps", "save_steps": 4}
     stopped = make(tmp_path, callbacks=[StopAt(4)], **settings)
     stopped.train()

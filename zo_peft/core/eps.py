@@ -79,8 +79,9 @@ class EpsChoice:
                 # The error grows with eps; so does what a jump says of the slope, over its noise.
                 grown = min(tolerance / error, NEIGHBOURS[-1])
                 eps, error = eps * grown, error * grown
-        tried = f"the largest of {len(ladder)} from {ladder[0]:.0e} to {ladder[-1]:.0e}"
-        message = f"zo_eps={eps:.1e}, {tried} where losses are within {error:.0%} of a line"
+        tried = f"the largest of {len(ladder)} from {ladder[0]:.2g} to {ladder[-1]:.2g}"
+        message = f"candidates are tried at a distance of zo_eps={eps:.2g}, {tried} at which the "
+        message += f"loss still changes in proportion (within {error:.0%})"
         return Calibration(evaluator.forward_passes, eps, error), message
 
     def adopt(self, calibration: Calibration) -> bool:

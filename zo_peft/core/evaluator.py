@@ -15,6 +15,7 @@ from zo_peft.core.direction import Direction
 from zo_peft.core.lanes import Host, NotInLanes
 from zo_peft.core.ranks import OneRank
 from zo_peft.core.space import Space
+from zo_peft.errors import Notice
 
 
 @dataclass(frozen=True)
@@ -167,14 +168,14 @@ class Evaluator:
         if not was:
             return False
         message = f"candidates are evaluated one by one: {reason} cannot work on several at once"
-        warnings.warn(message, UserWarning, stacklevel=2)
+        warnings.warn(message, Notice, stacklevel=2)
         return True
 
     def _halve(self, size: int) -> None:
         self.candidates_per_forward = size // 2
         message = f"{size} candidates do not fit into the GPU's memory at once; going on with "
         message += f"candidates_per_forward={size // 2}"
-        warnings.warn(message, UserWarning, stacklevel=2)
+        warnings.warn(message, Notice, stacklevel=2)
 
 
 def wave_size(count: int, limit: int) -> int:

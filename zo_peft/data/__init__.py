@@ -25,7 +25,8 @@ need a reference model in addition to the model that is tuned.
 """
 
 from zo_peft.data.collate import Collator, collator_for
-from zo_peft.data.examples import make_examples, read_rows
+from zo_peft.data.examples import make_examples
+from zo_peft.data.files import read_rows
 from zo_peft.data.tokenize import Tokenization, tokenize_dataset
 
 __all__ = [

@@ -1,13 +1,11 @@
-"""Read files into rows, and make examples of rows with a prompt template and label words."""
+"""Make examples of rows, with a prompt template and label words."""
 
 import csv
-import io
 import json
 import re
 import reprlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from zo_peft.data.forms import (
@@ -22,6 +20,13 @@ from zo_peft.data.forms import (
 )
 from zo_peft.errors import UserError
 
+#: Two or more words, in label order; or the word of each label that the data have.
+Words = Sequence[str] | Mapping[str, str]
+#: More different values than this are no classes, unless they are asked for.
+MOST_CLASSES = 100
+#: How many unknown labels an error names.
+MOST_NAMED = 20
+
 
 class Examples(list[Row]):
     """Examples, and where they come from, for error messages."""
@@ -31,112 +36,21 @@ class Examples(list[Row]):
         self.source = source
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a JSON (.jsonl, .ndjson, .json), CSV (.csv) or TSV (.tsv) file, in order.
-
-    JSON files hold one object after another, most often a line each, or one list of objects. CSV
-    and TSV files begin with a header line, and all their values are strings. In TSV files quotes
-    are ordinary characters, as in GLUE's files. A UserError says that the file is missing, empty
-    or of another kind, or that a line cannot be read.
-    """
-    path = Path(path)
-    readers: dict[str, Callable[[str, Path], list[Row]]] = {
-        **dict.fromkeys((".jsonl", ".ndjson", ".json"), _read_json),
-        **dict.fromkeys((".csv", ".tsv"), _read_csv),
-    }
-    if path.suffix not in readers:
-        known = ", ".join(readers)
-        raise UserError(f"{path.name}: unknown kind of file; unpack or convert it to {known}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; check the path") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path.name} is not UTF-8 (byte {error.start}); convert it") from None
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"{path.name}, line {line} holds a NUL character; remove it")
-    rows = readers[path.suffix](text, path)
-    if not rows:
-        raise UserError(f"{path.name} has no rows; it must hold at least one example")
-    return rows
-
-
-_SPACE = re.compile(r"[ \t\r\n]*")
-
-
-def _read_json(text: str, path: Path) -> list[Row]:
-    decoder = json.JSONDecoder(object_pairs_hook=_object)
-    rows: list[Row] = []
-    place = _SPACE.match(text).end()  # type: ignore[union-attr]
-    while place < len(text):
-        try:
-            value, stop = decoder.raw_decode(text, place)
-            found = value if isinstance(value, list) else [value]
-            if not all(isinstance(row, dict) for row in found):
-                raise ValueError("it is no object of columns")
-        except (ValueError, RecursionError) as error:
-            line = text.count("\n", 0, place) + 1
-            raise UserError(
-                f"{path.name}, line {line} is not JSON: {error}; write one object after another, "
-                "without commas between them, or one list of objects"
-            ) from None
-        rows += found
-        place = _SPACE.match(text, stop).end()  # type: ignore[union-attr]
-    return rows
-
-
-def _object(pairs: list[tuple[str, Any]]) -> Row:
-    if twice := _twice([name for name, _ in pairs]):
-        raise ValueError(f"an object has {twice[0]!r} twice")
-    return dict(pairs)
-
-
-def _twice(names: Iterable[str]) -> list[str]:
-    return [name for name, count in Counter(names).items() if count > 1]
-
-
-def _read_csv(text: str, path: Path) -> list[Row]:
-    tsv: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    dialect = tsv if path.suffix == ".tsv" else {}
-    # By default a field has at most 131,072 characters.
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, **dialect)
-    rows = []
-    try:
-        if twice := _twice(reader.fieldnames or ()):
-            raise UserError(f"{path.name}: the header has {twice[0]!r} twice; rename or drop one")
-        for row in reader:
-            if None in row or None in row.values():
-                raise UserError(
-                    f"{path.name}, line {reader.line_num} has not as many fields as the header; "
-                    "quote a field that holds the separator (in a .csv file; a .tsv has no quotes)"
-                )
-            rows.append(row)
-    except csv.Error as error:
-        # DictReader has not counted the line that its inner reader failed on.
-        line = reader.reader.line_num
-        raise UserError(
-            f'{path.name}, line {line}: {error}; in a quoted field, write a quote as ""'
-        ) from None
-    return rows
-
-
 def make_examples(
     rows: Iterable[Row],
     source: str,
     prompt_template: str | None = None,
     label_column: str | None = None,
-    label_words: Sequence[str] | None = None,
+    label_words: Words | None = None,
     classifies: bool = False,
     generates: bool = False,
 ) -> Examples:
     """Make an example of each row, in one of the forms of `zo_peft.data`.
 
     With a template, the prompt is the template with the row's values in it. If there are label
-    words, they are the options, and the row's label is one of them or an index. If not, the label
-    column is the completion. Without a template, rows must have one of the forms already, and all
-    of them the same.
+    words, they are the options, and the row's label is one of them or an index; a mapping gives
+    the word of each label. If not, the label column is the completion. Without a template, rows
+    must have one of the forms already, and all of them the same.
 
     Args:
         source: where the rows come from, for error messages.
@@ -148,7 +62,7 @@ def make_examples(
     Raises:
         UserError: a row lacks a column, a value cannot be used, or a label is not among the words.
     """
-    rows, words = list(rows), None if label_words is None else _checked_words(label_words)
+    rows, words = list(rows), None if label_words is None else checked_words(label_words)
     if prompt_template is None and not classifies:
         if label_column is not None or words is not None:
             raise UserError(
@@ -159,32 +73,24 @@ def make_examples(
         return converted(source, rows, lambda row: example_of(row, form, generates))
     template = "{text}" if prompt_template is None else prompt_template
     column = label_column or "label"
-    found = [row.get(_key(row, column)) for row in rows]
-    are_indices = _are_indices([label for label in found if label is not None], words, source)
-    needs_label = label_column is not None or words is not None or classifies or not generates
+    labelled = words is not None or classifies
+    if labelled:
+        index_of = label_reader(column_of(rows, column), words, source, column)
+    needs_label = label_column is not None or labelled or not generates
+    options = options_of(words or ())
 
     def example(row: Row) -> Row:
         text, kept = fill_template(template, row), row if generates else {}
         if not needs_label and row.get(_key(row, column)) is None:
             return {**kept, "prompt": text}
-        if words is None and not classifies:
+        if not labelled:
             return {**kept, "prompt": text, "completion": _value(row, column, filled_text)}
-        index = _value(row, column, lambda label: label_index(label, words, are_indices))
+        label = _value(row, column, index_of)
         if classifies:
-            return {"text": text, "label": index}
-        return {"prompt": text, "options": words, "label": index}
+            return {"text": text, "label": label}
+        return {"prompt": text, "options": options, "label": label}
 
     return converted(source, rows, example)
-
-
-def _checked_words(words: Sequence[str]) -> list[str]:
-    """The label words without blanks around them."""
-    bare = [text_of(word).strip() for word in words]
-    if isinstance(words, str) or len(bare) < 2 or "" in bare or _twice(bare):
-        raise UserError(
-            f"--label_words {words!r}: give two or more different words, separated by commas"
-        )
-    return bare
 
 
 def converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Row]) -> Examples:
@@ -200,7 +106,8 @@ def converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Row]) -
             except UserError:
                 raise
             except KeyError as error:
-                raise UserError(f"it has no column {error}; it has {named(row)}") from None
+                has = f"it has {named(row)} (of a CSV file, the first line)"
+                raise UserError(f"it has no column {error}; {has}") from None
             except (ValueError, IndexError, TypeError, AttributeError) as error:
                 raise UserError(f"it cannot be used: {error}") from None
     return made
@@ -245,69 +152,147 @@ def _key(row: Row, name: str) -> str:
     return name if name in row or len(alike) != 1 else alike[0]
 
 
+def column_of(rows: Iterable[Row], name: str) -> list[Any]:
+    """The values of a column; None where a row has none."""
+    return [row.get(_key(row, name)) for row in rows]
+
+
 def _value(row: Row, name: str, reader: Callable[[Any], Any]) -> Any:
     """What the reader makes of the row's value; a KeyError says that there is no such column."""
     return read(name, row[_key(row, name)], reader)
 
 
-def _bare(label: object, words: Sequence[str]) -> str:
-    """The label as text; a boolean as the word that means it, or else as 0 or 1."""
-    if not isinstance(label, bool):
-        return str(label).strip()
-    meant = ("true", "yes") if label else ("false", "no")
-    return next((word for word in words if word.lower() in meant), str(int(label)))
+def read_words(given: Sequence[str]) -> Words:
+    """The label words that the values of an option stand for.
 
-
-def _readings(label: object, words: Sequence[str]) -> tuple[int | None, int | None]:
-    """The index of a label if it is a word, and if it is an index into the words."""
-    text = _bare(label, words)
-    indices = [str(index) for index in range(len(words))]
-    word = words.index(text) if text in words else None
-    return word, indices.index(text) if text in indices else None
-
-
-def _are_indices(labels: Sequence[object], words: Sequence[str] | None, source: str) -> bool | None:
-    """Whether the labels of a source are indices (True) or words (False), where words are numbers.
-
-    None where no word is a number, so that each label can be only one of the two. A UserError says
-    that all labels can be read either way.
+    One value may hold several words, separated by commas, or JSON: a list of words, or an object
+    with the word of each label. All values may also be `label=word`.
     """
-    numbers = [word for n, word in enumerate(words or ()) if word.isdecimal() and word != str(n)]
-    if not (words and numbers and labels):
-        return None
-    as_words, as_indices = zip(*(_readings(label, words) for label in labels))
-    if None in as_words or None in as_indices:
-        return None not in as_indices
-    if as_words != as_indices:
+    words: Any = list(given)
+    if len(words) == 1:
+        with suppress(json.JSONDecodeError, RecursionError):
+            if isinstance(read := json.loads(words[0]), list | dict):
+                return checked_words(read)
+        words = next(csv.reader(words, skipinitialspace=True), [])
+    pairs = dict(word.split("=", 1) for word in words if "=" in word)
+    if pairs and len(pairs) < len(words):
+        raise UserError(f"--label_words {words}: write label=word for each, once, or a JSON list")
+    return checked_words(pairs or words)
+
+
+def write_words(words: Words) -> list[str]:
+    """The values that `read_words` reads as these words."""
+    is_plain = all(word[0].isalnum() and "=" not in word for word in words)
+    if is_plain and not isinstance(words, Mapping):
+        return list(words)
+    return [json.dumps(words, ensure_ascii=False)]
+
+
+def checked_words(words: Words) -> Words:
+    """The words without blanks around them; a UserError unless two or more are different."""
+    pairs = words if isinstance(words, Mapping) else {text_of(word).strip(): word for word in words}
+    bare = {text_of(name).strip(): text_of(word).strip() for name, word in pairs.items()}
+    options = options_of(bare)
+    if isinstance(words, str) or len(options) < 2 or "" in options or len(bare) < len(words):
         raise UserError(
-            f"{source}: its labels may be label words ({', '.join(words)}) or indices from 0; use "
-            "label words that are no numbers, with the same words or indices from 0 in the file"
+            f"--label_words {words!r}: give two or more different words, separated by commas"
         )
-    return False
+    return bare if isinstance(words, Mapping) else options
 
 
-def label_index(
-    label: object, label_words: Sequence[str] | None, are_indices: bool | None = None
-) -> int:
-    """The index of a label, which is one of the label words, an index into them, or a bool.
+def options_of(words: Words) -> list[str]:
+    """The different words, in label order."""
+    return list(dict.fromkeys(words.values() if isinstance(words, Mapping) else words))
+
+
+def find_words(labels: Sequence[Any], column: str, asked: bool, sure: bool) -> Words | None:
+    """The labels of a column as their own label words, in alphabetic order; or None.
+
+    A UserError says that they are fewer than two, or differ in case alone.
 
     Args:
-        label_words: two or more, without blanks around them. None: labels are class indices.
-        are_indices: whether a label that is a number is an index or a word. None: it is clear.
+        labels: those of all rows; None where a row has none.
+        asked: take any values for labels. If not, they must be texts that are no numbers.
+        sure: the column holds labels. If not, few values must repeat, each twice on average.
     """
+    given = [label for label in labels if label is not None]
+    names = {str(label).strip() for label in given if isinstance(label, str | int | float)}
+    are_texts = all(isinstance(label, str) for label in given)
+    are_texts &= not any(re.fullmatch(r"[-+.\d]+", name) for name in names)
+    few = 2 <= len(names) <= min(MOST_CLASSES, len(labels) / 2)
+    if not (asked or (names and are_texts and (sure or few))):
+        return None
+    found = sorted(names - {"", "nan", "null"})
+    folded = [name.lower() for name in found]
+    if twice := [name for name in found if folded.count(name.lower()) > 1]:
+        raise UserError(
+            f"column {column!r} has {twice[0]!r} and {twice[1]!r}, which differ in case alone; "
+            f"write them alike, or give --label_words {twice[0]}=word {twice[1]}=word ..."
+        )
+    if len(found) < 2:
+        raise UserError(f"column {column!r} has fewer than two labels: {found}; name another")
+    # In a list of words, a number would be an index, too.
+    is_number = any(name.isdecimal() for name in found)
+    return checked_words({name: name for name in found} if is_number else found)
+
+
+def label_reader(
+    labels: Sequence[object], words: Words | None, source: str, column: str
+) -> Callable[[object], int]:
+    """The function that makes a class index of a label: of a word, an index or a truth value.
+
+    A UserError names the labels that are none, or says that all are words as well as indices.
+
+    Args:
+        labels: all of the source; None where a row has none.
+        words: as `checked_words` gives them; the labels of a mapping are the only ones. None:
+            labels are class indices.
+    """
+    texts = [None if label is None else _text(label, words or ()) for label in labels]
+    known = _known({text for text in texts if text is not None}, words, source)
+    unknown = [n for n, text in enumerate(texts) if text is not None and text not in known]
+    if not unknown:
+        return lambda label: known[_text(label, words or ())]
+    names = list(dict.fromkeys(reprlib.repr(labels[n]) for n in unknown))
+    shown = ", ".join(names[:MOST_NAMED]) + ", ..." * (len(names) > MOST_NAMED)
+    what = f"{source}, row {unknown[0] + 1}: column {column!r}: label {shown} is"
+    if words is None:
+        raise UserError(f"{what} no class index; name the classes as label words")
+    index = "" if isinstance(words, Mapping) else f", nor an index from 0 to {len(words) - 1}"
+    raise UserError(
+        f"{what} not among the label words {list(words)}{index}; correct the row or --label_words, "
+        "which may be label=word ..."
+    )
+
+
+def _text(label: object, words: Collection[str]) -> str:
+    """A label as text; a truth value as the word that means it, or else as 0 or 1."""
     if label is None:
         raise UserError("null is no label; write one there, or drop the row")
-    if label_words is None:
-        if (text := _bare(label, ())).isdecimal() and len(text) < 10:
-            return int(text)
+    if isinstance(label, bool):
+        meant = ("true", "yes") if label else ("false", "no")
+        return next((word for word in words if word.lower() in meant), str(int(label)))
+    text = str(label).strip()
+    # pandas writes whole numbers of a column with gaps so.
+    return text if text in words else text.removesuffix(".0")
+
+
+def _known(texts: set[str], words: Words | None, source: str) -> dict[str, int]:
+    """The class indices of labels as texts, where numbers are either words or indices."""
+    if words is None:
+        return {text: int(text) for text in texts if text.isdecimal() and len(text) < 10}
+    if isinstance(words, Mapping):
+        options = options_of(words)
+        return {label: options.index(word) for label, word in words.items()}
+    as_words = {word: index for index, word in enumerate(words)}
+    as_indices = {str(index): index for index in range(len(words))}
+    if not any(word.isdecimal() and word != str(index) for index, word in enumerate(words)):
+        return as_indices | as_words
+    if not texts <= as_indices.keys():
+        return as_words
+    if texts <= as_words.keys() and any(as_words[text] != as_indices[text] for text in texts):
         raise UserError(
-            f"label {reprlib.repr(label)} is no class index; name the classes as label words"
+            f"{source}: its labels may be label words ({', '.join(words)}) or indices from 0; give "
+            f"each label its word, for example --label_words {words[0]}={words[0]} ..."
         )
-    word, index = _readings(label, label_words)
-    found = index if are_indices or (are_indices is None and word is None) else word
-    if found is None:
-        raise UserError(
-            f"label {reprlib.repr(label)} is not among the label words {list(label_words)}, "
-            f"nor an index from 0 to {len(label_words) - 1}; correct the row or --label_words"
-        )
-    return found
+    return as_indices

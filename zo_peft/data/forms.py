@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from zo_peft.errors import UserError
+from zo_peft.errors import Notice, UserError
 
 Row = dict[str, Any]
 Form = tuple[str, ...]
@@ -24,6 +24,10 @@ FORMS: tuple[Form, ...] = (
     ("prompt", "completion"),
     ("prompt", "answers"),
     ("messages",),
+    ("conversations",),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "response"),
     ("text", "label"),
     ("text",),
     ("prompt",),
@@ -33,13 +37,15 @@ TOKENIZED = ("attention_mask", "token_type_ids", "length")
 OPTIONAL = ("passage", "passage_start", "also_right", "tools")
 #: Columns of tokenized rows that would change what is learned, and that no model here is given.
 REFUSED = ("position_ids", "completion_mask", "assistant_masks", "loss_mask")
-
-
-#: What a model without a head for classes needs.
-WANTED = (
-    "prompt + completion, prompt + options + label, messages, text, or input_ids + labels (on the "
-    "command line, --prompt_template and --label_column or --label_words make them)"
+#: The prompt with which alpaca was trained.
+INSTRUCTION = (
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{task}\n\n{given}### Response:\n"
 )
+PAIRED = ", paired with an input that provides further context"
+#: Who speaks in ShareGPT's conversations, as roles of messages.
+ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
 
 
 @contextmanager
@@ -63,9 +69,34 @@ def form_of(row: Row) -> Form | None:
     return next((form for form in FORMS if present.issuperset(form)), None)
 
 
-def _unfit(row: Row, wanted: str) -> str:
-    columns = (name if value is not None else f"{name} (null)" for name, value in row.items())
-    return f"it has the columns {named(columns)}; this model needs {wanted}"
+def check_layout(rows: list[Row], source: str) -> None:
+    """Raise a UserError for one object that holds columns, with the command that makes rows."""
+    if len(rows) == 1 and rows[0] and all(isinstance(value, dict) for value in rows[0].values()):
+        code = f"pandas.read_json({source!r}).to_json('rows.json', orient='records')"
+        cure = f'convert it: python -c "import pandas; {code}"'
+        raise UserError(f"{source} holds columns, not rows; {cure}")
+
+
+def called(form: Form | None) -> str:
+    """What a form is called, for a message."""
+    return "plain text" if form == ("text",) else " + ".join(form or ())
+
+
+def _unfit(row: Row, classifies: bool = False) -> str:
+    """Why a row is no example, and what the model needs."""
+    has = named(name if value is not None else f"{name} (null)" for name, value in row.items())
+    if classifies:
+        return f"it has the columns {has}; this model needs text + label (a class index)"
+    first, *_, last = [*row, *row] or ["text", "label"]
+    answer = f'--label_column "{"chosen" if "chosen" in row else last}"'
+    if "label" in row:
+        first, answer = "text" if "text" in row else first, "--label_words first,second"
+    return (
+        f"it has the columns {has}; this model needs prompt + completion, messages, text or "
+        "another form of docs/data.md (the command line makes one, for example with "
+        f'--prompt_template "{{{first}}}" {answer}; a CSV file names its columns '
+        "in its first line)"
+    )
 
 
 def fitting_form(first: Row, source: str, classifies: bool, generates: bool) -> Form | None:
@@ -77,17 +108,16 @@ def fitting_form(first: Row, source: str, classifies: bool, generates: bool) -> 
     if generates and not classifies:
         return None
     form, head = form_of(first), (FORMS[0], ("text", "label"))
-    wanted = "text + label (a class index)" if classifies else WANTED
     fits = form in head if classifies else form not in (None, ("prompt",), head[1])
     with located(source, 1):
         if form is None or not fits:
-            raise UserError(_unfit(first, wanted))
-    known = (*form, *((*TOKENIZED, *REFUSED) if form == FORMS[0] else OPTIONAL))
+            raise UserError(_unfit(first, classifies))
+    beside = OTHERS[form][0] if form in OTHERS else OPTIONAL
+    known = (*form, *((*TOKENIZED, *REFUSED) if form == FORMS[0] else beside))
     if unused := [n for n, value in first.items() if value is not None and n not in known]:
-        kind = "plain text" if form == ("text",) else " + ".join(form)
         source = source or "the data set"
-        message = f"{source} is read as {kind}; these columns are not used: {named(unused)}"
-        warnings.warn(message, UserWarning, stacklevel=3)
+        message = f"{source} is read as {called(form)}; these columns are not used: {named(unused)}"
+        warnings.warn(message, Notice, stacklevel=3)
     return form
 
 
@@ -118,7 +148,11 @@ def example_of(row: Row, form: Form | None = None, generates: bool = False) -> R
             "it, or put rows of another form into a file of their own"
         )
     if own is None or own == ("prompt",):
-        raise UserError(_unfit(row, WANTED))
+        raise UserError(_unfit(row))
+    if own in OTHERS:
+        beside, convert = OTHERS[own]
+        row = convert({name: row[name] for name in (*own, *beside) if row.get(name) is not None})
+        own = form_of(row) or own
     if refused := [name for name in REFUSED if own == FORMS[0] and row.get(name) is not None]:
         raise UserError(f"column {refused[0]!r} cannot be used; express it in labels, or drop it")
     used = (*own, *(TOKENIZED if own == FORMS[0] else OPTIONAL))
@@ -198,12 +232,41 @@ def _message(value: Any) -> dict[str, Any]:
     message = _without_nulls(value)
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise UserError(f"{reprlib.repr(value)} must be a message with role and content")
+    text_of(message["role"])
     if "content" in message or "tool_calls" not in message:
         message["content"] = text_of(message.get("content"))
     trained = message["role"] == "assistant"
     if "weight" in message and message["weight"] not in ((0, 1) if trained else (0,)):
         raise UserError(f"weight {message['weight']!r} must be 0 or 1, and 1 only of the assistant")
     return message
+
+
+def _conversation(row: Row) -> Row:
+    """Messages; the turns behind the last one of the assistant teach nothing, and are left out."""
+    what = "turns with from and value"
+    turns = read("conversations", row["conversations"], lambda value: _listed(value, _turn, what))
+    while turns and turns[-1]["role"] != "assistant":
+        turns.pop()
+    if not turns:
+        raise UserError("column 'conversations' has no turn of gpt to learn from; drop the row")
+    return {"messages": turns, **({"tools": row["tools"]} if row.get("tools") else {})}
+
+
+def _turn(value: Any) -> dict[str, Any]:
+    turn = dict(value) if isinstance(value, dict) else {}
+    role = ROLES.get(str(turn.pop("from", turn.pop("role", None))))
+    if role is None:
+        raise UserError(f"{reprlib.repr(value)} must have from ({', '.join(ROLES)}) and value")
+    return {"role": role, "content": text_of(turn.pop("value", turn.pop("content", None))), **turn}
+
+
+def _instruction(row: Row) -> Row:
+    """An instruction as alpaca's prompt, and its answer."""
+    texts = {name: read(name, value, text_of) for name, value in row.items()}
+    given = texts.get("input", texts.get("context", ""))
+    paired, given = (PAIRED, f"### Input:\n{given}\n\n") if given.strip() else ("", "")
+    prompt = INSTRUCTION.format(paired=paired, task=texts["instruction"], given=given)
+    return {"prompt": prompt, "completion": texts.get("output", texts.get("response"))}
 
 
 def _mask(value: Any) -> list[int]:
@@ -226,6 +289,26 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_nulls(part) for name, part in value.items() if part is not None}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+#: Forms of other programs: the columns that may stand beside, and what makes an own form of them.
+OTHERS: dict[Form, tuple[Form, Callable[[Row], Row]]] = {
+    ("conversations",): (("tools",), _conversation),
+    ("instruction", "output"): (("input",), _instruction),
+    ("instruction", "response"): (("context",), _instruction),
+    ("prompt", "response"): ((), lambda r: {"prompt": r["prompt"], "completion": r["response"]}),
+}
+
+
+def question_of(row: Row) -> Row:
+    """The row in a form of ours without its answer, if it is in one of another program's."""
+    for first in ("conversations", "instruction"):
+        if row.get(first) is not None:
+            beside = {n for form, (names, _) in OTHERS.items() if form[0] == first for n in names}
+            convert = next(convert for form, (_, convert) in OTHERS.items() if form[0] == first)
+            asked = {n: v for n, v in row.items() if n in {first, *beside} and v is not None}
+            return {n: v for n, v in convert(asked).items() if v is not None}
+    return row
 
 
 READERS: dict[str, Callable[[Any], Any]] = {

@@ -242,7 +242,8 @@ class Tokenization:
     def _rendered(self, messages: Messages, tools: list[Any] | None, **kwargs: bool) -> str:
         if not self.tokenizer.chat_template:
             raise UserError(
-                "the tokenizer has no chat template; set one, or write texts as prompt + completion"
+                "the tokenizer has no chat template; set one (--chat_template chatml, or a file), "
+                "or write texts as prompt + completion"
             )
         try:
             return self.tokenizer.apply_chat_template(

@@ -5,6 +5,7 @@ other. Its own parameters take no memory, and only the LoRA's are numbers. The o
 `next_tokens`, which the engine answers.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,7 +27,7 @@ from zo_peft.engines.engine import Answers, Engine, EngineName, Matrices, Row, S
 from zo_peft.engines.llamacpp import LlamaCpp
 from zo_peft.engines.openvino import MODEL_NAME, OpenVino
 from zo_peft.errors import UserError
-from zo_peft.models.hub import LOAD_ERRORS, AnyModel, first_line
+from zo_peft.models.hub import AnyModel
 from zo_peft.models.loading import load_config, load_tokenizer
 
 #: The only parameters that an engine takes: the matrices of a plain LoRA.
@@ -39,7 +38,7 @@ STATES = 64 << 20
 
 
 def load_served(
-    name: str, engine: EngineName, source: str | None = None
+    name: str, engine: EngineName, source: str | None = None, *chat: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base that an engine computes, in shapes alone, and its tokenizer.
 
@@ -49,6 +48,7 @@ def load_served(
         name: a GGUF file for llamacpp, a folder for openvino.
         source: a folder or a Hub id with the configuration and the tokenizer of the model that was
             converted; default: what the file or the folder itself says of them.
+        chat: where a chat template comes from, as of `load_tokenizer`.
 
     Raises:
         UserError: the engine is not installed, or the file or the configuration cannot be read.
@@ -58,9 +58,9 @@ def load_served(
         what = {"llamacpp": "a GGUF file", "openvino": f"a folder with {MODEL_NAME}"}[engine]
         raise UserError(f"the engine {engine} reads {what}; {name!r} is none")
     if source is None and engine == "llamacpp":
-        config, tokenizer = (_from_gguf(kind, path) for kind in (AutoConfig, AutoTokenizer))
+        config, tokenizer = _from_gguf(load_config, path), _from_gguf(load_tokenizer, path, *chat)
     else:
-        config, tokenizer = load_config(source or name), load_tokenizer(source or name)
+        config, tokenizer = load_config(source or name), load_tokenizer(source or name, *chat)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
     # One expanded number takes no memory. It is not a number, so that nothing can start from it.
@@ -146,13 +146,13 @@ def rows_of(batch: Batch) -> list[Row]:
     ]
 
 
-def _from_gguf(kind: Any, path: Path) -> Any:
+def _from_gguf(load: Callable[..., Any], path: Path, *chat: str | None) -> Any:
     try:
-        return kind.from_pretrained(path.parent, gguf_file=path.name)
-    except (*LOAD_ERRORS, ImportError, KeyError, NotImplementedError) as error:
+        return load(str(path.parent), *chat, gguf_file=path.name)
+    except (UserError, ImportError, KeyError, NotImplementedError) as error:
         raise UserError(
-            f"{path} does not tell transformers its configuration and tokenizer: "
-            f"{first_line(error)} Give --tokenizer_name, the folder of the model that was converted"
+            f"{path} does not tell transformers its configuration and its tokenizer; give "
+            "--tokenizer_name, the folder of the model that was converted"
         ) from error
 
 

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zo_peft.errors import UserError
+from zo_peft.errors import Notice, UserError
 from zo_peft.models.hub import LOAD_ERRORS, AnyModel, first_line, public_name, reason
 from zo_peft.models.loading import check_4bit_widths, load_config
 
@@ -52,7 +52,12 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
             f"{kind} may read weights outside of their layers, and part of the base is offloaded; "
             f"use one of {', '.join(ON_OFFLOADED)}"
         )
+    given = getattr(peft_config, "target_modules", None)
     try:
+        for name in given if isinstance(given, set | list) else ():
+            # PEFT is content with one name that fits.
+            if not any(f".{module}".endswith(f".{name}") for module, _ in model.named_modules()):
+                raise ValueError(f"no module is named {name}.")
         # PEFT fills default target modules into the configuration that it is given.
         with stand_ins(offloaded):
             adapted = peft.get_peft_model(model, deepcopy(peft_config))
@@ -353,7 +358,7 @@ def start_prefix_from_tokens(model: PeftModel, token_ids: Tensor) -> None:
     output = base(input_ids=token_ids[None].to(input_device(base)), use_cache=True)
     cache = getattr(output, "past_key_values", None)
     if cache is None:
-        warnings.warn(f"{name_of(model)} starts from a random prefix", UserWarning, stacklevel=2)
+        warnings.warn(f"{name_of(model)} starts from a random prefix", Notice, stacklevel=2)
         return
     heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
     weight = model.prompt_encoder[model.active_adapter].embedding.weight

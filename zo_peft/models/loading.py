@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
@@ -27,6 +28,8 @@ from transformers.quantizers import AutoHfQuantizer
 
 from zo_peft.errors import UserError
 from zo_peft.models.hub import LOAD_ERRORS, AnyModel, public_name, reason
+
+CHATML = Path(__file__).with_name("chatml.jinja")
 
 
 def quantization_config(
@@ -100,11 +103,17 @@ def _head(config: PreTrainedConfig, num_labels: int, words: Sequence[str]) -> di
                 f"the head of {name} has {config.num_labels} classes, and there are {num_labels}; "
                 "correct the labels, or give a base without a head"
             )
+        own = [str(config.id2label[index]).lower() for index in range(config.num_labels)]
+        if (other := [word.lower() for word in words]) != own and sorted(other) == sorted(own):
+            raise UserError(
+                f"the head of {name} has its classes in another order; give --label_words "
+                f"{','.join(own)}"
+            )
         return {}
     if num_labels < 2:
         raise UserError(
             f"{name} has no head for classes, and the labels name {num_labels} of them, where a "
-            "new head needs two or more; give all --label_words, or an adapter with a head"
+            "new head needs two or more; give all --label_words to train one, or an adapter with it"
         )
     if len(words) != num_labels:
         return {"num_labels": num_labels}
@@ -140,13 +149,39 @@ def load_config(name: str, **kwargs: Any) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name, **kwargs)
 
 
-def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of this name, or a UserError; by default it pads with the end of a sequence."""
+def load_tokenizer(
+    name: str, template: str | None = None, adapter: str | None = None, **kwargs: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of this name, or a UserError; by default it pads with the end of a sequence.
+
+    Args:
+        template: a chat template: a Jinja file, or `chatml`. None: that of the adapter, or else the
+            tokenizer's own.
+        adapter: a Hub id or a folder.
+    """
     with _loading(f"the tokenizer of {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    file = CHATML if template == "chatml" else Path(template) if template else _template_of(adapter)
+    if file is not None:
+        try:
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            what = f"--chat_template {template} cannot be read: {error}"
+            raise UserError(f"{what}; give a Jinja file, or chatml") from None
     return tokenizer
+
+
+def _template_of(adapter: str | None) -> Path | None:
+    """The file of the chat template that was saved with an adapter, if there is one."""
+    own = "chat_template.jinja"
+    if adapter is None or Path(adapter).is_dir():
+        return next(Path(adapter).glob(own), None) if adapter else None
+    try:
+        return Path(hf_hub_download(adapter, own))
+    except LOAD_ERRORS:
+        return None
 
 
 @contextmanager

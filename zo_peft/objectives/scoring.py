@@ -184,9 +184,14 @@ class ClassificationObjective:
 
     def predict(self, model: nn.Module, batch: Batch) -> Prediction:
         """Losses; the index of the likeliest class; the index of the right one. All [B]."""
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        losses = F.cross_entropy(logits.float(), batch["labels"], reduction="none")
+        logits = self.scores(model, batch)
+        losses = F.cross_entropy(logits, batch["labels"], reduction="none")
         return losses, logits.argmax(dim=-1), batch["labels"]
+
+    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The logits of the classes, float32 [B, K]."""
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return model(**inputs).logits.float()
 
 
 class AccuracyObjective:

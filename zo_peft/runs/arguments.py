@@ -1,6 +1,5 @@
 """What a run is made of beside `ZOConfig`: the model, the adapter and the data."""
 
-import csv
 import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -8,13 +7,14 @@ from typing import Any, Literal
 import torch
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
+from zo_peft.data.examples import Words, options_of, read_words, write_words
 from zo_peft.data.tasks import TASKS
 from zo_peft.errors import UserError
 from zo_peft.models.hub import first_line
-from zo_peft.models.loading import quantization_config
+from zo_peft.models.loading import load_tokenizer, quantization_config
 
 
 @dataclass
@@ -24,7 +24,7 @@ class ModelArguments:
     model_name_or_path: str = HfArg(help="The base: a Hub id or a folder.")
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of a base on the Hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
-        default="auto", help="The base's dtype; auto is the one that it was saved in."
+        default="auto", help="The base's dtype. auto is the one that it was saved in."
     )
     load_in_8bit: bool = HfArg(default=False, help="Quantize the base to int8 with bitsandbytes.")
     load_in_4bit: bool = HfArg(default=False, help="Quantize the base to NF4 with bitsandbytes.")
@@ -32,26 +32,42 @@ class ModelArguments:
         default=None, help="As in transformers, for example auto for several devices."
     )
     trust_remote_code: bool = HfArg(default=False, help="Run the Python code of a Hub model.")
+    chat_template: str | None = HfArg(
+        default=None,
+        help="How messages become text: a Jinja file, or chatml. Default: the adapter's, or "
+        "the tokenizer's own.",
+    )
     task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = HfArg(
-        default="CAUSAL_LM", help="SEQ_CLS: a classification head on a decoder or an encoder."
+        default="CAUSAL_LM", help="SEQ_CLS: a head for classes. The base may be an encoder."
     )
     adapter_name_or_path: str | None = HfArg(default=None, help="An adapter to evaluate or tune.")
     peft_type: str = HfArg(
-        default="LORA", help="PEFT's name: LORA, PREFIX_TUNING, PROMPT_TUNING, IA3, VERA ..."
+        default="LORA", help="LORA, PREFIX_TUNING, IA3 and so on. All of PEFT's types."
     )
     lora_r: int = HfArg(default=8, help="LoRA's rank.")
     lora_alpha: int = HfArg(default=16, help="LoRA's alpha.")
     lora_target_modules: list[str] | None = HfArg(
         default=None,
-        help="Modules to adapt, by name; or all-linear, or one regular expression. Default: those "
-        "that PEFT adapts in such a model.",
+        help="Names, all-linear or a regular expression. Names of modules may stand in a list with "
+        "commas. Default: those that PEFT adapts in such a model.",
     )
     num_virtual_tokens: int = HfArg(default=5, help="Length of the prefix or of the soft prompt.")
+
+    def __post_init__(self) -> None:
+        self.peft_type = self.peft_type.upper()
+        given = self.lora_target_modules or []
+        if len(given) == 1 and re.fullmatch(r"[\w.]+(,\s*[\w.]+)+", given[0]):
+            self.lora_target_modules = re.split(r",\s*", given[0])
 
     @property
     def source(self) -> dict[str, Any]:
         """The keyword arguments that `from_pretrained` needs to find and read the base."""
         return {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer, with the chat template of the arguments or of the adapter."""
+        chat = self.chat_template, self.adapter_name_or_path
+        return load_tokenizer(self.model_name_or_path, *chat, **self.source)
 
     def quantization(self, has_classes: bool) -> BitsAndBytesConfig | None:
         """How the base, with a head for classes or not, is quantized; None: as it was saved."""
@@ -90,7 +106,9 @@ OF_A_TASK = ("task_data_dir", "num_train", "num_dev", "num_eval", "shots")
 class DataArguments:
     """Labelled text from files, from the Hub or of a benchmark, and how it becomes examples."""
 
-    task: str | None = HfArg(default=None, help=f"A benchmark of the paper: {', '.join(TASKS)}.")
+    task: str | None = HfArg(
+        default=None, help=f"A benchmark of the paper, as sst2. There are {', '.join(TASKS)}."
+    )
     task_data_dir: str | None = HfArg(
         default=None, help="The task's data, as released or as JSON lines. Default: from the Hub."
     )
@@ -104,10 +122,10 @@ class DataArguments:
     )
     reward_funcs: list[str] | None = HfArg(
         default=None,
-        help="Functions of generated completions to maximise, as module:function. Each takes "
-        "prompts, completions and the data's columns, and returns a number for each completion.",
+        help="Rewards of completions, as module:function. They are maximised. Each takes prompts, "
+        "completions and the data's columns, and returns a number for each completion.",
     )
-    train_file: str | None = HfArg(default=None, help="JSON lines, CSV or TSV file to train on.")
+    train_file: str | None = HfArg(default=None, help="JSON, CSV, TSV or Parquet file to train on.")
     eval_file: str | None = HfArg(default=None, help="The same, to evaluate on.")
     dataset_name: str | None = HfArg(default=None, help="A data set on the Hub.")
     dataset_config: str | None = HfArg(default=None, help="The data set's configuration.")
@@ -116,17 +134,24 @@ class DataArguments:
         default=None, help="The data set's split to evaluate on."
     )
     prompt_template: str | None = HfArg(
-        default=None, help="The prompt, with {column} for a row's values and \\n for a new line."
+        default=None, help="The prompt, with {column} for a row's values. \\n is a new line."
     )
     label_column: str | None = HfArg(
         default=None, help="Column of the label, or of the completion. Default: label."
     )
-    label_words: str | None = HfArg(
+    label_words: list[str] | None = HfArg(
         default=None,
-        help='Label words in label order, separated by commas: terrible,great or "so, so",great.',
+        help="Words in label order: terrible,great. Or label=word for each, or JSON. auto: the "
+        "labels themselves, the default where they are texts that repeat. none: the label column "
+        "is text to complete.",
     )
 
     def __post_init__(self) -> None:
+        self.task = self.task and self.task.lower()
+        if isinstance(self.label_words, str):
+            self.label_words = [self.label_words]
+        if words := self.given_words():
+            self.label_words = write_words(words)
         if self.task is not None and self.task not in TASKS:
             raise UserError(f"task={self.task!r} is not known; use one of {', '.join(TASKS)}")
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
@@ -141,8 +166,13 @@ class DataArguments:
         if self.prompt_template is not None:
             self.prompt_template = self.prompt_template.replace("\\n", "\n")
 
-    def words(self) -> list[str] | None:
-        """The label words, one by one; None if there are none."""
-        if self.label_words is None:
+    def given_words(self) -> Words | None:
+        """The label words as they were given; None if there are none, or if data have them."""
+        if self.label_words in (None, ["auto"], ["none"]):
             return None
-        return next(csv.reader([self.label_words], skipinitialspace=True), [])
+        return read_words(self.label_words or ())
+
+    def words(self) -> list[str] | None:
+        """The label words in label order; None if there are none, or if data have them."""
+        words = self.given_words()
+        return None if words is None else options_of(words)

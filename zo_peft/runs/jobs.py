@@ -1,4 +1,4 @@
-"""Run `zo-peft train` in processes of its own, and no run twice."""
+"""Run commands such as `zo-peft train` in processes of their own, and no run twice."""
 
 import json
 import subprocess
@@ -17,8 +17,8 @@ from zo_peft.train.results import METRICS_NAME, write_json
 OPTIONS_NAME = "zo_options.json"
 
 
-def train(folder: Path, options: Sequence[str]) -> dict[str, Any]:
-    """Run `zo-peft train` with these options in `folder`, and return its `zo_metrics.json`.
+def train(folder: Path, options: Sequence[str], command: str = "train") -> dict[str, Any]:
+    """Run `zo-peft COMMAND` with these options in `folder`, and return its `zo_metrics.json`.
 
     The run has a process of its own, so that it measures its own time and peak memory. If a run
     with the same options has ended, it is not repeated; if it was stopped, it goes on. A UserError
@@ -33,11 +33,11 @@ def train(folder: Path, options: Sequence[str]) -> dict[str, Any]:
         )
     if not metrics.is_file():
         write_json(noted, list(options))
-        command = [sys.executable, "-m", "zo_peft", "train", *options, "--output_dir", str(folder)]
-        command += ["--resume_from_checkpoint", "True"] if resumed else []
+        argv = [sys.executable, "-m", "zo_peft", command, *options, "--output_dir", str(folder)]
+        argv += ["--resume_from_checkpoint", "True"] if resumed else []
         print(f"{folder.name}:", file=sys.stderr)
         # The run's progress and messages go to this process's stderr.
-        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        if subprocess.run(argv, stdout=subprocess.DEVNULL).returncode:
             raise UserError(f"the run in {folder.name} failed; its message is above")
     return _read(metrics)
 

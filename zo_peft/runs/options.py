@@ -3,10 +3,13 @@
 import argparse
 import contextlib
 import json
+import re
 import reprlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +18,8 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from zo_peft.errors import UserError
+from zo_peft.runs.help import guess
+from zo_peft.train.checks import REFUSED
 
 #: The types that one word of a command line can express.
 SCALARS = (str, bool, int, float, date)
@@ -28,10 +33,29 @@ class OutputArguments:
 
 
 class _Parser(HfArgumentParser):
-    """Reports an error in one line, without the list of all options."""
+    """Takes choices in either case, hides what is refused, and reports an error in one line."""
+
+    def __init__(self, name: str, arguments: Sequence[type]) -> None:
+        names = {"prog": f"zo-peft {name}", "usage": "%(prog)s [options]"}
+        super().__init__((OutputArguments, *arguments), **names, allow_abbrev=False, add_help=False)
+        self.add_argument("--help-all", "--help_all", action="help", help="Show this.")
+        for action in self._actions:
+            if action.choices is not None:
+                named = {str(choice).lower(): choice for choice in action.choices}
+                action.type = lambda text, named=named: named.get(text.lower(), text)
+            if any(action.dest == name or action.dest.startswith(f"{name}_") for name in REFUSED):
+                action.help = argparse.SUPPRESS
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+    def refuse_unknown(self, words: Iterable[str]) -> None:
+        """Refuse the first word that is no option, and say which one may be meant."""
+        known = {**self._option_string_actions, "--config": None}
+        for word in words:
+            if word.partition("=")[0] not in known:
+                meant = guess(word, (name.lstrip("-") for name in known))
+                self.error(f"unknown argument {word}{meant}")
 
 
 def parse(
@@ -40,6 +64,7 @@ def parse(
     argv: Sequence[str],
     positional: Sequence[str] = (),
     trains: bool = False,
+    defaults: Callable[[Sequence[str]], dict[str, Any]] | None = None,
 ) -> tuple[OutputArguments, list[Any]]:
     """The arguments of a command, or a UserError. The command line overrides a `--config` file.
 
@@ -47,25 +72,32 @@ def parse(
         arguments: the command's dataclasses.
         positional: names of arguments that may come first without their names.
         trains: all other options are those of `zo-peft train`. They are returned last, as a list.
+        defaults: takes the options that are given, and returns those of a run, which count where
+            none is given. A line on stderr says where others are given.
     """
     for index, argument in enumerate(positional):
         if len(argv) > 2 * index and not argv[2 * index].startswith("-"):
             argv = [*argv[: 2 * index], f"--{argument}", *argv[2 * index :]]
-    epilog = f"May come first, without names: {' '.join(positional)}." if positional else None
-    if trains:
-        epilog = "Further options: those of zo-peft train."
-    parser = _Parser(
-        (OutputArguments, *arguments), prog=f"zo-peft {name}", epilog=epilog, allow_abbrev=False
-    )
+    parser = _Parser(name, arguments)
+    if not trains:
+        # As for argparse, what has a space is a value.
+        parser.refuse_unknown(w for w in argv if re.match(r"--[^\s=]*(=|$)", w))
+        argv = _with_file(parser, argv)
+    found = {} if defaults is None else defaults(argv)
+    actions = {action.dest: action for action in parser._actions}
+    before = [_words(name, v, actions[name]) for name, v in found.items() if v is not None]
     output, *filled, unknown = parser.parse_args_into_dataclasses(
-        argv if trains else _with_file(parser, argv),
+        [*chain(*before), *argv],
         return_remaining_strings=True,
         look_for_args_file=False,
     )
+    now = {name: value for part in filled for name, value in vars(part).items()}
+    was = {name: parser.get_default(name) if v is None else v for name, v in found.items()}
+    if other := [f"{n} is {now[n]!r} (was {v!r})" for n, v in was.items() if now[n] != v]:
+        print(f"unlike the run: {'; '.join(other)}", file=sys.stderr)
     if trains:
         return output, [*filled, unknown]
-    if unknown:
-        raise UserError(f"unknown argument {unknown[0]}; see zo-peft {name} --help")
+    parser.refuse_unknown(unknown)
     return output, filled
 
 
@@ -84,8 +116,9 @@ def _with_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str
     options = {} if given.config is None else _read_options(given.config)
     words: list[str] = []
     for option, value in options.items():
-        if option not in actions or option == "help":
-            raise UserError(f"--config {given.config} has an unknown option {option!r}")
+        if option not in actions or option == "help_all":
+            meant = guess(str(option), actions)
+            raise UserError(f"--config {given.config} has an unknown option {option!r}{meant}")
         words += _words(option, value, actions[option])
     return words + rest
 

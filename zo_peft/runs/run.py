@@ -1,5 +1,6 @@
 """The main jobs from start to end: train an adapter, or evaluate one."""
 
+import re
 import shlex
 import tempfile
 import time
@@ -20,13 +21,15 @@ from zo_peft.engines.served import load_served
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
-from zo_peft.models.loading import load_base, load_tokenizer
+from zo_peft.models.loading import load_base
 from zo_peft.objectives.rewards import RewardObjective, generates, load_function
 from zo_peft.runs.arguments import DataArguments, ModelArguments
+from zo_peft.runs.earlier import note_base
 from zo_peft.runs.jobs import flags
 from zo_peft.runs.sources import evaluation_examples, training_examples
 from zo_peft.scales import load_scales
-from zo_peft.train.base import BaseTrainer, classes_of
+from zo_peft.train.answers import classes_of
+from zo_peft.train.base import BaseTrainer
 from zo_peft.train.checks import GRADIENT
 from zo_peft.train.config import ZOConfig, run_settings
 from zo_peft.train.gradient import GradientTrainer
@@ -35,7 +38,7 @@ from zo_peft.train.trainer import ZOTrainer
 
 #: The options whose values are names on the Hub or folders, and those that are always paths.
 NAMES = {"model_name_or_path", "adapter_name_or_path", "dataset_name", "tokenizer_name"}
-FILES = {"train_file", "eval_file", "task_data_dir"}
+FILES = {"train_file", "eval_file", "task_data_dir", "chat_template"}
 
 #: Options of a base that PyTorch computes.
 IN_PYTORCH = ["model_revision", "dtype", "load_in_8bit", "load_in_4bit", "device_map"]
@@ -51,7 +54,8 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     """Tune an adapter and write it to `args.output_dir`, with a card and `zo_metrics.json`.
 
     Returns:
-        The contents of `zo_metrics.json`. `wall_seconds` counts from the start of the process.
+        The contents of `zo_metrics.json`, `output_dir`, and the commands that may come `next`, one
+        by one. `wall_seconds` counts from the start of the process.
         With them count the seconds of training in earlier processes of the run.
         `peak_memory_bytes` is the process's resident set on a CPU, and the allocator's peak on
         CUDA. `train_loss` is the mean over the run's steps. The values of evaluation are None if
@@ -61,13 +65,13 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     Raises:
         UserError: something in the arguments cannot work; then no adapter has been written.
     """
+    if args.chooses_folder:
+        source = Path(data.task or data.train_file or data.dataset_name or "data").stem
+        args.output_dir = f"{Path(model.model_name_or_path).resolve().name}-{source}"
     resume = resumes(model, args)
-    classifies = model.task_type == "SEQ_CLS"
-    rewarded = generates(data.reward_funcs, args.objective)
-    examples, dev = training_examples(data, classifies, rewarded, args.seed)
-    test = evaluation_examples(data, classifies, rewarded)
+    examples, dev, test = examples_of(model, data, args)
     kind = GradientTrainer if args.strategy in GRADIENT else ZOTrainer
-    trainer = _trainer(kind, model, data, args, examples, dev or test)
+    trainer = trainer_of(kind, model, data, args, examples, dev or test)
     test_set = trainer.eval_dataset if dev is None else trainer.features(test)
     before = _evaluate(trainer, test_set)
     if before:
@@ -80,13 +84,25 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     # The trainer may have chosen another strategy than the default one.
     told = model, data, trainer.args
     trainer.summary |= {"command": command(*told), "settings": settings(*told)}
+    trainer.summary["label_words"] = data.words()
     if data.task is not None and data.task_data_dir is None:
         trainer.summary["dataset"] = TASKS[data.task].hub[0]
     if args.should_save:
         write_json(Path(args.output_dir) / METRICS_NAME, trainer.summary)
+        note_base(args.output_dir, model.model_name_or_path)
     trainer.save_model()
     trainer.save_state()
-    return trainer.summary
+    return trainer.summary | {"output_dir": args.output_dir, "next": _next(model, data, args)}
+
+
+def examples_of(
+    model: ModelArguments, data: DataArguments, args: ZOConfig
+) -> tuple[list[Row], list[Row] | None, list[Row] | None]:
+    """Examples to train on, to choose checkpoints on, and to evaluate on."""
+    classifies = _classifies(model, data)
+    rewarded = generates(data.reward_funcs, args.objective)
+    train, dev = training_examples(data, classifies, rewarded, args.seed)
+    return train, dev, evaluation_examples(data, classifies, rewarded)
 
 
 def resumes(model: ModelArguments, args: ZOConfig) -> str | bool | None:
@@ -113,16 +129,13 @@ def resumes(model: ModelArguments, args: ZOConfig) -> str | bool | None:
 
 
 def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
-    """The metric and the loss of an adapter, or of a base alone on a task; or a UserError."""
-    if model.adapter_name_or_path is None and data.task is None and args.tune == "adapter":
-        raise UserError("nothing to evaluate; give --adapter_name_or_path, or a --task")
+    """The metric and the loss of an adapter, or of a base alone; or a UserError."""
     rewarded = generates(data.reward_funcs, args.objective)
-    examples = evaluation_examples(data, model.task_type == "SEQ_CLS", rewarded)
+    examples = evaluation_examples(data, _classifies(model, data), rewarded)
     if examples is None:
         raise UserError("nothing to evaluate on; give --eval_file, --dataset_test_split or --task")
-    with tempfile.TemporaryDirectory() as scratch:
-        args.output_dir = scratch
-        trainer = _trainer(BaseTrainer, model, data, args, None, examples)
+    with tempfile.TemporaryDirectory() as args.output_dir:
+        trainer = trainer_of(BaseTrainer, model, data, args, None, examples)
         result = trainer.evaluate()
     return {
         "metric_name": trainer.metric_name,
@@ -130,6 +143,14 @@ def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict
         "eval_loss": result["eval_loss"],
         "examples": len(examples),
     }
+
+
+def _classifies(model: ModelArguments, data: DataArguments) -> bool:
+    """Whether the model has a head for classes. The order of one that is there is not in data."""
+    classifies = model.task_type == "SEQ_CLS"
+    if classifies and model.adapter_name_or_path is not None and data.words() is None:
+        data.label_words = ["none"]
+    return classifies
 
 
 def settings(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
@@ -144,6 +165,19 @@ def command(model: ModelArguments, data: DataArguments, args: ZOConfig) -> str:
     told = _told(model, data, args) | {"output_dir": Path(args.output_dir).name}
     chosen = {name: _shown(name, v) for name, v in told.items() if v != defaults[name]}
     return shlex.join(["zo-peft", "train", *flags(chosen)]).replace("\n", "\\n")
+
+
+def _next(model: ModelArguments, data: DataArguments, args: ZOConfig) -> list[str]:
+    """Commands that use, show and publish what a run made."""
+    folder = args.output_dir
+    made = "adapter" if args.tune == "adapter" else "model"
+    rows = data.eval_file or data.train_file or "new.csv"
+    answer = {f"{made}_name_or_path": folder, "eval_file": rows, "output_file": "predictions.csv"}
+    if model.trust_remote_code:
+        answer["trust_remote_code"] = True
+    repository = f"you/{re.sub('[^A-Za-z0-9._]+', '-', Path(folder).resolve().name)}"
+    lines = [["predict", *flags(answer)], ["report", folder], ["push", folder, repository]]
+    return [shlex.join(["zo-peft", *map(str, line)]) for line in lines]
 
 
 def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
@@ -171,21 +205,24 @@ def _shown(name: str, value: Any) -> Any:
     return Path(value).name if name in FILES and value is not None else value
 
 
-def _trainer(
+def trainer_of(
     kind: type[BaseTrainer],
     model: ModelArguments,
     data: DataArguments,
     args: ZOConfig,
-    train: list[Row] | None,
-    evaluation: list[Row] | None,
+    train: list[Row] | None = None,
+    evaluation: list[Row] | None = None,
 ) -> Any:
+    """A trainer of this kind for these arguments; its model and its data are loaded."""
     if args.engine is not None:
         served, tokenizer = _served(model, args)
     else:
-        served, tokenizer = None, load_tokenizer(model.model_name_or_path, **model.source)
+        served, tokenizer = None, model.tokenizer()
     num_labels, words = None, data.words() or []
     if model.task_type == "SEQ_CLS":
-        num_labels = len(words) or classes_of(train or ())
+        # A new head that nobody trains would answer at random, so it gets no classes.
+        trained = train is not None or model.adapter_name_or_path is not None
+        num_labels = trained * (len(words) or classes_of(train or ()))
     if model.adapter_name_or_path is not None and args.tune == "adapter":
         config, classes = saved_adapter(model.adapter_name_or_path)
         num_labels = classes or num_labels
@@ -226,7 +263,8 @@ def _served(
         if getattr(model, name) != getattr(ModelArguments, name):
             raise UserError(f"--{name} is for a base in PyTorch; drop it, or --engine")
     assert args.engine is not None
-    return load_served(model.model_name_or_path, args.engine, args.tokenizer_name)
+    chat = model.chat_template, model.adapter_name_or_path
+    return load_served(model.model_name_or_path, args.engine, args.tokenizer_name, *chat)
 
 
 def load(

@@ -1,10 +1,11 @@
 """The examples that the command line's data arguments name."""
 
+import sys
 from pathlib import Path
 
 from zo_peft.data import make_examples, read_rows
-from zo_peft.data.examples import converted
-from zo_peft.data.forms import Row
+from zo_peft.data.examples import column_of, converted, find_words, options_of, write_words
+from zo_peft.data.forms import Row, called, check_layout, form_of
 from zo_peft.data.tasks import TASKS, hub_rows, sample, task_rows, train_parts, with_demonstrations
 from zo_peft.errors import UserError
 from zo_peft.runs.arguments import DataArguments
@@ -53,12 +54,40 @@ def evaluation_examples(data: DataArguments, classifies: bool, generates: bool) 
 def _own_examples(
     data: DataArguments, path: str | None, split: str | None, classifies: bool, generates: bool
 ) -> Examples | None:
-    """Examples of the user's own file, or of a split of the user's own data set."""
+    """Examples of the user's own file, or of a split of the user's own data set.
+
+    How the first of them was understood is said on stderr and written into `data`, so that it holds
+    for the others, too.
+    """
     if path is not None:
         source, rows = Path(path).name, read_rows(path)
     elif data.dataset_name is not None and split is not None:
         source, rows = data.dataset_name, hub_rows(data.dataset_name, data.dataset_config, split)
     else:
         return None
-    template, column = data.prompt_template, data.label_column
-    return make_examples(rows, source, template, column, data.words(), classifies, generates)
+    check_layout(rows, source)
+    _find_words(data, rows, classifies, generates)
+    template, column, words = data.prompt_template, data.label_column, data.given_words()
+    made = make_examples(rows, source, template, column, words, classifies, generates)
+    given, read = called(form_of(rows[0])), called(form_of(made[0]))
+    what = read if template or classifies or given == read else f"{given}, read as {read}"
+    if words and not generates:
+        named = ", ".join(map(repr, options_of(words)))
+        what = f"label words of column {column or 'label'!r}: {named}"
+    print(f"{source}: {len(rows):,} rows, {what}", file=sys.stderr)
+    return made
+
+
+def _find_words(data: DataArguments, rows: list[Row], classifies: bool, generates: bool) -> None:
+    """Write label words of the rows, and a template for text + label, into `data` that has none."""
+    column, asked = data.label_column or "label", data.label_words == ["auto"]
+    is_pair = (
+        data.prompt_template is None and form_of(rows[0]) == ("text", "label") and not classifies
+    )
+    wanted = (data.prompt_template is not None or is_pair or classifies) and not generates
+    if asked or (wanted and data.label_words is None):
+        sure = classifies or data.label_column is None
+        words = find_words(column_of(rows, column), column, asked, sure)
+        data.label_words = ["none"] if words is None else write_words(words)
+    if is_pair and not generates and data.words() is not None:
+        data.prompt_template = "{text}"

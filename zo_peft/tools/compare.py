@@ -1,22 +1,40 @@
 """`zo-peft compare`: train with several strategies on the same budget of forward passes."""
 
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
-from transformers import TrainerState
 from transformers.hf_argparser import HfArg
-from transformers.trainer import TRAINER_STATE_NAME
 
 from zo_peft.core.strategies import STRATEGIES
 from zo_peft.errors import UserError
 from zo_peft.runs import jobs
-from zo_peft.train.checks import GRADIENT, GUIDED, PRESETS
+from zo_peft.tools.charts import smooth
+from zo_peft.tools.history import load
+from zo_peft.tools.readout import READOUT
+from zo_peft.train.checks import GRADIENT, GRADIENT_PASSES, GUIDED, PRESETS
+from zo_peft.train.config import ZOConfig
 from zo_peft.train.results import write_json
 
 RESULT_NAME, PLOT_NAME = "comparison.json", "comparison.png"
+
+#: The entries of `zo_metrics.json` that are means over seeds.
+MEANS: tuple[str, ...] = (
+    "metric_before",
+    "metric_after",
+    "eval_loss_before",
+    "eval_loss_after",
+    "wall_seconds",
+)
+MEANS += ("steps", "forward_passes", "examples_forwarded", "peak_memory_bytes")
+
+#: How many points a line of a run with gradients has, which is drawn from its log.
+POINTS = 100
 
 
 @dataclass
@@ -27,8 +45,12 @@ class CompareArguments:
         help="The budget of each; a backward pass counts as two forward passes."
     )
     strategies: list[str] = HfArg(
-        default_factory=lambda: ["guided", "gv", "greedy", "mezo", "adam"],
-        help="Strategies of zo-peft train, adam and sgd with gradients; or presets.",
+        default_factory=lambda: [READOUT, "guided", "gv", "greedy", "mezo", "adam"],
+        help="Strategies of zo-peft train, adam and sgd with gradients; presets, such as "
+        "paper-mezo; or readout, the best linear head on the frozen base.",
+    )
+    seeds: int = HfArg(
+        default=1, help="How many seeds, from --seed on; the table has mean and deviation."
     )
     output_dir: str = HfArg(default="zo_peft_compare", help="Folder of the result and of each run.")
 
@@ -40,49 +62,93 @@ def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
     there already is not made again. `options` are of `zo-peft train`, for all runs.
 
     Returns:
-        The contents of `comparison.json`: by strategy, its `zo_metrics.json`.
+        The contents of `comparison.json`: by strategy, its `zo_metrics.json`. With several seeds,
+        the numbers of `MEANS` are means of the runs, and `NAME_std` are the standard deviations.
 
     Raises:
-        UserError: a strategy is not known, or a run fails.
+        UserError: a strategy is not known, there is no seed, or a run fails.
     """
-    known = (GUIDED, *STRATEGIES, *GRADIENT)
+    known = (GUIDED, *STRATEGIES, *GRADIENT, READOUT)
     for name in given.strategies:
         if name not in known and name not in PRESETS:
-            expected = ", ".join([*known, *PRESETS])
+            expected = ", ".join(dict.fromkeys([*known, *PRESETS]))
             raise UserError(f"strategy {name!r} is not known; use some of {expected}")
-    folder = Path(given.output_dir)
-    result: dict[str, Any] = {}
+    if given.seeds < 1:
+        raise UserError(f"seeds={given.seeds}; it must be 1 or more")
+    folder, budget = Path(given.output_dir), given.max_forward_passes
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--seed", type=int, default=ZOConfig.seed)
+    first = parser.parse_known_args(options)[0].seed
+    runs: dict[str, dict[str, dict[str, Any]]] = {}
     for name in given.strategies:
-        kind = "strategy" if name in known else "preset"
-        own = jobs.flags({kind: name, "max_forward_passes": given.max_forward_passes})
-        result[name] = jobs.train(folder / name, [*options, *own])
+        runs[name] = {}
+        for seed in range(first, first + given.seeds):
+            own: dict[str, Any] = {"max_forward_passes": budget, "seed": seed}
+            if name != READOUT:
+                own["strategy" if name in known else "preset"] = name
+            # The log is all that a run with gradients leaves of its steps.
+            every = max(1, budget // GRADIENT_PASSES // POINTS) if name in GRADIENT else None
+            argv = [*jobs.flags({"logging_steps": every}), *options, *jobs.flags(own)]
+            folder_name = name if seed == first else f"{name}-seed-{seed}"
+            command = READOUT if name == READOUT else "train"
+            runs[name][folder_name] = jobs.train(folder / folder_name, argv, command)
+    result = {name: summary([*found.values()]) for name, found in runs.items()}
     write_json(folder / RESULT_NAME, result)
-    plot(folder, result)
+    plot(folder, result, {name: [*found] for name, found in runs.items()})
     return result
 
 
-def plot(folder: Path, result: dict[str, Any]) -> None:
-    """Draw training losses over examples forwarded, and below each run's metric, time, memory."""
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One `zo_metrics.json` for the runs of several seeds; see `compare`."""
+    if len(runs) == 1:
+        return runs[0]
+    found = {**runs[0], "seeds": len(runs)}
+    for key in MEANS:
+        values = [run[key] for run in runs]
+        if None not in values:
+            found |= {key: mean(values), f"{key}_std": stdev(values)}
+    return found
+
+
+def plot(folder: Path, result: dict[str, Any], runs: dict[str, list[str]]) -> None:
+    """Draw training losses over forward passes, and below each strategy's metric, time, memory.
+
+    `runs` has the folders of each strategy's runs. Bars have the deviation over seeds.
+    """
     figure = Figure(figsize=(12, 7), layout="constrained")
     panels = figure.subplot_mosaic([["losses"] * 3, ["metric", "seconds", "memory"]])
-    for name in result:
-        log = TrainerState.load_from_json(str(folder / name / TRAINER_STATE_NAME)).log_history
-        points = [(entry["examples_forwarded"], entry["loss"]) for entry in log if "loss" in entry]
-        panels["losses"].plot(*zip(*points), label=name)
+    for index, (name, folders) in enumerate(runs.items()):
+        if name == READOUT:
+            loss = result[name]["eval_loss_after"]
+            panels["losses"].axhline(loss, color=f"C{index}", ls="--", label=f"{name} (evaluation)")
+            continue
+        for run in folders:
+            steps = load(folder / run, run).steps.dropna(subset="loss")
+            # The legend names each strategy once.
+            label, style = name if run == folders[0] else f"_{run}", f"C{index}.-"
+            panels["losses"].plot(
+                steps["forward_passes"], smooth(steps["loss"]), style, label=label
+            )
     panels["losses"].set(
-        xlabel="examples forwarded (a backward pass counts as two forwards)", ylabel="training loss"
+        xlabel="forward passes (a backward pass counts as two)",
+        ylabel="training loss, trailing mean",
     )
     panels["losses"].legend()
-    runs = pd.DataFrame([*result.values()])
-    bars = {
-        "metric": (f"{runs['metric_name'][0]} after", runs["metric_after"].fillna(0.0), "{:.3f}"),
-        "seconds": ("seconds", runs["wall_seconds"], "{:,.0f}"),
-        "memory": ("peak memory, MiB", runs["peak_memory_bytes"] / 2**20, "{:,.0f}"),
-    }
-    for panel, (title, values, form) in bars.items():
-        axes = panels[panel]
+    table = pd.DataFrame([*result.values()], index=[*result])
+    metric = f"{table['metric_name'].iloc[0]} after"
+    for panel, key, title, unit, form in (
+        ("metric", "metric_after", metric, 1, "{:.3f}"),
+        ("seconds", "wall_seconds", "seconds", 1, "{:,.0f}"),
+        ("memory", "peak_memory_bytes", "peak memory, MiB", 2**20, "{:,.0f}"),
+    ):
+        axes, deviation = panels[panel], f"{key}_std"
         axes.set_title(title)
-        drawn = axes.bar([*result], values, color=[f"C{index}" for index in range(len(result))])
+        drawn = axes.bar(
+            [*result],
+            table[key].fillna(0.0) / unit,
+            yerr=table[deviation] / unit if deviation in table else None,
+            color=[f"C{index}" for index in range(len(result))],
+        )
         axes.bar_label(drawn, fmt=form)
         axes.margins(y=0.1)
         axes.tick_params(axis="x", labelrotation=30)

@@ -44,7 +44,7 @@ def demo(given: DemoArguments) -> dict[str, Any]:
         train_file=str(EMBEDDED / "train.jsonl"),
         eval_file=str(EMBEDDED / "test.jsonl"),
         prompt_template=TEMPLATE,
-        label_words=LABEL_WORDS,
+        label_words=[LABEL_WORDS],
     )
     args = ZOConfig(
         **(asdict(given) | {"output_dir": str(adapter)}),

@@ -1,6 +1,5 @@
 """`zo-peft merge`: put an adapter into the weights of its base, so that it loads without PEFT."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,10 @@ from transformers.hf_argparser import HfArg
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter, merged_model, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
-from zo_peft.models.loading import load_tokenizer
 from zo_peft.runs.arguments import ModelArguments
 from zo_peft.runs.run import load
 from zo_peft.train.card import write_model_card
-from zo_peft.train.results import METRICS_NAME
+from zo_peft.train.results import METRICS_NAME, read_results, write_json
 
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]?B", re.IGNORECASE)
 
@@ -38,8 +36,9 @@ class MergeArguments:
 def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
     """Write the base with `W + change` for every weight that the adapter changes.
 
-    The sum is made in float32 and rounded once to the base's dtype. With the model go the base's
-    tokenizer and a short card. Of `model`, `adapter_name_or_path` and what concerns the base count.
+    The sum is made in float32 and rounded once to the base's dtype. With the model go the
+    tokenizer, the figures of the adapter's run, and a card. Of `model`, `adapter_name_or_path` and
+    what concerns the base count.
 
     Returns:
         `output_dir`, the `files` of weights in it, and their `dtype`.
@@ -59,10 +58,9 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
             f"{config.peft_type.value} cannot be merged: it adds tokens, or keys and values, and "
             "changes no weight; load it with PEFT"
         )
-    tokenizer = load_tokenizer(model.model_name_or_path, **model.source)
-    path = Path(model.adapter_name_or_path) / METRICS_NAME
-    told = json.loads(path.read_text())["settings"] if path.is_file() else {}
-    base = load(model, "adapter", classes, told.get("label_words", "").split(","))
+    tokenizer = model.tokenizer()
+    summary = read_results(model.adapter_name_or_path)
+    base = load(model, "adapter", classes, summary.get("label_words") or ())
     dtype = base.dtype
     if quantized := getattr(base, "is_quantized", False):
         base = _dequantized(base, model.model_name_or_path, given.dequantize)
@@ -72,7 +70,12 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
     merged.save_pretrained(given.output_dir, max_shard_size=given.max_shard_size)
     tokenizer.save_pretrained(given.output_dir)
     adapter = public_name(model.adapter_name_or_path)
-    write_model_card(given.output_dir, merged, "weights", {"settings": vars(model)}, adapter)
+    found = {"model_revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
+    shown = summary | {"settings": summary.get("settings", {}) | found}
+    write_model_card(given.output_dir, merged, "weights", shown, adapter)
+    if summary:
+        # With it, the merged model is asked as the adapter was.
+        write_json(Path(given.output_dir) / METRICS_NAME, summary)
     return {
         "output_dir": given.output_dir,
         "files": sorted(path.name for path in Path(given.output_dir).glob("*.safetensors")),

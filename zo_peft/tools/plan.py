@@ -59,7 +59,7 @@ class PlanArguments:
 
     gpu_memory: str | None = HfArg(
         default=None,
-        help="A GPU's memory, e.g. 24GB or 24GiB: plan for it, and say what fits. Default: "
+        help="A GPU's memory: 24GB or 24GiB. The plan is for it, and says what fits. Default: a "
         "plan for this machine.",
     )
     completion_length: int = HfArg(

@@ -11,12 +11,18 @@ from transformers.hf_argparser import HfArg
 from zo_peft.data.tasks import TASKS
 from zo_peft.errors import UserError
 from zo_peft.models.hub import public_name
-from zo_peft.runs import jobs
+from zo_peft.runs import jobs, run
+from zo_peft.runs.arguments import DataArguments, ModelArguments
+from zo_peft.runs.options import parse
 from zo_peft.runs.texts import text
 from zo_peft.train.checks import Preset
+from zo_peft.train.config import ZOConfig
 from zo_peft.train.results import write_json
 
 RESULT_NAME, TABLE_NAME = "reproduction.json", "reproduction.md"
+
+#: The model of the published tables, and settings that no result depends on in the mean.
+MODEL, FREE = "opt-13b", ("seed", "task_data_dir")
 
 PUBLISHED: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("published.yaml").read_bytes())
 
@@ -84,7 +90,7 @@ def reproduce(given: ReproduceArguments, options: list[str]) -> dict[str, Any]:
     folder = Path(given.output_dir)
     published, rates = settings(given)
 
-    def run(rate: float, seed: int) -> dict[str, Any]:
+    def attempt(rate: float, seed: int) -> dict[str, Any]:
         own = jobs.flags({**published, "learning_rate": rate, "seed": seed})
         return jobs.train(folder / f"lr-{rate:g}-seed-{seed}", [*own, *options])
 
@@ -93,13 +99,13 @@ def reproduce(given: ReproduceArguments, options: list[str]) -> dict[str, Any]:
     failed: list[UserError] = []
     for rate in rates:
         try:
-            grid[rate] = run(rate, first)
+            grid[rate] = attempt(rate, first)
         except UserError as error:
             failed.append(error)
     if not grid:
         raise failed[0]
     best = max(grid, key=lambda rate: grid[rate]["metric_dev"])
-    runs = [grid[best], *(run(best, seed) for seed in others)]
+    runs = [grid[best], *(attempt(best, seed) for seed in others)]
     result = {
         "task": given.task,
         "method": given.row,
@@ -113,10 +119,30 @@ def reproduce(given: ReproduceArguments, options: list[str]) -> dict[str, Any]:
         "wall_seconds": mean(found["wall_seconds"] for found in runs),
         "peak_memory_bytes": max(found["peak_memory_bytes"] for found in runs),
         "published": figure(given.row, given.task),
+        "differences": differences(published | {"learning_rate": best}, runs[0]["settings"]),
     }
     write_json(folder / RESULT_NAME, result)
     (folder / TABLE_NAME).write_text(text("reproduce", result) + "\n")
     return result
+
+
+def differences(published: dict[str, Any], found: dict[str, Any]) -> dict[str, list[Any]]:
+    """The settings of a run that are not the published ones: by name, the run's and theirs.
+
+    Args:
+        published: the published options of `zo-peft train`.
+        found: the `settings` of the run's `zo_metrics.json`.
+    """
+    kinds = ModelArguments, DataArguments, ZOConfig
+    theirs = run.settings(*parse("train", kinds, jobs.flags(published))[1])
+    theirs["model_name_or_path"] = MODEL
+    if found["model_name_or_path"].rpartition("/")[2].lower() == MODEL:
+        theirs["model_name_or_path"] = found["model_name_or_path"]
+    return {
+        name: [found.get(name), theirs.get(name)]
+        for name in sorted(found.keys() | theirs.keys())
+        if found.get(name) != theirs.get(name) and name not in FREE
+    }
 
 
 def figure(row: str, task: str) -> str | None:

@@ -1,5 +1,6 @@
 """What forward-only tuning and its gradient baseline share: model, data, evaluation, saving."""
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
@@ -16,6 +17,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import (
     EarlyStoppingCallback,
     ExportableState,
+    PrinterCallback,
     ProgressCallback,
     TrainerCallback,
 )
@@ -40,6 +42,7 @@ from zo_peft.models import adapters
 from zo_peft.models.hub import AnyModel, first_line
 from zo_peft.models.loading import load_base, load_tokenizer
 from zo_peft.objectives import rewards, scoring
+from zo_peft.train.answers import answered, classes_of, is_chat, questions
 from zo_peft.train.card import write_model_card
 from zo_peft.train.config import ZOConfig
 from zo_peft.train.progress import Progress, Totals
@@ -150,6 +153,8 @@ class BaseTrainer(Trainer):
         chosen = partial(_objective, self.tokenization, args, reward_funcs)
         given = eval_objective or objective
         self.evaluated = None if given else _kind(evaluation or train)
+        chats = is_chat(train_dataset or eval_dataset)
+        self.form = "messages" if chats else _kind(evaluation or train)
         self.eval_objective = given or chosen(self.evaluated)
         self.objective = objective or chosen(_kind(train or evaluation))
         objectives = (self.objective, self.eval_objective)
@@ -178,8 +183,9 @@ class BaseTrainer(Trainer):
             raise UserError(f"transformers refuses the settings: {first_line(error)}") from error
         self.totals = Totals()
         self.add_callback(self.totals)
-        if self.trains and self.pop_callback(ProgressCallback):
-            self.add_callback(Progress(lambda: self.forward_passes, self.metric_name))
+        if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):
+            bars = sys.stderr.isatty() and not args.disable_tqdm
+            self.add_callback(Progress(lambda: self.forward_passes, self.metric_name, bars))
         if data_collator is None:
             model.eval()
             several = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
@@ -202,7 +208,15 @@ class BaseTrainer(Trainer):
         return super().evaluate(self._alike(eval_dataset), *args, **kwargs)
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
-        """As in Trainer; a data set may also be one of examples, as the constructor takes it."""
+        """As in Trainer; a data set may also be one of examples, as the constructor takes it.
+
+        Rows without labels (prompt + options, a prompt, messages of which the last is not the
+        assistant's, or for a head of classes a text) are answered: `predictions` are then the
+        probabilities [N, K] of the options or classes, 0 where a row has fewer; or greedily
+        generated texts [N], and `test_cut` counts those that `max_completion_length` cut.
+        """
+        if (asked := questions(test_dataset, self.tokenization)) is not None:
+            return answered(self, asked)
         return super().predict(self._alike(test_dataset), *args, **kwargs)
 
     def _alike(self, dataset: Any) -> Any:
@@ -408,12 +422,6 @@ def _check_tuned(args: ZOConfig, model: str | AnyModel, peft_config: PeftConfig 
         )
     if args.tune == "adapter" and (peft_config is None) != isinstance(model, PeftModel):
         raise UserError("give a peft_config for a new adapter or a PeftModel: one of the two")
-
-
-def classes_of(rows: Any) -> int:
-    """One more than the largest label of examples for a classification head; 0 without labels."""
-    labels = [row["label"] if "label" in row else row.get("labels") for row in rows]
-    return 1 + max((label for label in labels if isinstance(label, int)), default=-1)
 
 
 def _kind(features: Any) -> str:

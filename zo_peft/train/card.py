@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig
 from transformers import PreTrainedConfig
 
+from zo_peft.data.tasks import TASKS
 from zo_peft.models.adapters import classifies, peft_config_of
 from zo_peft.models.hub import AnyModel, public_name
 from zo_peft.models.loading import quantization_of
@@ -23,8 +24,12 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 #: The card's lines of code that load its own folder, which has another name on the Hub.
 NAMED = re.compile(
-    r'^(model = \w+\.from_pretrained\((?:base, )?|load_scales\(base, )"[^"/\n]+"', re.MULTILINE
+    r'^((?:model|tokenizer) = \w+\.from_pretrained\((?:base, )?|load_scales\(base, )"[^"/\n]+"',
+    re.MULTILINE,
 )
+
+#: A column of a prompt template; braces that stand for themselves are found as well.
+COLUMN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -40,7 +45,7 @@ def write_model_card(
     Args:
         tune: adapter, scales or weights.
         summary: the contents of `zo_metrics.json`; what it lacks is left out.
-        merged: the name of the adapter that was merged into the model.
+        merged: the name of the adapter that was merged into the model, which was measured before.
     """
     settings, value = summary.get("settings", {}), summary.get("metric_after")
     config, title = peft_config_of(model), Path(folder).resolve().name
@@ -54,7 +59,7 @@ def write_model_card(
     if dataset is None and _on_hub(named, CARD_NAME, repo_type="dataset"):
         dataset = named
     results = None
-    if value is not None and math.isfinite(value):
+    if value is not None and math.isfinite(value) and merged is None:
         result = EvalResult(
             task_type=task,
             dataset_type=dataset or "custom",
@@ -66,6 +71,7 @@ def write_model_card(
         )
         results = [result]
     metadata = ModelCardData(
+        license="unknown",
         library_name="transformers" if config is None else "peft",
         pipeline_tag=task,
         base_model=base["name"] if base["on_hub"] else None,
@@ -90,10 +96,35 @@ def write_model_card(
         names=num_labels and _names(model.config),
         quantization=quantization_of(model.config),
         config=config and _chosen(config),
+        question=_question(summary, num_labels),
+        literal=_literal,
         block=_block,
         yaml=_yaml,
     )
     card.save(Path(folder) / CARD_NAME)
+
+
+def _question(summary: dict[str, Any], num_labels: int | None) -> dict[str, Any]:
+    """What the card's code asks: `form`, `words`, and a `template` of Python with its `row`."""
+    settings, words = summary.get("settings", {}), summary.get("label_words") or ()
+    template, task = settings.get("prompt_template"), TASKS.get(settings.get("task"))
+    if task is not None:
+        template = (task.text if num_labels else None) or task.prompt
+        words = [option for option in task.options if "{" not in option]
+    names: dict[str, str] = {}
+
+    def renamed(found: re.Match[str]) -> str:
+        if (name := found[1]) is None:
+            return found[0]
+        names[name] = name if name.isidentifier() else f"column_{len(names)}"
+        return f"{{{names[name]}}}"
+
+    template = template and COLUMN.sub(renamed, template)
+    form = "classes" if num_labels else summary.get("form") or "completions"
+    row = {key: f"Write the {name} here." for name, key in names.items()}
+    space = "" if template and template[-1].isspace() else " "
+    spaced = [space + word.strip() for word in words or ("one option", "another option")]
+    return {"form": form, "template": template, "row": row, "words": spaced}
 
 
 def _names(config: PreTrainedConfig) -> dict[int, str] | None:
@@ -147,6 +178,11 @@ def _yaml(values: dict[str, Any]) -> str:
     """Values as YAML: sets are sorted, and enumerations and the like written as text."""
     text = json.dumps(values, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
     return yaml.safe_dump(json.loads(text), sort_keys=False, width=100, allow_unicode=True).rstrip()
+
+
+def _literal(value: Any) -> str:
+    """Texts as Python writes them, without backticks that would end the block they stand in."""
+    return json.dumps(value, ensure_ascii=False).replace("```", r"\u0060" * 3)
 
 
 def _block(language: str, text: str) -> str:

@@ -9,7 +9,7 @@ from zo_peft.core.guide import CHECK_PASSES, FIRST_PASSES
 from zo_peft.core.low_rank import Structure
 from zo_peft.core.strategies import STRATEGIES, Options
 from zo_peft.core.updates import RULES
-from zo_peft.errors import UserError
+from zo_peft.errors import Notice, UserError
 
 if TYPE_CHECKING:
     from zo_peft.train.config import ZOConfig
@@ -22,11 +22,14 @@ GUIDED = "guided"
 GRADIENT_PASSES = 3
 #: The most forward passes of the first step of a guided run, for each micro-batch.
 FIRST_GUIDED = 1 + FIRST_PASSES + CHECK_PASSES
+#: Times over the data that a run makes which is given no other budget; and the least and the most
+#: forward passes for it, guided and not, for each micro-batch of a step (docs/usage.md#how-long).
+EPOCHS, GUIDED_BUDGET, BUDGET = 3.0, (100, 400), (1_000, 4_000)
 #: Update rules that only candidates can use, and options that mean candidates.
 ALONG_CANDIDATES = ("sgd", "fzoo")
 OF_CANDIDATES = [f.name for f in fields(Options)]
 OF_CANDIDATES += ["noise", "noise_rank", "low_rank_noise", "per_example_noise"]
-Preset = Literal["paper-gv", "paper-greedy", "mezo", "subzero", "lozo"]
+Preset = Literal["paper-gv", "paper-greedy", "paper-mezo", "mezo", "subzero", "lozo"]
 Tune = Literal["adapter", "scales", "weights"]
 ObjectiveName = Literal["accuracy", "f1", "exact_match"]
 
@@ -45,6 +48,7 @@ PAPER: dict[str, Any] = {"probe": "central", "carry_best": False, **PUBLISHED}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper-gv": {"strategy": "gv", "elite_fraction": 0.5, "weighting": "split", **PAPER},
     "paper-greedy": {"strategy": "greedy", **PAPER},
+    "paper-mezo": {"strategy": "mezo", **PUBLISHED},
     "mezo": {"strategy": "mezo", **PUBLISHED},
     "subzero": {"strategy": "mezo", "low_rank_noise": "subzero", **PUBLISHED},
     "lozo": {"strategy": "mezo", "low_rank_noise": "lozo", **PUBLISHED},
@@ -84,7 +88,7 @@ NOT_BY_ENGINES: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def check_choices(config: "ZOConfig") -> None:
-    """Refuse a value that is none of the known ones: of its `Literal`, or of the tables."""
+    """Refuse a value that is in neither case a known one: of its `Literal`, or of the tables."""
     # These are looked up now, because a user's own may have joined the table since the import.
     known: dict[str, tuple[str, ...]] = {"strategy": (*STRATEGIES, GUIDED, *GRADIENT)}
     known["update_rule"] = tuple(RULES)
@@ -95,7 +99,10 @@ def check_choices(config: "ZOConfig") -> None:
                 known[name] = words
     defaults = {f.name: f.default for f in fields(config)}
     for name, choices in known.items():
-        if (value := getattr(config, name)) not in (*choices, defaults[name]):
+        value = getattr(config, name)
+        value = {choice.lower(): choice for choice in choices}.get(str(value).lower(), value)
+        setattr(config, name, value)
+        if value not in (*choices, defaults[name]):
             raise UserError(f"{name}={value!r} is not known; use one of {', '.join(choices)}")
 
 
@@ -125,6 +132,13 @@ def default_strategy(config: "ZOConfig") -> str:
     few = config.max_forward_passes is not None and config.max_forward_passes < short
     other = config.tune != "adapter" or config.objective is not None
     return "gv" if given or few or other or config.update_rule in ALONG_CANDIDATES else GUIDED
+
+
+def default_budget(config: "ZOConfig", steps: float, passes: int) -> int:
+    """The budget of a run that is given none; `steps` of so many `passes` go once over the data."""
+    least, most = GUIDED_BUDGET if config.strategy == GUIDED else BUDGET
+    micro_batches = config.gradient_accumulation_steps
+    return min(max(math.ceil(EPOCHS * steps) * passes, micro_batches * least), micro_batches * most)
 
 
 def check_first_guided(config: "ZOConfig", passes: int) -> None:
@@ -164,7 +178,7 @@ def check_values(config: "ZOConfig") -> None:
             raise UserError(f"{name}={value}; it must be positive and finite")
     if config.max_steps == 0 or config.max_steps < -1:
         raise UserError(f"max_steps={config.max_steps}; it must be positive, or -1 (no limit)")
-    if config.max_steps < 0 and not 0 < config.num_train_epochs < math.inf:
+    if config.max_steps < 0 and not 0 < (config.num_train_epochs or 0) < math.inf:
         raise UserError(f"num_train_epochs={config.num_train_epochs}; it must be positive")
     if not 0 <= config.seed < 1 << 32:
         raise UserError(f"seed={config.seed}; it must be at least 0 and below 2^32")
@@ -223,6 +237,6 @@ def check_candidates(config: "ZOConfig") -> None:
             f"{config.strategy} with num_candidates=2 learns no more than MeZO per step and spends "
             "more forward passes: with two candidates the direction is +-(z1 - z2), whichever is "
             "better (docs/how-it-works.md). Use num_candidates of 4 or more.",
-            UserWarning,
+            Notice,
             stacklevel=4,
         )

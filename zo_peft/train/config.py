@@ -36,12 +36,13 @@ class ZOConfig(TrainingArguments):
     )
     preset: Preset | None = HfArg(
         default=None,
-        help="A published algorithm, exactly: paper-gv, paper-greedy, mezo, subzero or lozo.",
+        help="paper-gv, paper-greedy, mezo, subzero or lozo. A published algorithm, exactly; "
+        "paper-mezo is another name of mezo.",
     )
     tune: Tune = HfArg(
         default="adapter",
-        help="What is tuned: a PEFT adapter; the scales of an int8 or NF4 base; or the "
-        "weights of a base that is int8 or not quantized.",
+        help="adapter, scales or weights. Scales are those of an int8 or NF4 base; weights those "
+        "of one that is int8 or not quantized.",
     )
     tune_unquantized: bool = HfArg(
         default=False,
@@ -50,11 +51,11 @@ class ZOConfig(TrainingArguments):
     )
     strategy: str = HfArg(
         default=None,
-        help=f"How a direction is found: guided (read off each forward pass, and checked with "
-        f"candidates); from candidates alone: {', '.join(STRATEGIES)}; adam and sgd are "
-        "baselines that back-propagate. Default: guided for an adapter of which it can read "
-        "something and a loss that has a gradient; gv for all else, and where options of "
-        "candidates are given.",
+        help="guided, gv, greedy, mezo, n-spsa, adam or sgd. guided reads a direction off each "
+        f"forward pass, and checks it with candidates; {', '.join(STRATEGIES)} find it from "
+        "candidates alone; adam and sgd are baselines that back-propagate. Default: guided for an "
+        "adapter of which it can read something and a loss that has a gradient; gv for all else, "
+        "and where options of candidates are given.",
     )
     exact_layers: int = HfArg(
         default=0,
@@ -82,7 +83,7 @@ class ZOConfig(TrainingArguments):
     momentum: float = HfArg(default=0.9, help="Of all update rules but sgd and fzoo; in [0, 1).")
     objective: ObjectiveName | None = HfArg(
         default=None,
-        help="A goal without a gradient: accuracy, or f1 or exact_match (as SQuAD's) of "
+        help="accuracy, f1 or exact_match: no gradient needed. The last two, as SQuAD's, are of "
         "generated completions. Default: cross entropy.",
     )
     reward_weights: list[float] | None = HfArg(
@@ -151,10 +152,15 @@ class ZOConfig(TrainingArguments):
         help="Regular expression, searched in parameter names: tune only these of the "
         "adapter's parameters, e.g. 'lora_B'. Default: all that PEFT made trainable.",
     )
+    num_train_epochs: float | None = HfArg(
+        default=None,
+        help="Times over the data. Default: 3 with gradients, else max_forward_passes.",
+    )
     max_forward_passes: int | None = HfArg(
         default=None,
-        help="Stop after this many forward passes (one: one candidate through one "
-        "micro-batch). With max_steps, the smaller budget counts.",
+        help="The budget, chosen from the data if not given. The run stops after so many forward "
+        "passes, each of one candidate through one micro-batch. With max_steps, the smaller budget "
+        "counts; with max_steps or num_train_epochs, none is chosen.",
     )
     max_length: int | None = HfArg(
         default=None,
@@ -184,7 +190,7 @@ class ZOConfig(TrainingArguments):
         help="As in transformers; examples of like length share a batch by default.",
     )
     logging_steps: float = HfArg(
-        default=10, help="Log every so many steps (below 1: a share of the run)."
+        default=0.025, help="Log every so many steps. Below 1: a share of the run."
     )
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -195,6 +201,19 @@ class ZOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         checks.check_choices(self)
         checks.apply_preset(self)
+        # Where nothing says when the run ends, or where it writes to, it is chosen later.
+        ends = self.max_steps > 0 or self.num_train_epochs is not None
+        self.chooses_budget = self.max_forward_passes is None and not ends
+        self.chooses_folder = self.output_dir is None
+        if self.num_train_epochs is None:
+            self.num_train_epochs = checks.EPOCHS
+        if (
+            self.load_best_model_at_end
+            and self.save_strategy == "steps"
+            and self.eval_steps is None
+        ):
+            # transformers takes `logging_steps`, which as a share fits no number of steps.
+            self.eval_steps: float | None = self.save_steps
         self.strategy_is_default = self.strategy is None
         if self.strategy is None:
             self.strategy = checks.default_strategy(self)
@@ -223,10 +242,14 @@ class ZOConfig(TrainingArguments):
 
     def with_candidates(self) -> "ZOConfig":
         """The same with `gv`, for a model or a goal of which a guide can read nothing."""
+        rule = "normalized" if self.update_rule == "guided" else self.update_rule
+        return self.changed(strategy="gv", update_rule=rule)
+
+    def changed(self, **settings: Any) -> "ZOConfig":
+        """The same with other settings, and the steps that its budget then allows."""
         changed = copy.copy(self)
-        changed.strategy = "gv"
-        if changed.update_rule == "guided":
-            changed.update_rule = "normalized"
+        for name, value in settings.items():
+            setattr(changed, name, value)
         if changed.max_forward_passes is not None:
             changed._limit_steps(changed.max_forward_passes)
         return changed

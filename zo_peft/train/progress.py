@@ -1,6 +1,5 @@
-"""What a run sums up while it runs, and what a user sees of it: the progress bar."""
+"""What a run sums up while it runs, and what a user sees of it."""
 
-import contextlib
 import math
 import sys
 import time
@@ -58,50 +57,75 @@ class Totals(TrainerCallback, ExportableState):
 
 
 class Progress(ProgressCallback):
-    """transformers' bars, with loss, metric and forward passes; all of it on stderr.
+    """What is seen of a run, on stderr: bars in a terminal, elsewhere a line for each log.
 
-    The bar and its time left count towards `max_forward_passes` where it is given, else steps. It
-    shows the metric of that name, which is without `eval_`.
+    The bar and the time left count towards `max_forward_passes` where it is given, else steps.
+
+    Args:
+        forward_passes: how many there have been so far.
+        metric: the name of the metric that is shown, without `eval_`.
+        bars: whether there is a terminal for them.
     """
 
-    def __init__(self, forward_passes: Callable[[], int], metric: str) -> None:
+    def __init__(self, forward_passes: Callable[[], int], metric: str, bars: bool) -> None:
         super().__init__()
-        self.forward_passes, self.metric = forward_passes, metric
+        self.forward_passes, self.metric, self.bars = forward_passes, metric, bars
         self.shown: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar; a resumed run starts where it was."""
-        budget = args.max_forward_passes
-        counted = {"total": state.max_steps, "initial": state.global_step, "unit": " steps"}
-        if budget is not None:
-            counted = {"total": budget, "initial": self.forward_passes(), "unit": " passes"}
-        if state.is_world_process_zero:
+        """Open the bar, at what was done before; nothing that was measured before is shown."""
+        self.shown, self.unit, self.total = {}, "passes", args.max_forward_passes
+        if self.total is None:
+            self.unit, self.total = "step", state.max_steps
+        self.initial, self.began = self._counts(state)[self.unit], time.monotonic()
+        self.says_budget = args.chooses_budget and self.unit == "passes"
+        if self.bars and state.is_world_process_zero:
+            counted = {"total": self.total, "initial": self.initial, "unit": f" {self.unit}"}
             self.training_bar = tqdm(**counted, dynamic_ncols=True)
+
+    def _counts(self, state: Any) -> dict[str, int]:
+        return {"step": state.global_step, "passes": self.forward_passes()}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
-        if self.training_bar is None:
-            return
-        done, passes = state.global_step, self.forward_passes()
-        if args.max_forward_passes is None:
-            self.shown["passes"] = f"{passes:,}"
-            self.training_bar.set_postfix(self.shown, refresh=False)
-        else:
-            done = passes
-        self.training_bar.update(done - self.training_bar.n)
+        if self.training_bar is not None:
+            self.training_bar.update(self._counts(state)[self.unit] - self.training_bar.n)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar of an evaluation."""
+        if self.bars:
+            super().on_prediction_step(args, state, control, **kwargs)
+            if self.prediction_bar is not None:
+                self.prediction_bar.set_description("evaluation", refresh=False)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Show loss and metric in the bar, and the line of all numbers above it."""
+        """Show how far the run is, and its last loss and metric."""
         logs = logs or {}
-        if "loss" in logs:
-            self.shown["loss"] = f"{logs['loss']:.4f}"
         for name, value in logs.items():
             if name.startswith("eval_") and name.endswith(f"_{self.metric}"):
                 self.shown[self.metric] = f"{value:.4f}"
+        if "loss" not in logs or not state.is_world_process_zero:
+            return
+        self.shown["loss"] = f"{logs['loss']:.4f}"
+        counts = {name: f"{count:,}" for name, count in self._counts(state).items()}
+        counts[self.unit] += f"/{self.total:,}"
+        done = self._counts(state)[self.unit]
+        pace = (time.monotonic() - self.began) / max(done - self.initial, 1)
+        left = f"{tqdm.format_interval(pace * max(self.total - done, 0))} left"
+        if self.says_budget:
+            chosen = f"no budget was given, so this run makes {self.total:,} forward passes: {left}"
+            tqdm.write(f"{chosen} (max_forward_passes sets another)", file=sys.stderr)
+            self.says_budget = False
         if self.training_bar is not None:
-            self.training_bar.set_postfix(self.shown, refresh=False)
-        # The parent writes on stdout, where only results belong.
-        with contextlib.redirect_stdout(sys.stderr):
-            super().on_log(args, state, control, logs, **kwargs)
+            passes = {} if self.unit == "passes" else {"passes": counts["passes"]}
+            self.training_bar.set_postfix(passes | self.shown, refresh=False)
+        else:
+            shown = [f"{name} {value}" for name, value in (counts | self.shown).items()]
+            print("  ".join([*shown, left]), file=sys.stderr)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)

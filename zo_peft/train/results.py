@@ -5,8 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from transformers.trainer_utils import has_length
 
+from zo_peft.errors import UserError
+from zo_peft.models.hub import LOAD_ERRORS, public_name
 from zo_peft.models.memory import peak_memory_bytes
 from zo_peft.train.config import run_settings
 
@@ -36,6 +39,7 @@ def results(
         "examples_forwarded": trainer.examples_forwarded,
         "train_examples": _count(trainer.train_dataset),
         "eval_examples": _count(evaluated),
+        "form": trainer.form,
         "check_passes": trainer.check_passes,
         "wall_seconds": wall_seconds,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -76,6 +80,26 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
 def _count(dataset: Any) -> int | None:
     """How many examples; None where there are no data, several sets, or a stream."""
     return len(dataset) if has_length(dataset) and not isinstance(dataset, dict) else None
+
+
+def read_results(name: str) -> dict[str, Any]:
+    """The contents of `zo_metrics.json` of a folder or a repository of the Hub; empty without one.
+
+    A UserError says that it is there, but is not what a run writes.
+    """
+    try:
+        path = Path(name) / METRICS_NAME
+        path = path if Path(name).is_dir() else Path(hf_hub_download(name, METRICS_NAME))
+        content = path.read_bytes()
+    except LOAD_ERRORS:
+        return {}
+    try:
+        found = json.loads(content)
+        return {**found, "settings": {**found["settings"]}}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(
+            f"{METRICS_NAME} of {public_name(name)} is not what a run writes: {error!r}; remove it"
+        ) from error
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -46,7 +46,7 @@ from zo_peft.objectives.scoring import (
 )
 from zo_peft.train import checkpoint
 from zo_peft.train.checkpoint import CheckpointTrainer
-from zo_peft.train.checks import GRADIENT, GUIDED, check_first_guided
+from zo_peft.train.checks import GRADIENT, GUIDED, check_first_guided, default_budget
 from zo_peft.train.config import ZOConfig
 from zo_peft.train.policy import PolicyGuide
 
@@ -115,6 +115,10 @@ class ZOTrainer(CheckpointTrainer):
             self._guide() if args.strategy == GUIDED else None,
         )
         self.faults, self.calibrations = self.tuner.faults, self.tuner.eps.calibrations
+        if args.chooses_budget and has_length(self.train_dataset):
+            steps = len(self.train_dataset) / self.get_total_train_batch_size(args)
+            budget = default_budget(args, steps, self._step_passes)
+            self.args = args = args.changed(max_forward_passes=budget)
         if self.tuner.guided is not None:
             check_first_guided(args, self.tuner.passes(0))
 
@@ -136,6 +140,12 @@ class ZOTrainer(CheckpointTrainer):
     def guide(self) -> str | None:
         """What the guide reads and how far it is followed, in one line; None without one."""
         return None if self.tuner.guided is None else self.tuner.guided.told
+
+    @property
+    def _step_passes(self) -> int:
+        """Forward passes of a step without checks, also of one that draws completions."""
+        guided, passes = self.tuner.guided, self.args.forward_passes_per_step
+        return passes * guided.guide.draws * guided.guide.passes if guided is not None else passes
 
     def _guide_reads(self) -> bool:
         return isinstance(self.objective, DIFFERENTIABLE) and may_read(
@@ -379,8 +389,7 @@ class ZOTrainer(CheckpointTrainer):
         guided = self.tuner.guided
         if guided is not None and guided.jumps:
             # `ZOConfig` took steps for ones of a single pass; these take several.
-            step = guided.guide.draws * guided.guide.passes * self.args.gradient_accumulation_steps
-            num_training_steps = int(min(num_training_steps, self._budget // step))
+            num_training_steps = int(min(num_training_steps, self._budget // self._step_passes))
         self.tuner.total_steps = num_training_steps
         rule = self.tuner.rule
         if rule.automatic:

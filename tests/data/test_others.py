@@ -1,0 +1,109 @@
+"""Files of other programs: their columns become the prompts, completions and messages they are."""
+
+from typing import Any
+
+import pytest
+from test_data import fails, make_tokenizer
+
+from zo_peft.data import Tokenization, make_examples, tokenize_dataset
+from zo_peft.data.forms import check_layout
+from zo_peft.models.loading import CHATML
+
+#: As in alpaca's own code (`prompt_dict` of its `train.py`).
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n### Instruction:\nAdd"
+    "\n\n### Input:\n{2}\n\n### Response:\n"
+)
+WITHOUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\nSay hi\n\n### Response:\n"
+)
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+SYSTEM = {"role": "system", "content": "c"}
+HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
+TOOLS = [{"name": "look"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "example"),
+    [
+        (
+            {"instruction": "Add", "input": "{2}", "output": "4", "text": "whole"},
+            {"prompt": WITH_INPUT, "completion": "4"},
+        ),
+        ({"instruction": "Say hi", "output": "hi"}, {"prompt": WITHOUT, "completion": "hi"}),
+        (
+            {"instruction": "Say hi", "context": None, "response": "hi"},
+            {"prompt": WITHOUT, "completion": "hi"},
+        ),
+        (
+            {"instruction": "Add", "context": "{2}", "response": 4},
+            {"prompt": WITH_INPUT, "completion": "4"},
+        ),
+        ({"prompt": "a", "response": "b"}, {"prompt": "a", "completion": "b"}),
+        ({"conversations": [HUMAN, GPT, HUMAN]}, {"messages": [USER, ANSWER]}),
+        ({"conversations": [USER, ANSWER], "tools": ""}, {"messages": [USER, ANSWER]}),
+        (
+            {"conversations": [SYSTEM, HUMAN, {**GPT, "weight": 0}, HUMAN, GPT]},
+            {"messages": [SYSTEM, USER, {**ANSWER, "weight": 0}, USER, ANSWER]},
+        ),
+        (
+            {"conversations": [HUMAN, GPT], "tools": '[{"name": "look"}]'},
+            {"messages": [USER, ANSWER], "tools": TOOLS},
+        ),
+    ],
+)
+def test_rows_of_other_programs(row: dict[str, Any], example: dict[str, Any]) -> None:
+    assert make_examples([row], "f") == [example]
+    if "tools" not in example:
+        tokenization = Tokenization(make_tokenizer(chat=CHATML.read_text()))
+        own, other = (list(tokenize_dataset([one], tokenization)) for one in (example, row))
+        assert own == other
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({"instruction": True, "output": "b"}, ["column 'instruction'", "no text"]),
+        ({"instruction": "a", "input": ["b"], "output": "b"}, ["column 'input'", "no text"]),
+        ({"instruction": "a", "output": ""}, ["column 'completion'", "empty"]),
+        ({"conversations": [HUMAN]}, ["column 'conversations'", "no turn of gpt"]),
+        ({"conversations": [{"from": "cat", "value": "b"}]}, ["'cat'", "human, gpt"]),
+        ({"messages": [{**USER, "role": "\ud800"}, ANSWER]}, ["column 'messages'", "surrogate"]),
+        ({"conversations": [GPT, "b"]}, ["column 'conversations'", "'b' must have from"]),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            ['--prompt_template "{prompt}" --label_column "chosen"'],
+        ),
+    ],
+)
+def test_rows_that_cannot_be_used_name_their_column(row: dict[str, Any], parts: list[str]) -> None:
+    fails(lambda: make_examples([row], "f"), "f, row 1", *parts)
+
+
+def test_columns_instead_of_rows_are_refused_with_the_command() -> None:
+    row = {"a": {"0": "x", "1": "y"}, "b": {"0": 1, "1": 2}}
+    fails(lambda: check_layout([row], "f.json"), "f.json holds columns", 'python -c "import pandas')
+    for rows in ([row] * 2, [{"a": {"0": "x"}, "b": "y"}], [{}]):
+        check_layout(rows, "f.json")
+
+
+def test_chatml() -> None:
+    tokenizer = make_tokenizer(chat=CHATML.read_text())
+    call = {"type": "function", "function": {"name": "look", "arguments": '{"at": "é"}'}}
+    asked = {"role": "assistant", "content": None, "tool_calls": [call]}
+    messages = [SYSTEM, USER, asked, {"role": "tool", "content": "d"}, ANSWER]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text == (
+        "<s><|im_start|>system\nc<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+        '<tool_call>\n{"name": "look", "arguments": {"at": "é"}}\n</tool_call><|im_end|></s>\n'
+        "<|im_start|>tool\nd<|im_end|>\n<|im_start|>assistant\nb<|im_end|></s>\n"
+    )
+    asks = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    assert asks == "<s><|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    shown = tokenizer.apply_chat_template([USER], tools=TOOLS, tokenize=False)
+    assert '<tools>\n{"name": "look"}\n</tools>' in shown
+    # Where the token is there, it is the one that ends a sequence.
+    tokenizer.eos_token = "<|im_end|>"
+    assert tokenizer.apply_chat_template([ANSWER], tokenize=False).endswith("b<|im_end|>\n")

@@ -1,0 +1,58 @@
+"""What a command takes from the run of which it uses the adapter, so that nobody types it again."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zo_peft.models.adapters import saved_adapter
+from zo_peft.models.hub import public_name
+from zo_peft.train.results import read_results
+
+#: The file of a run that holds the path of a base that is a folder. It never goes to the Hub.
+BASE_NAME = "zo_base.txt"
+
+#: Options of an adapter's base, of any rows, of rows of one's own, and of a benchmark task.
+OF_BASE = ("model_revision", "dtype", "load_in_8bit", "load_in_4bit", "tune")
+OF_ROWS = ("task_type", "objective", "max_length", "max_completion_length")
+OF_OWN = ("prompt_template", "label_column", "label_words")
+OF_TASK = ("task", "num_eval")
+
+
+def options_of_run(words: Sequence[str]) -> dict[str, Any]:
+    """Options of an earlier run, None where it had none; a command line that gives them counts.
+
+    The run is the one that made the adapter or, without an adapter, the model. A line on stderr
+    says where an adapter does not tell of its run. A UserError says that what it tells is damaged.
+
+    Args:
+        words: the command line and the options of its configuration file.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("adapter_name_or_path", "model_name_or_path", "task", "eval_file", "dataset_name"):
+        finder.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?")
+    given, _ = finder.parse_known_args(words)
+    adapter, base = given.adapter_name_or_path, given.model_name_or_path
+    told = read_results(adapter or base).get("settings", {}) if adapter or base else {}
+    names = [*OF_ROWS, *(OF_BASE if adapter else ())]
+    if given.task is None:
+        own = given.eval_file or given.dataset_name or "task" not in told
+        names += OF_OWN if own else OF_TASK
+    found = {name: told.get(name) for name in names} if told else {}
+    if adapter is None:
+        return found
+    if not told:
+        print(f"{public_name(adapter)} does not tell of its run; give its options", file=sys.stderr)
+    noted = Path(adapter) / BASE_NAME
+    own_base = noted.read_text().strip() if noted.is_file() else told.get("model_name_or_path")
+    own_base = own_base or saved_adapter(adapter)[0].base_model_name_or_path
+    if base is None or public_name(base) != public_name(own_base):
+        found["model_name_or_path"] = own_base
+    return found
+
+
+def note_base(folder: str, name: str) -> None:
+    """Write down where a base is, if it is a folder, in the folder of a run."""
+    if Path(name).is_dir():
+        (Path(folder) / BASE_NAME).write_text(f"{Path(name).absolute()}\n")

@@ -1,0 +1,141 @@
+"""`zo-peft predict`: rows without labels in, the same rows with predictions out."""
+
+import csv
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.hf_argparser import HfArg
+
+from zo_peft.data import make_examples, read_rows
+from zo_peft.data.examples import Words, converted, fill_template
+from zo_peft.data.forms import OPTIONAL, Row, named, question_of
+from zo_peft.data.tasks import hub_rows
+from zo_peft.errors import UserError
+from zo_peft.runs.arguments import DataArguments, ModelArguments
+from zo_peft.runs.run import trainer_of
+from zo_peft.train.base import BaseTrainer
+from zo_peft.train.config import ZOConfig
+
+#: The columns that are added to the rows.
+ADDED = ("prediction", "probability", "probabilities")
+
+
+@dataclass
+class PredictArguments:
+    """Where predictions go."""
+
+    output_file: str | None = HfArg(
+        default=None,
+        help="File for the rows with their predictions: .jsonl or .csv. Default: JSON lines on "
+        "stdout.",
+    )
+
+
+def predict(
+    given: PredictArguments, model: ModelArguments, data: DataArguments, args: ZOConfig
+) -> dict[str, Any]:
+    """Answer the rows of `data.eval_file`, or of a split of a data set, which need no labels.
+
+    What the command line does not give is that of the adapter's run. All columns of the rows are
+    kept. Added are `prediction` (a label word, a class or a generated text), and of labels
+    `probability` and `probabilities` (by label), rounded to six decimals.
+
+    Returns:
+        `output_file`, the number of `examples`, and the `rows`, which are None if they were
+        written to a file.
+
+    Raises:
+        UserError: rows cannot be answered, or not be written; nothing has been written then.
+    """
+    output = None if given.output_file is None else Path(given.output_file)
+    if output is not None and output.suffix.lower() not in (".jsonl", ".csv"):
+        raise UserError(f"--output_file {output}: give a name that ends in .jsonl or .csv")
+    if data.eval_file is not None:
+        source, rows = Path(data.eval_file).name, read_rows(data.eval_file)
+    elif data.dataset_name is not None and (split := data.dataset_test_split) is not None:
+        source, rows = data.dataset_name, hub_rows(data.dataset_name, data.dataset_config, split)
+    else:
+        raise UserError("nothing to answer; give --eval_file, or --dataset_name and its split")
+    if taken := [name for name in ADDED if any(name in row for row in rows)]:
+        raise UserError(f"{source} has a column {taken[0]!r} already; rename it")
+    # What was maximised has no say in an answer.
+    args.objective = None
+    given_words, words = data.given_words(), data.words() or []
+    classifies = model.task_type == "SEQ_CLS"
+    # No rows: label words are looked at, and whether they have a template.
+    template, column = data.prompt_template, data.label_column
+    make_examples((), source, template, column, given_words, classifies)
+    questions = converted(source, rows, lambda row: _question(row, template, words, classifies))
+    with tempfile.TemporaryDirectory() as args.output_dir:
+        trainer = trainer_of(BaseTrainer, model, data, args)
+        answers = trainer.predict(questions)
+    if cut := answers.metrics.get("test_cut"):
+        limit = f"--max_completion_length {args.max_completion_length}"
+        print(f"{cut} of {len(rows)} completions were cut by {limit}", file=sys.stderr)
+    names = words or [*trainer.model.config.id2label.values()] if classifies else []
+    titles = _titles(given_words, words)
+    for row, question, answer in zip(rows, questions, answers.predictions):
+        labels = [titles.get(label, label) for label in question.get("options", names)]
+        row |= _labelled(answer, labels) if labels else {"prediction": answer}
+    if output is not None and trainer.is_world_process_zero():
+        _write(output, rows)
+    shown = rows if output is None else None
+    return {"output_file": given.output_file, "examples": len(rows), "rows": shown}
+
+
+def _titles(given: Words | None, words: Sequence[str]) -> dict[str, str]:
+    """By label word the label that it stands for, where each label has a word of its own."""
+    pairs = given if isinstance(given, Mapping) and len(given) == len(words) else {}
+    return {word: label for label, word in pairs.items()}
+
+
+def _question(row: Row, template: str | None, words: Sequence[str], classifies: bool) -> Row:
+    """The example that a row is, without its answer if it has one."""
+    if classifies:
+        return {"text": fill_template(template or "{text}", row)}
+    if template is not None:
+        return {"prompt": fill_template(template, row), **({"options": [*words]} if words else {})}
+    row = question_of(row)
+    prompt = row.get("prompt")
+    if prompt is None and row.get("messages"):
+        prompt = [*row["messages"]]
+        while prompt and prompt[-1]["role"] == "assistant":
+            prompt.pop()
+    if not (prompt := row.get("text") if prompt is None else prompt):
+        raise UserError(f"it has the columns {named(row)}; give a --prompt_template")
+    return {"prompt": prompt, **{n: row[n] for n in ("options", *OPTIONAL) if n in row}}
+
+
+def _labelled(probabilities: Any, labels: Sequence[Any]) -> Row:
+    shares = [round(float(share), 6) for share in probabilities[: len(labels)]]
+    best = int(probabilities.argmax())
+    by_label = dict(zip(labels, shares))
+    return {"prediction": labels[best], "probability": shares[best], "probabilities": by_label}
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    """Write rows as JSON lines or, by the name, as CSV, in one piece."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    # Half a character (a lone surrogate) is written as JSON writes it.
+    with unfinished.open("w", -1, "utf-8", "backslashreplace", "") as file:
+        if path.suffix.lower() == ".jsonl":
+            file.writelines(_json(row) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+            writer.writeheader()
+            nested = list | dict
+            writer.writerows(
+                {n: _json(v) if isinstance(v, nested) else v for n, v in row.items()}
+                for row in rows
+            )
+    unfinished.replace(path)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

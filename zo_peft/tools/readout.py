@@ -1,0 +1,158 @@
+"""`zo-peft readout`: the best linear head on the states of the frozen base.
+
+It takes a forward pass for each batch and changes no weight of the base, so it is what tuning has
+to beat: where it solves a task, the task says nothing about an adapter.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+
+from zo_peft.core.batch import Batch
+from zo_peft.errors import UserError
+from zo_peft.models.memory import peak_memory_bytes
+from zo_peft.objectives.scoring import ClassificationObjective, OptionObjective
+from zo_peft.runs.arguments import DataArguments, ModelArguments
+from zo_peft.runs.run import examples_of, resumes, trainer_of
+from zo_peft.train.base import BaseTrainer
+from zo_peft.train.config import ZOConfig
+from zo_peft.train.results import METRICS_NAME, write_json
+
+#: The strategy that `zo_metrics.json` names.
+READOUT = "readout"
+
+#: The penalties that are tried, and the share of the rows that chooses among them.
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+HELD_OUT = 0.2
+
+#: What a readout sees of rows: states [N, d] and offsets [N, K], both float64, and labels [N].
+Seen = Sequence[Tensor]
+
+
+def readout(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
+    """Fit the head on the training data, one pass for each batch, as far as the budget goes.
+
+    Returns:
+        What `zo_metrics.json` in `output_dir` then holds: the metric and the loss on the evaluation
+        data before and after, and what was spent.
+
+    Raises:
+        UserError: there are no evaluation data, or the task is not one of label words of one token
+            or of classes.
+    """
+    if args.chooses_folder:
+        args.output_dir = f"{Path(model.model_name_or_path).resolve().name}-readout"
+    resumes(model, args)
+    train, _, test = examples_of(model, data, args)
+    if test is None:
+        raise UserError("nothing to evaluate on; give --eval_file, --dataset_test_split or --task")
+    trainer = trainer_of(BaseTrainer, model, data, args, train, test)
+    before = trainer.evaluate()
+    name = f"eval_{trainer.metric_name}"
+    v, passes = fit(trainer, args.max_forward_passes)
+    after = seen(trainer, trainer.get_eval_dataloader())
+    right = (after[1] + after[0] @ v.T).argmax(dim=1) == after[2]
+    found = {
+        "strategy": READOUT,
+        "steps": 0,
+        "forward_passes": passes,
+        "examples_forwarded": min(passes * args.per_device_train_batch_size, len(train)),
+        "train_examples": len(train),
+        "eval_examples": len(test),
+        "wall_seconds": round(time.time() - psutil.Process().create_time(), 2),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "metric_name": trainer.metric_name,
+        "metric_before": before[name],
+        "metric_after": right.double().mean().item(),
+        "eval_loss_before": before["eval_loss"],
+        "eval_loss_after": readout_loss(after, v).item(),
+    }
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    write_json(Path(args.output_dir) / METRICS_NAME, found)
+    return found
+
+
+def fit(trainer: BaseTrainer, most: int | None = None) -> tuple[Tensor, int]:
+    """Fit V on at most so many training batches; returns it [K, d] and how many there were.
+
+    The penalty is the best on rows that are held out; then all rows count.
+    """
+    known = seen(trainer, batches := [*islice(trainer.get_train_dataloader(), most)])
+    count = math.floor(len(known[2]) * (1 - HELD_OUT))
+    kept, held = [part[:count] for part in known], [part[count:] for part in known]
+    penalty = min(PENALTIES, key=lambda tried: readout_loss(held, fitted(kept, tried)).item())
+    return fitted(known, penalty), len(batches)
+
+
+@torch.no_grad()
+def seen(trainer: BaseTrainer, batches: Iterable[Any]) -> Seen:
+    """What the head of the frozen model sees of batches.
+
+    With label words, the states are those at the scored positions, and their logits the offsets. A
+    head for classes is new: its offsets are zero, and the states have a constant for its bias. A
+    UserError says that the batches have neither.
+    """
+    objective, model = trainer.objective, trainer.model.eval()
+    words = isinstance(objective, OptionObjective)
+    classes = model.config.num_labels
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
+    states: list[Tensor] = []
+    offsets: list[Tensor] = []
+    labels: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+        states.append(inputs[0] if words else F.pad(inputs[0], (0, 1), value=1.0))
+        if not words:
+            offsets.append(torch.zeros_like(logits))
+
+    heads = [model.get_output_embeddings()] if words else heads
+    hooks = [head.register_forward_hook(keep) for head in heads]
+    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+        for batch in map(Batch, batches):
+            if not _is_linear(objective, batch):
+                raise UserError("a readout needs label words of one token each, or classes")
+            labels.append(batch["labels"])
+            if isinstance(objective, OptionObjective):
+                offsets.append(objective.scores(model, batch))
+            else:
+                objective.losses(model, batch)
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(states).double(), torch.cat(offsets).double(), torch.cat(labels)
+
+
+def _is_linear(objective: Any, batch: Batch) -> bool:
+    return isinstance(objective, ClassificationObjective) or "option_tokens" in batch
+
+
+def fitted(rows: Seen, penalty: float) -> Tensor:
+    """The V [K, d] of least `mean cross entropy(offsets + V h) + penalty * mean |h|^2 |V|^2`."""
+    states, offsets, _ = rows
+    scale = penalty * states.square().sum(dim=1).mean()
+    v = states.new_zeros(offsets.shape[1], states.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([v], max_iter=500, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = readout_loss(rows, v) + scale * v.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return v.detach()
+
+
+def readout_loss(rows: Seen, v: Tensor) -> Tensor:
+    """The mean cross entropy of rows with a fitted V."""
+    states, offsets, labels = rows
+    return F.cross_entropy(offsets + states @ v.T, labels)
