@@ -104,7 +104,7 @@ def learn(bases: dict[tuple[Any, str], str], forward_passes: int, folder: Path) 
         train_file=str(EMBEDDED / "train.jsonl"),
         eval_file=str(EMBEDDED / "test.jsonl"),
         prompt_template=TEMPLATE,
-        label_words=LABEL_WORDS,
+        label_words=[LABEL_WORDS],
     )
     for (engine, kind), path in bases.items():
         if kind in FLOAT:
