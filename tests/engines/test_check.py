@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from zo_peft.data.collate import Collator
 from zo_peft.engines.check import check_answers
 from zo_peft.engines.engine import Answers, Matrices, Row, States, check_installed
+from zo_peft.engines.served import check_engine
 from zo_peft.errors import UserError
 
 
@@ -110,6 +111,20 @@ def test_an_engine_that_keeps_the_wrong_things_is_found(
     else:
         with pytest.raises(UserError, match=message):
             check_answers(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("llamacpp", True, 1), "rewards need generated completions"),
+        (("llamacpp", False, 2), "an engine answers to one process"),
+        ((None, False, 1), "give the name of its file as the model, with engine"),
+    ],
+)
+def test_what_no_engine_does_is_refused(model: PeftModel, given: Any, message: str) -> None:
+    model.get_base_model().engine = Faultless()
+    with pytest.raises(UserError, match=message):
+        check_engine(model, *given)
 
 
 def test_a_package_that_is_missing_is_named() -> None:

@@ -4,7 +4,8 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -77,6 +78,7 @@ class Engine:
         is_float32: nothing of the base is rounded.
         swaps: how often another state was put in place so far.
         seconds: spent in the engine so far.
+        training_inside, training_seconds: of the last training, those in the engine, and all.
     """
 
     def __init__(self, name: str, files: Iterable[Path], types: Iterable[str]) -> None:
@@ -86,7 +88,7 @@ class Engine:
                 digest.update(hashlib.file_digest(file, "blake2b").digest())
         self.identity = {"files": digest.hexdigest(), "loaded": f"{name} {', '.join(kinds)}"}
         self.is_float32 = kinds == ["f32"]
-        self.swaps, self.seconds = 0, 0.0
+        self.swaps, self.seconds, self.training_inside, self.training_seconds = 0, 0.0, 0.0, 0.0
 
     def answer(self, states: States, rows: Sequence[Sequence[Row]]) -> Answers:
         """The answers to the rows [M][R], those of each m with state m, in the order of the rows.
@@ -100,6 +102,16 @@ class Engine:
 
     def save_adapter(self, states: States, folder: str) -> None:
         """Write a single state in the engine's own format, where PEFT's is none of its formats."""
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Within the context a run trains, and its seconds are counted."""
+        inside, start = self.seconds, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.training_inside = self.seconds - inside
+            self.training_seconds = time.perf_counter() - start
 
     def timed(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a function of the engine returns; its seconds are counted."""

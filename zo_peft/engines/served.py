@@ -84,11 +84,13 @@ def host_of(model: PeftModel, space: Space) -> Host:
     return Host({"engine": replacement}, lambda batch, parts: max(1, STATES // (each * parts)))
 
 
-def check_engine(model: AnyModel, engine: EngineName | None) -> Engine | None:
+def check_engine(
+    model: AnyModel, engine: EngineName | None, generates: bool, processes: int
+) -> Engine | None:
     """The engine that answers for a model; None where the model computes by itself.
 
-    A UserError says that there is another one than `engine`, or refuses an adapter of which an
-    engine cannot be given everything.
+    A UserError says that there is another one than `engine`, or refuses what an engine cannot do:
+    an adapter of which it cannot be given everything, generated completions, several processes.
     """
     found: Engine | None = getattr(model, "engine", None)
     if (found is None) != (engine is None):
@@ -96,9 +98,22 @@ def check_engine(model: AnyModel, engine: EngineName | None) -> Engine | None:
             f"engine={engine!r}, and the model is {'in PyTorch' if found is None else 'not'}; give "
             "the name of its file as the model, with engine"
         )
-    if found is not None and isinstance(model, PeftModel):
+    if found is None:
+        return None
+    if generates:
+        raise UserError("rewards need generated completions, which engines are not asked for")
+    if processes > 1:
+        raise UserError("an engine answers to one process; start one, and give it more threads")
+    if isinstance(model, PeftModel):
         _check_adapter(model)
     return found
+
+
+def save_adapter(model: PeftModel, folder: str) -> None:
+    """Write an adapter in the format of the engine, if there is one, beside PEFT's."""
+    base = model.get_base_model()
+    if hasattr(base, "engine"):
+        base.engine.save_adapter(states_of(base), folder)
 
 
 def _check_adapter(model: PeftModel) -> None:

@@ -80,8 +80,6 @@ class BaseTrainer(Trainer):
     trains: ClassVar[bool] = False
     #: Forwards of a check before the first step, which the budget does not count.
     check_passes = 0
-    #: Seconds of training inside the engine, and all of them, of an engine's run.
-    engine_seconds = 0.0, 0.0
 
     def __init__(
         self,
@@ -112,11 +110,10 @@ class BaseTrainer(Trainer):
             args.dataloader_pin_memory = False
         # The collator needs all columns that `tokenize_dataset` makes.
         args.remove_unused_columns = False
-        tokenizer = processing_class
         if isinstance(model, str) and args.engine is not None:
             model, own = served.load_served(model, args.engine, args.tokenizer_name)
-            tokenizer = tokenizer or own
-        tokenizer = tokenizer or load_tokenizer(name)
+            processing_class = processing_class or own
+        tokenizer = processing_class or load_tokenizer(name)
         # Trainer seeds too late for this: a new adapter's values are part of the run.
         set_seed(args.seed)
         if isinstance(model, str):
@@ -129,7 +126,6 @@ class BaseTrainer(Trainer):
         if peft_config is not None:
             model = adapters.add_adapter(model, peft_config)
         adapters.prepare(model, tokenizer)
-        self.engine = served.check_engine(model, args.engine)
         self.tokenization = Tokenization(
             tokenizer,
             adapters.context_length(model, tokenizer),
@@ -141,8 +137,8 @@ class BaseTrainer(Trainer):
         )
         if self.tokenization.generates and self.tokenization.num_labels is not None:
             raise UserError("rewards are for language models; this model has a head for classes")
-        if self.tokenization.generates and self.engine is not None:
-            raise UserError("rewards need generated completions, which engines are not asked for")
+        generates = self.tokenization.generates
+        self.engine = served.check_engine(model, args.engine, generates, args.world_size)
         if isinstance(train_dataset, dict):
             parts = ", ".join(map(str, train_dataset))
             raise UserError(f"train_dataset is several data sets ({parts}); give one of them")
@@ -348,8 +344,7 @@ class BaseTrainer(Trainer):
         folder = output_dir or self.args.output_dir
         if isinstance(self.model, PeftModel):
             adapters.save_adapter(self.model, folder)
-            if self.engine is not None:
-                self.engine.save_adapter(served.states_of(self.model.get_base_model()), folder)
+            served.save_adapter(self.model, folder)
         else:
             self.model.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)

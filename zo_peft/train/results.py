@@ -67,8 +67,8 @@ def _of_engine(trainer: Any) -> dict[str, Any]:
     return {
         **trainer.engine.identity,
         "swaps": trainer.engine.swaps,
-        "seconds": trainer.engine_seconds[0],
-        "training_seconds": trainer.engine_seconds[1],
+        "seconds": round(trainer.engine.training_inside, 3),
+        "training_seconds": round(trainer.engine.training_seconds, 3),
     }
 
 

@@ -3,8 +3,8 @@
 import math
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -92,8 +92,6 @@ class ZOTrainer(CheckpointTrainer):
             raise UserError("a base on several devices is tuned by one process; drop device_map")
         limit = args.candidates_per_forward
         given = model, self.space, self.objective
-        if self.engine is not None and self.ranks.count > 1:
-            raise UserError("an engine answers to one process; start one, and give it more threads")
         if self.engine is not None:
             self.evaluator = Evaluator(*given, host_of(model, self.space), limit, self.ranks)
         else:
@@ -200,16 +198,13 @@ class ZOTrainer(CheckpointTrainer):
             self.space.check()
         self._check_lanes()
         resumed = self._open_journal(resume_from_checkpoint)
-        inside, start = self.engine.seconds if self.engine else 0.0, time.perf_counter()
         try:
-            result = super().train(resumed, trial, ignore_keys_for_eval)
+            with self.engine.training() if self.engine else nullcontext():
+                result = super().train(resumed, trial, ignore_keys_for_eval)
             self.tuner.compare_ranks(self.state.global_step)
             return result
         finally:
             self.tuner.journal.close()
-            if self.engine is not None:
-                spent = self.engine.seconds - inside
-                self.engine_seconds = round(spent, 3), round(time.perf_counter() - start, 3)
 
     def _check_lanes(self) -> None:
         """See `zo_peft.models.agreement`: on the shortest and the longest of the first examples,
