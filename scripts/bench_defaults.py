@@ -1,9 +1,9 @@
 """The defaults, nothing tuned: against grids of the same method, under abuse, and by adapter.
 
-All runs have strategy="gv". `knobs` says how far the defaults bring the train loss down, as a share
-of what the best learning rate of a grid does, for each base format and adapter. `robust` gives the
-loss before and after with unusual settings; none may end above its start by more than 5%.
-`adapters` compares train losses at equal forward passes.
+Runs have strategy="gv", or the one that is given. `knobs` says how far the defaults bring the train
+loss down, as a share of what the best learning rate of a grid does, for each base format and
+adapter. `robust` gives the loss before and after with unusual settings; none may end above its
+start by more than 5%. `adapters` compares train losses at equal forward passes.
 
     python scripts/bench_defaults.py knobs robust adapters
 """
@@ -70,6 +70,7 @@ class Scope:
     passes: int
     learning_rates: list[float] | None
     seeds: int
+    strategy: str = "gv"
 
     def wants(self, name: str) -> bool:
         """Whether the row is to be measured."""
@@ -82,7 +83,7 @@ class Scope:
 
     def mean_losses(self, build: Build, passes: int, **settings: Any) -> list[float]:
         """Train losses before and after so many forward passes, means over seeds."""
-        made = {"strategy": "gv", "max_forward_passes": passes, **settings}
+        made = {"strategy": self.strategy, "max_forward_passes": passes, **settings}
         found = [losses(build(seed=seed, **made)) for seed in range(self.seeds)]
         return [sum(column) / self.seeds for column in zip(*found)]
 
@@ -170,11 +171,19 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=500, help="the budget of a run")
     parser.add_argument("--learning_rates", nargs="*", type=float, help="in place of all grids'")
     parser.add_argument("--rows", nargs="*", default=[], help="only rows with these in their name")
+    parser.add_argument("--strategy", default="gv")
     parser.add_argument("--data_dir", type=Path, default=Path("../shared/data"))
     given = parser.parse_args()
     disable_progress_bars()
     torch.set_num_threads(1)  # more only wait for each other on models this small
-    scope = Scope(given.data_dir, given.rows, given.passes, given.learning_rates, given.seeds)
+    scope = Scope(
+        given.data_dir,
+        given.rows,
+        given.passes,
+        given.learning_rates,
+        given.seeds,
+        given.strategy,
+    )
     for name, study in STUDIES.items():
         if name in given.studies or "all" in given.studies:
             rows = study(scope)

@@ -185,7 +185,7 @@ def cosines(trainer: ZOTrainer, batch: Batch) -> dict[str, str]:
     assert trainer.tuner.guided is not None
     guide, parameters = trainer.tuner.guided.guide, trainer.space.parameters
     trainer.model.eval()
-    losses, read = guide.read(batch)
+    losses, (read,) = guide.read(batch)
     loss = trainer.objective.losses(trainer.model, batch).mean()
     found = torch.autograd.grad(
         loss, list(parameters.values()), allow_unused=True, materialize_grads=True

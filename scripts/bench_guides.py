@@ -32,20 +32,24 @@ WORKS = ("embedded LoRA float32", "encoder SST-2")
 class Noise(ResidualGuide):
     """Noise with the norms of the gradients."""
 
-    def read(self, batch: Batch) -> tuple[Tensor, Gradients]:
+    def read(self, batch: Batch, parts: int = 1) -> tuple[Tensor, list[Gradients]]:
         """As of `ResidualGuide`."""
-        losses, gradients = super().read(batch)
-        noise = {name: torch.randn_like(g) for name, g in gradients.items()}
-        return losses, {name: z * gradients[name].norm() / z.norm() for name, z in noise.items()}
+        losses, found = super().read(batch, parts)
+        return losses, [{name: _noise_like(g) for name, g in part.items()} for part in found]
+
+
+def _noise_like(gradient: Tensor) -> Tensor:
+    noise = torch.randn_like(gradient)
+    return noise * gradient.norm() / noise.norm()
 
 
 class Negative(ResidualGuide):
     """The gradients with the other sign."""
 
-    def read(self, batch: Batch) -> tuple[Tensor, Gradients]:
+    def read(self, batch: Batch, parts: int = 1) -> tuple[Tensor, list[Gradients]]:
         """As of `ResidualGuide`."""
-        losses, gradients = super().read(batch)
-        return losses, {name: -g for name, g in gradients.items()}
+        losses, found = super().read(batch, parts)
+        return losses, [{name: -g for name, g in part.items()} for part in found]
 
 
 class Shuffled(ResidualGuide):
@@ -53,13 +57,13 @@ class Shuffled(ResidualGuide):
 
     before: Batch | None = None
 
-    def read(self, batch: Batch) -> tuple[Tensor, Gradients]:
+    def read(self, batch: Batch, parts: int = 1) -> tuple[Tensor, list[Gradients]]:
         """As of `ResidualGuide`."""
         before, self.before = self.before or batch, batch
         order = torch.randperm(len(before["labels"]))
-        _, gradients = super().read(Batch(before.data | {"labels": before["labels"][order]}))
+        found = super().read(Batch(before.data | {"labels": before["labels"][order]}), parts)[1]
         with torch.no_grad():
-            return self.objective.losses(self.model, batch), gradients
+            return self.objective.losses(self.model, batch), found
 
 
 KINDS: dict[str, type[ResidualGuide] | None] = {

@@ -62,6 +62,12 @@ def test_a_loss_that_never_moves_takes_the_largest_eps() -> None:
     assert choose(LADDER, found)[0] == LADDER[-1]
 
 
+def test_where_losses_jump_the_smallest_eps_that_moves_one_is_taken() -> None:
+    assert choose(LADDER, [math.inf] * 7 + [2.65, 2.24]) == (LADDER[7], 2.65)
+    # At the third eps from the end losses jump on one side alone.
+    assert choose(LADDER, [math.inf] * 5 + [1.0, 1.0, 2.65, 2.38]) == (LADDER[6], 1.0)
+
+
 def test_a_short_run_chooses_once_and_a_long_one_again() -> None:
     assert steps(50) == {0}
     assert steps(800) == {0, 100, 200, 400}

@@ -1,6 +1,5 @@
 """Closed forms against back-propagation, and which guides are followed."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -128,19 +127,22 @@ class Told:
     def part(self, name: str) -> int:
         return int(name.split(".")[0])
 
-    def read(self, batch: Batch) -> tuple[Tensor, Gradients]:
+    def read(self, batch: Batch, parts: int = 1) -> tuple[Tensor, list[Gradients]]:
         losses = Squares().losses(self.model, batch)
         names = dict(self.model.named_parameters())
-        found = dict(zip(names, torch.autograd.grad(losses.mean(), list(names.values()))))
+        tensors = list(names.values())
         torch.manual_seed(0)
-        return losses.detach(), {
-            name: torch.randn_like(found[name])
-            * found[name].norm()
-            / math.sqrt(found[name].numel())
-            if change is None
-            else change * found[name]
-            for name, change in self.changes.items()
-        }
+        found = []
+        for part in losses.chunk(parts):
+            own = dict(zip(names, torch.autograd.grad(part.mean(), tensors, retain_graph=True)))
+            found.append({name: self.changed(own[name], by) for name, by in self.changes.items()})
+        return losses.detach(), found
+
+    def changed(self, gradient: Tensor, by: float | None) -> Tensor:
+        if by is None:
+            noise = torch.randn_like(gradient)
+            return noise * gradient.norm() / noise.norm()
+        return by * gradient
 
 
 def guided(changes: Mapping[str, float | None]) -> tuple[Guided, list[Batch]]:
@@ -177,6 +179,21 @@ def test_parts_are_followed_if_the_loss_agrees(
     assert run.rest == before.keys() - changes.keys()
     for name, tensor in run.evaluator.space.tensors().items():
         assert torch.equal(tensor, before[name])
+
+
+def test_a_guide_that_knows_the_batch_but_not_its_examples_is_not_followed() -> None:
+    run, (batch,) = guided({"0.weight": 1.0, "1.weight": 1.0})
+    common = Batch({"input_ids": batch["input_ids"] + 0.5, "labels": batch["labels"]})
+    others = Batch(common.data | {"labels": common["labels"].roll(1, dims=0)})
+    read, parameters = run.guide.read, dict(run.guide.model.named_parameters())
+    run.guide.read = lambda batch, parts=1: read(others, parts)
+    _, (told,) = read(others)
+    _, (true,) = read(common)
+    # Of the whole batch it points downhill, and promises about what it keeps.
+    share = sum((told[n] * true[n]).sum() for n in parameters)
+    assert share > 0.7 * sum(told[n].square().sum() for n in parameters)
+    run.estimate([common], 0)
+    assert run.followed == []
 
 
 def test_the_measured_slope_is_that_of_the_losses() -> None:

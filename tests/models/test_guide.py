@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from zo_peft import UserError
 from zo_peft.core.batch import Batch
+from zo_peft.data import Collator
 from zo_peft.models.adapters import prepare, tuned_parameters
 from zo_peft.models.guide import ResidualGuide
 from zo_peft.models.loading import load_base
@@ -84,9 +85,9 @@ def gradients(model: PeftModel, objective: Any, given: Batch) -> dict[str, Tenso
 def read(model: PeftModel, objective: Any, given: Batch, **settings: Any) -> dict[str, Tensor]:
     """What a guide reads, which must not depend on what its first pass finds out."""
     guide = ResidualGuide(model, tuned_parameters(model), objective, **settings)
-    losses, first = guide.read(given)
+    losses, (first,) = guide.read(given)
     assert torch.equal(losses, objective.losses(model, given))
-    second = guide.read(given)[1]
+    (second,) = guide.read(given)[1]
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     return second
@@ -110,6 +111,24 @@ def test_reads_the_gradient_where_upper_layers_do_nothing(family: str) -> None:
     found = read(model, OptionObjective(), batch())
     assert len(found) == LAYERS * 6
     assert_near(found, gradients(model, OptionObjective(), batch()), ".0.", 1e-5)
+
+
+class LossOfOne(OptionObjective):
+    """The loss of one example of a batch."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def losses(self, model: nn.Module, given: Batch) -> Tensor:
+        return super().losses(model, given)[self.index, None]
+
+
+def test_reads_the_gradients_of_examples_by_themselves() -> None:
+    model = adapted(silenced(llama(), WRITERS["llama"]), QUERY_VALUE)
+    guide = ResidualGuide(model, tuned_parameters(model), OptionObjective())
+    _, found = guide.read(batch(rows=3), parts=3)
+    for index, mine in enumerate(found):
+        assert_near(mine, gradients(model, LossOfOne(index), batch(rows=3)), ".0.", 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +185,39 @@ def test_reads_the_gradient_where_rows_have_several_scored_positions(
     assert_near(found, gradients(model, objective, given), ".0.", 1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_few_rows_at_a_time_have_the_same_gradient(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(silenced(llama(), WRITERS["llama"]), QUERY_VALUE)
+    given = batch(scored=3, uneven=True)
+    true = gradients(model, CompletionObjective(), given)
+    monkeypatch.setattr("zo_peft.models.guide.TOKENS", rows * 11)
+    seen: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    guide = ResidualGuide(model, tuned_parameters(model), CompletionObjective())
+    losses, found = guide.read(given)
+    assert seen == {1: [1] * 5, 2: [2, 2, 1]}[rows]
+    torch.testing.assert_close(losses, CompletionObjective().losses(model, given))
+    assert_near(found, true, ".0.", 1e-5)
+
+
+def test_rows_of_options_are_scored_by_themselves() -> None:
+    features = [
+        {"prompt_ids": [5, 6, 7], "option_ids": [[8, 9], [10]], "label": 1},
+        {"prompt_ids": [9, 8], "option_ids": [[5], [6, 7, 8], [9]], "label": 2},
+        {"prompt_ids": [4], "option_ids": [[11, 12], [6]], "label": 0},
+    ]
+    whole = Collator(PAD, is_causal=True, shares_prompts=True)(features)
+    model, objective = llama(), OptionObjective()
+    expected = objective.losses(model, whole)
+    parts = [whole.of_rows(0, 1), whole.of_rows(1, 3)]
+    found = torch.cat([objective.losses(model, part) for part in parts])
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_head_gets_its_exact_policy_gradient() -> None:
     model = adapted(llama(), ["v_proj"], modules_to_save=["lm_head"])
     given = batch(scored=3) | {"advantages": torch.tensor([1.0, -0.5, 0.0, 2.0, -1.5])}
@@ -198,7 +250,7 @@ def test_the_dial_differentiates_so_many_layers_and_no_more(exact_layers: int) -
     guide = ResidualGuide(model, tuned_parameters(model), OptionObjective(), exact_layers)
     guide.read(batch())
     seen.clear()
-    found = guide.read(batch())[1]
+    (found,) = guide.read(batch())[1]
     below = LAYERS - exact_layers
     assert seen == [False] * below + [True] * exact_layers
     true = gradients(model, OptionObjective(), batch())

@@ -96,7 +96,7 @@ def test_what_is_read_is_kept(family: str, written: int, value_heads: int) -> No
     alone = query + value + written * WIDTH
     assert memory.kept(5, 9, 5, 1) == 4 * 5 * layers * alone
     tokens = WIDTH + 2 * value_heads * width
-    several = 35 * ((3 + written) * WIDTH + 9 * HEADS) + 5 * 9 * tokens
+    several = 35 * (3 + written) * WIDTH + 5 * 9 * tokens
     assert memory.kept(5, 9, 35, 1) == 4 * layers * several
     assert memory.kept(5, 9, 5, LAYERS) == 0
     assert memory.weights(5, 9, 7) == 2 * 4 * 5 * HEADS * 7 * 9

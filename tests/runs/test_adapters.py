@@ -287,7 +287,7 @@ def test_metrics_and_card_say_what_was_done(zo: Lines, files: Path, tmp_path: Pa
         assert f"{name}:" not in card
     assert found["settings"]["lora_r"] == 8
     assert found["settings"]["prompt_template"] == TEMPLATE
-    assert found["settings"]["label_words"] == LABEL_WORDS
+    assert found["settings"]["label_words"] == LABEL_WORDS.split(",")
     # A short run with gradients has no training log, and is shown all the same.
     zo("train", tmp_path / "adam", strategy="adam", learning_rate=None)
     settings = metrics(tmp_path / "adam")["settings"]

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from zo_peft import ZOConfig
 from zo_peft.cli import main
+from zo_peft.data.forms import question_of
 from zo_peft.errors import UserError
 from zo_peft.runs.earlier import options_of_run
 from zo_peft.tools.demo import EMBEDDED
@@ -296,8 +297,8 @@ def test_evaluate_reads_the_run_and_says_where_it_is_told_otherwise(
     assert json.loads(printed.out)["eval_loss"] != pytest.approx(metrics["eval_loss_after"])
     [line] = [line for line in printed.err.splitlines() if "unlike the run" in line]
     assert line == (
-        "unlike the run: max_length is 40 (was None); label_words is 'bad,good' (was "
-        f"'terrible,great'); model_name_or_path is '{MODEL}' (was '{folder / 'tiny'}')"
+        "unlike the run: max_length is 40 (was None); label_words is ['bad', 'good'] (was "
+        f"['terrible', 'great']); model_name_or_path is '{MODEL}' (was '{folder / 'tiny'}')"
     )
 
 
@@ -433,3 +434,20 @@ def test_the_commands_at_the_end_of_a_run_can_be_copied(
     assert len((folder / "predictions.csv").read_text().splitlines()) == ROWS + 1
     assert main(report[1:]) == 0
     assert push == ["zo-peft", "push", "a run", "you/a-run"]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}], "id": 7},
+            [{"role": "user", "content": "Hi"}],
+        ),
+        ({"instruction": "Add.", "input": "1 2"}, "### Instruction:\nAdd.\n\n### Input:\n1 2"),
+        ({"instruction": "Add.", "output": "3"}, "### Instruction:\nAdd.\n\n### Response:"),
+    ],
+)
+def test_rows_of_other_programs_are_asked_without_their_answers(row: Any, prompt: Any) -> None:
+    asked = question_of(row)
+    assert "completion" not in asked
+    assert prompt == asked["messages"] if "messages" in asked else prompt in asked["prompt"]

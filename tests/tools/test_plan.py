@@ -372,7 +372,9 @@ def test_adapters_of_all_kinds(peft_type: str) -> None:
 def test_the_default_strategy_is_that_of_a_trainer(settings: dict[str, Any], guided: bool) -> None:
     planner = Planner(ModelArguments(str(EMBEDDED), **settings), ZOConfig("out"))
     assert (planner.guide is not None) == guided == (planner.args.strategy == "guided")
-    assert Planner(planner.model, ZOConfig("out"), generates=True).guide is None
+    assert (Planner(planner.model, ZOConfig("out"), generates=True).guide is not None) == guided
+    greedy = ZOConfig("out", temperature=0.0)
+    assert Planner(planner.model, greedy, generates=True).guide is None
 
 
 @pytest.mark.parametrize("tune", ["scales", "weights"])

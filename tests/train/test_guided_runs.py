@@ -158,9 +158,9 @@ def test_without_anything_to_read_candidates_make_the_steps(
 class Uphill(ResidualGuide):
     """A guide that points the wrong way."""
 
-    def read(self, batch: Batch) -> tuple[Tensor, Gradients]:
-        losses, gradients = super().read(batch)
-        return losses, {name: -gradient for name, gradient in gradients.items()}
+    def read(self, batch: Batch, parts: int = 1) -> tuple[Tensor, list[Gradients]]:
+        losses, found = super().read(batch, parts)
+        return losses, [{name: -g for name, g in gradients.items()} for gradients in found]
 
 
 def test_a_guide_that_points_uphill_is_dropped(tmp_path: Path) -> None:

@@ -89,6 +89,27 @@ def test_learns_in_few_passes(tmp_path: Path) -> None:
     assert reward.tokens < 16 * reward_tuning.COMPLETION_TOKENS * 50
 
 
+@pytest.mark.parametrize(
+    ("adapter", "settings", "strategy"),
+    [
+        ("LoRA", {}, "guided"),
+        ("IA3", {}, "gv"),
+        ("LoRA", {"temperature": 0.0}, "gv"),
+        # The first guided step may take 72 forward passes.
+        ("LoRA", {"max_forward_passes": 72}, "guided"),
+        ("LoRA", {"max_forward_passes": 71}, "gv"),
+        ("LoRA", {"num_candidates": 6}, "gv"),
+    ],
+    ids=str,
+)
+def test_the_default_is_a_guide_that_reads(
+    adapter: str, settings: dict[str, Any], strategy: str, tmp_path: Path
+) -> None:
+    trainer = reward_tuning.make(adapter, tmp_path, strategy=None, **settings)
+    assert trainer.args.strategy == strategy
+    assert (trainer.guide is not None) == (strategy == "guided")
+
+
 def test_rewards_that_are_all_alike_move_nothing(tmp_path: Path) -> None:
     trainer = make(tmp_path, reward=alike, max_steps=3)
     before = theta(trainer)

@@ -12,6 +12,9 @@ IGNORE_INDEX = -100
 #: Losses [B], predictions and references.
 Prediction = tuple[Tensor, Tensor, Tensor]
 
+#: What a batch has of each scored position.
+SCORED = ("rows", "positions", "tokens", "token_options")
+
 
 class Batch(UserDict[str, Any]):
     """The tensors of a batch by name, and the sizes that can be read off them.
@@ -58,6 +61,21 @@ class Batch(UserDict[str, Any]):
                 start = counts[name] * torch.arange(times, device=value.device)
                 copies[name] += start.repeat_interleave(len(value))
         return copies
+
+    def of_rows(self, start: int, stop: int) -> "Batch":
+        """The rows from `start` up to `stop`, of a batch with one row for each example."""
+        found = Batch(self.data)
+        inside: slice | Tensor = slice(start, stop)
+        for name, value in self.items():
+            if isinstance(value, Tensor | list) and name not in SCORED:
+                found[name] = value[inside]
+        if "rows" in self:
+            inside = (self["rows"] >= start) & (self["rows"] < stop)
+            found |= {name: self[name][inside] for name in SCORED if name in self}
+            found["rows"] = found["rows"] - start
+        if "is_option" in self:
+            found["token_options"] = found["token_options"] - start * self["is_option"].shape[1]
+        return found
 
 
 class Objective(Protocol):

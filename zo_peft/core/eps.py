@@ -137,9 +137,11 @@ def choose(
 ) -> tuple[float, float]:
     """The largest eps whose error is tolerable, and its error.
 
-    Tolerable is an error of at most `tolerance`, or of `ABOVE_LEAST` times the least one. From an
-    error of 1 on there is no slope to see, as with accuracies: there only the least one is.
+    Tolerable is an error of at most `tolerance`, or of `ABOVE_LEAST` times the least one. Where all
+    are above 1, losses jump, as accuracies do: then the smallest eps that changes a loss.
     """
-    least = min(found)
-    limit = max(tolerance, least, min(ABOVE_LEAST * least, 1.0))
-    return [(eps, error) for eps, error in zip(ladder, found) if error <= limit][-1]
+    tried = list(zip(ladder, found))
+    limit = max(tolerance, min(ABOVE_LEAST * min(found), 1.0))
+    tolerable = [(eps, error) for eps, error in tried if error <= limit]
+    changing = [(eps, error) for eps, error in tried if math.isfinite(error)]
+    return (tolerable[-1:] or changing[:1] or tried[-1:])[0]

@@ -28,7 +28,6 @@ from zo_peft.core.flat_space import FlatSpace
 from zo_peft.core.lanes import replaced
 from zo_peft.core.noise import derive_seed
 from zo_peft.core.strategies import Estimate
-from zo_peft.core.updates import unit
 
 #: Gradients by parameter name, float32.
 Gradients = dict[str, Tensor]
@@ -38,9 +37,10 @@ EPS = 1e-2
 #: Along the guide, a check goes as far as should change the loss by this share of it.
 NEAR = 0.1
 #: A guide is followed if the slope of the loss along it is at least this share of what it promises
-#: (noise of its length keeps about 1 / sqrt(its numbers)) and at most promised / this share. It is
-#: dropped after two checks in a row that say otherwise.
-KEPT = 0.1
+#: (noise of its length keeps about 1 / sqrt(its numbers), and gradients of other examples or labels
+#: keep what these have in common) and at most promised / this share. It is dropped after two checks
+#: in a row that say otherwise.
+KEPT = 0.25
 #: The forward passes of a check, and the most that the first one takes to find its distance.
 CHECK_PASSES, FIRST_PASSES = 4, 12
 #: The steps from the first check to the second; from check to check they double.
@@ -165,8 +165,10 @@ class Guide(Protocol):
     def drawn(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         """The batches that it reads for those of a step."""
 
-    def read(self, batch: Batch) -> tuple[Tensor, Gradients]:
-        """The losses [B] of a batch, and gradients of their mean for the parameters it knows."""
+    def read(self, batch: Batch, parts: int = 1) -> tuple[Tensor, list[Gradients]]:
+        """The losses [B] of a batch, and for each of equal parts of its examples the gradients of
+        their mean, for the parameters it knows.
+        """
 
     def part(self, name: str) -> int:
         """The part of the model, for example the layer, to which a parameter belongs."""
@@ -177,9 +179,10 @@ class Guided:
     """Which parts of a guide are followed, and when it is checked again.
 
     A check compares losses on the batch that the guide has read, at both sides of `theta`: along
-    the guide, and along it with a random sign for each of its parts, which every example has of its
-    own where lanes allow it. That is four forward passes. The first check also measures how far
-    noise moves the losses.
+    the guide, and along it with a random sign for each of its parts. Every example has its own
+    signs and goes along its own gradient, where lanes allow it: what the examples have in common,
+    such as the frequency of labels, is soon learned and says little of the rest. That is four
+    forward passes. The first check also measures how far noise moves the losses.
 
     Attributes:
         followed: the parts whose measured slope agrees; none: candidates make the steps.
@@ -220,14 +223,15 @@ class Guided:
         are zero, as with rewards that are all alike; a check that is due waits for others.
         """
         batches = self.guide.drawn(batches)
-        loss, scale, gradients = self._read(batches)
+        parts = self.evaluator.parts(batches) if number >= self.due else 1
+        loss, scale, gradients, own = self._read(batches, parts)
         size = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
         sound, chosen = bool(gradients) and math.isfinite(size), dict[str, Any]()
         if sound and not number:
             self._find_distance(batches)
         if number >= self.due and (size or not gradients):
             self.due = number + self.wait
-            chosen["guide"] = self._check(batches, number, scale, gradients) if sound else {}
+            chosen["guide"] = self._check(batches, number, scale, own) if sound else {}
         followed = self.followed if size else []
         known = {n: g for n, g in gradients.items() if self.guide.part(n) in followed}
         found = Estimate(Direction(), size, (loss,), sensitivity=self.sensitivity, gradients=known)
@@ -281,60 +285,90 @@ class Guided:
         """The parameters that the guide does not know."""
         return self.evaluator.space.parameters.keys() - set(self.known)
 
-    def _read(self, batches: Sequence[Batch]) -> tuple[float, float, Gradients]:
-        """The mean loss, the mean size of losses, and the gradients."""
+    def _read(
+        self, batches: Sequence[Batch], parts: int
+    ) -> tuple[float, float, Gradients, list[Gradients]]:
+        """The mean loss, the mean size of losses, the gradients, and those of each part; parts that
+        other ranks have are empty.
+        """
         losses: list[Tensor] = []
-        sums: Gradients = {}
+        sums, own = Gradients(), [Gradients() for _ in range(parts)]
         for index, batch in enumerate(batches):
-            loss, gradients = self.guide.read(batch)
-            own = torch.stack([loss.mean(), loss.abs().mean()])
+            first, last, _ = batch.share or (0, parts, parts)
+            mine = own[first:last] if parts > 1 else own
+            loss, found = self.guide.read(batch, max(1, len(mine)))
+            whole, count = Gradients(), len(found)
+            for part in found:
+                add(whole, part, 1.0 / count)
+            for gradients in mine:
+                # One at a time, so that no part is held twice.
+                add(gradients, found.pop(0), 1.0 / len(batches))
             mean, *shares = self.evaluator.ranks.mean(
-                [own, *(gradients[name] for name in sorted(gradients))], batch
+                [torch.stack([loss.mean(), loss.abs().mean()]), *whole.values()], batch
             )
             losses.append(mean.double())
-            for name, share in zip(sorted(gradients), shares):
-                sums[name] = sums.get(name, 0.0) + share / len(batches)
+            add(sums, dict(zip(whole, shares)), 1.0 / len(batches))
             # A run that goes on from a checkpoint looks again, and has counted that before.
             passes = self.guide.passes + self.guide.looked * (not index and not self.known)
             self.evaluator.forward_passes += passes
             self.evaluator.examples_forwarded += passes * batch.examples
         self.known = sorted(sums)
         mean, scale = torch.stack(losses).mean(dim=0).tolist()
-        return mean, scale, sums
+        return mean, scale, sums, own
 
     def _check(
-        self, batches: Sequence[Batch], number: int, scale: float, gradients: Gradients
+        self, batches: Sequence[Batch], number: int, scale: float, own: Sequence[Gradients]
     ) -> dict[str, Any]:
-        """Measure the slope of the loss along each part, and follow those that agree."""
-        space, evaluator = self.evaluator.space, self.evaluator
-        assert isinstance(space, FlatSpace)
-        examples = evaluator.parts(batches)
-        parts = sorted({self.guide.part(name) for name in gradients})
-        groups = _grouped(parts, max(1, examples // 2))
-        units = [
-            {n: unit(g) for n, g in gradients.items() if self.guide.part(n) in group}
-            for group in groups
-        ]
-        promised = [sum((u * gradients[n]).sum().item() for n, u in unit.items()) for unit in units]
+        """Measure the slope of the loss along each part of the model; follow those that agree."""
+        parts = [self.guide.part(name) for name in self.known]
+        groups = _grouped(sorted(set(parts)), max(1, len(own) // 2))
+        members = torch.tensor([[part in group for part in parts] for group in groups]).double()
         generator = torch.Generator().manual_seed(derive_seed(self.seed, number, -4) % 2**62)
-        signs = torch.randint(2, (examples, len(groups)), generator=generator) * 2.0 - 1.0
-        whole_promise = sum(promised)
-        near = min(self.eps, NEAR * scale / whole_promise) if whole_promise else self.eps
-        with space.vectors(units) as along:
-            one = near * Direction.combine(along, [1.0] * len(along))
-            mixes = [near * Direction.combine(along, own) for own in signs.tolist()]
-            points = [[one, -one, mix, -mix] for mix in mixes]
-            found = self._losses(self.guide.objective, points, batches)
-        slopes = (found[:, ::2] - found[:, 1::2]) / (2 * near)
-        own, covariances = _least_squares(signs.double(), slopes[:, 1])
-        agrees = own + 2 * covariances.diagonal().sqrt() > 0
+        signs = torch.randint(2, (len(own), len(groups)), generator=generator).double() * 2 - 1
+        promised, slopes = self._slopes(batches, scale, own, signs @ members)
+        promised = members @ promised
+        measured, covariances = _least_squares(signs, slopes[:, 1])
+        agrees = measured + 2 * covariances.diagonal().sqrt() > 0
         # The sum is measured much better than its parts.
-        whole = slopes[:, 0].mean().item() - own[~agrees].sum().item()
-        error, promise = covariances.sum().sqrt().item(), sum(compress(promised, agrees))
+        whole = (slopes[:, 0].mean() - measured[~agrees].sum()).item()
+        error, promise = covariances.sum().sqrt().item(), promised[agrees].sum().item()
         believed = KEPT * promise < whole < promise / KEPT
         agree = sorted(part for group in compress(groups, agrees) for part in group)
         self.followed = self._judged(agree if believed else [], number)
         return {"slope": whole, "promised": promise, "error": error, "followed": self.followed}
+
+    def _slopes(
+        self, batches: Sequence[Batch], scale: float, own: Sequence[Gradients], signs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The slopes along the gradients that each part of the batches has of its own, with every
+        tensor at a root mean square of 1: those that are promised and those of the losses.
+
+        Args:
+            signs: of each part and each of the N tensors that are known, [G, N].
+
+        Returns:
+            What is promised of each tensor, a mean over parts [N]; and for each part how its loss
+            changes along its gradients, and along them with its signs [G, 2].
+        """
+        space, ranks = self.evaluator.space, self.evaluator.ranks
+        assert isinstance(space, FlatSpace)
+        vectors = [{n: g[n]} if n in g else {} for g in own for n in self.known]
+        norms = [sum(tensor.norm().item() for tensor in vector.values()) for vector in vectors]
+        sizes = torch.tensor(norms).double().view(signs.shape)
+        roots = torch.tensor([space.parameters[n].numel() for n in self.known]).double().sqrt()
+        mine = max(1, sum(map(bool, own)))
+        (promised,) = ranks.mean([roots * sizes.sum(dim=0) / mine], batches[0])
+        whole = promised.sum().item()
+        near = min(self.eps, NEAR * scale / whole) if whole else self.eps
+        lengths = near * (roots / sizes).nan_to_num(posinf=0.0)
+        points = []
+        with space.vectors(vectors) as seeds:
+            for part, (one, mix) in enumerate(zip(lengths.tolist(), (lengths * signs).tolist())):
+                along = seeds[part * len(roots) : (part + 1) * len(roots)]
+                lines = [Direction.combine(along, weights) for weights in (one, mix)]
+                points.append([point for line in lines for point in (line, -line)])
+            found = self._losses(self.guide.objective, points, batches)
+        return promised.double(), (found[:, ::2] - found[:, 1::2]) / (2 * near)
 
     def _judged(self, agree: list[int], number: int) -> list[int]:
         """The parts to follow after a check, and when the next one is due."""
@@ -390,3 +424,9 @@ def _least_squares(signs: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     free = len(values) - len(slopes)
     variance = (values - signs @ slopes).square().sum() / free if free > 0 else 0.0
     return slopes, variance * torch.linalg.pinv(signs.T @ signs)
+
+
+def add(sums: Gradients, gradients: Gradients, scale: float) -> None:
+    """Add gradients times a factor to others."""
+    for name, gradient in gradients.items():
+        sums[name] = sums.get(name, 0.0) + scale * gradient

@@ -243,13 +243,17 @@ def _message(value: Any) -> dict[str, Any]:
 
 def _conversation(row: Row) -> Row:
     """Messages; the turns behind the last one of the assistant teach nothing, and are left out."""
-    what = "turns with from and value"
-    turns = read("conversations", row["conversations"], lambda value: _listed(value, _turn, what))
+    turns = _turns(row)
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()
     if not turns:
         raise UserError("column 'conversations' has no turn of gpt to learn from; drop the row")
     return {"messages": turns, **({"tools": row["tools"]} if row.get("tools") else {})}
+
+
+def _turns(row: Row) -> list[dict[str, Any]]:
+    what = "turns with from and value"
+    return read("conversations", row["conversations"], lambda value: _listed(value, _turn, what))
 
 
 def _turn(value: Any) -> dict[str, Any]:
@@ -302,12 +306,11 @@ OTHERS: dict[Form, tuple[Form, Callable[[Row], Row]]] = {
 
 def question_of(row: Row) -> Row:
     """The row in a form of ours without its answer, if it is in one of another program's."""
-    for first in ("conversations", "instruction"):
-        if row.get(first) is not None:
-            beside = {n for form, (names, _) in OTHERS.items() if form[0] == first for n in names}
-            convert = next(convert for form, (_, convert) in OTHERS.items() if form[0] == first)
-            asked = {n: v for n, v in row.items() if n in {first, *beside} and v is not None}
-            return {n: v for n, v in convert(asked).items() if v is not None}
+    if row.get("conversations") is not None:
+        return {"messages": _turns(row), **({"tools": row["tools"]} if row.get("tools") else {})}
+    if row.get("instruction") is not None:
+        given = {n: row[n] for n in ("instruction", "input", "context") if row.get(n) is not None}
+        return {"prompt": _instruction(given)["prompt"]}
     return row
 
 

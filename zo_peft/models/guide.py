@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from zo_peft.core.batch import Batch, Objective
-from zo_peft.core.guide import Gradients, low_rank
+from zo_peft.core.guide import Gradients, add, low_rank
 from zo_peft.core.lanes import replaced
 from zo_peft.errors import UserError
 from zo_peft.models.feedback import Feedback, PostNorm, linears_of, through_linear
@@ -30,6 +30,9 @@ from zo_peft.models.trunk import first_of, hidden_of, layers_of, with_hidden
 #: A module writes into the residual stream if its layer's output follows it: the least cosine of
 #: what it is displaced by and of what the layer's output is displaced by.
 FOLLOWS = 0.3
+#: Rows with several scored positions are read together up to so many tokens, longer ones alone:
+#: something is kept of all their tokens.
+TOKENS = 512
 #: By what share of the standard deviation of its layer's output a module is displaced for that.
 DISPLACED = 0.1
 
@@ -100,28 +103,62 @@ class ResidualGuide:
         """The batches themselves."""
         return batches
 
+    def read(self, batch: Batch, parts: int = 1) -> tuple[Tensor, list[Gradients]]:
+        """The losses [B] of a batch, and for each of equal parts of its examples the gradients of
+        their mean loss, by name. Parts are one, or as many as examples.
+        """
+        pieces = self._pieces(batch)
+        whole = parts == 1 < len(pieces)
+        losses: list[Tensor] = []
+        found = [Gradients()] if whole else []
+        for piece in pieces:
+            own, gradients = self._read(piece, max(1, parts * piece.rows // batch.rows))
+            losses.append(own)
+            if whole:
+                add(found[0], gradients[0], piece.rows / batch.rows)
+            else:
+                found += gradients
+        return torch.cat(losses), found
+
+    def _pieces(self, batch: Batch) -> list[Batch]:
+        """A batch in pieces that are read one after the other, where rows can be told apart."""
+        rows, length = batch["input_ids"].shape
+        apart = getattr(self.objective, "repeatable", False) and rows == len(batch["labels"])
+        if Scored(batch).single or not apart:
+            return [batch]
+        count = rows_at_once(length)
+        return [batch.of_rows(start, start + count) for start in range(0, rows, count)]
+
+    # Within a pass gradients are enabled above its leaf.
     @torch.no_grad()
-    def read(self, batch: Batch) -> tuple[Tensor, Gradients]:
-        """The losses [B] of a batch, and the gradients of their mean, by name."""
+    def _read(self, batch: Batch, parts: int) -> tuple[Tensor, list[Gradients]]:
         reading = _Pass(self, batch)
         with reading.hooks():
             losses = self.objective.losses(self.model, batch)
-        wanted = [reading.leaf, *self._above.values()]
-        errors, *exact = torch.autograd.grad(losses.mean(), wanted, allow_unused=True)
-        gradients = {n: g.float() for n, g in zip(self._above, exact) if g is not None}
-        errors = reading.scored.of(errors).float()
-        errors_at = reading.feedback.down(errors)
-        # Some models carry several residual streams a token, of which nothing is read.
-        for module, read in reading.readings if errors.dim() == 2 else ():
-            for parameter, gradient in read(errors_at(module)):
-                if (name := self.names.get(id(parameter))) is not None:
-                    gradients[name] = gradients.get(name, 0.0) + gradient
+        found = [self._gradients(reading, part.mean()) for part in losses.chunk(parts)]
         if self.first:
             roles = self.roles.values()
             needed = self.writers.union(*({r.value, r.query, r.out} for r in roles if r.agrees))
             self.watched = [module for module in self.watched if module in needed]
         self.first, self.looked = False, math.ceil(self.layer_runs / self._depth)
-        return losses.detach(), gradients
+        return losses.detach(), found
+
+    def _gradients(self, reading: "_Pass", loss: Tensor) -> Gradients:
+        """The gradients of a loss of the pass."""
+        wanted = [reading.leaf, *self._above.values()]
+        errors, *exact = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+        gradients = {n: g.float() for n, g in zip(self._above, exact) if g is not None}
+        errors = reading.scored.of(errors).float()
+        errors_at = reading.feedback.down(errors)
+        for module, read in reading.readings:
+            # Some models carry several residual streams a token, and some layers one of their own;
+            # of these nothing is read.
+            if errors.shape[1:] != (module.out_features,):
+                continue
+            for parameter, gradient in read(errors_at(module)):
+                if (name := self.names.get(id(parameter))) is not None:
+                    gradients[name] = gradients.get(name, 0.0) + gradient
+        return gradients
 
 
 def may_read(model: PeftModel, tuned: Mapping[str, nn.Parameter]) -> bool:
@@ -139,6 +176,11 @@ def may_read(model: PeftModel, tuned: Mapping[str, nn.Parameter]) -> bool:
     ids = set(map(id, tuned.values()))
     loras = (module for layer in layers for module in layer.modules() if is_plain_lora(module))
     return any(id(p) in ids for lora in loras for p in lora_parameters(lora))
+
+
+def rows_at_once(length: int) -> int:
+    """How many rows of so many tokens are read together, where they have several positions."""
+    return max(1, TOKENS // length)
 
 
 class _Pass:
@@ -201,9 +243,14 @@ class _Pass:
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Find the writers among a layer's LoRAs that no attention has taken."""
-        inputs, self._inputs = self._inputs, {}
-        width = hidden_of(*args, **kwargs).shape[-1]
-        modules = [module for module in inputs if module.out_features == width]
+        inputs, outputs = self._inputs, self._outputs
+        self._inputs, self._outputs = {}, {}
+        hidden = hidden_of(*args, **kwargs)
+        modules = [
+            module
+            for module in inputs
+            if module.out_features == hidden.shape[-1] and outputs[module].numel() == hidden.numel()
+        ]
         with replaced([(self, "_still", True)]):
             found = list(_writers(layer, modules, args, kwargs))
         self.guide.writers |= set(found)

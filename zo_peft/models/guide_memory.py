@@ -62,7 +62,7 @@ class GuideMemory:
         for layer in self._kept[: self.layers - exact_layers]:
             total += positions * (layer.alone if single else layer.scored)
             if not single:
-                total += batch * length * layer.tokens + positions * length * layer.weights
+                total += batch * length * layer.tokens
         return total
 
     def weights(self, batch: int, length: int, scored: int) -> int:
@@ -89,13 +89,11 @@ class _Kept:
     Attributes:
         alone: of a scored position that is the only one of its row.
         scored: of a scored position where rows have several; `tokens`: of any token then.
-        weights: of a scored position and a token that it sees.
     """
 
     alone: int = 0
     scored: int = 0
     tokens: int = 0
-    weights: int = 0
 
 
 class _Pass:
@@ -168,6 +166,7 @@ class _Pass:
         _, self.heads, _, width = query.shape
         made = [_leaves(tensor) for tensor in (query, key, value)]
         size, kept = query.element_size(), self.kept[-1]
+        before = kept.tokens
         for lora in _loras(module):
             ids = {id(p) for p in lora.parameters()}
             of_query, of_key, of_value = (not ids.isdisjoint(leaves) for leaves in made)
@@ -175,14 +174,15 @@ class _Pass:
                 self._attended.add(id(lora))
             if of_query:
                 kept.alone += size * (self.heads * width * (width + 2) + lora.in_features)
-                kept.scored += size * (self.heads * width * 2 + lora.in_features)
-                kept.tokens += size * 2 * key.shape[1] * width
+                kept.scored += size * (self.heads * width + lora.in_features)
+                kept.tokens += size * key.shape[1] * width
             elif of_value:
                 kept.alone += size * self.heads * lora.in_features
                 kept.tokens += size * lora.in_features
-            if of_query or of_value:
-                # Both keep the same weights.
-                kept.weights = size * self.heads
+        if kept.tokens > before:
+            # From these the attention weights are computed.
+            kept.scored += size * self.heads * width
+            kept.tokens += size * key.shape[1] * width
         if self._prefix:
             numbers = size * self.heads * (2 * width + self._prefix)
             kept.alone, kept.scored = kept.alone + numbers, kept.scored + numbers

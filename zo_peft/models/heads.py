@@ -56,13 +56,50 @@ class Scored:
         return [(slice(row, row + 1), self.positions[self.rows == row][None]) for row in rows]
 
 
+@dataclass(frozen=True)
+class Attended:
+    """What R rows of an attention see at n scored positions each.
+
+    Attributes:
+        query, key: [R, heads, n, width] and [R, groups, S, width].
+        mask: of all positions, as of `Heads`, for these rows; `where` are those of these, [R, n].
+        last: of a causal attention without a mask, the last key that each position sees, [R, n].
+    """
+
+    rows: slice
+    query: Tensor
+    key: Tensor
+    where: Tensor
+    mask: Tensor | None
+    last: Tensor | None
+    scaling: float
+
+    def weights(self) -> Tensor:
+        """[R, heads, n, S], computed anew each time: kept, they would be most of all that is."""
+        scores = _grouped(self.query, self.key.transpose(2, 3)).float() * self.scaling
+        total = scores.shape[-1]
+        if self.last is not None:
+            seen = torch.arange(total, device=scores.device) <= self.last[:, None, :, None]
+            scores = scores.masked_fill(~seen, -torch.inf)
+        elif self.mask is not None:
+            seen = _at(self.mask, self.where)[..., :total]
+            boolean = seen.dtype == torch.bool
+            scores = scores.masked_fill(~seen, -torch.inf) if boolean else scores + seen
+        return scores.softmax(dim=-1).to(self.query.dtype)
+
+    @property
+    def flat(self) -> Tensor:
+        """The queries in the order of `Scored.of`, [R * n, heads, width]."""
+        return self.query.transpose(1, 2).flatten(0, 1)
+
+
 class Heads:
     """One call of an attention.
 
     Args:
         module: the attention, which says whether it is causal where there is no mask.
         query, key, value: [B, heads, T or S, width]; key and value may have fewer heads.
-        mask: [B or 1, 1 or heads, T, S], added to the scores or True where a position is seen.
+        mask: [B or 1, 1 or heads, T or 1, S], added to the scores or True where a position is seen.
     """
 
     def __init__(
@@ -79,19 +116,14 @@ class Heads:
         self.heads, self.shared = query.shape[1], query.shape[1] // key.shape[1]
         self.query, self.key, self.value = query, key, value
         length, total = query.shape[2], key.shape[2]
-        if mask is None and length > 1 and getattr(module, "is_causal", False):
-            mask = torch.ones(length, total, dtype=torch.bool, device=query.device)
-            mask = mask.tril(total - length)[None, None]
-        self.weights: list[tuple[slice, Tensor]] = []
+        causal = mask is None and length > 1 and getattr(module, "is_causal", False)
+        self.attended: list[Attended] = []
         for rows, positions in scored.chunks():
             where = positions + length - scored.length
+            own = None if mask is None else mask.expand(len(query), -1, length, -1)[rows]
+            last = where + total - length if causal else None
             picked = _at(query[rows], where)
-            scores = _grouped(picked, key[rows].transpose(2, 3)).float() * self.scaling
-            if mask is not None:
-                seen = _at(mask.expand(len(query), -1, -1, -1)[rows], where)[..., :total]
-                boolean = seen.dtype == torch.bool
-                scores = scores.masked_fill(~seen, -torch.inf) if boolean else scores + seen
-            self.weights.append((rows, scores.softmax(dim=-1).to(query.dtype)))
+            self.attended.append(Attended(rows, picked, key[rows], where, own, last, self.scaling))
 
     def mix(self, x: Tensor) -> Tensor:
         """Sums over S with the weights of each scored position and head: [N, heads, c].
@@ -100,7 +132,7 @@ class Heads:
             x: [B, S, c], or [B, heads, S, c]; it may have fewer heads.
         """
         x = x[:, None] if x.dim() == 3 else x
-        sums = [_grouped(weights, x[rows].to(weights)) for rows, weights in self.weights]
+        sums = [_grouped(p.weights(), x[p.rows].to(p.query)) for p in self.attended]
         return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in sums])
 
     @property
@@ -114,7 +146,7 @@ class Heads:
         Where rows have one scored position, what is kept of x are its sums by head.
         """
         # What reads later must not hold more of this attention than it needs.
-        heads, weights, shape = self.heads, self.weights, self.value.shape
+        heads, attended, shape = self.heads, self.attended, self.value.shape
         parameters = lora_parameters(module)
         inputs = self.mix(x) if self.scored.single else x.flatten(0, 1)
 
@@ -124,8 +156,8 @@ class Heads:
 
         def read_several(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
             own = torch.zeros(shape, device=errors.device)
-            for rows, part, e in _by_rows(errors, weights, heads):
-                own[rows] = at_values(e, part, shape[1])
+            for part, e in _by_rows(errors, attended, heads):
+                own[part.rows] = at_values(e, part.weights().float(), shape[1])
             own = own.transpose(1, 2).flatten(2).flatten(0, 1)
             return list(zip(parameters, low_rank(own, inputs.float(), *lora_factors(module))))
 
@@ -136,19 +168,18 @@ class Heads:
 
         Where a row has one scored position, what carries them is kept, else keys and values are.
         """
-        weights, heads, scaling = self.weights, self.heads, self.scaling
-        key, value = self.key, self.value
+        attended, heads, scaling, value = self.attended, self.heads, self.scaling, self.value
         if self.scored.single:
-            ((_, alone),) = weights
-            carried = covariance(alone[:, :, 0], self._repeated(key), self._repeated(value))
+            alone = attended[0].weights()[:, :, 0]
+            carried = covariance(alone, self._repeated(self.key), self._repeated(value))
             return lambda errors: (
                 scaling * (carried.float() @ _by_head(errors, heads)[..., None])[..., 0]
             )
 
         def carry(errors: Tensor) -> Tensor:
             found = [
-                at_queries(e, part, key[rows].float(), value[rows].float())
-                for rows, part, e in _by_rows(errors, weights, heads)
+                at_queries(e, p.weights().float(), p.key.float(), value[p.rows].float())
+                for p, e in _by_rows(errors, attended, heads)
             ]
             return scaling * torch.cat([own.transpose(1, 2).flatten(0, 1) for own in found])
 
@@ -158,10 +189,10 @@ class Heads:
         """The gradients of a LoRA on the queries, whose input and output are x and `made`."""
         carry = self._carry_to_queries()
         before = _by_head(self.scored.of(made), self.heads)
-        after = self.scored.of(self.query.transpose(1, 2))
-        inputs, parameters = self.scored.of(x), lora_parameters(module)
+        inputs, parameters, attended = self.scored.of(x), lora_parameters(module), self.attended
 
         def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+            after = torch.cat([part.flat for part in attended])
             own = unrotated(carry(errors), before.float(), after.float()).flatten(1)
             return list(zip(parameters, low_rank(own, inputs.float(), *lora_factors(module))))
 
@@ -175,9 +206,9 @@ class Heads:
         """The gradient of a prefix, whose keys and values stand in front of those of the tokens."""
         count = model.active_peft_config.num_virtual_tokens
         parameter = model.prompt_encoder[model.active_adapter].embedding.weight
-        kept = [weights[..., :count].transpose(1, 2).flatten(0, 1) for _, weights in self.weights]
+        kept = [p.weights()[..., :count].transpose(1, 2).flatten(0, 1) for p in self.attended]
         weights, outputs = torch.cat(kept), self.outputs
-        queries = self.scored.of(self.query.transpose(1, 2))
+        queries = torch.cat([part.flat for part in self.attended])
         values = self._repeated(self.value[:1, :, :count])[0].clone()
         heads, shared, scaling = self.heads, self.shared, self.scaling
 
@@ -250,12 +281,12 @@ def _grouped(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _by_rows(
-    errors: Tensor, weights: Sequence[tuple[slice, Tensor]], heads: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows, their weights in float32, and errors [R, heads, n, width] of [N, heads * width]."""
-    sizes = [part.shape[0] * part.shape[2] for _, part in weights]
-    for (rows, part), own in zip(weights, _by_head(errors, heads).split(sizes)):
-        yield rows, part.float(), own.unflatten(0, (len(part), -1)).transpose(1, 2)
+    errors: Tensor, attended: Sequence[Attended], heads: int
+) -> Iterator[tuple[Attended, Tensor]]:
+    """Parts of an attention, and the errors [R, heads, n, width] there of [N, heads * width]."""
+    sizes = [part.where.numel() for part in attended]
+    for part, own in zip(attended, _by_head(errors, heads).split(sizes)):
+        yield part, own.unflatten(0, (len(part.where), -1)).transpose(1, 2)
 
 
 def lora_parameters(module: Any) -> list[nn.Parameter]:

@@ -29,7 +29,7 @@ from zo_peft.core.strategies import STRATEGIES
 from zo_peft.core.updates import RULES
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import add_adapter, unreadable_adapter
-from zo_peft.models.guide import may_read
+from zo_peft.models.guide import may_read, rows_at_once
 from zo_peft.models.guide_memory import GuideMemory
 from zo_peft.models.hub import LOAD_ERRORS, AnyModel, public_name
 from zo_peft.models.loading import check_4bit_widths, meta_base
@@ -39,6 +39,7 @@ from zo_peft.objectives.rewards import generates
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.train.checks import GUIDED
 from zo_peft.train.config import ZOConfig
+from zo_peft.train.policy import may_draw
 
 #: Bytes of a GPU that CUDA's context takes, or that the allocator holds and cannot use.
 RESERVED = 1 << 30
@@ -134,7 +135,8 @@ class Planner:
         self.guide = self._guide() if args.strategy == GUIDED else None
 
     def _is_read(self, tuned: AnyModel) -> bool:
-        return not self.generates and may_read(tuned, self.space.parameters)
+        known = not self.generates or may_draw(self.args.temperature, self.args)
+        return known and may_read(tuned, self.space.parameters)
 
     def _guide(self) -> GuideMemory:
         model, args = self.model, self.args
@@ -219,8 +221,9 @@ class Planner:
             read = 4 * self.tuned
         return self._memory(
             (self.weights, 4 * self.tuned * copies, candidates, activations, kept, logits),
-            # A check holds what was read, and its directions.
-            max(2 * read + candidates + max(activations, logits, noise), read + reading),
+            # A check holds what was read of each part of the batch, too.
+            read * (1 + self._parts(batch))
+            + max(candidates + max(activations, logits, noise), reading),
             read + fit.adapter + noise,
             self._evaluation(eval_batch, length, fit.size),
         )
@@ -229,9 +232,11 @@ class Planner:
         self, guide: GuideMemory, batch: int, length: int, exact_layers: int
     ) -> tuple[int, int]:
         """What a pass that the guide reads keeps of the layers, and all that it holds."""
-        fit, scored = self.fit, self._scored(batch, length)
-        positions = scored or batch * length
+        fit, positions = self.fit, self._scored(batch, length) or batch * length
         single = positions == batch
+        if not single:
+            batch = min(batch, rows_at_once(length))
+            positions = self._scored(batch, length) or batch * length
         # The errors there are twice in float32: as they are, and taken down.
         kept = guide.kept(batch, length, positions, exact_layers) + guide.graph(
             batch, length, exact_layers
@@ -241,7 +246,7 @@ class Planner:
         if not single and exact_layers < guide.layers:
             layer += guide.weights(batch, length, positions // batch)
         # The gradient of the logits is there in float32, too, beside the loss and its gradient.
-        return kept, kept + max(layer, fit.logits(scored) * 3 // 2)
+        return kept, kept + max(layer, fit.logits(self._scored(batch, length)) * 3 // 2)
 
     def with_gradients(self, batch: int, length: int) -> Memory:
         """The memory of a run that tunes the same adapter with back-propagation.

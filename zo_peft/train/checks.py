@@ -130,7 +130,7 @@ def default_strategy(config: "ZOConfig") -> str:
     given = any(getattr(config, name) != defaults[name] for name in OF_CANDIDATES)
     short = FIRST_GUIDED * config.gradient_accumulation_steps
     few = config.max_forward_passes is not None and config.max_forward_passes < short
-    other = config.tune != "adapter" or config.objective is not None
+    other = config.tune != "adapter" or config.objective == "accuracy"
     return "gv" if given or few or other or config.update_rule in ALONG_CANDIDATES else GUIDED
 
 

@@ -214,7 +214,8 @@ class ZOConfig(TrainingArguments):
         ):
             # transformers takes `logging_steps`, which as a share fits no number of steps.
             self.eval_steps: float | None = self.save_steps
-        self.strategy_is_default = self.strategy is None
+        # Exact layers are only read by a guide, and it reads all that is in them.
+        self.strategy_is_default = self.strategy is None and not self.exact_layers
         if self.strategy is None:
             self.strategy = checks.default_strategy(self)
         checks.choose_noise(self)

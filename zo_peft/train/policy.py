@@ -19,10 +19,20 @@ from zo_peft.data.collate import drawn_batch
 from zo_peft.errors import UserError
 from zo_peft.models.guide import ResidualGuide
 from zo_peft.objectives.rewards import RewardObjective
-from zo_peft.objectives.scoring import CompletionObjective, PolicyObjective
+from zo_peft.objectives.scoring import PolicyObjective, SequenceObjective
+from zo_peft.train.checks import FIRST_GUIDED
+from zo_peft.train.config import ZOConfig
 
 #: The completions of each prompt, which are compared with each other.
 COMPLETIONS = 4
+
+
+def may_draw(temperature: float, config: ZOConfig) -> bool:
+    """Whether completions of a prompt differ, and the budget has room for a first guided step."""
+    # They are drawn before they are read.
+    first = COMPLETIONS * (FIRST_GUIDED + 1) * config.gradient_accumulation_steps
+    budget = config.max_forward_passes
+    return temperature > 0 and (budget is None or budget >= first)
 
 
 class PolicyGuide(ResidualGuide):
@@ -47,7 +57,7 @@ class PolicyGuide(ResidualGuide):
                 "not do; give another temperature, or strategy='gv'"
             )
         super().__init__(model, tuned, PolicyObjective(rewards.temperature), exact_layers)
-        self.rewards, self.in_nats, self.draws = rewards, CompletionObjective(), COMPLETIONS
+        self.rewards, self.in_nats, self.draws = rewards, SequenceObjective(), COMPLETIONS
         # Completions of a batch count as one forward pass, as those of a candidate do.
         self.passes += 1
 
@@ -55,9 +65,9 @@ class PolicyGuide(ResidualGuide):
         """The prompts with completions, their `losses` [B] and `advantages` [B]."""
         return [drawn for batch in batches for drawn in self._drawn(batch)]
 
-    def read(self, batch: Batch) -> tuple[Tensor, Gradients]:
+    def read(self, batch: Batch, parts: int = 1) -> tuple[Tensor, list[Gradients]]:
         """The losses [B] of a batch that was drawn, and policy gradients by name."""
-        return batch["losses"], super().read(batch)[1]
+        return batch["losses"], super().read(batch, parts)[1]
 
     def _drawn(self, batch: Batch) -> list[Batch]:
         completed, losses = [], []

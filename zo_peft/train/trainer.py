@@ -48,7 +48,7 @@ from zo_peft.train import checkpoint
 from zo_peft.train.checkpoint import CheckpointTrainer
 from zo_peft.train.checks import GRADIENT, GUIDED, check_first_guided, default_budget
 from zo_peft.train.config import ZOConfig
-from zo_peft.train.policy import PolicyGuide
+from zo_peft.train.policy import PolicyGuide, may_draw
 
 #: How far a random walk of all steps would move the loss of an example, in nats, with the automatic
 #: learning rate (docs/efficiency.md).
@@ -146,9 +146,11 @@ class ZOTrainer(CheckpointTrainer):
         return passes * guided.guide.draws * guided.guide.passes if guided is not None else passes
 
     def _guide_reads(self) -> bool:
-        return isinstance(self.objective, DIFFERENTIABLE) and may_read(
-            self.model, self.space.parameters
-        )
+        objective = self.objective
+        known = isinstance(objective, DIFFERENTIABLE)
+        if isinstance(objective, RewardObjective):
+            known = may_draw(objective.temperature, self.args)
+        return known and may_read(self.model, self.space.parameters)
 
     def _guide(self) -> ResidualGuide:
         args, objective = self.args, self.objective
