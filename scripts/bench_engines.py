@@ -29,7 +29,8 @@ from zo_peft.core.direction import Direction
 from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.flat_space import FlatSpace
 from zo_peft.data.collate import Collator
-from zo_peft.engines.served import host_of, load_served
+from zo_peft.engines.served import evaluator_of as served_evaluator_of
+from zo_peft.engines.served import load_served
 from zo_peft.models.adapters import tuned_parameters
 from zo_peft.models.recipe import evaluator_of
 from zo_peft.objectives.scoring import CompletionObjective
@@ -89,7 +90,7 @@ def speed(model: Any, bases: dict[tuple[Any, str], str], folder: str) -> None:
         for name, parameter in tuned_parameters(served).items():
             parameter.data.copy_(tuned[name])
         space = FlatSpace(tuned_parameters(served))
-        evaluator = Evaluator(served, space, objective, host_of(served, space))
+        evaluator = served_evaluator_of(served, space, objective)
         losses, seconds, around = measure(evaluator, batch)
         off = f"{(losses - expected).abs().max():.1e}" if kind in FLOAT else ""
         row = f"{seconds:.2f}", f"{ours / seconds:.1f}", f"{100 * around:.0f}%", off

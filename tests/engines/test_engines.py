@@ -33,7 +33,8 @@ from zo_peft.core.flat_space import FlatSpace
 from zo_peft.data.collate import Collator
 from zo_peft.engines import check, llamacpp
 from zo_peft.engines.engine import installed
-from zo_peft.engines.served import host_of, load_served
+from zo_peft.engines.served import evaluator_of as served_evaluator_of
+from zo_peft.engines.served import load_served
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import tuned_parameters
 from zo_peft.models.recipe import evaluator_of
@@ -101,8 +102,7 @@ def pair(folder: Path, engine: Any, name: str, kind: str) -> tuple[PeftModel, Pe
 
 
 def in_engine(served: PeftModel, objective: Any) -> Evaluator:
-    space = FlatSpace(tuned_parameters(served))
-    return Evaluator(served, space, objective, host_of(served, space))
+    return served_evaluator_of(served, FlatSpace(tuned_parameters(served)), objective)
 
 
 @pytest.fixture(scope="module", params=FLOAT, ids="-".join)

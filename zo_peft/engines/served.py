@@ -20,8 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from zo_peft.core.batch import Batch
+from zo_peft.core.batch import Batch, Objective
+from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.lanes import Host, Lanes
+from zo_peft.core.ranks import OneRank
 from zo_peft.core.space import Space
 from zo_peft.engines.engine import Answers, Engine, EngineName, Matrices, Row, States
 from zo_peft.engines.llamacpp import LlamaCpp
@@ -77,11 +79,18 @@ def load_served(
     return base.eval(), tokenizer
 
 
-def host_of(model: PeftModel, space: Space) -> Host:
-    """How the evaluator asks the engine for many candidates in one call."""
+def evaluator_of(
+    model: PeftModel,
+    space: Space,
+    objective: Objective,
+    candidates_per_forward: int | None = None,
+    ranks: OneRank | None = None,
+) -> Evaluator:
+    """An evaluator that asks the engine for many candidates in one call."""
     replacement: Any = (model.get_base_model(), "next_tokens", _next_tokens)
     each = 4 * space.lane_numel
-    return Host({"engine": replacement}, lambda batch, parts: max(1, STATES // (each * parts)))
+    host = Host({"engine": replacement}, lambda batch, parts: max(1, STATES // (each * parts)))
+    return Evaluator(model, space, objective, host, candidates_per_forward, ranks)
 
 
 def check_engine(

@@ -29,7 +29,7 @@ from zo_peft.core.tuner import Tuner
 from zo_peft.core.updates import AUTOMATIC, UpdateRule
 from zo_peft.data.collate import Collator, drawn_batch
 from zo_peft.engines.check import check_answers
-from zo_peft.engines.served import host_of
+from zo_peft.engines.served import evaluator_of
 from zo_peft.errors import NonFiniteLossError, UserError
 from zo_peft.models import recipe
 from zo_peft.models.agreement import check
@@ -91,11 +91,8 @@ class ZOTrainer(CheckpointTrainer):
         if self.ranks.count > 1 and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise UserError("a base on several devices is tuned by one process; drop device_map")
         limit = args.candidates_per_forward
-        given = model, self.space, self.objective
-        if self.engine is not None:
-            self.evaluator = Evaluator(*given, host_of(model, self.space), limit, self.ranks)
-        else:
-            self.evaluator = recipe.evaluator_of(*given, limit, self.ranks)
+        make = recipe.evaluator_of if self.engine is None else evaluator_of
+        self.evaluator = make(model, self.space, self.objective, limit, self.ranks)
         if args.torch_compile:
             options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
             compile_frozen_parts(model, self.space.parameters.values(), **options)
