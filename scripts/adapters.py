@@ -77,6 +77,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "LORA lora_dropout": {"lora_dropout": 0.1},
     "LORA rank_pattern": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 4}},
     "LORA layers_to_transform": {"layers_to_transform": [1]},
+    "LORA layers_pattern": {"layers_to_transform": [0], "layers_pattern": "layers"},
     "LORA layer_replication": {"layer_replication": [[0, 2], [0, 2]]},
     "LORA modules_to_save=lm_head": {"modules_to_save": ["lm_head"]},
     "LORA modules_to_save=embed_tokens": {"modules_to_save": ["embed_tokens"]},

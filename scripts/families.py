@@ -16,7 +16,6 @@ from exactness import VOCABULARY, parser, quiet, tokens, verdict
 from peft import LoraConfig
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
@@ -42,11 +41,13 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 2,
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "dim_model", "dim"), 32),
     **dict.fromkeys(("embedding_size", "word_embed_proj_dim", "hidden_dim"), 32),
+    **dict.fromkeys(("hidden_size_global", "adapter_in_dim", "adapter_out_dim"), 32),
+    **dict.fromkeys(("adapter_input_size", "d_latents"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "dim_ff"), 48),
     **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size", "dff"), 48),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
-    **dict.fromkeys(("decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("decoder_layers", "encoder_layers", "num_self_attends_per_block"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "multi_query_group_num"), 2),
@@ -60,9 +61,9 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("sliding_window_size", "local_attention", "keep_window_size"), 16),
     **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size", "mamba_d_ssm"), 8),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
-    **dict.fromkeys(("vocab_size_per_layer_input",), VOCABULARY),
+    **dict.fromkeys(("vocab_size_per_layer_input", "encoder_hash_byte_group_vocab"), VOCABULARY),
     "hidden_size_per_layer_input": 8,
-    **dict.fromkeys(("index_topk", "mamba_n_heads", "mamba_d_head"), 8),
+    **dict.fromkeys(("index_topk", "mamba_n_heads", "mamba_d_head", "num_latents"), 8),
     "num_kv_shared_layers": 0,
     **dict.fromkeys(("image_size", "patch_size"), 16),
 }
@@ -76,10 +77,34 @@ WITHOUT += [{"layer_types", "num_hidden_layers", "num_key_value_heads"}]
 #: What single families need beside small sizes.
 OWN: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
+    "cohere_compass_text": {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+            for kind in ("full_attention", "sliding_attention")
+        },
+    },
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 32},
+    },
     "falcon_h1": {"mamba_d_ssm": 64},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 8},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lilt": {"hidden_size": 48},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "reformer": {
+        "is_decoder": True,
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_embds": False,
+        "hash_seed": 0,
+        "num_buckets": 4,
+        **dict.fromkeys(("local_attn_chunk_length", "lsh_attn_chunk_length"), 16),
+    },
+    "t5": {"decoder_start_token_id": 0},
+    "xmod": {"default_language": "en_XX"},
 }
 
 
@@ -89,11 +114,10 @@ def small(config_class: type[PreTrainedConfig], without: set[str]) -> PreTrained
 
     def takes(name: str) -> bool:
         try:
-            own = getattr(config_class, config_class.attribute_map.get(name, name), None)
-            settable = not isinstance(own, property) or own.fset is not None
             value = getattr(default, name)
-            return name not in without and settable and not isinstance(value, list | dict)
-        except Exception:  # it has none, or one for each layer
+            setattr(default, name, value)
+            return name not in without and not isinstance(value, list | dict)
+        except Exception:  # it has none, or one for each layer, or one that follows from others
             return False
 
     sizes = {name: size for name, size in SMALL.items() if takes(name)}
@@ -105,11 +129,10 @@ def small(config_class: type[PreTrainedConfig], without: set[str]) -> PreTrained
         sizes |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
     if "num_key_value_heads" in without and takes("num_attention_heads"):
         sizes["num_key_value_heads"] = SMALL["num_attention_heads"]
-    sizes |= OWN.get(config_class.model_type, {})
-    for name, inner in config_class.sub_configs.items():
-        if inner is not AutoConfig:
-            sizes[name] = small(inner, without)
-    return config_class(**sizes)
+    for name in config_class.sub_configs:
+        if (inner := getattr(default, name)) is not None:
+            sizes[name] = small(type(inner), without)
+    return config_class(**sizes | OWN.get(config_class.model_type, {}))
 
 
 def build(family: str, classes: int | None) -> PreTrainedModel:

@@ -1,17 +1,21 @@
-"""Mutated journals, configurations, data files and rows: each is read, or a `UserError` refuses it.
+"""Mutated journals, configurations, data files, rows and settings: used, or refused by `UserError`.
 
-Anything else is a finding: another exception, an input that takes more than a second, a file that
-is opened for writing outside the scratch folder, a process, a connection, or a pickle. Findings are
-printed with their input, and the exit code is 1 if there is any.
+Anything else is a finding: another exception, an input that takes more than a second of processor
+time (settings, with which a run is made: 20), a file that is opened for writing outside the scratch
+folder, a process, a connection, or a pickle. Findings are printed with their input, and the exit
+code is 1 if there is any.
 
     python scripts/fuzz.py --inputs 100000
 """
 
 import argparse
+import contextlib
 import copy
+import io
 import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -25,9 +29,17 @@ from typing import Any
 
 import datasets
 from datasets import Dataset
-from transformers import AutoTokenizer
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    TrainerCallback,
+)
 
-from zo_peft import Direction, UserError
+from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
 from zo_peft.cli import RUN as NAMES
 from zo_peft.cli import named
 from zo_peft.core.journal import MAGIC, Record, framed, read
@@ -83,13 +95,13 @@ FORBIDDEN = ("subprocess.Popen", "os.system", "socket.connect", "pickle.find_cla
 
 TOKENIZER = AutoTokenizer.from_pretrained(EMBEDDED / "model")
 TOKENIZER.chat_template = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ m.tool_calls }}{% endfor %}{{ tools }}"
+    "{{ tools }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ m.tool_calls }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 
 
 class Hang(Exception):
-    """An input that takes more than a second."""
+    """An input that takes too long."""
 
 
 def mutated(content: bytes, random_: random.Random) -> bytes:
@@ -170,7 +182,52 @@ def mutated_rows(content: bytes, random_: random.Random) -> bytes:
     return json.dumps([settings, rows[: random_.randint(1, 3)]]).encode()
 
 
-MUTATIONS = {"journal": mutated_journal, "config": mutated_config, "rows": mutated_rows}
+#: Fields of `ZOConfig` that act on the process, another machine or folder, or take minutes.
+ELSEWHERE = r"hub|tf32|compile|determinism|ddp|fsdp|deepspeed|trackio|report|dir$|workers|rank$|jit"
+SETTINGS = {f.name: f.default for f in fields(ZOConfig) if not re.search(ELSEWHERE, f.name)}
+#: What stands in place of a value of the settings, and of an option of an adapter.
+ODD_SETTINGS = [
+    *ODD[:16],
+    -0.5,
+    4,
+    1e-3,
+    float("inf"),
+    "no",
+    "epoch",
+    "steps",
+    "gv",
+    "mezo",
+    "adam",
+]
+ODD_SETTINGS += ["guided", "accuracy", "f1", "normalized", "sgd", "central", "split", "lozo", "all"]
+ODD_SETTINGS += ["q_proj", ["q_proj"], ["embed_tokens"], "all-linear", "lora_B", "(", {"a": 1}, [4]]
+ADAPTERS = ["LORA", "LORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING", "VERA", "LN_TUNING", "OFT"]
+
+
+def mutated_settings(content: bytes, random_: random.Random) -> bytes:
+    """Settings of a trainer, options of an adapter and arguments of `ZOTrainer`, some odd."""
+    kind = random_.choice(ADAPTERS)
+    adapter = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+    options = {f.name: f.default for f in fields(adapter) if not re.search(ELSEWHERE, f.name)}
+    drawn: list[Any] = [random_.randrange(2**8), kind]
+    for known, most in ((SETTINGS, 4), (options, 2), (dict.fromkeys(ARGUMENTS), 1)):
+        chosen = random_.sample([*known], random_.randint(0, most))
+        drawn.append({name: odd_setting(known[name], random_) for name in chosen})
+    return json.dumps(drawn).encode()
+
+
+def odd_setting(default: Any, random_: random.Random) -> Any:
+    """Most often a value of the default's type."""
+    alike = [value for value in ODD_SETTINGS if type(value) is type(default)]
+    return random_.choice(alike if len(alike) > 1 and random_.random() < 0.8 else ODD_SETTINGS)
+
+
+MUTATIONS = {
+    "journal": mutated_journal,
+    "config": mutated_config,
+    "rows": mutated_rows,
+    "settings": mutated_settings,
+}
 
 
 def read_journal(path: Path) -> None:
@@ -219,6 +276,47 @@ def read_mutated_rows(path: Path) -> None:
     Collator(0)(list(features))
 
 
+SIZES = {"vocab_size": len(TOKENIZER), "hidden_size": 16, "intermediate_size": 16}
+SIZES |= {"num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
+LANGUAGE = LlamaForCausalLM(LlamaConfig(**SIZES))
+CLASSIFIER = LlamaForSequenceClassification(LlamaConfig(**SIZES))
+TRAINED = {"CAUSAL_LM": ROWS[2], "SEQ_CLS": ROWS[5]}
+#: Arguments of `ZOTrainer` that are odd where they are given at all.
+ARGUMENTS = ["train_dataset", "eval_dataset", "peft_config", "args"]
+
+
+class Stops(TrainerCallback):
+    """Ends a run after its second step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As in transformers."""
+        control.should_training_stop |= state.global_step >= 2
+
+
+def train(path: Path) -> None:
+    """Make the settings; one in 16 is tried in two steps of a tiny model, and its adapter saved."""
+    choice, kind, settings, options, given = json.loads(path.read_bytes())
+    short = {"max_steps": 2, "logging_steps": 1, "disable_tqdm": True, "use_cpu": True}
+    config = ZOConfig(str(path.parent / "out"), **{**short, **settings})
+    if choice % 16:
+        return
+    task = ("CAUSAL_LM", "SEQ_CLS")[choice // 16 % 2]
+    base = copy.deepcopy(LANGUAGE if task == "CAUSAL_LM" else CLASSIFIER)
+    try:
+        adapter = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)](**{"task_type": task, **options})
+    except Exception:  # PEFT itself refuses the options
+        return
+    rows = [TRAINED[task]] * 3
+    usual = {"args": config, "train_dataset": rows, "eval_dataset": rows, "peft_config": adapter}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        trainer = ZOTrainer(base, processing_class=copy.deepcopy(TOKENIZER), **{**usual, **given})
+        trainer.add_callback(Stops)
+        trainer.train()
+        if trainer.eval_dataset is not None:
+            trainer.evaluate()
+        trainer.save_model()
+
+
 Parser = Callable[[Path], None]
 
 
@@ -233,7 +331,7 @@ def fuzz(
         data = MUTATIONS.get(name, mutated)(content, random_)
         path = folder / f"input{suffix}"
         path.write_bytes(data)
-        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        signal.setitimer(signal.ITIMER_PROF, 20.0 if name == "settings" else 1.0)
         try:
             parser(path)
             outcomes["read"] += 1
@@ -243,7 +341,7 @@ def fuzz(
             outcomes["findings"] += 1
             found.setdefault(f"{type(error).__name__}: {str(error)[:80]}", data)
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
     counts = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items())
     print(f"{name}: {inputs:,} inputs in {time.monotonic() - start:.0f} s: {counts}", flush=True)
     return [f"{name}: {error}\n    {data!r}" for error, data in found.items()]
@@ -262,9 +360,9 @@ def _guard(folder: Path) -> None:
                 raise PermissionError(f"{path} is opened for writing")
 
     def late(*_: Any) -> None:
-        raise Hang("more than a second")
+        raise Hang("too long")
 
-    signal.signal(signal.SIGALRM, late)
+    signal.signal(signal.SIGPROF, late)
     sys.addaudithook(hook)
 
 
@@ -272,7 +370,8 @@ def main() -> int:
     """Print how inputs were taken; returns 1 if there is a finding."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--inputs", type=int, default=100_000, help="for each parser")
-    parser.add_argument("--parsers", nargs="*", default=["journal", "config", "data", "rows"])
+    kinds = ["journal", "config", "data", "rows", "settings"]
+    parser.add_argument("--parsers", nargs="*", default=kinds)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -285,6 +384,7 @@ def main() -> int:
             "config": (read_config, {".yaml": CONFIG}),
             "data": (read_data, DATA),
             "rows": (read_mutated_rows, {".jsonl": b""}),
+            "settings": (train, {".json": b""}),
         }
         _guard(folder)
         findings = []

@@ -155,7 +155,10 @@ SMALLEST = [
     form(
         "fuzz",
         "--inputs 20",
-        *(rf"^{parser}: 20 inputs .*\d re" for parser in ("journal", "config", "data", "rows")),
+        *(
+            rf"^{kind}: 20 inputs .*\d re"
+            for kind in ["journal", "config", "data", "rows", "settings"]
+        ),
         "^no findings$",
     ),
     form("golden", "--runs subzero", r"^[0-9a-f]{16} subzero zo_journal$"),

@@ -579,10 +579,31 @@ def test_special_tokens_in_front_are_not_cut(room: int) -> None:
     options = {"prompt": "qqqy", "options": ["y", "n"], "label": 1}
     assert tokenized(options, start, max_length=room + 3)["prompt_ids"] == kept
     turns = {"messages": [{"role": "user", "content": "qqqq"}, ANSWER]}
-    cut = tokenized(turns, start, max_length=room + 2)["input_ids"]
-    assert cut == [1, *tokenized(turns, start)["input_ids"][-room - 1 :]]
+    whole = tokenized(turns, start)["input_ids"]
+    assert tokenized(turns, start, max_length=len(whole) - room)["input_ids"] == [
+        1,
+        *whole[room + 1 :],
+    ]
     generation = Tokenization(start, generates=True, max_length=room + 1)
     assert generation({"prompt": "qqqy"}, 0)["prompt_ids"] == kept
+
+
+def test_a_turn_that_a_cut_goes_through_has_no_loss() -> None:
+    start = make_tokenizer(start="<s>", chat="<s>" + CHAT)
+    question = {"role": "user", "content": "qq"}
+    turns = {"messages": [question, {**ANSWER, "content": "yyyy"}, question, ANSWER]}
+    whole, last = tokenized(turns, start), tokenized({"messages": [question, ANSWER]}, start)
+    first = whole["labels"].index(ids("y")[0])
+    for gone in (
+        first,
+        first + 1,
+        first + 3,
+    ):  # the whole question, and none to three of the answer
+        cut = tokenized(turns, start, max_length=len(whole["input_ids"]) - gone + 1)
+        assert cut["input_ids"] == [1, *whole["input_ids"][gone:]]
+        scored = [label for label in cut["labels"] if label != -100]
+        assert scored == [label for label in last["labels"] if label != -100]
+    fails(lambda: tokenized({"messages": [question, ANSWER]}, start, max_length=3), "max_length")
 
 
 def test_special_tokens_that_a_text_brings_are_not_doubled() -> None:

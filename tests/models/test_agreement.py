@@ -7,7 +7,20 @@ from typing import Any
 import pytest
 import torch
 from peft import CPTConfig, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from tiny import LORA, PAD, WIDTH, assert_same, bert, llama, make_trainer, opt
+from peft.tuners.lora.gptq import GPTQLoraLinear
+from tiny import (
+    BASES,
+    LORA,
+    MODEL,
+    PAD,
+    WIDTH,
+    assert_same,
+    bert,
+    llama,
+    make_trainer,
+    opt,
+    theta,
+)
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import (
@@ -21,6 +34,7 @@ from transformers import (
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
+    TorchAoConfig,
 )
 
 from zo_peft import Direction, UserError
@@ -29,8 +43,8 @@ from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.flat_space import FlatSpace
 from zo_peft.data import Collator, collator_for
 from zo_peft.models.adapters import tuned_parameters
-from zo_peft.models.agreement import check
-from zo_peft.models.loading import base_hash
+from zo_peft.models.agreement import check, rounding
+from zo_peft.models.loading import base_hash, identity
 from zo_peft.models.recipe import evaluator_of
 from zo_peft.objectives.scoring import (
     ClassificationObjective,
@@ -255,6 +269,28 @@ def test_weights_that_change_after_the_trainer_was_built_are_refused(tmp_path: P
         trainer.train()
 
 
+def test_a_parameter_that_its_module_replaces_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    module = trainer.model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"]
+
+    def replaces(module: nn.Module, args: object) -> None:
+        module.weight.data = module.weight.data.clone()
+
+    module.register_forward_pre_hook(replaces)
+    with pytest.raises(UserError, match=r"layers.0.self_attn.q_proj.lora_B.* was changed"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("base", ["bfloat16", "int8", "nf4"])
+def test_biases_beside_half_precision_are_refused(base: str, tmp_path: Path) -> None:
+    opt(vocab_size=1024).save_pretrained(tmp_path)
+    settings = {**BASES[base], "dtype": torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **settings)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], bias="lora_only")
+    with pytest.raises(UserError, match=r"bias='lora_only' .* base is in torch.bfloat16; load it"):
+        make_trainer(tmp_path, config, model=model)
+
+
 @pytest.mark.parametrize("resized", [False, True])
 def test_the_active_adapter_is_saved_under_whatever_name(resized: bool, tmp_path: Path) -> None:
     base = llama(vocab_size=1024)
@@ -287,6 +323,63 @@ def test_a_base_of_packed_tensors_is_hashed_by_what_they_hold() -> None:
         return layer
 
     assert base_hash(packed(1.0)) == base_hash(packed(1.0)) != base_hash(packed(2.0))
+
+
+def with_packed_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """As torchao leaves a layer: its weight is float32 by its own word, and has parts of 8 bits."""
+    codes = torch.ones(4, 4).to(dtype)
+    model.packed = nn.Linear(4, 4, bias=False)
+    model.packed.weight = nn.Parameter(TwoTensor(codes, codes), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_packed_weights_are_told_from_those_of_the_file(tmp_path: Path, dtype: torch.dtype) -> None:
+    llama(vocab_size=1024).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert set(identity(model)) == {"files", "loaded"}
+    assert rounding(model) == torch.finfo(torch.float32).eps
+    model = with_packed_weights(model, dtype)
+    assert set(identity(model)) == {"tensors", "loaded"}
+    assert rounding(model) == 2**-7
+    for tune in ("weights", "scales"):
+        with pytest.raises(
+            UserError, match=f"tune='{tune}' is for .* base is quantized in another"
+        ):
+            make_trainer(tmp_path, None, model=model, tune=tune)
+
+
+def test_lora_on_layers_that_others_quantized_shares_a_forward() -> None:
+    """PEFT's layer for GPTQ, which asks nothing of what it wraps but a forward."""
+    model = get_peft_model(llama(initializer_range=0.2), LORA)
+    for layer in model.base_model.model.model.layers:
+        for name in ("q_proj", "v_proj"):
+            base = getattr(layer.self_attn, name).base_layer
+            setattr(layer.self_attn, name, GPTQLoraLinear(base, "default", LORA, r=4))
+    evaluator = evaluator_on(model.eval())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checked(evaluator, SHORT, LONG)
+    points, batch = [0.3 * Direction.of(n) for n in range(4)], Collator(PAD)([SHORT, LONG])
+    assert evaluator(points, [batch]) == pytest.approx(true_losses(evaluator, points, batch))
+
+
+def test_a_base_that_torchao_quantizes_is_tuned_and_resumed(tmp_path: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+
+    def trainer() -> Any:
+        base = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config)
+        return make_trainer(tmp_path, model=base, save_strategy="steps", save_steps=2)
+
+    first, second = trainer(), trainer()
+    before = base_hash(first.model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "candidates are evaluated one by one")
+        first.train()
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same(theta(first), theta(second))
+    assert base_hash(first.model) == before
 
 
 def mamba() -> PreTrainedModel:
@@ -325,4 +418,18 @@ def test_a_prefix_of_an_encoder_starts_at_random(tmp_path: Path) -> None:
         trainer = make_trainer(
             tmp_path, config, model=bert(vocab_size=1024), train=rows, test=rows, max_steps=1
         )
+    assert trainer.train().global_step == 1
+
+
+def test_weights_that_another_module_reads_are_refused_where_the_base_is_tuned(
+    tmp_path: Path,
+) -> None:
+    """Mamba's mixer takes the weights of its convolution, which it does not call."""
+    trainer = make_trainer(tmp_path, None, model=mamba(), tune="weights", max_steps=1)
+    with pytest.raises(UserError, match=r"mixer\.conv1d\.weight is read by another") as error:
+        trainer.train()
+    tunable = str(error.value).partition("tunable='")[2].rstrip("'")
+    trainer = make_trainer(
+        tmp_path, None, model=mamba(), tune="weights", tunable=tunable, max_steps=1
+    )
     assert trainer.train().global_step == 1

@@ -198,10 +198,13 @@ def test_few_rows_at_a_time_have_the_same_gradient(
         lambda _, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     guide = ResidualGuide(model, tuned_parameters(model), CompletionObjective())
-    losses, found = guide.read(given)
+    losses, (found,) = guide.read(given)
     assert seen == {1: [1] * 5, 2: [2, 2, 1]}[rows]
     torch.testing.assert_close(losses, CompletionObjective().losses(model, given))
     assert_near(found, true, ".0.", 1e-5)
+    own = guide.read(given, parts=5)[1]
+    assert len(own) == 5
+    assert_near({n: sum(g[n] for g in own) / 5 for n in own[0]}, true, ".0.", 1e-5)
 
 
 def test_rows_of_options_are_scored_by_themselves() -> None:

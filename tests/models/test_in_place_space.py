@@ -373,18 +373,27 @@ def test_full_noise_of_weights_is_one_by_one(tiny: Path) -> None:
     assert evaluator.candidates_per_forward == 1
 
 
+class GatedNorm(nn.LayerNorm):
+    """As the norms of Mamba 2 and Qwen 3 Next, which take a gate beside their input."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * gate.sigmoid()
+
+
 class TwoLayers(nn.Module):
     """A classifier whose norm, bias and weights are all tuned."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(20, 8)
-        self.norm = nn.LayerNorm(8)
+        self.norm, self.gated = nn.LayerNorm(8), GatedNorm(8, bias=False)
         self.head = nn.Linear(8, 3)
 
     def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        embedded = self.embedding(input_ids)
+
         class Output:
-            logits = self.head(self.norm(self.embedding(input_ids).mean(dim=1)))
+            logits = self.head(self.gated(self.norm(embedded.mean(dim=1)), gate=embedded[:, 0]))
 
         return Output
 

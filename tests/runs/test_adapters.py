@@ -223,6 +223,11 @@ def test_a_folder_in_which_something_would_be_lost_is_refused(zo: Lines, tmp_pat
     further = {"adapter_name_or_path": run, "resume_from_checkpoint": True, **own}
     assert "would be overwritten" in zo("train", run, code=2, **further)
     zo("train", run, resume_from_checkpoint=True, **own)
+    told = metrics(run)
+    for changed in ({"learning_rate": 0.2}, {"eval_file": None}):
+        line = zo("train", run, code=2, resume_from_checkpoint=True, **{**own, **changed})
+        assert f"holds a run that is over, with {next(iter(changed))}=" in line
+        assert metrics(run) == told
     assert (run / WEIGHTS).read_bytes() == kept
     for argv in (
         ["merge", "--adapter_name_or_path", str(run), "--output_dir", str(base)],

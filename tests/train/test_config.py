@@ -97,6 +97,11 @@ def test_a_budget_becomes_one_of_candidates(tmp_path: Path) -> None:
         assert config.strategy == "guided"
 
 
+def test_a_run_with_gradients_says_what_of_candidates_it_does_not_use(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="zo_eps=0.1 is not used: strategy='adam'"):
+        make(tmp_path, strategy="adam", zo_eps=0.1, max_grad_norm=0.5)
+
+
 @pytest.mark.parametrize(
     ("settings", "steps", "passes", "budget"),
     [
@@ -170,8 +175,44 @@ def test_every_field_of_its_own_is_documented() -> None:
         *(
             ({name: value}, [name, "positive"])
             for name in ("zo_eps", "learning_rate", "max_forward_passes", "max_length")
-            for value in (0, -1, math.nan)
+            for value in (0, -1)
         ),
+        ({"learning_rate": math.nan}, ["learning_rate=nan", "positive"]),
+        *(
+            ({name: value}, [f"{name}={value!r} is of another type", kind])
+            for name, value, kind in [
+                ("max_steps", "3", "int"),
+                ("max_steps", 3.0, "int"),
+                ("max_steps", None, "int"),
+                ("seed", True, "int"),
+                ("momentum", "0.9", "float"),
+                ("momentum", False, "float"),
+                ("carry_best", "no", "bool"),
+                ("tunable", 1, "str | None"),
+                ("reward_weights", [1, True], "list[float] | None"),
+                ("accelerator_config", 2, "dict | str"),
+            ]
+        ),
+        *(
+            ({name: value}, [f"{name}={value}", "0 or more, and below 4294967296"])
+            for name, value in [
+                ("warmup_steps", math.nan),
+                ("warmup_steps", math.inf),
+                ("weight_decay", -0.1),
+                ("save_steps", -5),
+                ("data_seed", -1),
+                ("num_candidates", 10**10),
+            ]
+        ),
+        ({"adam_beta2": 1.0}, ["adam_beta2=1.0", "below 1"]),
+        ({"max_grad_norm": 0.5}, ["max_grad_norm", "update_rule"]),
+        ({"max_grad_norm": 0.5, "strategy": "adam", "bf16": True}, ["bf16"]),
+        ({"adam_beta1": 0.8}, ["adam_beta1", "momentum"]),
+        ({"use_liger_kernel": True}, ["use_liger_kernel", "backward"]),
+        ({"prediction_loss_only": True}, ["prediction_loss_only", "metric"]),
+        ({"eval_do_concat_batches": False}, ["eval_do_concat_batches", "metric"]),
+        ({"train_sampling_strategy": "length"}, ["train_sampling_strategy='length'", "random"]),
+        ({"lr_scheduler_kwargs": "power"}, ["lr_scheduler_kwargs='power'", "JSON object"]),
         ({"zo_eps": math.inf}, ["zo_eps"]),
         ({"learning_rate": math.inf}, ["learning_rate"]),
         ({"num_candidates": 1}, ["num_candidates=1", "gv", "4 or more"]),
@@ -190,7 +231,7 @@ def test_every_field_of_its_own_is_documented() -> None:
         ),
         ({"tune": "codes"}, ["tune='codes'", "adapter, scales, weights"]),
         ({"tune_unquantized": True}, ["tune_unquantized", "adapter"]),
-        ({"noise_rank": -1}, ["noise_rank=-1", "full noise"]),
+        ({"noise_rank": -1}, ["noise_rank=-1", "0 or more"]),
         ({"noise_rank": 0, "low_rank_noise": "lozo"}, ["lozo", "noise_rank of 1"]),
         ({"low_rank_noise": "svd"}, ["low_rank_noise='svd'", "eggroll, lozo, subzero"]),
         ({"preset": "lozo", "low_rank_noise": "subzero"}, ["preset='lozo'", "low_rank_noise"]),

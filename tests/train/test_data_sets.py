@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from tiny import LORA, MODEL, SIZES, WIDTH, bert, examples, llama, make_trainer
 from transformers import (
     AutoModelForCausalLM,
@@ -69,6 +69,54 @@ def test_accuracy_of_tokens_is_called_so(tmp_path: Path) -> None:
     found = run.evaluate()
     assert "eval_token_accuracy" in found
     assert "eval_accuracy" not in found
+
+
+TEXTS = [{"text": row["prompt"], "label": index % 3} for index, row in enumerate(OPTIONS)]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        TEXTS,
+        Dataset.from_list(TEXTS).with_format("torch"),
+        (row for row in TEXTS),
+        Dataset.from_list(TEXTS).to_iterable_dataset(),
+        [{"input_ids": [5, 6], "labels": n % 3, "label": 0} for n in range(6)],
+    ],
+    ids=["list", "torch", "iterator", "stream", "tokens"],
+)
+def test_a_new_head_has_the_classes_of_the_labels(data: Any, tmp_path: Path) -> None:
+    assert trainer(tmp_path, train_dataset=data, peft_config=HEAD).model.config.num_labels == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        ([{**row, "label": 10**9} for row in TEXTS], "label 1000000000 is no class index"),
+        ([{"text": "a"}], "it has the columns text; this model needs text + label"),
+        ([row["text"] for row in TEXTS], "each of them a dictionary"),
+        (DatasetDict(train=Dataset.from_list(TEXTS)), "give one Dataset"),
+        (3, "give one Dataset"),
+    ],
+    ids=["number", "unlabelled", "texts", "several", "none"],
+)
+def test_what_makes_no_classes_is_refused(data: Any, part: str, tmp_path: Path) -> None:
+    refused(lambda: trainer(tmp_path, train_dataset=data, peft_config=HEAD), part)
+
+
+def test_what_a_trainer_cannot_use_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is nothing to train on"):
+        trainer(tmp_path, train_dataset=None).train()
+    weights = ZOConfig(str(tmp_path), reward_weights=[1], max_steps=1, use_cpu=True)
+    refused(lambda: ZOTrainer(MODEL, weights, train_dataset=OPTIONS, peft_config=LORA), "reward")
+    for config in (LoraConfig, {"peft_type": "LORA"}, None):
+        refused(lambda own=config: trainer(tmp_path, peft_config=own), "give a peft_config")
+    for tokens, part in ((0, "give 1 or more"), (256, "below 256")):
+        prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+        refused(lambda own=prompt: trainer(tmp_path, peft_config=own), "num_virtual_tokens", part)
+    config = ZOConfig(str(tmp_path), lr_scheduler_kwargs={"a": 1}, max_steps=1, use_cpu=True)
+    run = ZOTrainer(MODEL, config, train_dataset=OPTIONS, peft_config=LORA)
+    refused(run.train, "lr_scheduler_kwargs do not fit")
 
 
 def test_rewards_are_for_language_models(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from zo_peft.core.batch import IGNORE_INDEX, Batch, Objective
 from zo_peft.errors import UserError
-from zo_peft.models.adapters import input_device, name_of, peft_config_of, running
+from zo_peft.models.adapters import classifies, input_device, name_of, peft_config_of, running
 from zo_peft.models.agreement import rounding
 from zo_peft.objectives.rewards import RewardObjective
 from zo_peft.objectives.scoring import (
@@ -215,7 +215,9 @@ def _logits(model: PreTrainedModel | PeftModel, ids: list[int]) -> Tensor:
     with running(model):
         inputs = torch.tensor([ids], device=input_device(model))
         mask = torch.ones_like(inputs)
-        return model(input_ids=inputs, attention_mask=mask, use_cache=False).logits.float()
+        # Some classifiers give their model a `use_cache` of their own.
+        cached = {} if classifies(model) else {"use_cache": False}
+        return model(input_ids=inputs, attention_mask=mask, **cached).logits.float()
 
 
 def _tokens(example: dict[str, Any]) -> int:

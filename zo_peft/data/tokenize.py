@@ -1,7 +1,7 @@
 """Turn examples into token ids."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
@@ -222,7 +222,12 @@ class Tokenization:
             for token, (start, end) in zip(ids, offsets)
         ]
         kept, cut = self._kept(ids), self._cut(ids)
-        ids, labels = cut, labels[:kept] + labels[len(labels) - len(cut) + kept :]
+        behind = labels[len(labels) - len(cut) + kept :]
+        if len(cut) < len(ids):
+            # Of a turn that begins before the cut, nobody would see what it answers.
+            partial = len(list(takewhile(lambda label: label != -100, behind)))
+            behind[:partial] = [-100] * partial
+        ids, labels = cut, labels[:kept] + behind
         if _unscored(labels):
             raise UserError(
                 "no token of the assistant's turns is left; shorten them, raise max_length, or "
@@ -368,10 +373,25 @@ def _unformatted(dataset: Any) -> list[Row] | Dataset | IterableDataset:
                 dataset = dataset.cast_column(name, Value("int64"))
     if isinstance(dataset, Dataset | IterableDataset):
         return dataset.with_format(None)
-    rows = [] if isinstance(dataset, Mapping) else list(dataset)
-    if isinstance(dataset, Mapping) or not all(isinstance(row, Mapping) for row in rows):
+    listed = isinstance(dataset, Iterable) and not isinstance(dataset, Mapping)
+    rows = list(dataset) if listed else []
+    if not listed or not all(isinstance(row, Mapping) for row in rows):
         raise UserError("give one Dataset, or one list of examples, each of them a dictionary")
     return rows
+
+
+def classes_of(dataset: Any) -> int:
+    """One more than the largest class index of examples for a head; 0 without any.
+
+    A UserError says that an index is so large that it is none.
+    """
+    rows = [] if dataset is None else _unformatted(dataset)
+    labels = (row.get("labels" if form_of(row) == FORMS[0] else "label") for row in rows)
+    largest = max((label for label in labels if isinstance(label, int)), default=-1)
+    if largest >= 100_000:
+        # Such labels number something else, and a head has a row for each class.
+        raise UserError(f"label {largest} is no class index; number the classes from 0")
+    return 1 + largest
 
 
 def is_tokenized(dataset: Any) -> bool:

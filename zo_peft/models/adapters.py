@@ -300,7 +300,13 @@ def prepare(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
-    dtype = model.get_base_model().dtype
+    dtype, bias = model.get_base_model().dtype, getattr(model.active_peft_config, "bias", "none")
+    if bias != "none" and dtype != torch.float32:
+        # Layers fail on a float32 bias, or replace it by a rounded one, which nothing would tune.
+        raise UserError(
+            f"bias={bias!r} tunes biases in float32, and the base is in {dtype}; load it with "
+            "dtype='float32', or tune no biases (bias='none')"
+        )
     for name, module in model.named_modules():
         # These hold float32 copies of base modules, whose inputs and outputs PEFT does not cast.
         if isinstance(module, ModulesToSaveWrapper):
@@ -421,8 +427,10 @@ def context_length(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> int |
         padding = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and padding is not None:
             positions = min(positions, module.num_embeddings - padding - 1)
-    virtual = getattr(peft_config_of(model), "num_virtual_tokens", None) or 0
-    return min(positions, tokenizer.model_max_length) - virtual
+    virtual = getattr(peft_config_of(model), "num_virtual_tokens", None)
+    if virtual is not None and not 0 < virtual < positions:
+        raise UserError(f"num_virtual_tokens={virtual}; give 1 or more, and below {positions}")
+    return min(positions, tokenizer.model_max_length) - (virtual or 0)
 
 
 def vocabulary(model: AnyModel) -> int | None:

@@ -8,9 +8,11 @@ batch, and whether what is tuned acts at all.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from zo_peft.core.batch import Batch, Objective
 from zo_peft.core.direction import Direction
@@ -20,6 +22,8 @@ from zo_peft.core.lanes import NotInLanes, replaced
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import name_of, running
 from zo_peft.models.hub import first_line
+from zo_peft.models.in_place_space import InPlaceSpace
+from zo_peft.models.loading import is_packed
 from zo_peft.objectives.scoring import (
     ClassificationObjective,
     CompletionObjective,
@@ -77,6 +81,8 @@ def _settle(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch], smooth: 
     parts, name = evaluator.parts([batch]), name_of(evaluator.model)
     relative = rounding(evaluator.model)
     with running(evaluator.model):
+        if isinstance(evaluator.space, InPlaceSpace):
+            _check_own_forwards(evaluator, evaluator.space, alone[0])
         rest = torch.cat([_loss(evaluator, Direction(), own) for own in alone])
         for length in LENGTHS:
             points = [
@@ -147,11 +153,40 @@ def _unread(evaluator: Evaluator, alone: Sequence[Batch], rest: Tensor) -> str |
     return None if torch.equal(torch.cat(moved), rest) else f"{min(noise)} would stay as it is"
 
 
+class _Reads(TorchFunctionMode):
+    """Finds tuned numbers of a base that are read outside of the forward of their own module."""
+
+    def __init__(self, space: InPlaceSpace) -> None:
+        super().__init__()
+        self.space, self.outside = space, set[str]()
+        self.names = {id(parameter): name for name, parameter in space.parameters.items()}
+
+    def __torch_function__(self, do: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = do(*args, **(kwargs or {}))
+        read = {self.names[id(a)] for a in args if id(a) in self.names}
+        if read and isinstance(result, Tensor):  # and not a shape or a dtype
+            self.outside |= read - self.space.own_forwards()
+        return result
+
+
+def _check_own_forwards(evaluator: Evaluator, space: InPlaceSpace, batch: Batch) -> None:
+    """Raise a UserError for numbers of a base of which a displacement would not be seen."""
+    with _Reads(space) as reads:
+        _loss(evaluator, LENGTHS[0] * Direction.of(0), batch)
+    if reads.outside:
+        kinds = sorted({".".join(name.split(".")[-2:]) for name in reads.outside})
+        raise UserError(
+            f"{min(reads.outside)} is read by another module than its own, which would not see a "
+            "candidate's values; leave it out of what is tuned, with "
+            f"tunable='^(?!.*({'|'.join(kinds)})$)'"
+        )
+
+
 def _size(losses: Tensor) -> float:
     return losses.square().mean().sqrt().item()
 
 
 def rounding(model: nn.Module) -> float:
-    """The relative rounding of a forward: that of the coarsest dtype that the model has."""
+    """The relative rounding of a forward: of the coarsest dtype; beside packed weights 2**-7."""
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    return max(torch.finfo(d).eps if d.is_floating_point else 2.0**-7 for d in dtypes)
+    return 2.0**-7 if is_packed(model) else max(torch.finfo(dtype).eps for dtype in dtypes)

@@ -112,6 +112,9 @@ class Site:
         stand_in: takes the site, the lanes and the arguments of the forward.
     """
 
+    #: Whether a forward of the module is under way.
+    running = False
+
     def __init__(self, name: str, module: Any, own: Own, noise: Noise) -> None:
         self.name, self.module, self.own, self.forward = name, module, own, module.forward
         self.stand_in = self._stand_in(isinstance(noise, LowRank))
@@ -130,7 +133,8 @@ class Site:
 
     def __call__(self, _: Any, lanes: BaseLanes, __: str, *args: Any, **kwargs: Any) -> Tensor:
         """The module's output at the points of the lanes."""
-        return self.stand_in(self, lanes, *args, **kwargs)
+        with replaced([(self, "running", True)]):
+            return self.stand_in(self, lanes, *args, **kwargs)
 
 
 def _swapped(site: Site, lanes: BaseLanes, *args: Any, **kwargs: Any) -> Tensor:
@@ -152,17 +156,17 @@ def _parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[No
         module._parameters.update(before)
 
 
-def _affine(site: Site, lanes: BaseLanes, x: Tensor) -> Tensor:
-    """A module that owns vectors and whose output is linear in each of them, such as a norm."""
+def _affine(site: Site, lanes: BaseLanes, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A norm: its output is linear in its weight, and its bias is added. It may take a gate."""
     if lanes.count == 1:
-        return _swapped(site, lanes, x)
+        return _swapped(site, lanes, x, *args, **kwargs)
     zeros = {name: torch.zeros_like(numbers.stored) for name, numbers in site.own.items()}
     with _parameters(site.module, zeros):
-        y = site.forward(x)
+        y = site.forward(x, *args, **kwargs)
     y = lanes.split(y, site.name).flatten(1, -2)
     if "weight" in site.own:
         with _parameters(site.module, zeros | {"weight": torch.ones_like(zeros["weight"])}):
-            scaled = site.forward(x).view_as(y) - y
+            scaled = site.forward(x, *args, **kwargs).view_as(y) - y
         y = y + scaled * lanes.values(site.own["weight"])[:, None]
     if "bias" in site.own:
         y = y + lanes.values(site.own["bias"])[:, None]

@@ -7,6 +7,7 @@ leaves it bit for bit as it was, also when it fails, and needs scratch memory fo
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,11 @@ class InPlaceSpace:
             if getattr(site, "stand_in", None) not in layers.IN_LANES:
                 raise NotInLanes(f"{name} (a {type(module).__name__})")
         return self._sites
+
+    def own_forwards(self) -> set[str]:
+        """The tuned numbers that a module reads in its own forward, which is under way."""
+        sites: Any = (site for _, _, site in self._sites.values())
+        return {n.name for site in sites if site.running for n in site.own.values()}
 
     @contextmanager
     def displaced(self, displacement: Direction) -> Iterator[None]:

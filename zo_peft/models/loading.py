@@ -27,7 +27,7 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 
 from zo_peft.errors import UserError
-from zo_peft.models.hub import LOAD_ERRORS, AnyModel, public_name, reason
+from zo_peft.models.hub import LOAD_ERRORS, AnyModel, first_line, public_name, reason
 
 CHATML = Path(__file__).with_name("chatml.jinja")
 
@@ -87,7 +87,7 @@ def load_base(
         config = load_config(name, **source)
         if quantization := kwargs.get("quantization_config"):
             config.quantization_config = quantization
-        check_bits(bits_of(config), config.name_or_path, tune)
+        check_bits(bits_of(config), bool(quantization_of(config)), config.name_or_path, tune)
     head = {} if num_labels is None else _head(load_config(name, **source), num_labels, words)
     auto = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
     with _loading(f"model {name!r}"):
@@ -196,6 +196,9 @@ def _loading(what: str) -> Iterator[None]:
             f"{what} cannot be loaded: {why.rstrip('.')}. Give a folder that holds config.json and "
             "safetensors, or a model id of the Hub"
         ) from error
+    except (ImportError, NotImplementedError) as error:
+        # The package of a quantization is missing, or transformers does not support it.
+        raise UserError(f"{what} cannot be loaded: {first_line(error)}") from error
 
 
 def meta_base(
@@ -268,8 +271,19 @@ def bits_in(model: nn.Module) -> Literal[8, 4] | None:
     return 4 if Linear4bit in kinds else 8 if Linear8bitLt in kinds else None
 
 
-def check_bits(bits: Literal[8, 4] | None, name: str, tune: str) -> None:
-    """Raise a UserError for weights of a 4-bit base, and for scales of a base without any."""
+def is_packed(model: nn.Module) -> bool:
+    """Whether some parameters are codes or floats of 8 bits, or packed in such tensors."""
+    dtypes = {part.dtype for tensor in model.parameters() for part in plain_tensors(tensor)}
+    return any(not dtype.is_floating_point or dtype.itemsize == 1 for dtype in dtypes)
+
+
+def check_bits(bits: Literal[8, 4] | None, quantized: bool, name: str, tune: str) -> None:
+    """Raise a UserError where what bitsandbytes, or another, did to a base bars tuning it."""
+    if quantized and bits is None:
+        raise UserError(
+            f"tune={tune!r} is for bases in floating point and for those that bitsandbytes "
+            f"quantized, and {public_name(name)} is quantized in another way; tune an adapter"
+        )
     if tune == "weights" and bits == 4:
         raise UserError(
             "tune='weights' cannot move the codes of a 4-bit base; load it in 8 bit or "
@@ -290,18 +304,18 @@ def base_hash(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if name in trained:
             continue
-        for part in _plain(tensor):
+        for part in plain_tensors(tensor):
             digest.update(f"{name} {part.dtype} {list(part.shape)}".encode())
             bits = part.detach().cpu().contiguous().flatten().view(torch.uint8)
             digest.update(bits.numpy().data)
     return digest.hexdigest()
 
 
-def _plain(tensor: Any) -> Iterator[torch.Tensor]:
-    """The plain tensors of an entry of a state dict; packed weights may consist of several."""
+def plain_tensors(tensor: Any) -> Iterator[torch.Tensor]:
+    """The plain tensors of a parameter or an entry of a state dict; packed ones have several."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
+            yield from plain_tensors(getattr(tensor, name))
     elif isinstance(tensor, torch.Tensor):
         yield tensor
 
@@ -318,7 +332,8 @@ def identity(model: AnyModel) -> dict[str, str]:
     loaded = {8: "int8", 4: "4-bit"}[bits] if bits else str(base.dtype)
     name = model.config.name_or_path
     files = sorted(Path(name).glob("*.safetensors")) if name else []
-    if not files:
+    # What others quantize while they load it has no file of its own.
+    if not files or (not bits and is_packed(base)):
         return {"tensors": base_hash(model), "loaded": loaded}
     digest = hashlib.blake2b(digest_size=16)
     for path in files:

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from zo_peft.core.batch import Batch
 from zo_peft.models.hub import AnyModel
+from zo_peft.models.loading import plain_tensors
 
 #: The peak of a step stays within this many times the peak of plain inference on the same batch ...
 PEAK_RATIO = 1.05
@@ -30,8 +32,8 @@ CPU_INT8_COPIES, CPU_INT8_HELD = 5, 1.5
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters and buffers as they are stored, with the scales of codes."""
     scales = (tensor for module in model.modules() for tensor in _scales(module))
-    tensors = [*model.parameters(), *model.buffers(), *scales]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    tensors = chain(model.parameters(), model.buffers(), scales)
+    return sum(part.nbytes for tensor in tensors for part in plain_tensors(tensor))
 
 
 def _scales(module: nn.Module) -> list[Tensor]:

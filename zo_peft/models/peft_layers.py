@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, PeftType
-from peft.tuners import ia3, lora, tinylora, unilora, vera
+from peft.tuners import ia3, tinylora, unilora, vera
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ def find_replacements(
             return model, "get_prompt", _prompts
         if not isinstance(module, BaseTunerLayer):
             return plain_replacement(module, name)
-        replacement = _BY_TYPE.get(type(module))
+        replacement = _LORA if _is_lora(module) else _BY_TYPE.get(type(module))
         if replacement is None or not _is_plain(module):
             raise NotInLanes(f"{name} (a {type(module).__name__} of {type(module).__module__})")
         return module, "forward", replacement
@@ -106,7 +106,6 @@ def _tinylora_factors(layer: Any, lanes: Lanes, adapter: str) -> tuple[Tensor, T
 _LORA = partial(_low_rank, _lora_factors)
 
 _BY_TYPE: dict[type[nn.Module], Callable[..., Tensor]] = {
-    **dict.fromkeys((lora.Linear, lora.Linear8bitLt, lora.Linear4bit), _LORA),
     vera.Linear: partial(_low_rank, _vera_factors),
     unilora.Linear: partial(_low_rank, _unilora_factors),
     tinylora.Linear: partial(_low_rank, _tinylora_factors),
@@ -114,9 +113,23 @@ _BY_TYPE: dict[type[nn.Module], Callable[..., Tensor]] = {
 }
 
 
-def is_plain_lora(module: nn.Module) -> bool:
-    """Whether a module is a LoRA of the form that was first published, on a linear layer."""
-    return type(module) in (lora.Linear, lora.Linear8bitLt, lora.Linear4bit) and _is_plain(module)
+#: LoRA on linear layers, by the names of PEFT's classes: some of these exist only where the package
+#: that quantizes their layers is installed.
+_LORAS = {"Linear", "Linear8bitLt", "Linear4bit", "AqlmLoraLinear", "AwqLoraLinear"}
+_LORAS |= {"EetqLoraLinear", "GPTQLoraLinear", "HqqLoraLinear", "TorchaoLoraLinear"}
+
+
+def _is_lora(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__name__ in _LORAS and kind.__module__.startswith("peft.tuners.lora.")
+
+
+def is_plain_lora(module: Any) -> bool:
+    """Whether a module is a LoRA as first published, on a linear layer whose weight PEFT reads."""
+    if not (_is_lora(module) and _is_plain(module)):
+        return False
+    base = module.get_base_layer()
+    return hasattr(base, "weight") or hasattr(base, "W_q")  # the weight of HQQ
 
 
 def lora_factors(module: Any) -> tuple[Tensor, Tensor, float]:

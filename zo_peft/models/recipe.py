@@ -20,7 +20,7 @@ from zo_peft.errors import UserError
 from zo_peft.models.adapters import peft_config_of, tuned_parameters
 from zo_peft.models.hub import AnyModel
 from zo_peft.models.in_place_space import InPlaceSpace
-from zo_peft.models.loading import bits_in, check_bits
+from zo_peft.models.loading import bits_in, check_bits, is_packed, quantization_of
 from zo_peft.models.memory import Fit
 from zo_peft.models.numbers import choose, find_scales, find_weights
 from zo_peft.models.peft_layers import find_replacements
@@ -56,7 +56,8 @@ def space_of(
         kind = LowRank(noise_rank, low_rank_noise, noise)
     if tune == "adapter":
         return FlatSpace(tuned_parameters(model, tunable), kind)
-    check_bits(bits_in(model), model.config.name_or_path, tune)
+    quantized = bool(quantization_of(model.config)) or is_packed(model)
+    check_bits(bits_in(model), quantized, model.config.name_or_path, tune)
     model.requires_grad_(False)
     find = find_scales if tune == "scales" else find_weights
     return InPlaceSpace(choose(find(model, tune_unquantized), tunable), kind)

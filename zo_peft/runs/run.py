@@ -1,5 +1,6 @@
 """The main jobs from start to end: train an adapter, or evaluate one."""
 
+import json
 import re
 import shlex
 import tempfile
@@ -17,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from zo_peft.core.journal import JOURNAL_NAME
 from zo_peft.data.forms import Row
 from zo_peft.data.tasks import ANSWER_TOKENS, TASKS
+from zo_peft.data.tokenize import classes_of
 from zo_peft.engines.served import load_served
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter, saved_adapter
@@ -28,7 +30,6 @@ from zo_peft.runs.earlier import note_base
 from zo_peft.runs.jobs import flags
 from zo_peft.runs.sources import evaluation_examples, training_examples
 from zo_peft.scales import load_scales
-from zo_peft.train.answers import classes_of
 from zo_peft.train.base import BaseTrainer
 from zo_peft.train.checks import GRADIENT
 from zo_peft.train.config import ZOConfig, run_settings
@@ -83,6 +84,8 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     trainer.summary = results(trainer, before, after, validated, test_set, round(seconds, 2))
     # The trainer may have chosen another strategy than the default one.
     told = model, data, trainer.args
+    if resume is True:
+        _check_same(Path(args.output_dir), trainer.state.global_step, settings(*told))
     trainer.summary |= {"command": command(*told), "settings": settings(*told)}
     trainer.summary["label_words"] = data.words()
     if data.task is not None and data.task_data_dir is None:
@@ -93,6 +96,19 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     trainer.save_model()
     trainer.save_state()
     return trainer.summary | {"output_dir": args.output_dir, "next": _next(model, data, args)}
+
+
+def _check_same(folder: Path, steps: int, now: dict[str, Any]) -> None:
+    """Raise a UserError where a run that was over before is started again with other settings."""
+    path = folder / METRICS_NAME
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    was = kept["settings"] if kept.get("steps") == steps else now
+    changed = {name for name in {**was, **now} if was.get(name) != now.get(name)}
+    for name in sorted(changed):
+        raise UserError(
+            f"{folder.name} holds a run that is over, with {name}={was.get(name)!r}, and now it is "
+            f"{now.get(name)!r}; start it with its own options, or give another --output_dir"
+        )
 
 
 def examples_of(
@@ -222,7 +238,7 @@ def trainer_of(
     if model.task_type == "SEQ_CLS":
         # A new head that nobody trains would answer at random, so it gets no classes.
         trained = train is not None or model.adapter_name_or_path is not None
-        num_labels = trained * (len(words) or classes_of(train or ()))
+        num_labels = trained * (len(words) or classes_of(train))
     if model.adapter_name_or_path is not None and args.tune == "adapter":
         config, classes = saved_adapter(model.adapter_name_or_path)
         num_labels = classes or num_labels

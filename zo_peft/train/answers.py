@@ -21,12 +21,6 @@ from zo_peft.objectives.rewards import RewardObjective
 from zo_peft.objectives.scoring import ClassificationObjective, OptionObjective
 
 
-def classes_of(rows: Any) -> int:
-    """One more than the largest label of examples for a classification head; 0 without labels."""
-    labels = [row["label"] if "label" in row else row.get("labels") for row in rows]
-    return 1 + max((label for label in labels if isinstance(label, int)), default=-1)
-
-
 def is_chat(dataset: Any) -> bool:
     """Whether the examples of a data set, or of the first of several, are conversations."""
     dataset = next(iter(dataset.values()), None) if isinstance(dataset, dict) else dataset

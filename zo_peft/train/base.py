@@ -1,7 +1,7 @@
 """What forward-only tuning and its gradient baseline share: model, data, evaluation, saving."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -35,14 +35,14 @@ from zo_peft.core.batch import Batch, Objective
 from zo_peft.core.lanes import replaced
 from zo_peft.data import Tokenization, collator_for, tokenize_dataset
 from zo_peft.data.sampler import EpochSampler
-from zo_peft.data.tokenize import is_tokenized
+from zo_peft.data.tokenize import classes_of, is_tokenized
 from zo_peft.engines import served
 from zo_peft.errors import UserError
 from zo_peft.models import adapters
 from zo_peft.models.hub import AnyModel, first_line
 from zo_peft.models.loading import load_base, load_tokenizer
 from zo_peft.objectives import rewards, scoring
-from zo_peft.train.answers import answered, classes_of, is_chat, questions
+from zo_peft.train.answers import answered, is_chat, questions
 from zo_peft.train.card import write_model_card
 from zo_peft.train.config import ZOConfig
 from zo_peft.train.progress import Progress, Totals
@@ -97,7 +97,7 @@ class BaseTrainer(Trainer):
         eval_objective: Objective | None = None,
     ) -> None:
         name = model if isinstance(model, str) else model.config.name_or_path
-        args = args or ZOConfig(f"{Path(name).name}-zo")
+        args = ZOConfig(f"{Path(name).name}-zo") if args is None else args
         if not isinstance(args, ZOConfig):
             raise UserError(
                 f"args is a {type(args).__name__}; give a ZOConfig, which takes the same"
@@ -106,6 +106,8 @@ class BaseTrainer(Trainer):
             _check_tuned(args, model, peft_config)
         if (objective is not None) + bool(reward_funcs) + (args.objective is not None) > 1:
             raise UserError("give one of: an objective, reward_funcs, ZOConfig.objective")
+        if args.reward_weights is not None and not reward_funcs:
+            raise UserError("reward_weights are weights of reward_funcs, and there are none")
         if args.device.type == "cpu":
             args.dataloader_pin_memory = False
         # The collator needs all columns that `tokenize_dataset` makes.
@@ -119,7 +121,9 @@ class BaseTrainer(Trainer):
         if isinstance(model, str):
             num_labels = None
             if peft_config is not None and peft_config.task_type == TaskType.SEQ_CLS:
-                num_labels = classes_of(train_dataset or ()) or 2
+                if isinstance(train_dataset, Iterator):
+                    train_dataset = list(train_dataset)
+                num_labels = classes_of(train_dataset) or 2
             kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
             model = load_base(model, num_labels, args.tune, **kwargs)
         self.prepare_base(model, args)
@@ -175,7 +179,7 @@ class BaseTrainer(Trainer):
                 )
         except UserError:
             raise
-        except (ValueError, RuntimeError, ImportError) as error:
+        except Exception as error:
             raise UserError(f"transformers refuses the settings: {first_line(error)}") from error
         self.totals = Totals()
         self.add_callback(self.totals)
@@ -263,6 +267,8 @@ class BaseTrainer(Trainer):
 
         A UserError says that the data gave no batch to make a step on.
         """
+        if self.train_dataset is None:
+            raise UserError("there is nothing to train on; give a train_dataset")
         self.totals.clear()
         result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if not self.state.global_step:
@@ -415,8 +421,12 @@ def _check_tuned(args: ZOConfig, model: str | AnyModel, peft_config: PeftConfig 
         raise UserError(
             f"tune={args.tune!r} tunes the base itself: give no adapter, no peft_config"
         )
-    if args.tune == "adapter" and (peft_config is None) != isinstance(model, PeftModel):
-        raise UserError("give a peft_config for a new adapter or a PeftModel: one of the two")
+    kinds: Any = type(None) if isinstance(model, PeftModel) else PeftConfig
+    if args.tune == "adapter" and not isinstance(peft_config, kinds):
+        raise UserError(
+            "give a peft_config (a LoraConfig, for example) for a new adapter or a PeftModel: one "
+            "of the two"
+        )
 
 
 def _kind(features: Any) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -107,10 +107,8 @@ def save_state(folder: str, tensors: Mapping[str, Tensor], state: Mapping[str, A
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of `save_tensors`, on the CPU; a UserError if they are missing or damaged."""
-    try:
+    with _reading(path):
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
 
 
 def step_of(folder: str, checksums: Sequence[int] | None = None) -> int:
@@ -119,11 +117,10 @@ def step_of(folder: str, checksums: Sequence[int] | None = None) -> int:
     Args:
         checksums: of the records of its journal; None: it has none.
     """
-    try:
-        # This file is written last.
-        step = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME)).global_step
-    except (OSError, ValueError, TypeError) as error:
-        raise _unreadable(Path(folder) / TRAINER_STATE_NAME, error) from error
+    # This file is written last.
+    path = Path(folder) / TRAINER_STATE_NAME
+    with _reading(path):
+        step = TrainerState.load_from_json(str(path)).global_step
     if checksums is not None and load_state(folder).get("record") not in checksums[step - 1 : step]:
         raise UserError(
             f"{Path(folder).name} belongs to another run than the journal beside it; resume with "
@@ -144,17 +141,20 @@ def last_whole(folder: Path, checksums: Sequence[int] | None = None) -> str | No
 def load_state(folder: str, name: str = STATE_NAME) -> dict[str, Any]:
     """A JSON file of a checkpoint; a UserError if it is missing or damaged."""
     path = Path(folder) / name
-    try:
+    with _reading(path):
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{path.parent.name}/{path.name} cannot be read ({type(error).__name__}); resume from a "
-        "checkpoint-N folder that ZOTrainer wrote whole, or with resume_from_checkpoint=True"
-    )
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Within the context, a file that is missing or damaged is a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path.parent.name}/{path.name} cannot be read ({type(error).__name__}); resume from "
+            "a checkpoint-N folder that ZOTrainer wrote whole, or with resume_from_checkpoint=True"
+        ) from error
 
 
 class CheckpointTrainer(BaseTrainer):

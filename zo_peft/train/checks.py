@@ -1,9 +1,14 @@
 """What of a configuration is refused, and what presets and defaults make of it."""
 
 import math
+import reprlib
 import warnings
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from os import PathLike
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from zo_peft.core.guide import CHECK_PASSES, FIRST_PASSES
 from zo_peft.core.low_rank import Structure
@@ -29,6 +34,9 @@ EPOCHS, GUIDED_BUDGET, BUDGET = 3.0, (100, 400), (1_000, 4_000)
 ALONG_CANDIDATES = ("sgd", "fzoo")
 OF_CANDIDATES = [f.name for f in fields(Options)]
 OF_CANDIDATES += ["noise", "noise_rank", "low_rank_noise", "per_example_noise"]
+#: What decides about steps without gradients, of which a run with gradients uses nothing.
+CANDIDATES = {*OF_CANDIDATES, "update_rule", "momentum", "candidates_per_forward", "parallel"}
+CANDIDATES |= {"zo_eps", "exact_layers", "tune_unquantized"}
 Preset = Literal["paper-gv", "paper-greedy", "paper-mezo", "mezo", "subzero", "lozo"]
 Tune = Literal["adapter", "scales", "weights"]
 ObjectiveName = Literal["accuracy", "f1", "exact_match"]
@@ -71,12 +79,21 @@ REFUSED = {
     "fsdp": "there are no gradients or optimizer states to shard; use device_map",
     "auto_find_batch_size": "lower per_device_train_batch_size, raise gradient_accumulation_steps",
     "optim": "choose an update_rule instead",
+    "use_liger_kernel": "its kernels save memory in backward passes",
+    "length_column_name": "lengths are counted in tokens",
+    "prediction_loss_only": "evaluation is for the metric, too",
+    "eval_do_concat_batches": "a metric is one of all batches",
 }
 
-#: Arguments that must be positive and finite.
+#: TrainingArguments that shape steps of strategies with gradients, and of no other.
+OF_GRADIENTS = ["adam_beta1", "adam_epsilon", "max_grad_norm", "optim_args"]
+OF_GRADIENTS += ["optim_target_modules", "torch_empty_cache_steps"]
+
+#: Numbers that must not be 0, and those that must be below 1. None may be negative.
 POSITIVE = ["zo_eps", "learning_rate", "max_forward_passes", "max_length", "candidates_per_forward"]
 POSITIVE += ["max_completion_length", "gradient_accumulation_steps", "per_device_train_batch_size"]
-POSITIVE += ["per_device_eval_batch_size"]
+POSITIVE += ["per_device_eval_batch_size", "max_steps", "top_p"]
+BELOW_ONE = ["momentum", "adam_beta1", "adam_beta2"]
 
 #: What an engine cannot do: the values of a setting, and what to do instead.
 NOT_BY_ENGINES: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -87,23 +104,58 @@ NOT_BY_ENGINES: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def check_choices(config: "ZOConfig") -> None:
-    """Refuse a value that is in neither case a known one: of its `Literal`, or of the tables."""
+def check_fields(config: "ZOConfig") -> None:
+    """Refuse what is not for this tuning, of another type than declared, or out of its range."""
     # These are looked up now, because a user's own may have joined the table since the import.
-    known: dict[str, tuple[str, ...]] = {"strategy": (*STRATEGIES, GUIDED, *GRADIENT)}
-    known["update_rule"] = tuple(RULES)
-    for name, hint in get_type_hints(type(config)).items():
-        for part in (hint, *get_args(hint)):
-            words = get_args(part)
-            if get_origin(part) is Literal and isinstance(words[0], str):
-                known[name] = words
-    defaults = {f.name: f.default for f in fields(config)}
-    for name, choices in known.items():
-        value = getattr(config, name)
-        value = {choice.lower(): choice for choice in choices}.get(str(value).lower(), value)
+    known = {"strategy": (*STRATEGIES, GUIDED, *GRADIENT), "update_rule": tuple(RULES)}
+    hints = get_type_hints(type(config))
+    # transformers takes these as well, whatever it declares.
+    hints["accelerator_config"] |= AcceleratorConfig
+    hints["debug"] |= None
+    descends = config.strategy in GRADIENT
+    advice = "momentum, weight_decay and update_rule shape steps without gradients"
+    refused = REFUSED | ({} if descends else dict.fromkeys(OF_GRADIENTS, advice))
+    for name, default in ((f.name, f.default) for f in fields(config)):
+        value, hint = getattr(config, name), hints[name]
+        given = f"{name}={reprlib.repr(value)}"
+        if value is default is None:
+            continue
+        literals = (part for part in (hint, *get_args(hint)) if get_origin(part) is Literal)
+        words = known.get(name) or [word for part in literals for word in get_args(part) if word]
+        # Letters of either case will do.
+        value = {word.lower(): word for word in words}.get(str(value).lower(), value)
         setattr(config, name, value)
-        if value not in (*choices, defaults[name]):
-            raise UserError(f"{name}={value!r} is not known; use one of {', '.join(choices)}")
+        if words and value not in words:
+            raise UserError(f"{given} is not known; use one of {', '.join(words)}")
+        if not _is_of(value, hint):
+            kind = hint.__name__ if isinstance(hint, type) else hint
+            raise UserError(f"{given} is of another type; it must be {kind}")
+        if value == default:
+            continue
+        # What is off by default is off with 0, too.
+        if name in refused and (value or default is True):
+            raise UserError(f"{name} is not for forward-only tuning: {refused[name]}")
+        if name in CANDIDATES and descends:
+            message = f"{given} is not used: strategy={config.strategy!r} has no candidates"
+            warnings.warn(message, Notice, stacklevel=4)
+        # Of a setting that is infinite or no number, nothing is known to be meant.
+        limit, positive = 1 if name in BELOW_ONE else 1 << 32, name in POSITIVE
+        if _is_of(value, float) and not (0 <= value < limit and (value or not positive)):
+            least = "positive" if positive else "0 or more"
+            raise UserError(f"{given}; it must be {least}, and below {limit}")
+
+
+def _is_of(value: object, hint: Any) -> bool:
+    """Whether a value is of a declared type; whole numbers are floats, and paths are strings."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_is_of(value, part) for part in parts)
+    if kind is Literal:
+        return value in parts
+    if kind is list and isinstance(value, list):
+        return all(_is_of(one, parts[0]) for one in value)
+    kinds = {float: int | float, str: str | PathLike}.get(kind, kind)
+    return isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
 
 
 def apply_preset(config: "ZOConfig") -> None:
@@ -159,8 +211,6 @@ def choose_noise(config: "ZOConfig") -> None:
             config.noise_rank = 0
         else:
             config.noise_rank = RANKS[config.low_rank_noise or "eggroll"]
-    if config.noise_rank < 0:
-        raise UserError(f"noise_rank={config.noise_rank}; it must be 1 or more, or 0 (full noise)")
     if config.noise_rank == 0 and config.low_rank_noise is not None:
         raise UserError(f"low_rank_noise={config.low_rank_noise!r} needs a noise_rank of 1 or more")
     if config.noise_rank and config.low_rank_noise is None:
@@ -168,30 +218,14 @@ def choose_noise(config: "ZOConfig") -> None:
 
 
 def check_values(config: "ZOConfig") -> None:
-    """Refuse single values and combinations that make no sense."""
-    for name, default in ((f.name, f.default) for f in fields(config) if f.name in REFUSED):
-        if getattr(config, name) not in (None, False, default):
-            raise UserError(f"{name} is not for forward-only tuning: {REFUSED[name]}")
-    for name in POSITIVE:
-        value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{name}={value}; it must be positive and finite")
-    if config.max_steps == 0 or config.max_steps < -1:
-        raise UserError(f"max_steps={config.max_steps}; it must be positive, or -1 (no limit)")
-    if config.max_steps < 0 and not 0 < (config.num_train_epochs or 0) < math.inf:
+    """Refuse combinations that make no sense."""
+    if config.max_steps < 0 and not config.num_train_epochs:
         raise UserError(f"num_train_epochs={config.num_train_epochs}; it must be positive")
-    if not 0 <= config.seed < 1 << 32:
-        raise UserError(f"seed={config.seed}; it must be at least 0 and below 2^32")
-    if not 0 <= config.momentum < 1:
-        raise UserError(f"momentum={config.momentum}; it must be at least 0 and below 1")
-    if not 0 <= config.temperature < math.inf:
-        raise UserError(f"temperature={config.temperature}; it must be 0 or more")
-    if not 0 < config.top_p <= 1:
+    if config.top_p > 1:
         raise UserError(f"top_p={config.top_p}; it must be above 0 and at most 1")
-    if config.exact_layers < 0 or (config.exact_layers and config.strategy != GUIDED):
+    if config.exact_layers and config.strategy != GUIDED:
         raise UserError(
-            f"exact_layers={config.exact_layers}; it must be 0 or more, and more only with "
-            "strategy='guided'"
+            f"exact_layers={config.exact_layers}; it can be more than 0 only with strategy='guided'"
         )
     if config.strategy == GUIDED and config.update_rule in ALONG_CANDIDATES:
         raise UserError(

@@ -3,7 +3,7 @@
 import copy
 import os
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -185,7 +185,7 @@ class ZOConfig(TrainingArguments):
         help="With an engine: the float model, a folder or Hub id. Before the first step it is "
         "loaded in PyTorch, and adapters must act there as in the engine. Default: none.",
     )
-    train_sampling_strategy: str = HfArg(
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = HfArg(
         default="group_by_length",
         help="As in transformers; examples of like length share a batch by default.",
     )
@@ -199,7 +199,7 @@ class ZOConfig(TrainingArguments):
     ]
 
     def __post_init__(self) -> None:
-        checks.check_choices(self)
+        checks.check_fields(self)
         checks.apply_preset(self)
         # Where nothing says when the run ends, or where it writes to, it is chosen later.
         ends = self.max_steps > 0 or self.num_train_epochs is not None
@@ -236,10 +236,11 @@ class ZOConfig(TrainingArguments):
             self.use_cpu = True
         try:
             super().__post_init__()
-        except (ValueError, TypeError, ArithmeticError, OSError, ImportError) as error:
+        except Exception as error:
             raise UserError(f"transformers refuses the settings: {error}") from error
-        if isinstance(self.model_init_kwargs, str):
-            raise UserError(f"model_init_kwargs={self.model_init_kwargs!r}; give a JSON object")
+        for name in ("lr_scheduler_kwargs", "model_init_kwargs"):
+            if isinstance(value := getattr(self, name), str):
+                raise UserError(f"{name}={value!r}; give a JSON object")
 
     def with_candidates(self) -> "ZOConfig":
         """The same with `gv`, for a model or a goal of which a guide can read nothing."""
@@ -297,12 +298,6 @@ class ZOConfig(TrainingArguments):
 RUN_FIELDS = {"gradient_accumulation_steps", "lr_scheduler_type", "max_steps", "num_train_epochs"}
 RUN_FIELDS |= {"per_device_train_batch_size", "seed", "weight_decay"}
 
-
-#: What decides about candidates, which a run with gradients has none of.
-CANDIDATES = {f.name for f in fields(Options)} | {"per_example_noise", "update_rule", "momentum"}
-CANDIDATES |= {"candidates_per_forward", "parallel", "zo_eps", "noise", "noise_rank"}
-CANDIDATES |= {"low_rank_noise", "exact_layers", "tune_unquantized"}
-
 #: What decides about completions, where none are generated.
 GENERATION = {"reward_weights", "max_completion_length", "temperature", "top_p"}
 
@@ -317,7 +312,7 @@ def run_settings(config: ZOConfig, generates: bool) -> dict[str, Any]:
     told = RUN_FIELDS | ZOConfig.__annotations__.keys()
     told -= {"model_init_kwargs", "tokenizer_name", "engine_reference"}
     told.remove("num_train_epochs" if config.max_steps > 0 else "max_steps")
-    told -= CANDIDATES if config.strategy in checks.GRADIENT else set()
+    told -= checks.CANDIDATES if config.strategy in checks.GRADIENT else set()
     told -= set() if generates else GENERATION
     return {f.name: getattr(config, f.name) for f in fields(config) if f.name in told}
 

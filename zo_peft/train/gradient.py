@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from zo_peft.core.batch import Batch
 from zo_peft.core.faults import Faults
+from zo_peft.core.space import check_fit
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import tuned_parameters
 from zo_peft.models.hub import AnyModel
@@ -117,9 +118,7 @@ class GradientTrainer(BaseTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *_: Any, **__: Any) -> None:
         tensors = load_tensors(Path(resume_from_checkpoint) / TRAINED_NAME)
-        shapes = [{n: t.shape for n, t in found.items()} for found in (tensors, self.trained)]
-        if shapes[0] != shapes[1]:
-            raise UserError(f"{Path(resume_from_checkpoint).name} is of another adapter")
+        check_fit(self.trained, tensors)
         for name, parameter in self.trained.items():
             parameter.data.copy_(tensors[name])
 

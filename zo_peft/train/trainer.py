@@ -196,6 +196,9 @@ class ZOTrainer(CheckpointTrainer):
         if isinstance(self.space, FlatSpace) and not resume_from_checkpoint:
             self.space.check()
         self._check_lanes()
+        if isinstance(self.space, FlatSpace):
+            # A forward may have put other tensors in the place of parameters.
+            self.space.check()
         resumed = self._open_journal(resume_from_checkpoint)
         try:
             with self.engine.training() if self.engine else nullcontext():
@@ -391,7 +394,10 @@ class ZOTrainer(CheckpointTrainer):
             kept = rule.momentum if rule.BUFFERS else 0.0
             independent = num_training_steps * (1 + kept) / (1 - kept)
             rule.param_groups[0]["lr"] = WALK / math.sqrt(independent)
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        try:
+            scheduler = super().create_scheduler(num_training_steps, optimizer)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"lr_scheduler_kwargs do not fit: {error}") from error
         if guided is not None and math.isfinite(self._budget):
             # Steps take one forward pass or several; the schedule follows the passes.
             scheduler.lr_lambdas = [
