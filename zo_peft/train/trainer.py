@@ -164,11 +164,10 @@ class ZOTrainer(CheckpointTrainer):
     def _smooth(self, batches: Sequence[Batch]) -> tuple[Evaluator, Sequence[Batch]]:
         """The likelihood of drawn completions, by which eps is chosen in the place of rewards."""
         assert isinstance(self.objective, RewardObjective)
-        likelihood = SequenceObjective()
-        evaluator = recipe.evaluator_of(self.model, self.space, likelihood, ranks=self.ranks)
-        drawn = [self.objective.drawn(self.model, batch) for batch in batches]
-        pad = self.objective.tokenizer.pad_token_id
-        return evaluator, [drawn_batch(batch, ids, pad) for batch, ids in zip(batches, drawn)]
+        given = self.model, self.space, SequenceObjective()
+        evaluator = recipe.evaluator_of(*given, ranks=self.ranks)
+        draw, pad = self.objective.drawn, self.objective.tokenizer.pad_token_id
+        return evaluator, [drawn_batch(batch, draw(self.model, batch), pad) for batch in batches]
 
     def _say(self, message: str) -> None:
         if self.is_world_process_zero():
@@ -229,13 +228,10 @@ class ZOTrainer(CheckpointTrainer):
         if isinstance(objective, RewardObjective):
             # Sampled completions differ from batch to batch; the likelihood of given ones does not.
             objective = CompletionObjective()
-            batch, *alone = map(self._answered, (batch, *alone))
+            pad = self.processing_class.pad_token_id
+            batch, *alone = (drawn_batch(b, [[0, 0]] * b.rows, pad) for b in (batch, *alone))
         with replaced([(self.evaluator, "objective", objective)]):
             self.check_passes = check(self.evaluator, batch, alone)
-
-    def _answered(self, batch: Batch) -> Batch:
-        """Prompts with some completions, as a `CompletionObjective` batch."""
-        return drawn_batch(batch, [[0, 0]] * batch.rows, self.processing_class.pad_token_id)
 
     def _open_journal(self, resume: str | bool | None) -> str | None:
         """Start a journal or take one up; returns the checkpoint to go on from."""
