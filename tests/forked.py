@@ -42,9 +42,10 @@ def run(folder: str, script: str, options: list[str]) -> int:
     return code
 
 
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        sys.stdin.close()
-        os._exit(run(*json.loads(line)))
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+if __name__ == "__main__":
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            sys.stdin.close()
+            os._exit(run(*json.loads(line)))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

@@ -18,6 +18,7 @@ FLOORS = [
     "core",
     "objectives",
     "models",
+    "engines",
     "scales",
     "data",
     "train",
@@ -77,9 +78,9 @@ def lines(*paths: Path) -> int:
 @pytest.mark.parametrize(
     ("what", "paths", "most"),
     [
-        ("the story of a step", STORY, 1_450),
-        ("the core", [*(PACKAGE / "core").glob("*.py")], 2_950),
-        ("the package", MODULES, 13_050),
+        ("the story of a step", STORY, 1_475),
+        ("the core", [*(PACKAGE / "core").glob("*.py")], 3_000),
+        ("the package", MODULES, 15_600),
     ],
 )
 def test_it_stays_small(what: str, paths: list[Path], most: int) -> None:

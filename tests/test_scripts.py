@@ -17,8 +17,8 @@ from safetensors.torch import load
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 DATA = Path(__file__).parents[2] / "shared" / "data"
-#: Other scripts import these; they are no commands.
-MODULES = {"exactness", "measuring", "workloads"}
+#: Other scripts and tests import these.
+MODULES = {"convert", "exactness", "measuring", "workloads"}
 TABLE = r"^\| {header}.*\|\n\|( -+ \|)+\n\| {row} *\|.*\d.*\|$"
 
 
@@ -64,6 +64,11 @@ SMALLEST = [
         table("strategy", "mezo"),
         table("what", "plain forward"),
         r"^\| zo_peft, gv \| \d+",
+    ),
+    form(
+        "bench_engines",
+        "--forward_passes 0",
+        table("evaluator", "PyTorch float32"),
     ),
     form(
         "bench_defaults",

@@ -181,7 +181,8 @@ def collator_for(
     """
     collator, features = Collator(pad_token_id), iter(examples)
     first, kind = next(features, {}), objectives[0]
-    if not isinstance(kind, (ClassificationObjective, *GENERATIVE)):
+    served = hasattr(model, "next_tokens")  # by an inference engine, which takes no padding
+    if served or not isinstance(kind, (ClassificationObjective, *GENERATIVE)):
         return collator
     if isinstance(kind, ClassificationObjective):
         if _logits(model, first.get("input_ids", _SOME_IDS)).dim() != 2:

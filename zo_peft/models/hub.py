@@ -20,9 +20,9 @@ UNREACHED = (errors.LocalEntryNotFoundError, ConnectionError, httpx.TransportErr
 
 
 def public_name(name_or_path: str | None) -> str:
-    """The Hub id of a model, or the name of its folder without the path to it."""
+    """The Hub id of a model, or the name of its folder or file without the path to it."""
     path = Path(name_or_path or "base")
-    return path.name if path.is_absolute() or path.is_dir() else path.as_posix()
+    return path.name if path.is_absolute() or path.exists() else path.as_posix()
 
 
 def check_apart(output_dir: str, *sources: str | None) -> None:

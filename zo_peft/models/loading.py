@@ -321,8 +321,13 @@ def plain_tensors(tensor: Any) -> Iterator[torch.Tensor]:
 
 
 def identity(model: AnyModel) -> dict[str, str]:
-    """A hash of the base's files, or of its tensors if it is of the Hub; and its format."""
+    """A hash of the base's files, or of its tensors if it is of the Hub; and its format.
+
+    Of a base for which an inference engine answers, the engine knows it (`zo_peft.engines`).
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if hasattr(base, "engine"):
+        return base.engine.identity
     bits = bits_of(base.config)
     loaded = {8: "int8", 4: "4-bit"}[bits] if bits else str(base.dtype)
     name = model.config.name_or_path

@@ -3,6 +3,10 @@
 All losses are cross entropies in float32, with natural logarithms. Evaluation reports accuracy, the
 share of predictions that equal their reference; a reference of -100 does not count. Of completions
 it is called `token_accuracy`, because their predictions are the next tokens.
+
+A model for which an inference engine answers has a method `next_tokens` (`zo_peft.engines`). Of a
+batch it gives the log-probabilities [N, K] of the `option_tokens` or `tokens`, and the likeliest
+tokens [N], at the N positions.
 """
 
 from collections.abc import Callable
@@ -43,6 +47,15 @@ def labelled_logits(model: nn.Module, batch: Batch) -> Tensor:
     return logits.float()
 
 
+def token_losses(model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """The negative log-likelihoods of the N scored tokens of a batch, float32 [N]."""
+    if ask := getattr(model, "next_tokens", None):
+        return -ask(batch).log_probabilities[:, 0]
+    logits = labelled_logits(model, batch)
+    logits = logits if temperature == 1.0 else logits.div_(temperature)
+    return F.cross_entropy(logits, batch["tokens"], reduction="none")
+
+
 def _segment_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     """The additive attention mask [B, 1, T, T] of prompts (segment 0) with options behind them.
 
@@ -67,27 +80,32 @@ class CompletionObjective:
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """One loss per example, float32, shape [B]."""
-        return self._means(labelled_logits(model, batch), batch)
+        return self._means(token_losses(model, batch), batch)
 
     def predict(self, model: nn.Module, batch: Batch) -> Prediction:
         """Losses [B]; the likeliest next tokens and the true ones [B, L - 1], -100 elsewhere."""
-        logits = labelled_logits(model, batch)
+        if ask := getattr(model, "next_tokens", None):
+            known, likeliest = ask(batch)
+            nll = -known[:, 0]
+        else:
+            logits = labelled_logits(model, batch)
+            nll = F.cross_entropy(logits, batch["tokens"], reduction="none")
+            likeliest = logits.argmax(dim=-1)
         labels = batch["labels"][:, 1:]
         predictions = torch.full_like(labels, IGNORE_INDEX)
-        predictions[batch["rows"], batch["positions"]] = logits.argmax(dim=-1)
-        return self._means(logits, batch), predictions, labels
+        predictions[batch["rows"], batch["positions"]] = likeliest
+        return self._means(nll, batch), predictions, labels
 
-    def _means(self, logits: Tensor, batch: Batch) -> Tensor:
-        nll = F.cross_entropy(logits, batch["tokens"], reduction="none")
+    def _means(self, nll: Tensor, batch: Batch) -> Tensor:
         return _mean_by(batch["rows"], nll, len(batch["labels"]))
 
 
 class SequenceObjective(CompletionObjective):
     """As `CompletionObjective`, but with the negative log-likelihood of the whole completion."""
 
-    def _means(self, logits: Tensor, batch: Batch) -> Tensor:
+    def _means(self, nll: Tensor, batch: Batch) -> Tensor:
         counts = torch.bincount(batch["rows"], minlength=len(batch["labels"]))
-        return super()._means(logits, batch) * counts
+        return super()._means(nll, batch) * counts
 
 
 class PolicyObjective(CompletionObjective):
@@ -104,8 +122,12 @@ class PolicyObjective(CompletionObjective):
     def __init__(self, temperature: float = 1.0) -> None:
         self.temperature = temperature
 
-    def _means(self, logits: Tensor, batch: Batch) -> Tensor:
-        return super()._means(logits.div_(self.temperature), batch) * batch["advantages"]
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """One loss per example, float32, shape [B]."""
+        return self._means(token_losses(model, batch, self.temperature), batch)
+
+    def _means(self, nll: Tensor, batch: Batch) -> Tensor:
+        return super()._means(nll, batch) * batch["advantages"]
 
 
 class OptionObjective:
@@ -139,11 +161,11 @@ class OptionObjective:
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-likelihoods up to a constant of the example, float32 [B, K]; -inf for no option."""
-        logits = labelled_logits(model, batch)
         if "option_tokens" in batch:
-            return logits.gather(1, batch["option_tokens"])
-        is_option = batch["is_option"]
-        nll = F.cross_entropy(logits, batch["tokens"], reduction="none")
+            if ask := getattr(model, "next_tokens", None):
+                return ask(batch).log_probabilities
+            return labelled_logits(model, batch).gather(1, batch["option_tokens"])
+        is_option, nll = batch["is_option"], token_losses(model, batch)
         means = _mean_by(batch["token_options"], nll, is_option.numel()).view_as(is_option)
         return (-means).masked_fill(~is_option, -torch.inf)
 

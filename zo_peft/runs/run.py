@@ -12,13 +12,14 @@ from typing import Any
 
 import psutil
 from peft import PeftModel
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from zo_peft.core.journal import JOURNAL_NAME
 from zo_peft.data.forms import Row
 from zo_peft.data.tasks import ANSWER_TOKENS, TASKS
 from zo_peft.data.tokenize import classes_of
+from zo_peft.engines.served import load_served
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
@@ -37,8 +38,12 @@ from zo_peft.train.results import METRICS_NAME, given, results, write_json
 from zo_peft.train.trainer import ZOTrainer
 
 #: The options whose values are names on the Hub or folders, and those that are always paths.
-NAMES = {"model_name_or_path", "adapter_name_or_path", "dataset_name"}
+NAMES = {"model_name_or_path", "adapter_name_or_path", "dataset_name", "tokenizer_name"}
 FILES = {"train_file", "eval_file", "task_data_dir", "chat_template"}
+
+#: Options of a base that PyTorch computes.
+IN_PYTORCH = ["model_revision", "dtype", "load_in_8bit", "load_in_4bit", "device_map"]
+IN_PYTORCH += ["trust_remote_code", "task_type"]
 
 #: Options of a LoRA, of a benchmark task, and of a data set of the Hub.
 LORA = {"lora_r", "lora_alpha"}
@@ -205,6 +210,7 @@ def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         idle |= LORA if model.peft_type != "LORA" else set()
     rewarded = generates(data.reward_funcs, args.objective)
     told = asdict(model) | asdict(data) | run_settings(args, rewarded)
+    told["tokenizer_name"] = args.tokenizer_name
     return {name: value for name, value in told.items() if name not in idle}
 
 
@@ -224,7 +230,10 @@ def trainer_of(
     evaluation: list[Row] | None = None,
 ) -> Any:
     """A trainer of this kind for these arguments; its model and its data are loaded."""
-    tokenizer = model.tokenizer()
+    if args.engine is not None:
+        served, tokenizer = _served(model, args)
+    else:
+        served, tokenizer = None, model.tokenizer()
     num_labels, words = None, data.words() or []
     if model.task_type == "SEQ_CLS":
         # A new head that nobody trains would answer at random, so it gets no classes.
@@ -240,7 +249,7 @@ def trainer_of(
             )
     # A new head is part of the run.
     set_seed(args.seed)
-    base: PreTrainedModel | PeftModel = load(model, args.tune, num_labels, words)
+    base: PreTrainedModel | PeftModel = served or load(model, args.tune, num_labels, words)
     if model.adapter_name_or_path is not None:
         if args.tune == "scales":
             load_scales(base, model.adapter_name_or_path)
@@ -260,6 +269,18 @@ def trainer_of(
         reward_funcs=[load_function(name) for name in data.reward_funcs or ()],
         eval_objective=answers,
     )
+
+
+def _served(
+    model: ModelArguments, args: ZOConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base for which an engine answers, and its tokenizer; or a UserError."""
+    for name in IN_PYTORCH:
+        if getattr(model, name) != getattr(ModelArguments, name):
+            raise UserError(f"--{name} is for a base in PyTorch; drop it, or --engine")
+    assert args.engine is not None
+    chat = model.chat_template, model.adapter_name_or_path
+    return load_served(model.model_name_or_path, args.engine, args.tokenizer_name, *chat)
 
 
 def load(

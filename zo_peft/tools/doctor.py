@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from zo_peft import __version__
+from zo_peft.engines.engine import installed
 from zo_peft.runs import jobs
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
@@ -36,8 +37,8 @@ TRAIN = {
 def doctor() -> dict[str, Any]:
     """Find out which versions and devices are here, and which checks of `doctor.yaml` work.
 
-    It returns `versions` by package, `devices`, and `checks` by name: `works`, and if it does not,
-    `error` and `fix`.
+    It returns `versions` by package, those of `engines` (None: not installed), `devices`, and
+    `checks` by name: `works`, and if it does not, `error` and `fix`.
     """
     checks: dict[str, dict[str, Any]] = {}
     for name, check in CHECKS.items():
@@ -54,7 +55,8 @@ def doctor() -> dict[str, Any]:
             checks[name] |= {"error": public(error), "fix": check["fix"]}
     versions = {"python": platform.python_version(), "zo_peft": __version__}
     versions |= {package: importlib.metadata.version(package) for package in TABLE["packages"]}
-    return {"versions": versions, "devices": _devices(), "checks": checks}
+    found = {"versions": versions, "engines": installed(), "devices": _devices()}
+    return found | {"checks": checks}
 
 
 def attempt(arguments: Sequence[str], timeout: float = TIMEOUT) -> str | None:

@@ -114,6 +114,8 @@ class Planner:
 
     def __post_init__(self) -> None:
         model, args = self.model, self.args
+        if args.engine is not None:
+            raise UserError("a plan is of a base in PyTorch; an engine's memory is not known")
         self.classifies = model.task_type == "SEQ_CLS"
         bits, source = model.quantization(self.classifies), model.source
         base = meta_base(model.model_name_or_path, model.dtype, bits, self.classifies, **source)

@@ -36,6 +36,7 @@ from zo_peft.core.lanes import replaced
 from zo_peft.data import Tokenization, collator_for, tokenize_dataset
 from zo_peft.data.sampler import EpochSampler
 from zo_peft.data.tokenize import classes_of, is_tokenized
+from zo_peft.engines import served
 from zo_peft.errors import UserError
 from zo_peft.models import adapters
 from zo_peft.models.hub import AnyModel, first_line
@@ -44,6 +45,7 @@ from zo_peft.objectives import rewards, scoring
 from zo_peft.train.answers import answered, is_chat, questions
 from zo_peft.train.card import write_model_card
 from zo_peft.train.config import ZOConfig
+from zo_peft.train.goals import check_goals, kind_of, objective_of
 from zo_peft.train.progress import Progress, Totals
 from zo_peft.train.results import METRICS_NAME, results, write_json
 from zo_peft.train.upload import create_repository, upload
@@ -53,8 +55,8 @@ class BaseTrainer(Trainer):
     """A `transformers.Trainer` that loads a model, adds an adapter and reads examples by itself.
 
     Args:
-        model: the name of a base (Hub id or folder), a loaded base, or a `PeftModel` whose adapter
-            is tuned.
+        model: the name of a base (Hub id or folder; for `args.engine` a file), a loaded base, or a
+            `PeftModel` whose adapter is tuned.
         args: the settings; default: `ZOConfig("<model>-zo")`.
         train_dataset, eval_dataset: examples in one of the forms of `zo_peft.data`.
         processing_class: the tokenizer; default: the base's own.
@@ -95,69 +97,52 @@ class BaseTrainer(Trainer):
         reward_funcs: Sequence[rewards.RewardFunction] = (),
         eval_objective: Objective | None = None,
     ) -> None:
-        name = model if isinstance(model, str) else model.config.name_or_path
-        args = ZOConfig(f"{Path(name).name}-zo") if args is None else args
+        if args is None:
+            name = model if isinstance(model, str) else model.config.name_or_path
+            args = ZOConfig(f"{Path(name).name}-zo")
         if not isinstance(args, ZOConfig):
             raise UserError(
                 f"args is a {type(args).__name__}; give a ZOConfig, which takes the same"
             )
         if self.trains:
             _check_tuned(args, model, peft_config)
-        if (objective is not None) + bool(reward_funcs) + (args.objective is not None) > 1:
-            raise UserError("give one of: an objective, reward_funcs, ZOConfig.objective")
-        if args.reward_weights is not None and not reward_funcs:
-            raise UserError("reward_weights are weights of reward_funcs, and there are none")
+        check_goals(args, objective, reward_funcs)
         if args.device.type == "cpu":
             args.dataloader_pin_memory = False
         # The collator needs all columns that `tokenize_dataset` makes.
         args.remove_unused_columns = False
-        tokenizer = processing_class or load_tokenizer(name)
-        # Trainer seeds too late for this: a new adapter's values are part of the run.
-        set_seed(args.seed)
-        if isinstance(model, str):
-            num_labels = None
-            if peft_config is not None and peft_config.task_type == TaskType.SEQ_CLS:
-                if isinstance(train_dataset, Iterator):
-                    train_dataset = list(train_dataset)
-                num_labels = classes_of(train_dataset) or 2
-            kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-            model = load_base(model, num_labels, args.tune, **kwargs)
-        self.prepare_base(model, args)
-        if peft_config is not None:
-            model = adapters.add_adapter(model, peft_config)
-        adapters.prepare(model, tokenizer)
-        self.tokenization = Tokenization(
-            tokenizer,
-            adapters.context_length(model, tokenizer),
-            args.max_length,
-            model.config.num_labels if adapters.classifies(model) else None,
-            rewards.generates(reward_funcs, args.objective),
-            args.max_completion_length,
-            adapters.vocabulary(model),
-        )
-        if self.tokenization.generates and self.tokenization.num_labels is not None:
-            raise UserError("rewards are for language models; this model has a head for classes")
         if isinstance(train_dataset, dict):
             parts = ", ".join(map(str, train_dataset))
             raise UserError(f"train_dataset is several data sets ({parts}); give one of them")
+        if isinstance(train_dataset, Iterator):
+            train_dataset = list(train_dataset)
+        model, tokenizer = self._load(model, args, processing_class, peft_config, train_dataset)
+        self.tokenization = _tokenization(model, tokenizer, args, reward_funcs)
+        generates = self.tokenization.generates
+        self.engine = served.check_engine(model, args.engine, generates, args.world_size)
         if isinstance(objective, scoring.BlackBoxObjective) and train_dataset is None:
             train, evaluation = Dataset.from_list([{"input_ids": [0], "labels": 0}]), None
         else:
             train, evaluation = map(self.features, (train_dataset, eval_dataset))
-        chosen = partial(_objective, self.tokenization, args, reward_funcs)
+        chosen = partial(objective_of, self.tokenization, args, reward_funcs)
         given = eval_objective or objective
-        self.evaluated = None if given else _kind(evaluation or train)
+        self.evaluated = None if given else kind_of(evaluation or train)
         chats = is_chat(train_dataset or eval_dataset)
-        self.form = "messages" if chats else _kind(evaluation or train)
+        self.form = "messages" if chats else kind_of(evaluation or train)
         self.eval_objective = given or chosen(self.evaluated)
-        self.objective = objective or chosen(_kind(train or evaluation))
-        objectives = (self.objective, self.eval_objective)
-        if args.objective == "accuracy":
-            self.objective = scoring.AccuracyObjective(self.objective)
+        self.objective = objective or chosen(kind_of(train or evaluation))
         # The metric that the evaluation objective puts first.
         self.metric_name = getattr(self.eval_objective, "metric_name", "accuracy")
         accuracy = partial(scoring.accuracy, name=self.metric_name)
         own_metrics = getattr(self.eval_objective, "metrics", accuracy)
+        if data_collator is None:
+            several = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
+            seen = chain.from_iterable(rows for rows in (train, *several) if rows is not None)
+            goals = self.objective, self.eval_objective
+            model.eval()
+            data_collator = collator_for(model, tokenizer.pad_token_id, *goals, examples=seen)
+        if args.objective == "accuracy":
+            self.objective = scoring.AccuracyObjective(self.objective)
         try:
             # Trainer refuses to back-propagate through a quantized base.
             with replaced([(model, "is_quantized", False)]):
@@ -180,16 +165,37 @@ class BaseTrainer(Trainer):
         if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):
             bars = sys.stderr.isatty() and not args.disable_tqdm
             self.add_callback(Progress(lambda: self.forward_passes, self.metric_name, bars))
-        if data_collator is None:
-            model.eval()
-            several = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
-            seen = chain.from_iterable(rows for rows in (train, *several) if rows is not None)
-            pad = tokenizer.pad_token_id
-            self.data_collator = collator_for(model, pad, *objectives, examples=seen)
         if train and getattr(peft_config, "prefix_projection", None) is False:
             self._start_prefix(train)
         self.summary: dict[str, Any] = {}
         self.ready()
+
+    def _load(
+        self,
+        model: str | AnyModel,
+        args: ZOConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        peft_config: PeftConfig | None,
+        rows: Any,
+    ) -> tuple[AnyModel, PreTrainedTokenizerBase]:
+        """The model with its adapter, and the tokenizer; `rows` say how many classes there are."""
+        name = model if isinstance(model, str) else model.config.name_or_path
+        if isinstance(model, str) and args.engine is not None:
+            model, own = served.load_served(model, args.engine, args.tokenizer_name)
+            tokenizer = tokenizer or own
+        tokenizer = tokenizer or load_tokenizer(name)
+        # Trainer seeds too late for this: a new adapter's values are part of the run.
+        set_seed(args.seed)
+        if isinstance(model, str):
+            classifies = peft_config is not None and peft_config.task_type == TaskType.SEQ_CLS
+            num_labels = (classes_of(rows) or 2) if classifies else None
+            kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+            model = load_base(model, num_labels, args.tune, **kwargs)
+        self.prepare_base(model, args)
+        if peft_config is not None:
+            model = adapters.add_adapter(model, peft_config)
+        adapters.prepare(model, tokenizer)
+        return model, tokenizer
 
     def features(self, dataset: Any) -> Any:
         """A data set of examples (or several by name, or None) as this trainer's models take it."""
@@ -219,9 +225,9 @@ class BaseTrainer(Trainer):
         if dataset is None or isinstance(dataset, str):
             return dataset
         features = dataset if is_tokenized(dataset) else self.features(dataset)
-        if self.evaluated not in (None, _kind(features)):
+        if self.evaluated not in (None, kind_of(features)):
             raise UserError(
-                f"these are examples of {_kind(features)}, but this trainer evaluates "
+                f"these are examples of {kind_of(features)}, but this trainer evaluates "
                 f"{self.evaluated}; give it an eval_dataset of the other kind when it is made"
             )
         return features
@@ -344,6 +350,7 @@ class BaseTrainer(Trainer):
         folder = output_dir or self.args.output_dir
         if isinstance(self.model, PeftModel):
             adapters.save_adapter(self.model, folder)
+            served.save_adapter(self.model, folder)
         else:
             self.model.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
@@ -422,41 +429,22 @@ def _check_tuned(args: ZOConfig, model: str | AnyModel, peft_config: PeftConfig 
         )
 
 
-def _kind(features: Any) -> str:
-    """What the examples of tokenized data sets, one or several by name, are about."""
-    if isinstance(features, dict):
-        kinds = {name: _kind(part) for name, part in features.items()}
-        if len(set(kinds.values())) > 1:
-            parts = ", ".join(f"{name} of {kind}" for name, kind in kinds.items())
-            raise UserError(f"evaluation data sets must be of one kind, but there are {parts}")
-        return next(iter(kinds.values()), "completions")
-    first = next(iter(features)) if features is not None else {}
-    if "columns" in first:
-        return "generated answers"
-    if "option_ids" in first:
-        return "options"
-    return "classes" if isinstance(first.get("labels"), int) else "completions"
-
-
-def _objective(
-    tokenization: Tokenization,
+def _tokenization(
+    model: AnyModel,
+    tokenizer: PreTrainedTokenizerBase,
     args: ZOConfig,
     reward_funcs: Sequence[rewards.RewardFunction],
-    kind: str | None,
-) -> Objective:
-    """The objective that features of this kind call for."""
-    if tokenization.num_labels is not None:
-        return scoring.ClassificationObjective()
-    if kind == "generated answers":
-        if args.objective == "accuracy":
-            raise UserError("objective='accuracy' needs options or completions; use 'exact_match'")
-        named = (args.objective,) if args.objective in rewards.METRICS else tuple(rewards.METRICS)
-        return rewards.RewardObjective(
-            reward_funcs or [rewards.METRICS[name] for name in named],
-            tokenization.tokenizer,
-            args.reward_weights if reward_funcs else [1.0, 0.0][: len(named)],
-            args.max_completion_length,
-            args.temperature,
-            args.top_p,
-        )
-    return scoring.OptionObjective() if kind == "options" else scoring.CompletionObjective()
+) -> Tokenization:
+    num_labels = model.config.num_labels if adapters.classifies(model) else None
+    generates = rewards.generates(reward_funcs, args.objective)
+    if generates and num_labels is not None:
+        raise UserError("rewards are for language models; this model has a head for classes")
+    return Tokenization(
+        tokenizer,
+        adapters.context_length(model, tokenizer),
+        args.max_length,
+        num_labels,
+        generates,
+        args.max_completion_length,
+        adapters.vocabulary(model),
+    )

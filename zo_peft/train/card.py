@@ -153,8 +153,8 @@ def _base(model: AnyModel, settings: dict[str, Any]) -> dict[str, Any]:
     loaded = model.config.name_or_path
     name = public_name(loaded if config is None else config.base_model_name_or_path)
     place, revision = Path(loaded), settings.get("model_revision")
-    is_folder = place.name == name and (place.is_absolute() or place.is_dir())
-    if is_folder or not _on_hub(name, "config.json", revision=revision):
+    is_here = place.name == name and (place.is_absolute() or place.exists())
+    if is_here or not _on_hub(name, "config.json", revision=revision):
         return {"name": name, "on_hub": False}
     if revision is not None:
         cached = try_to_load_from_cache(name, "config.json", revision=revision)

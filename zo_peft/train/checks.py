@@ -95,6 +95,14 @@ POSITIVE += ["max_completion_length", "gradient_accumulation_steps", "per_device
 POSITIVE += ["per_device_eval_batch_size", "max_steps", "top_p"]
 BELOW_ONE = ["momentum", "adam_beta1", "adam_beta2"]
 
+#: What an engine cannot do: the values of a setting, and what to do instead.
+NOT_BY_ENGINES: dict[str, tuple[tuple[Any, ...], str]] = {
+    "strategy": ((GUIDED, *GRADIENT), "an engine tells likelihoods alone; use gv"),
+    "tune": (("scales", "weights"), "an engine's base stays as it is; tune an adapter"),
+    "objective": (("f1", "exact_match"), "engines do not generate completions for training"),
+    "torch_compile": ((True,), "the base is not PyTorch's; drop it"),
+}
+
 
 def check_fields(config: "ZOConfig") -> None:
     """Refuse what is not for this tuning, of another type than declared, or out of its range."""
@@ -168,6 +176,8 @@ def default_strategy(config: "ZOConfig") -> str:
     """What a strategy is where none is given and nothing is known of the model yet."""
     if config.exact_layers:
         return GUIDED
+    if config.engine is not None:
+        return "gv"
     defaults = {f.name: f.default for f in fields(config)}
     given = any(getattr(config, name) != defaults[name] for name in OF_CANDIDATES)
     short = FIRST_GUIDED * config.gradient_accumulation_steps
@@ -224,6 +234,13 @@ def check_values(config: "ZOConfig") -> None:
         )
     if config.tune_unquantized and config.tune == "adapter":
         raise UserError("tune_unquantized=True has no meaning for tune='adapter'")
+    if config.engine is not None:
+        for name, (values, advice) in NOT_BY_ENGINES.items():
+            if (value := getattr(config, name)) in values:
+                raise UserError(f"{name}={value!r} is not for engine={config.engine!r}: {advice}")
+    for name in ("tokenizer_name", "engine_reference"):
+        if getattr(config, name) is not None and config.engine is None:
+            raise UserError(f"{name} has no meaning without an engine; drop it, or give an engine")
     if config.load_best_model_at_end and config.save_only_model:
         raise UserError("load_best_model_at_end needs whole checkpoints; drop save_only_model")
 

@@ -14,6 +14,7 @@ from zo_peft.core.low_rank import Structure
 from zo_peft.core.noise import Distribution
 from zo_peft.core.ranks import Parallel
 from zo_peft.core.strategies import STRATEGIES, Options, Probe, Weighting
+from zo_peft.engines.engine import EngineName
 from zo_peft.errors import UserError
 from zo_peft.train import checks
 from zo_peft.train.checks import GRADIENT_PASSES, GUIDED, ObjectiveName, Preset, Tune
@@ -169,6 +170,21 @@ class ZOConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = HfArg(
         default=None, help="Keyword arguments for from_pretrained when the model is a name."
     )
+    engine: EngineName | None = HfArg(
+        default=None,
+        help="Who computes the base, for which a LoRA is tuned then: llamacpp (the model is a GGUF "
+        "file) or openvino (a folder that optimum-intel exported). Default: PyTorch.",
+    )
+    tokenizer_name: str | None = HfArg(
+        default=None,
+        help="With an engine: the folder or Hub id of the model that was converted, for its "
+        "configuration and its tokenizer. Default: what the file or the folder says.",
+    )
+    engine_reference: str | None = HfArg(
+        default=None,
+        help="With an engine: the float model, a folder or Hub id. Before the first step it is "
+        "loaded in PyTorch, and adapters must act there as in the engine. Default: none.",
+    )
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = HfArg(
         default="group_by_length",
         help="As in transformers; examples of like length share a batch by default.",
@@ -213,8 +229,10 @@ class ZOConfig(TrainingArguments):
         checks.check_candidates(self)
         if self.max_forward_passes is not None:
             self._limit_steps(self.max_forward_passes)
-        if _processes() > 1 and not torch.accelerator.is_available():
-            # Else accelerate takes them for unrelated ones, and all would write the same files.
+        several = _processes() > 1 and not torch.accelerator.is_available()
+        if several or self.engine is not None:
+            # Else accelerate takes processes for unrelated ones, and all would write the same
+            # files. And of an engine's model, nothing but the LoRA is here.
             self.use_cpu = True
         try:
             super().__post_init__()
@@ -290,8 +308,9 @@ def run_settings(config: ZOConfig, generates: bool) -> dict[str, Any]:
     Args:
         generates: the run has generated completions.
     """
-    # model_init_kwargs may contain paths or tokens.
-    told = (RUN_FIELDS | ZOConfig.__annotations__.keys()) - {"model_init_kwargs"}
+    # These may contain paths or tokens.
+    told = RUN_FIELDS | ZOConfig.__annotations__.keys()
+    told -= {"model_init_kwargs", "tokenizer_name", "engine_reference"}
     told.remove("num_train_epochs" if config.max_steps > 0 else "max_steps")
     told -= checks.CANDIDATES if config.strategy in checks.GRADIENT else set()
     told -= set() if generates else GENERATION

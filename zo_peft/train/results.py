@@ -56,8 +56,19 @@ def results(
         "skipped": trainer.faults.skipped,
         "processes": trainer.args.world_size,
         "guide": trainer.guide,
+        "engine": trainer.engine and _of_engine(trainer),
         "calibrations": [asdict(calibration) for calibration in trainer.calibrations],
         "settings": given(run_settings(trainer.args, trainer.tokenization.generates)),
+    }
+
+
+def _of_engine(trainer: Any) -> dict[str, Any]:
+    """How often adapters were swapped, and the seconds of training in the engine and in all."""
+    return {
+        **trainer.engine.identity,
+        "swaps": trainer.engine.swaps,
+        "seconds": round(trainer.engine.training_inside, 3),
+        "training_seconds": round(trainer.engine.training_seconds, 3),
     }
 
 

@@ -4,6 +4,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -27,6 +28,8 @@ from zo_peft.core.ranks import OneRank, Ranks
 from zo_peft.core.tuner import Tuner
 from zo_peft.core.updates import AUTOMATIC, UpdateRule
 from zo_peft.data.collate import Collator, drawn_batch
+from zo_peft.engines.check import check_answers
+from zo_peft.engines.served import evaluator_of
 from zo_peft.errors import NonFiniteLossError, UserError
 from zo_peft.models import recipe
 from zo_peft.models.agreement import check
@@ -88,7 +91,8 @@ class ZOTrainer(CheckpointTrainer):
         if self.ranks.count > 1 and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise UserError("a base on several devices is tuned by one process; drop device_map")
         limit = args.candidates_per_forward
-        self.evaluator = recipe.evaluator_of(model, self.space, self.objective, limit, self.ranks)
+        make = recipe.evaluator_of if self.engine is None else evaluator_of
+        self.evaluator = make(model, self.space, self.objective, limit, self.ranks)
         if args.torch_compile:
             options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
             compile_frozen_parts(model, self.space.parameters.values(), **options)
@@ -160,11 +164,10 @@ class ZOTrainer(CheckpointTrainer):
     def _smooth(self, batches: Sequence[Batch]) -> tuple[Evaluator, Sequence[Batch]]:
         """The likelihood of drawn completions, by which eps is chosen in the place of rewards."""
         assert isinstance(self.objective, RewardObjective)
-        likelihood = SequenceObjective()
-        evaluator = recipe.evaluator_of(self.model, self.space, likelihood, ranks=self.ranks)
-        drawn = [self.objective.drawn(self.model, batch) for batch in batches]
-        pad = self.objective.tokenizer.pad_token_id
-        return evaluator, [drawn_batch(batch, ids, pad) for batch, ids in zip(batches, drawn)]
+        given = self.model, self.space, SequenceObjective()
+        evaluator = recipe.evaluator_of(*given, ranks=self.ranks)
+        draw, pad = self.objective.drawn, self.objective.tokenizer.pad_token_id
+        return evaluator, [drawn_batch(batch, draw(self.model, batch), pad) for batch in batches]
 
     def _say(self, message: str) -> None:
         if self.is_world_process_zero():
@@ -197,7 +200,8 @@ class ZOTrainer(CheckpointTrainer):
             self.space.check()
         resumed = self._open_journal(resume_from_checkpoint)
         try:
-            result = super().train(resumed, trial, ignore_keys_for_eval)
+            with self.engine.training() if self.engine else nullcontext():
+                result = super().train(resumed, trial, ignore_keys_for_eval)
             self.tuner.compare_ranks(self.state.global_step)
             return result
         finally:
@@ -218,17 +222,16 @@ class ZOTrainer(CheckpointTrainer):
         plain = replace(collate, shares_prompts=False) if isinstance(collate, Collator) else collate
         alone = [self._prepare_inputs(plain([features])) for features in chosen]
         batch = self._prepare_inputs(collate(chosen))
+        if self.engine is not None:
+            check_answers(self.model, batch, self.args.engine_reference)
         objective = self.objective
         if isinstance(objective, RewardObjective):
             # Sampled completions differ from batch to batch; the likelihood of given ones does not.
             objective = CompletionObjective()
-            batch, *alone = map(self._answered, (batch, *alone))
+            pad = self.processing_class.pad_token_id
+            batch, *alone = (drawn_batch(b, [[0, 0]] * b.rows, pad) for b in (batch, *alone))
         with replaced([(self.evaluator, "objective", objective)]):
             self.check_passes = check(self.evaluator, batch, alone)
-
-    def _answered(self, batch: Batch) -> Batch:
-        """Prompts with some completions, as a `CompletionObjective` batch."""
-        return drawn_batch(batch, [[0, 0]] * batch.rows, self.processing_class.pad_token_id)
 
     def _open_journal(self, resume: str | bool | None) -> str | None:
         """Start a journal or take one up; returns the checkpoint to go on from."""

@@ -1,0 +1,162 @@
+"""What engines take for the losses of candidates beside PyTorch, and what they learn.
+
+The first table is of the same work: 8 LoRAs on 16 prompts each, in CPU seconds, and which share of
+the time is spent around the engine. The second is of runs on the embedded task. Engines whose
+packages are missing are left out; int4 needs nncf.
+
+    python scripts/bench_engines.py
+    python scripts/bench_engines.py --size 100M --forward_passes 0
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from convert import write_gguf, write_openvino
+from measuring import SILENT, print_header, print_row, quiet, random_rows
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from zo_peft.core.batch import Batch
+from zo_peft.core.direction import Direction
+from zo_peft.core.evaluator import Evaluator
+from zo_peft.core.flat_space import FlatSpace
+from zo_peft.data.collate import Collator
+from zo_peft.engines.served import evaluator_of as served_evaluator_of
+from zo_peft.engines.served import load_served
+from zo_peft.models.adapters import tuned_parameters
+from zo_peft.models.recipe import evaluator_of
+from zo_peft.objectives.scoring import CompletionObjective
+from zo_peft.runs import run
+from zo_peft.runs.arguments import DataArguments, ModelArguments
+from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
+from zo_peft.train.config import ZOConfig
+
+#: What each engine needs, how a base gets its form, and the types of its matrices.
+ENGINES: dict[Any, tuple[list[str], Callable[..., None], list[str]]] = {
+    "llamacpp": (["xllamacpp", "gguf"], write_gguf, ["F32", "Q4_0"]),
+    "openvino": (["openvino", "nncf"], write_openvino, ["f32", "int4"]),
+}
+
+#: Kinds whose matrices are not rounded.
+FLOAT = {"F32", "f32"}
+
+LORA = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+CANDIDATES, PROMPTS, LENGTH = 8, 16, 32
+MODEL = str(EMBEDDED / "model")
+
+
+def llama_100m() -> LlamaForCausalLM:
+    """91 million random numbers."""
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
+    sizes |= {"num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 8192}
+    return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
+
+
+def measure(evaluator: Evaluator, batch: Batch) -> tuple[torch.Tensor, float, float]:
+    """The losses of the candidates; the least CPU seconds of three times; their share around."""
+    points = [[0.1 * Direction.of(seed)] for seed in range(CANDIDATES)]
+    engine, best, around = getattr(evaluator.model, "engine", None), float("inf"), 0.0
+    evaluator.batch_losses(points, batch)
+    for _ in range(3):
+        inside = engine.seconds if engine else 0.0
+        start, clock = time.process_time(), time.perf_counter()
+        losses = evaluator.batch_losses(points, batch)
+        spent, wall = time.process_time() - start, time.perf_counter() - clock
+        if spent < best:
+            best, around = spent, 1 - (engine.seconds - inside) / wall if engine else 0.0
+    return losses, best, around
+
+
+@torch.no_grad()
+def speed(model: Any, bases: dict[tuple[Any, str], str], folder: str) -> None:
+    """Print the table of the same work."""
+    batch = Collator(0)(random_rows(PROMPTS, LENGTH))
+    own = get_peft_model(model, LORA).eval()
+    objective = CompletionObjective()
+    tuned = tuned_parameters(own)
+    expected, ours, _ = measure(evaluator_of(own, FlatSpace(tuned), objective), batch)
+    print_header("evaluator", "CPU s", "times PyTorch's speed", "around the engine", "off by, nats")
+    print_row("PyTorch float32", f"{ours:.2f}", "1.0", "", "")
+    for (engine, kind), path in bases.items():
+        served = get_peft_model(load_served(path, engine, folder)[0], LORA)
+        for name, parameter in tuned_parameters(served).items():
+            parameter.data.copy_(tuned[name])
+        space = FlatSpace(tuned_parameters(served))
+        evaluator = served_evaluator_of(served, space, objective)
+        losses, seconds, around = measure(evaluator, batch)
+        off = f"{(losses - expected).abs().max():.1e}" if kind in FLOAT else ""
+        row = f"{seconds:.2f}", f"{ours / seconds:.1f}", f"{100 * around:.0f}%", off
+        print_row(f"{engine} {kind}", *row)
+
+
+def learn(bases: dict[tuple[Any, str], str], forward_passes: int, folder: Path) -> None:
+    """Print the table of runs on the embedded task, on quantized bases."""
+    columns = "forward passes", "accuracy", "adapters put in place", "s in the engine", "s in all"
+    print_header("engine", *columns)
+    data = DataArguments(
+        train_file=str(EMBEDDED / "train.jsonl"),
+        eval_file=str(EMBEDDED / "test.jsonl"),
+        prompt_template=TEMPLATE,
+        label_words=[LABEL_WORDS],
+    )
+    for (engine, kind), path in bases.items():
+        if kind in FLOAT:
+            continue
+        settings = {"engine": engine, "tokenizer_name": MODEL, "engine_reference": MODEL, **SILENT}
+        args = ZOConfig(
+            str(folder / f"run-{engine}"),
+            max_forward_passes=forward_passes,
+            per_device_train_batch_size=16,
+            **settings,
+        )
+        given = ModelArguments(path, lora_target_modules=["q_proj", "v_proj"])
+        with contextlib.redirect_stdout(sys.stderr):
+            told = run.train(given, data, args)
+        accuracy = f"{told['metric_before']:.4f} -> {told['metric_after']:.4f}"
+        spent = told["engine"]
+        seconds = f"{spent['seconds']:.1f}", f"{spent['training_seconds']:.1f}"
+        counts = f"{told['forward_passes']:,}", accuracy, f"{spent['swaps']:,}"
+        print_row(f"{engine} {kind}", *counts, *seconds)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--size", choices=["embedded", "100M"], default="embedded")
+    parser.add_argument("--engines", nargs="*", choices=[*ENGINES], default=[*ENGINES])
+    parser.add_argument("--forward_passes", type=int, default=400, help="Of a run; 0: no run.")
+    given = parser.parse_args()
+    quiet()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, bases = Path(scratch), dict[tuple[Any, str], str]()
+        small = given.size == "embedded"
+        model = AutoModelForCausalLM.from_pretrained(MODEL) if small else llama_100m()
+        model.eval().save_pretrained(folder / "model")
+        AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder / "model")
+        for engine in given.engines:
+            packages, write, kinds = ENGINES[engine]
+            if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+                print(f"{engine} is left out: no {missing[0]}", file=sys.stderr)
+                continue
+            for kind in kinds:
+                path = bases[engine, kind] = str(folder / f"{engine}-{kind}")
+                with contextlib.redirect_stdout(sys.stderr):
+                    write(model, Path(path), kind)
+        speed(model, bases, str(folder / "model"))
+        if given.forward_passes and small:
+            print()
+            learn(bases, given.forward_passes, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""Engines as evaluators, against PyTorch on the same base; those that are not there are skipped."""
+
+import importlib.metadata
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from scripts.convert import write_gguf, write_openvino
+from zo_peft.cli import main
+from zo_peft.core.batch import Batch
+from zo_peft.core.direction import Direction
+from zo_peft.core.evaluator import Evaluator
+from zo_peft.core.flat_space import FlatSpace
+from zo_peft.data.collate import Collator
+from zo_peft.engines import check, llamacpp
+from zo_peft.engines.engine import installed
+from zo_peft.engines.served import evaluator_of as served_evaluator_of
+from zo_peft.engines.served import load_served
+from zo_peft.errors import UserError
+from zo_peft.models.adapters import tuned_parameters
+from zo_peft.models.recipe import evaluator_of
+from zo_peft.objectives.scoring import CompletionObjective, OptionObjective
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=ALL)
+POINTS = [[0.1 * Direction.of(2 * m + g) for g in (0, 1)] for m in range(3)]
+
+
+def qwen(config: Any, kind: Any) -> Any:
+    sizes = {"intermediate_size": tiny.WIDTH, "num_key_value_heads": 2}
+    return kind(config(**{**tiny.SIZES, **sizes, "head_dim": 16}))
+
+
+NEEDED = {"llamacpp": ["xllamacpp", "gguf"], "openvino": ["openvino"]}
+FLOAT = [("llamacpp", "llama"), ("llamacpp", "qwen2"), ("llamacpp", "qwen3"), ("openvino", "llama")]
+FLOAT += [("openvino", "qwen2")]
+QUANTIZED = [("llamacpp", "Q4_0"), ("openvino", "int4")]
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": tiny.llama,
+    "qwen2": lambda: qwen(Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": lambda: qwen(Qwen3Config, Qwen3ForCausalLM),
+}
+
+
+def batches() -> dict[str, tuple[Any, Batch]]:
+    """Options of several tokens, options of one, and completions; prompts of unlike length."""
+    ids = [[5, 9, 3, 8, 21, 7, 7, 30], [11, 4, 6]]
+    options = [[[7, 8], [9]], [[10], [12, 13]]]
+    many = [{"prompt_ids": p, "option_ids": o, "label": 1} for p, o in zip(ids, options)]
+    single = [{"prompt_ids": p, "option_ids": [[7], [9]], "label": 0} for p in ids]
+    labels = [[-100] * (len(p) - 2) + p[-2:] for p in ids]
+    completions = [{"input_ids": p, "labels": own} for p, own in zip(ids, labels)]
+    given = [(OptionObjective(), many), (OptionObjective(), single)]
+    given.append((CompletionObjective(), completions))
+    names = ("long options", "options", "completions")
+    return {name: (one, Collator(tiny.PAD)(rows)) for name, (one, rows) in zip(names, given)}
+
+
+def converted(model: Any, folder: Path, engine: str, kind: str) -> str:
+    """The name of a base in the engine's form; without the engine the test is skipped."""
+    for package in NEEDED[engine] + (["nncf"] if kind == "int4" else []):
+        pytest.importorskip(package)
+    path = folder / f"{kind}.{engine}"
+    {"llamacpp": write_gguf, "openvino": write_openvino}[engine](model, path, kind)
+    return str(path)
+
+
+def pair(folder: Path, engine: Any, name: str, kind: str) -> tuple[PeftModel, PeftModel]:
+    """The same base with the same LoRA, in the engine and in PyTorch."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    model.save_pretrained(folder / name)
+    AutoTokenizer.from_pretrained(tiny.MODEL).save_pretrained(folder / name)
+    place = converted(model, folder, engine, kind)
+    base, _ = load_served(place, engine, str(folder / name))
+    served, own = get_peft_model(base, LORA), get_peft_model(model, LORA)
+    for key, parameter in own.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+            served.get_parameter(key).data.copy_(parameter.data)
+    return served.eval(), own.eval()
+
+
+def in_engine(served: PeftModel, objective: Any) -> Evaluator:
+    return served_evaluator_of(served, FlatSpace(tuned_parameters(served)), objective)
+
+
+@pytest.fixture(scope="module", params=FLOAT, ids="-".join)
+def both(request: Any, tmp_path_factory: Any) -> tuple[PeftModel, PeftModel]:
+    engine, name = request.param
+    kind = {"llamacpp": "F32", "openvino": "f32"}[engine]
+    return pair(tmp_path_factory.mktemp("bases"), engine, name, kind)
+
+
+@pytest.mark.parametrize("name", batches())
+def test_a_float_engine_has_the_losses_of_pytorch(both: Any, name: str) -> None:
+    objective, batch = batches()[name]
+    served, own = both
+    space = FlatSpace(tuned_parameters(own))
+    points = POINTS if name == "options" else [point[:1] for point in POINTS]
+    expected = evaluator_of(own, space, objective, 1).batch_losses(points, batch)
+    losses = in_engine(served, objective).batch_losses(points, batch)
+    assert expected.std() > 1e-2
+    torch.testing.assert_close(losses, expected, atol=1e-4, rtol=0)
+    for mine, theirs in zip(objective.predict(served, batch), objective.predict(own, batch)):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+
+
+def test_the_check_knows_an_adapter_that_acts_otherwise(both: Any, monkeypatch: Any) -> None:
+    served, own = both
+    kind, batch = own.config.model_type, batches()["options"][1]
+    reference = own.config.name_or_path or served.config.name_or_path
+    check.check_answers(served, batch, reference)
+    if not isinstance(served.engine, llamacpp.LlamaCpp):
+        return
+    other = None if llamacpp.ARCHITECTURES[kind] else r"\.[qk]_proj$"
+    monkeypatch.setitem(llamacpp.ARCHITECTURES, kind, other)
+    with pytest.raises(UserError, match="an adapter on k_proj acts otherwise"):
+        check.check_answers(served, batch, reference)
+
+
+# ---- Runs on the embedded model -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: Any) -> Callable[[str, str], str]:
+    """Gives the embedded model in the form of an engine; each form is made once."""
+    folder = tmp_path_factory.mktemp("embedded")
+    plain = AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype="float32").eval()
+    return cache(partial(converted, plain, folder))
+
+
+def trainer_of(folder: Path, engine: str, model: str, **settings: Any) -> Any:
+    settings = {"engine": engine, "tokenizer_name": tiny.MODEL, **settings}
+    return tiny.make_trainer(folder, model=model, **settings)
+
+
+@pytest.mark.parametrize(("engine", "kind"), QUANTIZED)
+def test_a_quantized_engine_has_its_own_losses_one_by_one(
+    engine: Any, kind: str, bases: Any
+) -> None:
+    torch.manual_seed(0)
+    base, _ = load_served(bases(engine, kind), engine, tiny.MODEL)
+    served = get_peft_model(base, LORA)
+    objective, batch = batches()["options"]
+    evaluator = in_engine(served, objective)
+    together = evaluator.batch_losses(POINTS, batch)
+    evaluator.candidates_per_forward = 1
+    alone = [evaluator.batch_losses([[point]], batch)[0] for points in POINTS for point in points]
+    # A point of a part belongs to the part's example alone.
+    expected = torch.stack([torch.stack(alone[g::2])[:, g] for g in (0, 1)], dim=1)
+    torch.testing.assert_close(together, expected, atol=1e-4, rtol=0)
+    check.check_answers(served, batch)
+
+
+def accuracy(model: PeftModel) -> float:
+    rows = tiny.examples("test", 100)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.MODEL)
+    words = [tokenizer(f"It was {word}").input_ids[-1] for word in rows[0]["options"]]
+    right = 0
+    for row in rows:
+        logits = model(**tokenizer(row["prompt"], return_tensors="pt")).logits[0, -1, words]
+        right += int(logits.argmax()) == row["label"]
+    return right / len(rows)
+
+
+@pytest.mark.parametrize(("engine", "kind"), QUANTIZED)
+def test_a_run_on_a_quantized_base_learns_and_loads_anywhere(
+    engine: str, kind: str, bases: Any, tmp_path: Path
+) -> None:
+    settings = {"max_steps": 30, "per_device_train_batch_size": 16, "zo_eps": 0.03}
+    data = {"train": tiny.examples(count=400), "test": tiny.examples("test", 100)}
+    trainer = trainer_of(tmp_path, engine, bases(engine, kind), **data, **settings)
+    trainer.train()
+    reached = trainer.evaluate()["eval_accuracy"]
+    assert reached >= 0.9
+    trainer.save_model()
+    plain = AutoModelForCausalLM.from_pretrained(tiny.MODEL)
+    assert abs(accuracy(PeftModel.from_pretrained(plain, str(tmp_path))) - reached) <= 0.03
+    if engine == "llamacpp":
+        check_gguf(tmp_path)
+
+
+def check_gguf(folder: Path) -> None:
+    """`adapter.gguf` has PEFT's matrices, with the scaling of 8 / 4 and the rows of a GGUF."""
+    reader = importlib.import_module("gguf").GGUFReader(folder / "adapter.gguf")
+    written = {tensor.name: torch.from_numpy(tensor.data) for tensor in reader.tensors}
+    saved = load_file(folder / "adapter_model.safetensors")
+    for place, name in (("attn_q", "q_proj"), ("attn_v", "v_proj")):
+        rows: Tensor = saved[f"base_model.model.model.layers.2.self_attn.{name}.lora_B.weight"] * 2
+        if name == "q_proj":
+            halves = [half for head in rows.split(32) for half in zip(head[:16], head[16:])]
+            rows = torch.stack([row for half in halves for row in half])
+        assert torch.equal(written[f"blk.2.{place}.weight.lora_b"], rows)
+
+
+@pytest.mark.parametrize(("engine", "kind"), QUANTIZED)
+def test_a_run_goes_on_bit_for_bit(engine: str, kind: str, bases: Any, tmp_path: Path) -> None:
+    """On one machine and in the same build, an engine gives the same bits again."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
+    model = bases(engine, kind)
+    whole = trainer_of(tmp_path, engine, model, **settings)
+    whole.train()
+    resumed = trainer_of(tmp_path, engine, model, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    tiny.assert_same(tiny.theta(whole), tiny.theta(resumed))
+
+
+def test_the_command_line_trains_and_evaluates(bases: Any, tmp_path: Path, capsys: Any) -> None:
+    quantized = bases("llamacpp", "Q4_0")
+    changes = {"model_name_or_path": quantized, "engine": "llamacpp", "tokenizer_name": tiny.MODEL}
+    changes |= {"eval_file": tmp_path / "test.jsonl", "engine_reference": tiny.MODEL}
+    lines = (tiny.EMBEDDED / "test.jsonl").read_text().splitlines()[:40]
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    options = tiny.command_line(tmp_path / "out", **changes, max_steps=2)
+    assert main(["train", *options, "--json"]) == 0
+    trained = json.loads(capsys.readouterr().out)
+    assert trained["strategy"] == "gv"
+    assert trained["engine"]["loaded"] == "llamacpp q4_0"
+    # Two steps of four candidates for each of four examples, the check, and evaluations.
+    assert trained["engine"]["swaps"] >= 2 * 4 * 4
+    assert 0 < trained["engine"]["seconds"] < trained["engine"]["training_seconds"]
+    changes |= {"adapter_name_or_path": tmp_path / "out", "lora_target_modules": None}
+    changes |= {"engine_reference": None}
+    options = tiny.command_line(tmp_path / "evaluated", **changes)
+    assert main(["evaluate", *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["eval_loss"] == trained["eval_loss_after"]
+
+
+REFUSED = [
+    ({"engine": "openvino"}, "reads a folder with openvino_model.xml"),
+    ({"peft_type": "IA3"}, "an engine takes a plain LORA, not .* of a IA3"),
+    ({"load_in_8bit": True}, "--load_in_8bit is for a base in PyTorch"),
+    ({"strategy": "guided"}, "strategy='guided' is not for engine='llamacpp'"),
+    ({"strategy": "adam"}, "strategy='adam' is not for engine='llamacpp'"),
+    ({"tune": "weights"}, "tune='weights' is not for engine='llamacpp'"),
+    ({"objective": "f1"}, "objective='f1' is not for engine='llamacpp'"),
+    ({"engine": None}, "tokenizer_name has no meaning without an engine"),
+    ({"model_name_or_path": tiny.MODEL}, "reads a GGUF file"),
+    ({"tokenizer_name": None}, "give --tokenizer_name"),
+    ({"model_name_or_path": tiny.EMBEDDED / "test.jsonl"}, "is no GGUF file"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_what_an_engine_cannot_do_is_refused(
+    bases: Any, tmp_path: Path, changes: dict[str, Any], message: str, capsys: Any
+) -> None:
+    quantized = bases("llamacpp", "Q4_0")
+    given = {"model_name_or_path": quantized, "engine": "llamacpp", "tokenizer_name": tiny.MODEL}
+    options = tiny.command_line(tmp_path / "out", **{**given, **changes}, max_steps=2)
+    assert main(["train", *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_knows_no_engine(tmp_path: Path, capsys: Any) -> None:
+    options = tiny.command_line(tmp_path, engine="llamacpp", eval_file=None)
+    assert main(["plan", *options]) == 2
+    assert "an engine's memory is not known" in capsys.readouterr().err
+
+
+def test_the_doctor_is_told_the_versions() -> None:
+    packages = {"llamacpp": "xllamacpp", "openvino": "openvino"}
+    there = {n: p for n, p in packages.items() if importlib.util.find_spec(p) is not None}
+    expected = {name: importlib.metadata.version(package) for name, package in there.items()}
+    assert installed() == dict.fromkeys(packages) | expected

@@ -1,0 +1,1 @@
+"""Inference engines that answer for a base, so that whatever serves a LoRA can train one."""

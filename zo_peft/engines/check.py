@@ -1,0 +1,136 @@
+"""One check before the first step: does the engine compute with the adapter that it was given?
+
+An engine that keeps what it computed with the last adapter, or that takes an adapter in another
+form than is meant, answers without any error, and a run learns nothing or something else.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import peft
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from zo_peft.core.batch import Batch
+from zo_peft.engines.engine import Engine, Matrices, Row, States
+from zo_peft.engines.served import rows_of, states_of
+from zo_peft.errors import UserError
+from zo_peft.models.loading import load_base
+
+#: How long random adapters are: the first length that moves log-probabilities by `MOVED`
+#: nats; else the last.
+LENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+MOVED = 0.3
+
+#: By how much of an adapter's effect an answer may be off where another adapter was there before.
+SWAPPED = 0.01
+
+#: The least cosine between the effects of an adapter on a base and on the float base: on one that
+#: is quantized, and on one that is not.
+ALIKE, THE_SAME = 0.4, 0.99
+
+
+def check_answers(model: PeftModel, batch: Batch, reference: str | None = None) -> None:
+    """Compare answers with first answers, and with those of the float base where it is named.
+
+    Raises:
+        UserError: answers do not depend on the adapter, or on the one that was there before; or an
+            adapter acts otherwise than in PyTorch.
+    """
+    base = model.get_base_model()
+    rows = _asked_everywhere(rows_of(batch))
+    _check_swaps(base.engine, _two(base, "", rows), rows)
+    if reference is not None:
+        _check_effects(model, rows, reference)
+
+
+def _asked_everywhere(rows: Sequence[Row]) -> list[Row]:
+    """The rows, asked at all places about all tokens of the first of them."""
+    tokens = torch.tensor(rows[0].ids)
+    return [Row(row.ids, [*range(len(row.ids))], tokens.expand(len(row.ids), -1)) for row in rows]
+
+
+def _two(base: Any, kind: str, rows: Sequence[Row]) -> States:
+    """Two random adapters on modules whose names end so, of which the first moves the answers."""
+    generator = torch.Generator().manual_seed(0)
+    two = {}
+    for name, pair in states_of(base).items():
+        a, b = (torch.randn(2, *x.shape[1:], generator=generator) for x in pair)
+        two[name] = Matrices(a / a.shape[-1] ** 0.5, b * name.endswith(kind))
+    rest = _alone(base.engine, _longer(two, 0.0), 0, rows)
+    for length in LENGTHS:
+        longer = _longer(two, length)
+        base.engine.forget()
+        moved = (_alone(base.engine, longer, 0, rows) - rest).abs().max()
+        if moved > MOVED:
+            return longer
+    if moved > 0:
+        return longer
+    raise UserError(
+        f"the engine's answers do not depend on an adapter on {kind or 'any module'}, so that it "
+        "would learn nothing; name other lora_target_modules"
+    )
+
+
+def _longer(states: States, length: float) -> States:
+    return {name: Matrices(a, length * b) for name, (a, b) in states.items()}
+
+
+def _alone(engine: Engine, states: States, index: int, rows: Sequence[Row]) -> Tensor:
+    """One of the states in a call of its own."""
+    state = {name: Matrices(*(x[index : index + 1] for x in m)) for name, m in states.items()}
+    return engine.answer(state, [rows]).log_probabilities
+
+
+def _check_swaps(engine: Engine, two: States, rows: Sequence[Row]) -> None:
+    """Each adapter's first answers are those of an engine that has forgotten everything else."""
+    first = []
+    for index in (0, 1):
+        engine.forget()
+        first.append(_alone(engine, two, index, rows))
+    together = engine.answer(two, [rows, rows]).log_probabilities.chunk(2)
+    swapped = [_alone(engine, two, index, rows) for index in (0, 1, 0, 1)]
+    moved = (first[0] - first[1]).abs().max()
+    for index, again in enumerate([*together, *swapped]):
+        off = (again - first[index % 2]).abs().max()
+        if not off <= SWAPPED * moved:
+            raise UserError(
+                f"the engine answers otherwise where another adapter was there before: by "
+                f"{off:.2g} nats, where adapters differ by {moved:.2g}. It keeps something of it; "
+                "switch its prefix cache off, or use another version"
+            )
+
+
+def _check_effects(model: PeftModel, rows: Sequence[Row], reference: str) -> None:
+    """For each kind of module: an adapter on these alone acts as in PyTorch."""
+    base = model.get_base_model()
+    config = deepcopy(model.active_peft_config)
+    own = peft.get_peft_model(load_base(reference, dtype="float32"), config).eval().get_base_model()
+    for kind in sorted({name.rpartition(".")[2] for name in states_of(base)}):
+        states = _two(base, kind, rows)
+        without = _longer(states, 0.0)
+        there = _alone(base.engine, states, 0, rows) - _alone(base.engine, without, 0, rows)
+        here = _in_torch(own, states, rows) - _in_torch(own, without, rows)
+        cosine = torch.cosine_similarity(there.flatten(), here.flatten(), dim=0).item()
+        if not cosine >= (THE_SAME if base.engine.is_float32 else ALIKE):
+            raise UserError(
+                f"an adapter on {kind} acts otherwise in the engine than in {reference} (cosine "
+                f"{cosine:.2f}); is the engine's base made of that model?"
+            )
+
+
+@torch.no_grad()
+def _in_torch(base: nn.Module, states: States, rows: Sequence[Row]) -> Tensor:
+    for name, layer in base.named_modules():
+        if isinstance(layer, LoraLayer):
+            key = layer.active_adapters[0]
+            layer.lora_A[key].weight.copy_(states[name].a[0])
+            layer.lora_B[key].weight.copy_(states[name].b[0] / layer.scaling[key])
+    answers = []
+    for row in rows:
+        logits = base(input_ids=torch.tensor([row.ids])).logits[0, row.positions]
+        answers.append(logits.log_softmax(dim=-1).gather(1, row.tokens))
+    return torch.cat(answers)

@@ -1,0 +1,134 @@
+"""What an inference engine is asked, and what it answers; and which engines there are."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zo_peft.errors import UserError
+
+#: The engines, and the package that each of them needs.
+PACKAGES = {"llamacpp": "xllamacpp", "openvino": "openvino"}
+EngineName = Literal["llamacpp", "openvino"]
+
+
+class Matrices(NamedTuple):
+    """The LoRA matrices of one module in M states: `a` [M, r, in], `b` [M, out, r], float32.
+
+    The module adds `b @ a @ x` to its output: PEFT's scaling is part of `b`.
+    """
+
+    a: Tensor
+    b: Tensor
+
+
+#: M states of an adapter, by the names that modules have in transformers.
+States = Mapping[str, Matrices]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sequence of token ids, and which next tokens it is asked about.
+
+    Attributes:
+        ids: all tokens, without padding.
+        positions: the P places whose next token is asked about, in ascending order.
+        tokens: the tokens whose log-probabilities are wanted there, integers [P, K].
+    """
+
+    ids: list[int]
+    positions: list[int]
+    tokens: Tensor
+
+
+class Answers(NamedTuple):
+    """For each of N places: log-probabilities of the K tokens [N, K], and the likeliest token [N].
+
+    The log-probabilities are float32 with natural logarithms.
+    """
+
+    log_probabilities: Tensor
+    likeliest: Tensor
+
+
+def answers(logits: Tensor, rows: Iterable[Row]) -> Answers:
+    """The answers to rows, of the logits [N, vocabulary] at all their places."""
+    known = logits.log_softmax(dim=-1)
+    return Answers(known.gather(1, torch.cat([row.tokens for row in rows])), known.argmax(dim=-1))
+
+
+class Engine:
+    """A base that somebody else computes, with adapters that are put in their place for each call.
+
+    Args:
+        name: of the engine.
+        files: of the base.
+        types: those of the numbers that the base's matrices are stored as.
+
+    Attributes:
+        identity: what tells this base from another, for the journal.
+        is_float32: nothing of the base is rounded.
+        swaps: how often another state was put in place so far.
+        seconds: spent in the engine so far.
+        training_inside, training_seconds: of the last training, those in the engine, and all.
+    """
+
+    def __init__(self, name: str, files: Iterable[Path], types: Iterable[str]) -> None:
+        digest, kinds = hashlib.blake2b(digest_size=16), sorted({kind.lower() for kind in types})
+        for path in files:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+        self.identity = {"files": digest.hexdigest(), "loaded": f"{name} {', '.join(kinds)}"}
+        self.is_float32 = kinds == ["f32"]
+        self.swaps, self.seconds, self.training_inside, self.training_seconds = 0, 0.0, 0.0, 0.0
+
+    def answer(self, states: States, rows: Sequence[Sequence[Row]]) -> Answers:
+        """The answers to the rows [M][R], those of each m with state m, in the order of the rows.
+
+        With empty `states` the base alone answers.
+        """
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """Drop whatever was kept of earlier calls."""
+
+    def save_adapter(self, states: States, folder: str) -> None:
+        """Write a single state in the engine's own format, where PEFT's is none of its formats."""
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Within the context a run trains, and its seconds are counted."""
+        inside, start = self.seconds, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.training_inside = self.seconds - inside
+            self.training_seconds = time.perf_counter() - start
+
+    def timed(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function of the engine returns; its seconds are counted."""
+        start = time.perf_counter()
+        result = function(*arguments)
+        self.seconds += time.perf_counter() - start
+        return result
+
+
+def installed() -> dict[str, str | None]:
+    """The version of each engine's package; None where it is not installed."""
+    found = {name: [*importlib.metadata.distributions(name=p)] for name, p in PACKAGES.items()}
+    return {name: packages[0].version if packages else None for name, packages in found.items()}
+
+
+def check_installed(*packages: str) -> None:
+    """Raise a UserError for the first of these packages that cannot be imported."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"the engine needs {package}: pip install {' '.join(packages)}")

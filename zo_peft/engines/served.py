@@ -1,0 +1,184 @@
+"""A base of shapes alone, for which an engine answers.
+
+It has the modules of a transformers model, so PEFT puts a LoRA on it, and Trainer trains it as any
+other. Its own parameters take no memory, and only the LoRA's are numbers. The objectives ask it for
+`next_tokens`, which the engine answers.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from zo_peft.core.batch import Batch, Objective
+from zo_peft.core.evaluator import Evaluator
+from zo_peft.core.lanes import Host, Lanes
+from zo_peft.core.ranks import OneRank
+from zo_peft.core.space import Space
+from zo_peft.engines.engine import Answers, Engine, EngineName, Matrices, Row, States
+from zo_peft.engines.llamacpp import LlamaCpp
+from zo_peft.engines.openvino import MODEL_NAME, OpenVino
+from zo_peft.errors import UserError
+from zo_peft.models.hub import AnyModel
+from zo_peft.models.loading import load_config, load_tokenizer
+
+#: The only parameters that an engine takes: the matrices of a plain LoRA.
+LORA_ENDINGS = (".lora_A", ".lora_B")
+
+#: The most bytes of the states of one call.
+STATES = 64 << 20
+
+
+def load_served(
+    name: str, engine: EngineName, source: str | None = None, *chat: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base that an engine computes, in shapes alone, and its tokenizer.
+
+    The base's attribute `engine` answers for it.
+
+    Args:
+        name: a GGUF file for llamacpp, a folder for openvino.
+        source: a folder or a Hub id with the configuration and the tokenizer of the model that was
+            converted; default: what the file or the folder itself says of them.
+        chat: where a chat template comes from, as of `load_tokenizer`.
+
+    Raises:
+        UserError: the engine is not installed, or the file or the configuration cannot be read.
+    """
+    path = Path(name)
+    if not (path if engine == "llamacpp" else path / MODEL_NAME).is_file():
+        what = {"llamacpp": "a GGUF file", "openvino": f"a folder with {MODEL_NAME}"}[engine]
+        raise UserError(f"the engine {engine} reads {what}; {name!r} is none")
+    if source is None and engine == "llamacpp":
+        config, tokenizer = _from_gguf(load_config, path), _from_gguf(load_tokenizer, path, *chat)
+    else:
+        config, tokenizer = load_config(source or name), load_tokenizer(source or name, *chat)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+    # One expanded number takes no memory. It is not a number, so that nothing can start from it.
+    for module in base.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            one = torch.full((1,), torch.nan).expand(parameter.shape)
+            module.register_parameter(key, nn.Parameter(one, requires_grad=False))
+        for key, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(key, torch.zeros(1).expand(buffer.shape), persistent=False)
+    base.forward = _refuse
+    base.name_or_path = base.config.name_or_path = source or name
+    base.engine = LlamaCpp(path, config) if engine == "llamacpp" else OpenVino(path)
+    base.next_tokens = partial(_next_tokens, base, Lanes({}, 1), "")
+    return base.eval(), tokenizer
+
+
+def evaluator_of(
+    model: PeftModel,
+    space: Space,
+    objective: Objective,
+    candidates_per_forward: int | None = None,
+    ranks: OneRank | None = None,
+) -> Evaluator:
+    """An evaluator that asks the engine for many candidates in one call."""
+    replacement: Any = (model.get_base_model(), "next_tokens", _next_tokens)
+    each = 4 * space.lane_numel
+    host = Host({"engine": replacement}, lambda batch, parts: max(1, STATES // (each * parts)))
+    return Evaluator(model, space, objective, host, candidates_per_forward, ranks)
+
+
+def check_engine(
+    model: AnyModel, engine: EngineName | None, generates: bool, processes: int
+) -> Engine | None:
+    """The engine that answers for a model; None where the model computes by itself.
+
+    A UserError says that there is another one than `engine`, or refuses what an engine cannot do:
+    an adapter of which it cannot be given everything, generated completions, several processes.
+    """
+    found: Engine | None = getattr(model, "engine", None)
+    if (found is None) != (engine is None):
+        raise UserError(
+            f"engine={engine!r}, and the model is {'in PyTorch' if found is None else 'not'}; give "
+            "the name of its file as the model, with engine"
+        )
+    if found is None:
+        return None
+    if generates:
+        raise UserError("rewards need generated completions, which engines are not asked for")
+    if processes > 1:
+        raise UserError("an engine answers to one process; start one, and give it more threads")
+    if isinstance(model, PeftModel):
+        _check_adapter(model)
+    return found
+
+
+def save_adapter(model: PeftModel, folder: str) -> None:
+    """Write an adapter in the format of the engine, if there is one, beside PEFT's."""
+    base = model.get_base_model()
+    if hasattr(base, "engine"):
+        base.engine.save_adapter(states_of(base), folder)
+
+
+def _check_adapter(model: PeftModel) -> None:
+    kind = model.active_peft_config.peft_type.value
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if not name.rpartition(f".{model.active_adapter}.weight")[0].endswith(LORA_ENDINGS):
+            raise UserError(f"an engine takes a plain LORA, not {name} of a {kind}; leave it out")
+        if parameter.isnan().any():
+            raise UserError(f"{name} starts from weights of the base, which the engine alone has")
+
+
+def states_of(base: nn.Module, lanes: Lanes | None = None) -> States:
+    """The matrices of all LoRA layers: of each lane, or as they are now (a single state)."""
+    lanes, states = lanes or Lanes({}, 1), {}
+    for name, layer in base.named_modules():
+        if isinstance(layer, LoraLayer) and layer.active_adapters:
+            key = layer.active_adapters[0]
+            a, b = (lanes.of(part[key].weight).detach() for part in (layer.lora_A, layer.lora_B))
+            a, b = (x.expand(lanes.count, *x.shape[1:]) for x in (a, b))
+            states[name] = Matrices(a, b * layer.scaling[key])
+    return states
+
+
+def _next_tokens(base: Any, lanes: Lanes, _: str, batch: Batch) -> Answers:
+    """What follows at the N scored positions of a batch, whose rows belong to lanes in turn."""
+    if "segments" in batch:
+        raise UserError("an engine takes every option with a prompt of its own")
+    rows = rows_of(batch)
+    each = len(rows) // lanes.count
+    split = [rows[start : start + each] for start in range(0, len(rows), each)]
+    return base.engine.answer(states_of(base, lanes), split)
+
+
+def rows_of(batch: Batch) -> list[Row]:
+    """The sequences of a batch without padding, with the tokens that its objective scores."""
+    wanted = batch["option_tokens"] if "option_tokens" in batch else batch["tokens"][:, None]
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    counts = torch.bincount(batch["rows"], minlength=len(ids)).tolist()
+    positions = batch["positions"].split(counts)
+    return [
+        Row(row[own].tolist(), places.tolist(), tokens)
+        for row, own, places, tokens in zip(ids, mask, positions, wanted.split(counts))
+    ]
+
+
+def _from_gguf(load: Callable[..., Any], path: Path, *chat: str | None) -> Any:
+    try:
+        return load(str(path.parent), *chat, gguf_file=path.name)
+    except (UserError, ImportError, KeyError, NotImplementedError) as error:
+        raise UserError(
+            f"{path} does not tell transformers its configuration and its tokenizer; give "
+            "--tokenizer_name, the folder of the model that was converted"
+        ) from error
+
+
+def _refuse(*_: Any, **__: Any) -> Tensor:
+    raise UserError("the base has no weights here: an engine answers for it, to likelihoods alone")
