@@ -97,9 +97,10 @@ class ModelArguments:
             ) from error
 
 
-#: Options of data that a task brings itself, and those that only a task has.
+#: Options of data that a task brings itself, those that only a task has, or a data set of the Hub.
 OWN = ("train_file", "eval_file", "dataset_name", "prompt_template", "label_column", "label_words")
 OF_A_TASK = ("task_data_dir", "num_train", "num_dev", "num_eval", "shots")
+OF_THE_HUB = ("dataset_config", "dataset_train_split", "dataset_test_split")
 
 
 @dataclass
@@ -159,6 +160,8 @@ class DataArguments:
         if unused:
             why = "is not used with --task" if self.task else "is only for a --task"
             raise UserError(f"--{unused[0]} {why}; drop one of the two")
+        if given := [name for name in changed if name in OF_THE_HUB and not self.dataset_name]:
+            raise UserError(f"--{given[0]} is of a --dataset_name; give one, or drop it")
         if self.eval_file and self.dataset_test_split:
             raise UserError("give --eval_file or --dataset_test_split, not both")
         if self.train_file and self.dataset_name and not self.dataset_test_split:

@@ -1,6 +1,5 @@
 """`zo-peft compare`: train with several strategies on the same budget of forward passes."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +51,7 @@ class CompareArguments:
     seeds: int = HfArg(
         default=1, help="How many seeds, from --seed on; the table has mean and deviation."
     )
+    seed: int = HfArg(default=ZOConfig.seed, help="The first seed.")
     output_dir: str = HfArg(default="zo_peft_compare", help="Folder of the result and of each run.")
 
 
@@ -75,10 +75,9 @@ def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
             raise UserError(f"strategy {name!r} is not known; use some of {expected}")
     if given.seeds < 1:
         raise UserError(f"seeds={given.seeds}; it must be 1 or more")
-    folder, budget = Path(given.output_dir), given.max_forward_passes
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--seed", type=int, default=ZOConfig.seed)
-    first = parser.parse_known_args(options)[0].seed
+    if twice := {"--strategy", "--preset"} & {word.partition("=")[0] for word in options}:
+        raise UserError(f"{min(twice)} is of one run; name what is compared in --strategies")
+    folder, budget, first = Path(given.output_dir), given.max_forward_passes, given.seed
     runs: dict[str, dict[str, dict[str, Any]]] = {}
     for name in given.strategies:
         runs[name] = {}

@@ -1,13 +1,12 @@
-"""`zo-peft readout`: the best linear head on the states of the frozen base.
+"""`zo-peft readout`: the best linear head on the states of a frozen base, or of an adapted one.
 
-It takes a forward pass for each batch and changes no weight of the base, so it is what tuning has
+It takes a forward pass for each batch and changes no weight, so it is what tuning has
 to beat: where it solves a task, the task says nothing about an adapter.
 """
 
 import math
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 
 from zo_peft.core.batch import Batch
 from zo_peft.errors import UserError
 from zo_peft.models.memory import peak_memory_bytes
-from zo_peft.objectives.scoring import ClassificationObjective, OptionObjective
+from zo_peft.objectives.scoring import ClassificationObjective
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.runs.run import examples_of, resumes, trainer_of
 from zo_peft.train.base import BaseTrainer
@@ -102,37 +100,37 @@ def seen(trainer: BaseTrainer, batches: Iterable[Any]) -> Seen:
     head for classes is new: its offsets are zero, and the states have a constant for its bias. A
     UserError says that the batches have neither.
     """
-    objective, model = trainer.objective, trainer.model.eval()
-    words = isinstance(objective, OptionObjective)
-    classes = model.config.num_labels
-    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
-    states: list[Tensor] = []
-    offsets: list[Tensor] = []
-    labels: list[Tensor] = []
+    objective: Any = trainer.eval_objective
+    model, classifies = trainer.model.eval(), isinstance(objective, ClassificationObjective)
+    count = model.config.num_labels
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == count]
+    found: list[tuple[Tensor, ...]] = []
+    kept: list[Tensor] = []
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
-        states.append(inputs[0] if words else F.pad(inputs[0], (0, 1), value=1.0))
-        if not words:
-            offsets.append(torch.zeros_like(logits))
+        kept[:] = inputs[0], logits.float()
 
-    heads = [model.get_output_embeddings()] if words else heads
-    hooks = [head.register_forward_hook(keep) for head in heads]
-    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+    head = heads[-1] if classifies else model.get_output_embeddings()
+    with head.register_forward_hook(keep):
         for batch in map(Batch, batches):
-            if not _is_linear(objective, batch):
+            if not (classifies or _has_words(batch)):
                 raise UserError("a readout needs label words of one token each, or classes")
-            labels.append(batch["labels"])
-            if isinstance(objective, OptionObjective):
-                offsets.append(objective.scores(model, batch))
-            else:
-                objective.losses(model, batch)
-    for hook in hooks:
-        hook.remove()
-    return torch.cat(states).double(), torch.cat(offsets).double(), torch.cat(labels)
+            offsets = objective.scores(model, batch)
+            states, logits = kept
+            if states.dim() == 3:  # a decoder's head sees all tokens, and one of them counts
+                place = (logits == offsets[:, None]).all(dim=-1).int().argmax(dim=1)
+                states = states[range(len(place)), place]
+            if classifies:
+                states, offsets = F.pad(states, (0, 1), value=1.0), torch.zeros_like(offsets)
+            found.append((states.double(), offsets.double(), batch["labels"]))
+    return [torch.cat(parts) for parts in zip(*found)]
 
 
-def _is_linear(objective: Any, batch: Batch) -> bool:
-    return isinstance(objective, ClassificationObjective) or "option_tokens" in batch
+def _has_words(batch: Batch) -> bool:
+    """Whether all examples of a batch have the same options, of one token each."""
+    if "option_tokens" not in batch or "is_right" in batch:
+        return False
+    return len(batch["option_tokens"].unique(dim=0)) == 1
 
 
 def fitted(rows: Seen, penalty: float) -> Tensor:

@@ -87,6 +87,8 @@ def reproduce(given: ReproduceArguments, options: list[str]) -> dict[str, Any]:
     Raises:
         UserError: the runs of all learning rates fail, or a run with another seed.
     """
+    if fixed := {"--learning_rate", "--seed"} & {word.partition("=")[0] for word in options}:
+        raise UserError(f"{min(fixed)} is of one run; here are the published rates, and --seeds")
     folder = Path(given.output_dir)
     published, rates = settings(given)
 

@@ -36,12 +36,14 @@ def questions(dataset: Any, tokenization: Tokenization) -> Examples | None:
     if isinstance(dataset, dict | str) or tokenization.generates or is_tokenized(dataset):
         return None
     classifies, first = tokenization.num_labels is not None, next(iter(dataset), None)
-    if not isinstance(first, Mapping) or _question(dict(first), classifies) is None:
+    model = _question(dict(first), classifies) if isinstance(first, Mapping) else None
+    if model is None:
         return None
 
     def asked(row: Row) -> Row:
-        if (question := _question(row, classifies)) is None:
-            raise UserError("it has an answer already, or no question, unlike the first row")
+        question = _question(row, classifies)
+        if question is None or ("options" in question) != ("options" in model):
+            raise UserError("it has an answer or options, or has none, unlike the first row")
         return question
 
     return converted(getattr(dataset, "source", ""), map(dict, dataset), asked)
@@ -73,7 +75,7 @@ class Shares:
         return torch.zeros(len(probabilities)), probabilities, batch["labels"]
 
 
-def answered(trainer: Any, asked: Examples) -> PredictionOutput:
+def answered(trainer: Any, asked: Examples, prefix: str = "test") -> PredictionOutput:
     """What a trainer's model answers to `questions`; see `BaseTrainer.predict`."""
     tokenization, tokenizer = trainer.tokenization, trainer.processing_class
     classifies, longest = tokenization.num_labels is not None, trainer.args.max_completion_length
@@ -95,7 +97,7 @@ def answered(trainer: Any, asked: Examples) -> PredictionOutput:
     collator = collator_for(trainer.model, tokenizer.pad_token_id, objective, examples=features)
     changes = {"eval_objective": predicted, "data_collator": collator, "compute_metrics": None}
     with replaced([(trainer, name, value) for name, value in changes.items()]):
-        found = Trainer.predict(trainer, features)
+        found = Trainer.predict(trainer, features, metric_key_prefix=prefix)
     metrics = {name: value for name, value in found.metrics.items() if not name.endswith("_loss")}
     if generates:
         end = _turn_end(tokenizer) if is_chat(asked) else None
@@ -103,7 +105,7 @@ def answered(trainer: Any, asked: Examples) -> PredictionOutput:
         # An answer that ends by itself is shorter.
         ended = [len(ids) < longest or is_over for ids, (_, is_over) in zip(drawn, texts)]
         output = np.array([text for text, _ in texts], dtype=object)
-        return PredictionOutput(output, None, metrics | {"test_cut": ended.count(False)})
+        return PredictionOutput(output, None, metrics | {f"{prefix}_cut": ended.count(False)})
     # Batches that are narrower than others are padded with this.
     probabilities = np.where(found.predictions == IGNORE_INDEX, 0.0, found.predictions)
     if not np.isfinite(probabilities).all():

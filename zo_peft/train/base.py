@@ -207,7 +207,12 @@ class BaseTrainer(Trainer):
         """As in Trainer; a data set may also be one of examples, as the constructor takes it."""
         return super().evaluate(self._alike(eval_dataset), *args, **kwargs)
 
-    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
         """As in Trainer; a data set may also be one of examples, as the constructor takes it.
 
         Rows without labels (prompt + options, a prompt, messages of which the last is not the
@@ -215,9 +220,11 @@ class BaseTrainer(Trainer):
         probabilities [N, K] of the options or classes, 0 where a row has fewer; or greedily
         generated texts [N], and `test_cut` counts those that `max_completion_length` cut.
         """
+        if isinstance(test_dataset, Iterator):
+            test_dataset = list(test_dataset)
         if (asked := questions(test_dataset, self.tokenization)) is not None:
-            return answered(self, asked)
-        return super().predict(self._alike(test_dataset), *args, **kwargs)
+            return answered(self, asked, metric_key_prefix)
+        return super().predict(self._alike(test_dataset), ignore_keys, metric_key_prefix)
 
     def _alike(self, dataset: Any) -> Any:
         if isinstance(dataset, dict):

@@ -202,6 +202,8 @@ class ZOConfig(TrainingArguments):
         checks.check_fields(self)
         checks.apply_preset(self)
         # Where nothing says when the run ends, or where it writes to, it is chosen later.
+        if self.max_forward_passes is not None and self.num_train_epochs is not None:
+            raise UserError("give num_train_epochs or max_forward_passes, not both")
         ends = self.max_steps > 0 or self.num_train_epochs is not None
         self.chooses_budget = self.max_forward_passes is None and not ends
         self.chooses_folder = self.output_dir is None
