@@ -160,10 +160,10 @@ class DataArguments:
         if unused:
             why = "is not used with --task" if self.task else "is only for a --task"
             raise UserError(f"--{unused[0]} {why}; drop one of the two")
-        if given := [name for name in changed if name in OF_THE_HUB and not self.dataset_name]:
-            raise UserError(f"--{given[0]} is of a --dataset_name; give one, or drop it")
         if self.eval_file and self.dataset_test_split:
             raise UserError("give --eval_file or --dataset_test_split, not both")
+        if given := [name for name in changed if name in OF_THE_HUB and not self.dataset_name]:
+            raise UserError(f"--{given[0]} is of a --dataset_name; give one, or drop it")
         if self.train_file and self.dataset_name and not self.dataset_test_split:
             raise UserError("give --train_file or --dataset_name, not both")
         if self.prompt_template is not None:
