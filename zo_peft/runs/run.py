@@ -185,13 +185,13 @@ def command(model: ModelArguments, data: DataArguments, args: ZOConfig) -> str:
 def _next(model: ModelArguments, data: DataArguments, args: ZOConfig) -> list[str]:
     """Commands that use, show and publish what a run made."""
     folder = args.output_dir
-    made = "adapter" if args.tune == "adapter" else "model"
     rows = data.eval_file or data.train_file or "new.csv"
-    answer = {f"{made}_name_or_path": folder, "eval_file": rows, "output_file": "predictions.csv"}
-    if model.trust_remote_code:
-        answer["trust_remote_code"] = True
+    base = args.tune != "adapter"
+    answer = flags({"model_name_or_path": folder, "eval_file": rows}) if base else [folder, rows]
+    answer += ["--output_file", "predictions.csv"]
+    answer += ["--trust_remote_code", "True"] if model.trust_remote_code else []
     repository = f"you/{re.sub('[^A-Za-z0-9._]+', '-', Path(folder).resolve().name)}"
-    lines = [["predict", *flags(answer)], ["report", folder], ["push", folder, repository]]
+    lines = [["predict", *answer], ["report", folder], ["push", folder, repository]]
     return [shlex.join(["zo-peft", *map(str, line)]) for line in lines]
 
 
