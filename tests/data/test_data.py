@@ -361,7 +361,9 @@ def test_blanks_around_names_and_labels_do_not_count() -> None:
 def test_options_of_a_template_need_one(settings: dict[str, Any]) -> None:
     rows = [{"id": "1", "text": "a text", "label": "a"}]
     fails(lambda: make_examples(rows, "f", **settings), "need a --prompt_template", "{text}")
-    fails(lambda: make_examples(rows, "f", "{text}", "no"), "no column 'no'; it has id, text, label")
+    fails(
+        lambda: make_examples(rows, "f", "{text}", "no"), "no column 'no'; it has id, text, label"
+    )
     tickets = [{"ID": "1", "Description": "It is broken.", "Type": "hardware"}]
     hint = '--prompt_template "{Description}" --label_column "Type"'
     fails(lambda: make_examples(tickets, "f"), hint)

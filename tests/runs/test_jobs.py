@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from scipy.optimize import minimize
-from tiny import MODEL, command_line, llama
-from transformers import AutoTokenizer, HfArgumentParser, LlamaForSequenceClassification
+from tiny import MODEL, command_line
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
 from zo_peft import UserError
 from zo_peft.cli import main
@@ -139,23 +139,6 @@ def test_an_option_that_no_run_would_heed_is_refused(
     assert f"zo-peft: error: {message}" in capsys.readouterr().err
 
 
-def test_a_readout_of_classes_sees_the_last_token(tmp_path: Path) -> None:
-    """A decoder's head is applied to all tokens, of rows of several lengths."""
-    base = llama(LlamaForSequenceClassification).eval()
-    rows = [{"input_ids": [*range(1, 4 + n)], "labels": n % 2} for n in range(6)]
-    args = ZOConfig(str(tmp_path), use_cpu=True, per_device_eval_batch_size=4)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    trainer = BaseTrainer(base, args, eval_dataset=rows, processing_class=tokenizer)
-    states, offsets, labels = readout.seen(trainer, trainer.get_eval_dataloader())
-    for row, state in zip(rows, states, strict=True):
-        with torch.no_grad():
-            expected = base.model(torch.tensor([row["input_ids"]])).last_hidden_state[0, -1]
-        assert torch.allclose(state[:-1], expected.double(), atol=1e-5)
-    assert (states[:, -1] == 1).all()
-    assert not offsets.any()
-    assert labels.tolist() == [0, 1] * 3
-
-
 def test_a_readout_needs_the_same_words_in_all_rows(tmp_path: Path) -> None:
     rows = [{"prompt": "It was", "options": words, "label": 0} for words in ("ab", "ba")]
     rows = [{**row, "options": [*row["options"]]} for row in rows]
@@ -186,6 +169,26 @@ def test_the_readout_is_the_best_head_on_the_frozen_states(
 
     least = minimize(penalized, [0.0] * 6).fun
     assert penalized(v.flatten().tolist()) == pytest.approx(least, abs=1e-6)
+
+
+def test_the_readout_of_classes_sees_what_a_decoder_pools(tmp_path: Path) -> None:
+    """The last token of each row, alone and unpadded, and a constant for the bias."""
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(EMBEDDED / "model", num_labels=3)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    texts = ["The soup was cold.", "We adored the book and the film.", "Dull"]
+    rows = [{"text": text, "label": index} for index, text in enumerate(texts)]
+    args = ZOConfig(str(tmp_path), use_cpu=True)
+    trainer = BaseTrainer(model, args, eval_dataset=rows, processing_class=tokenizer)
+    states, offsets, labels = readout.seen(trainer, trainer.get_eval_dataloader())
+    for text, label in zip(texts, range(3)):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        alone = model.model(ids).last_hidden_state[0, -1].detach().double()
+        (row,) = states[labels == label]
+        torch.testing.assert_close(row[:-1], alone, atol=1e-4, rtol=1e-4)
+    assert (states[:, -1] == 1).all()
+    assert not offsets.any()
+    assert offsets.shape == (3, 3)
 
 
 def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(

@@ -148,7 +148,7 @@ def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict
     rewarded = generates(data.reward_funcs, args.objective)
     examples = evaluation_examples(data, _classifies(model, data), rewarded)
     if examples is None:
-        raise UserError("nothing to evaluate on; give --eval_file, --dataset_test_split or --task")
+        raise UserError("nothing to evaluate on; give a file, --dataset_test_split or --task")
     with tempfile.TemporaryDirectory() as args.output_dir:
         trainer = trainer_of(BaseTrainer, model, data, args, None, examples)
         result = trainer.evaluate()

@@ -1,7 +1,6 @@
 """`zo-peft readout`: the best linear head on the states of a frozen base, or of an adapted one.
 
-It takes a forward pass for each batch and changes no weight, so it is what tuning has
-to beat: where it solves a task, the task says nothing about an adapter.
+It takes a forward pass for each batch and changes no weight, so it is what tuning has to beat: where it solves a task, the task says nothing about an adapter.
 """
 
 import math
@@ -53,7 +52,7 @@ def readout(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[
     resumes(model, args)
     train, _, test = examples_of(model, data, args)
     if test is None:
-        raise UserError("nothing to evaluate on; give --eval_file, --dataset_test_split or --task")
+        raise UserError("nothing to evaluate on; give a file, --dataset_test_split or --task")
     trainer = trainer_of(BaseTrainer, model, data, args, train, test)
     before = trainer.evaluate()
     name = f"eval_{trainer.metric_name}"
@@ -104,22 +103,19 @@ def seen(trainer: BaseTrainer, batches: Iterable[Any]) -> Seen:
     model, classifies = trainer.model.eval(), isinstance(objective, ClassificationObjective)
     count = model.config.num_labels
     heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == count]
-    found: list[tuple[Tensor, ...]] = []
-    kept: list[Tensor] = []
-
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
-        kept[:] = inputs[0], logits.float()
-
     head = heads[-1] if classifies else model.get_output_embeddings()
-    with head.register_forward_hook(keep):
+    found: list[tuple[Tensor, ...]] = []
+    calls: list[tuple[Tensor, Tensor]] = []
+    with head.register_forward_hook(lambda _, x, y: calls.append((x[0], y))):
         for batch in map(Batch, batches):
             if not (classifies or _has_words(batch)):
-                raise UserError("a readout needs label words of one token each, or classes")
+                raise UserError("a readout needs label words of one token, or --task_type SEQ_CLS")
             offsets = objective.scores(model, batch)
-            states, logits = kept
-            if states.dim() == 3:  # a decoder's head sees all tokens, and one of them counts
-                place = (logits == offsets[:, None]).all(dim=-1).int().argmax(dim=1)
-                states = states[range(len(place)), place]
+            states, logits = calls.pop()
+            if classifies and states.ndim == 3:
+                # The head of a decoder sees all tokens. The model takes one of each row.
+                at = (logits.float() - offsets[:, None]).abs().sum(dim=2).argmin(dim=1)
+                states = states[range(len(at)), at]
             if classifies:
                 states, offsets = F.pad(states, (0, 1), value=1.0), torch.zeros_like(offsets)
             found.append((states.double(), offsets.double(), batch["labels"]))
@@ -127,7 +123,7 @@ def seen(trainer: BaseTrainer, batches: Iterable[Any]) -> Seen:
 
 
 def _has_words(batch: Batch) -> bool:
-    """Whether all examples of a batch have the same options, of one token each."""
+    """Whether the examples of a batch have the same options, of one token, and one is right."""
     if "option_tokens" not in batch or "is_right" in batch:
         return False
     return len(batch["option_tokens"].unique(dim=0)) == 1
