@@ -144,7 +144,7 @@ def test_a_readout_needs_the_same_words_in_all_rows(tmp_path: Path) -> None:
     rows = [{**row, "options": [*row["options"]]} for row in rows]
     args = ZOConfig(str(tmp_path), use_cpu=True)
     trainer = BaseTrainer(MODEL, args, eval_dataset=rows)
-    with pytest.raises(UserError, match="a readout needs label words of one token each"):
+    with pytest.raises(UserError, match="a readout needs label words of one token"):
         readout.seen(trainer, trainer.get_eval_dataloader())
 
 

@@ -41,9 +41,7 @@ class ModelArguments:
         default="CAUSAL_LM", help="SEQ_CLS: a head for classes. The base may be an encoder."
     )
     adapter_name_or_path: str | None = HfArg(default=None, help="An adapter to evaluate or tune.")
-    peft_type: str = HfArg(
-        default="LORA", help="LORA, PREFIX_TUNING, IA3 and so on. All of PEFT's types."
-    )
+    peft_type: str = HfArg(default="LORA", help="LORA, PREFIX_TUNING, IA3 or any other of PEFT's.")
     lora_r: int = HfArg(default=8, help="LoRA's rank.")
     lora_alpha: int = HfArg(default=16, help="LoRA's alpha.")
     lora_target_modules: list[str] | None = HfArg(
@@ -118,9 +116,7 @@ class DataArguments:
         default=None, help="The same, to validate on. Default: 500, or 100 for cb and copa."
     )
     num_eval: int = HfArg(default=1000, help="How many of a task's test examples to evaluate on.")
-    shots: int = HfArg(
-        default=0, help="evaluate: answered examples before each prompt (in-context)."
-    )
+    shots: int = HfArg(default=0, help="evaluate: answered examples before each prompt.")
     reward_funcs: list[str] | None = HfArg(
         default=None,
         help="Rewards of completions, as module:function. They are maximised. Each takes prompts, "
@@ -131,9 +127,7 @@ class DataArguments:
     dataset_name: str | None = HfArg(default=None, help="A data set on the Hub.")
     dataset_config: str | None = HfArg(default=None, help="The data set's configuration.")
     dataset_train_split: str = HfArg(default="train", help="The data set's split to train on.")
-    dataset_test_split: str | None = HfArg(
-        default=None, help="The data set's split to evaluate on."
-    )
+    dataset_test_split: str | None = HfArg(default=None, help="Its split to evaluate on.")
     prompt_template: str | None = HfArg(
         default=None, help="The prompt, with {column} for a row's values. \\n is a new line."
     )

@@ -39,7 +39,7 @@ class _Words(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-class _Parser(_Words, HfArgumentParser):
+class _Parser(HfArgumentParser, _Words):
     """Takes choices in either case, and hides what is refused."""
 
     def __init__(self, name: str, arguments: Sequence[type]) -> None:

@@ -115,10 +115,9 @@ def _asked(row: Row, template: str | None, words: Sequence[str], classifies: boo
 
 
 def _labelled(probabilities: Any, labels: Sequence[Any]) -> Row:
-    shares = [round(float(share), 6) for share in probabilities[: len(labels)]]
-    best = int(probabilities.argmax())
-    by_label = dict(zip(labels, shares))
-    return {"prediction": labels[best], "probability": shares[best], "probabilities": by_label}
+    shares = {label: round(float(share), 6) for label, share in zip(labels, probabilities)}
+    best = labels[probabilities.argmax()]
+    return {"prediction": best, "probability": shares[best], "probabilities": shares}
 
 
 def _write(path: Path, rows: list[Row]) -> None:

@@ -1,6 +1,7 @@
 """`zo-peft readout`: the best linear head on the states of a frozen base, or of an adapted one.
 
-It takes a forward pass for each batch and changes no weight, so it is what tuning has to beat: where it solves a task, the task says nothing about an adapter.
+It takes a forward pass for each batch and changes no weight, so it is what tuning has to beat:
+where it solves a task, the task says nothing about an adapter.
 """
 
 import math

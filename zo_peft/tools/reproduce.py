@@ -41,9 +41,7 @@ class ReproduceArguments:
         default=None, help="With paper-gv, subzero gives the rows of SubZero-GV."
     )
     seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="Seeds.")
-    output_dir: str = HfArg(
-        default="zo_peft_reproduce", help="Folder of the table and of each run."
-    )
+    output_dir: str = HfArg(default="zo_peft_reproduce", help="Folder of the table and each run.")
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
