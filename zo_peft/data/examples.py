@@ -193,9 +193,7 @@ def checked_words(words: Words) -> Words:
     bare = {text_of(name).strip(): text_of(word).strip() for name, word in pairs.items()}
     options = options_of(bare)
     if isinstance(words, str) or len(options) < 2 or "" in options or len(bare) < len(words):
-        raise UserError(
-            f"--label_words {words!r}: give two or more different words, separated by commas"
-        )
+        raise UserError(f"--label_words {words!r}: give two or more different words, with commas")
     return bare if isinstance(words, Mapping) else options
 
 
@@ -270,7 +268,10 @@ def _text(label: object, words: Collection[str]) -> str:
         raise UserError("null is no label; write one there, or drop the row")
     if isinstance(label, bool):
         meant = ("true", "yes") if label else ("false", "no")
-        return next((word for word in words if word.lower() in meant), str(int(label)))
+        means = {word.lower() for word in words} & {"true", "yes", "false", "no"}
+        # With a word for the other truth value alone, a number would be a guess.
+        unsaid = meant[0] if means else str(int(label))
+        return next((word for word in words if word.lower() in meant), unsaid)
     text = str(label).strip()
     # pandas writes whole numbers of a column with gaps so.
     return text if text in words else text.removesuffix(".0")
