@@ -43,6 +43,8 @@ NEAR = 0.1
 KEPT = 0.25
 #: The forward passes of a check, and the most that the first one takes to find its distance.
 CHECK_PASSES, FIRST_PASSES = 4, 12
+#: Gradients of all examples are large if they take more bytes than this.
+LARGE = 256 << 20
 #: The steps from the first check to the second; from check to check they double.
 FIRST_WAIT = 16
 #: A guide that was dropped is followed again after so many checks in a row that agree.
@@ -216,19 +218,27 @@ class Guided:
     def state(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
-    def estimate(self, batches: Sequence[Batch], number: int) -> tuple[Estimate, dict[str, Any]]:
+    def estimate(
+        self, batches: Sequence[Batch], number: int, parts: int
+    ) -> tuple[Estimate, dict[str, Any]]:
         """The gradients of all parts that are followed, and what a check found.
 
         Where nothing is followed there are none, and the step moves nothing. Nor does it where they
         are zero, as with rewards that are all alike; a check that is due waits for others.
+
+        Args:
+            parts: those of the batches that may have displacements of their own.
         """
         batches = self.guide.drawn(batches)
-        parts = self.evaluator.parts(batches) if number >= self.due else 1
+        if number < self.due:
+            parts = 1
+        elif batches[0].share is None:
+            parts = parts_of_check(parts, self.evaluator.space.numel)
         loss, scale, gradients, own = self._read(batches, parts)
         size = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
         sound, chosen = bool(gradients) and math.isfinite(size), dict[str, Any]()
         if sound and not number:
-            self._find_distance(batches)
+            self._find_distance(batches, parts)
         if number >= self.due and (size or not gradients):
             self.due = number + self.wait
             chosen["guide"] = self._check(batches, number, scale, own) if sound else {}
@@ -392,10 +402,9 @@ class Guided:
         """Check the guide in the next step, and often from then on: the loss has risen."""
         self.due, self.wait = number + 1, FIRST_WAIT // 2
 
-    def _find_distance(self, batches: Sequence[Batch]) -> None:
+    def _find_distance(self, batches: Sequence[Batch], parts: int) -> None:
         """The first distance along noise for which the losses are near a line, and their slope."""
-        examples = self.evaluator.parts(batches)
-        noise = [Direction.of(derive_seed(self.seed, i, -5)) for i in range(examples)]
+        noise = [Direction.of(derive_seed(self.seed, i, -5)) for i in range(parts)]
         for _ in range(4):
             points = [[Direction(), self.eps * z, -self.eps * z] for z in noise]
             start, plus, minus = self._losses(self.guide.in_nats, points, batches).unbind(dim=1)
@@ -410,6 +419,15 @@ class Guided:
         """The losses of parts of the batches at points, float64."""
         with replaced([(self.evaluator, "objective", objective)]):
             return torch.tensor(self.evaluator.evaluate(points, batches).losses).double()
+
+
+def parts_of_check(parts: int, numel: int) -> int:
+    """How many gradients of so many numbers a check holds of a batch of so many parts.
+
+    Where they are `LARGE`, two parts share one and its displacements, so that a check holds no more
+    numbers than a candidate of each part.
+    """
+    return parts // 2 if parts % 2 == 0 and 4 * parts * numel > LARGE else parts
 
 
 def _grouped(parts: Sequence[int], most: int) -> list[list[int]]:

@@ -116,7 +116,7 @@ class Tuner:
         self.parts = self.evaluator.parts(batches) if self.per_example_noise else 1
         guided, chosen, parts = self.guided, dict[str, Any](), self.parts
         if guided is not None and guided.asks(number):
-            estimate, chosen = guided.estimate(batches, number)
+            estimate, chosen = guided.estimate(batches, number, parts)
             if "guide" in chosen:
                 self.say(guided.told)
             if guided.jumps and guided.followed:

@@ -100,11 +100,19 @@ class LlamaCpp(Engine):
         self._model = library.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
             raise UserError(f"llama.cpp cannot load {path}; its reason stands above")
-        self._tokens = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
         self._context = self._batch = self._adapter = None
         self._length = 0
         #: The file of the adapter in memory, and its matrices by name as parts of it.
         self._file, self._views = os.memfd_create("adapter"), list[tuple[str, Any]]()
+        self._tokens = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
+        own = [library.llama_model_n_layer(self._model), library.llama_model_n_embd(self._model)]
+        told = [config.num_hidden_layers, config.hidden_size, config.vocab_size]
+        if [*own, self._tokens] != told:
+            raise UserError(
+                f"{path} has {own[0]} layers of width {own[1]} and {self._tokens} tokens, and the "
+                f"configuration {told[0]}, {told[1]} and {told[2]}; give the --tokenizer_name of "
+                "the model that was converted"
+            )
 
     def __del__(self) -> None:
         if getattr(self, "_model", None):
@@ -234,6 +242,8 @@ class LlamaCpp(Engine):
 
 def _library() -> ctypes.CDLL:
     """The functions of llama.cpp, or a UserError."""
+    if sys.platform != "linux":
+        raise UserError("llamacpp takes adapters from files in memory, as Linux has; use openvino")
     check_installed("xllamacpp", "gguf")
     folder = Path(str(importlib.import_module("xllamacpp").__file__)).parent
     try:

@@ -14,11 +14,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from zo_peft.core.batch import Batch, Objective
 from zo_peft.core.evaluator import Evaluator
@@ -29,11 +25,10 @@ from zo_peft.engines.engine import Answers, Engine, EngineName, Matrices, Row, S
 from zo_peft.engines.llamacpp import LlamaCpp
 from zo_peft.engines.openvino import MODEL_NAME, OpenVino
 from zo_peft.errors import UserError
+from zo_peft.models.heads import lora_parameters
 from zo_peft.models.hub import AnyModel
 from zo_peft.models.loading import load_config, load_tokenizer
-
-#: The only parameters that an engine takes: the matrices of a plain LoRA.
-LORA_ENDINGS = (".lora_A", ".lora_B")
+from zo_peft.models.peft_layers import is_plain_lora
 
 #: The most bytes of the states of one call.
 STATES = 64 << 20
@@ -126,11 +121,13 @@ def save_adapter(model: PeftModel, folder: str) -> None:
 
 
 def _check_adapter(model: PeftModel) -> None:
-    kind = model.active_peft_config.peft_type.value
+    kind, active = model.active_peft_config.peft_type.value, f".{model.active_adapter}."
+    layers = filter(is_plain_lora, model.modules())
+    plain = {id(parameter) for layer in layers for parameter in lora_parameters(layer)}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and active not in f".{name}.":
             continue
-        if not name.rpartition(f".{model.active_adapter}.weight")[0].endswith(LORA_ENDINGS):
+        if id(parameter) not in plain:
             raise UserError(f"an engine takes a plain LORA, not {name} of a {kind}; leave it out")
         if parameter.isnan().any():
             raise UserError(f"{name} starts from weights of the base, which the engine alone has")

@@ -105,29 +105,23 @@ class ResidualGuide:
 
     def read(self, batch: Batch, parts: int = 1) -> tuple[Tensor, list[Gradients]]:
         """The losses [B] of a batch, and for each of equal parts of its examples the gradients of
-        their mean loss, by name. Parts are one, or as many as examples.
+        their mean loss, by name.
         """
-        pieces = self._pieces(batch)
-        whole = parts == 1 < len(pieces)
-        losses: list[Tensor] = []
-        found = [Gradients()] if whole else []
-        for piece in pieces:
-            own, gradients = self._read(piece, max(1, parts * piece.rows // batch.rows))
-            losses.append(own)
-            if whole:
-                add(found[0], gradients[0], piece.rows / batch.rows)
-            else:
-                found += gradients
-        return torch.cat(losses), found
-
-    def _pieces(self, batch: Batch) -> list[Batch]:
-        """A batch in pieces that are read one after the other, where rows can be told apart."""
-        rows, length = batch["input_ids"].shape
+        (rows, length), each = batch["input_ids"].shape, batch.rows // parts
         apart = getattr(self.objective, "repeatable", False) and rows == len(batch["labels"])
-        if Scored(batch).single or not apart:
-            return [batch]
-        count = rows_at_once(length)
-        return [batch.of_rows(start, start + count) for start in range(0, rows, count)]
+        count = rows if Scored(batch).single or not apart else rows_at_once(length)
+        # A piece is a part, several, or some rows of one.
+        count -= count % each if count > each else 0
+        losses: list[Tensor] = []
+        found = [Gradients() for _ in range(parts)]
+        for start in range(0, rows, count):
+            piece = batch if count == rows else batch.of_rows(start, start + count)
+            own, gradients = self._read(piece, max(1, piece.rows // each))
+            losses.append(own)
+            for sums in found[start // each :][: len(gradients)]:
+                # One at a time, so that none is held twice.
+                add(sums, gradients.pop(0), min(1.0, piece.rows / each))
+        return torch.cat(losses), found
 
     # Within a pass gradients are enabled above its leaf.
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """Base models (in floating point, int8 or NF4) and tokenizers, and how a base is recognised."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -335,8 +335,13 @@ def identity(model: AnyModel) -> dict[str, str]:
     # What others quantize while they load it has no file of its own.
     if not files or (not bits and is_packed(base)):
         return {"tensors": base_hash(model), "loaded": loaded}
+    return {"files": files_hash(files), "loaded": loaded}
+
+
+def files_hash(files: Iterable[Path]) -> str:
+    """A hash of what the files hold, one after the other."""
     digest = hashlib.blake2b(digest_size=16)
     for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
-    return {"files": digest.hexdigest(), "loaded": loaded}
+    return digest.hexdigest()

@@ -92,7 +92,7 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         trainer.summary["dataset"] = TASKS[data.task].hub[0]
     if args.should_save:
         write_json(Path(args.output_dir) / METRICS_NAME, trainer.summary)
-        note_base(args.output_dir, model.model_name_or_path)
+        note_base(args.output_dir, *filter(None, (model.model_name_or_path, args.tokenizer_name)))
     trainer.save_model()
     trainer.save_state()
     return trainer.summary | {"output_dir": args.output_dir, "next": _next(model, data, args)}
