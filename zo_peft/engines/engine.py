@@ -124,8 +124,9 @@ def installed() -> dict[str, str | None]:
     return {name: packages[0].version if packages else None for name, packages in found.items()}
 
 
-def check_installed(*packages: str) -> None:
-    """Raise a UserError for the first of these packages that cannot be imported."""
+def imported(*packages: str) -> list[Any]:
+    """These packages; a UserError names the first that is not installed."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"the engine needs {package}: pip install {' '.join(packages)}")
+    return [importlib.import_module(package) for package in packages]

@@ -6,7 +6,6 @@ have to differ from the defaults are found by their defaults, or the build is re
 """
 
 import ctypes
-import importlib
 import os
 import re
 import sys
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from zo_peft.engines.engine import Answers, Engine, Row, States, answers, check_installed
+from zo_peft.engines.engine import Answers, Engine, Row, States, answers, imported
 from zo_peft.errors import UserError
 
 #: The architectures of GGUF whose modules are known, and the modules whose rows a GGUF has in
@@ -79,8 +78,8 @@ class LlamaCpp(Engine):
     """
 
     def __init__(self, path: Path, config: PreTrainedConfig) -> None:
-        self._library = library = _library()
-        self._gguf = gguf = importlib.import_module("gguf")
+        xllamacpp, gguf = imported("xllamacpp", "gguf")
+        self._library, self._gguf = library, gguf = _library(xllamacpp), gguf
         try:
             file = gguf.GGUFReader(path)
         except ValueError as error:
@@ -240,14 +239,12 @@ class LlamaCpp(Engine):
         return answers(torch.from_numpy(logits), rows)
 
 
-def _library() -> ctypes.CDLL:
+def _library(package: Any) -> ctypes.CDLL:
     """The functions of llama.cpp, or a UserError."""
     if sys.platform != "linux":
         raise UserError("llamacpp takes adapters from files in memory, as Linux has; use openvino")
-    check_installed("xllamacpp", "gguf")
-    folder = Path(str(importlib.import_module("xllamacpp").__file__)).parent
     try:
-        library = ctypes.CDLL(str(next(folder.glob("xllamacpp*.so"))))
+        library = ctypes.CDLL(str(next(Path(package.__file__).parent.glob("xllamacpp*.so"))))
         for result, names in RESULTS.items():
             for name in names.split():
                 getattr(library, name).restype = result

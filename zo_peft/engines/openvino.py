@@ -4,7 +4,6 @@ The LoRA matrices are inputs of the graph, with one value for each candidate. Th
 sees the scored positions alone.
 """
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from zo_peft.engines.engine import Answers, Engine, Row, States, answers, check_installed
+from zo_peft.engines.engine import Answers, Engine, Row, States, answers, imported
 from zo_peft.errors import UserError
 
 MODEL_NAME = "openvino_model.xml"
@@ -36,8 +35,7 @@ class OpenVino(Engine):
     """
 
     def __init__(self, folder: Path) -> None:
-        check_installed("openvino")
-        self._openvino: Any = importlib.import_module("openvino")
+        (self._openvino,) = imported("openvino")
         path = folder / MODEL_NAME
         try:
             self._graph = self._openvino.Core().read_model(path)

@@ -61,12 +61,8 @@ def load_served(
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
     # One expanded number takes no memory. It is not a number, so that nothing can start from it.
-    for module in base.modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            one = torch.full((1,), torch.nan).expand(parameter.shape)
-            module.register_parameter(key, nn.Parameter(one, requires_grad=False))
-        for key, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(key, torch.zeros(1).expand(buffer.shape), persistent=False)
+    base._apply(lambda tensor: torch.full((1,), torch.nan).expand(tensor.shape))
+    base.requires_grad_(False)
     base.forward = _refuse
     base.name_or_path = base.config.name_or_path = source or name
     base.engine = LlamaCpp(path, config) if engine == "llamacpp" else OpenVino(path)
@@ -128,7 +124,10 @@ def _check_adapter(model: PeftModel) -> None:
         if not parameter.requires_grad and active not in f".{name}.":
             continue
         if id(parameter) not in plain:
-            raise UserError(f"an engine takes a plain LORA, not {name} of a {kind}; leave it out")
+            raise UserError(
+                f"an engine takes a plain LORA (no DoRA, no bias), not {name} of a {kind}; leave "
+                "it out"
+            )
         if parameter.isnan().any():
             raise UserError(f"{name} starts from weights of the base, which the engine alone has")
 

@@ -23,8 +23,16 @@ from zo_peft.core.guide import Gradients, add, low_rank
 from zo_peft.core.lanes import replaced
 from zo_peft.errors import UserError
 from zo_peft.models.feedback import Feedback, PostNorm, linears_of, through_linear
-from zo_peft.models.heads import Heads, Reading, Role, Scored, lora_parameters, role_of
-from zo_peft.models.peft_layers import is_plain_lora, lora_factors
+from zo_peft.models.heads import (
+    Heads,
+    Reading,
+    Role,
+    Scored,
+    lora_gradients,
+    lora_parameters,
+    role_of,
+)
+from zo_peft.models.peft_layers import is_plain_lora
 from zo_peft.models.trunk import first_of, hidden_of, layers_of, with_hidden
 
 #: A module writes into the residual stream if its layer's output follows it: the least cosine of
@@ -336,12 +344,8 @@ def _writers(
 
 def _of_writer(module: Any, scored: Scored, x: Tensor) -> tuple[nn.Module, Reading]:
     """The gradients of a LoRA that writes into the residual stream, whose input is x [B, T, in]."""
-    parameters, inputs = lora_parameters(module), scored.of(x)
-
-    def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-        return list(zip(parameters, low_rank(errors, inputs.float(), *lora_factors(module))))
-
-    return module, read
+    inputs = scored.of(x)
+    return module, lambda errors: lora_gradients(module, low_rank, errors, inputs)
 
 
 def _through(
