@@ -250,12 +250,16 @@ def test_the_command_line_trains_and_evaluates(
     # The engine, its file and the tokenizer are those of the run, also seen from elsewhere.
     monkeypatch.chdir(tmp_path)
     assert main(["evaluate", "out", "test.jsonl", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["eval_loss"] == pytest.approx(trained["eval_loss_after"], 1e-5)
+    assert json.loads(capsys.readouterr().out)["eval_loss"] == pytest.approx(
+        trained["eval_loss_after"], 1e-5
+    )
     assert main(["predict", "out", "test.jsonl", "--output_file", "answers.jsonl"]) == 0
     # With another base the adapter is PyTorch's.
     options = ["--model_name_or_path", str(tiny.MODEL)]
     assert main(["evaluate", "out", "test.jsonl", *options, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["eval_loss"] != pytest.approx(trained["eval_loss_after"], 1e-3)
+    assert json.loads(capsys.readouterr().out)["eval_loss"] != pytest.approx(
+        trained["eval_loss_after"], 1e-3
+    )
 
 
 REFUSED = [

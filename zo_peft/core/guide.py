@@ -4,9 +4,8 @@ A forward pass yields the exact error at the output, `p = d loss / d h_L`, and t
 module. A transformer adds the output of each layer to a residual stream, so with the layers above
 taken as the identity, `p` is the error at every layer (where norms lie in that stream, they and the
 MLPs are not taken so). With it the gradients of an adapter have closed forms (`low_rank`, `mixed`,
-`covariance`), and no backward pass is needed. That the error of the output is sent straight to
-every layer is direct feedback alignment (arXiv:1609.01596), with the residual stream in the place
-of random matrices.
+`covariance`), and no backward pass is needed. To send the error of the output straight to every
+layer is direct feedback alignment (arXiv:1609.01596), with the residual stream for random matrices.
 
 `Guided` decides whether and which parts of such an estimate are followed. The measured loss has the
 last word: the estimate is a candidate, as in guided evolution strategies (arXiv:1806.10230).
@@ -168,9 +167,7 @@ class Guide(Protocol):
         """The batches that it reads for those of a step."""
 
     def read(self, batch: Batch, parts: int = 1) -> tuple[Tensor, list[Gradients]]:
-        """The losses [B] of a batch, and for each of equal parts of its examples the gradients of
-        their mean, for the parameters it knows.
-        """
+        """The losses [B] of a batch, and the gradients of their mean over each of equal parts."""
 
     def part(self, name: str) -> int:
         """The part of the model, for example the layer, to which a parameter belongs."""
@@ -298,9 +295,7 @@ class Guided:
     def _read(
         self, batches: Sequence[Batch], parts: int
     ) -> tuple[float, float, Gradients, list[Gradients]]:
-        """The mean loss, the mean size of losses, the gradients, and those of each part; parts that
-        other ranks have are empty.
-        """
+        """The mean loss and size of losses, the gradients, and those of each part on this rank."""
         losses: list[Tensor] = []
         sums, own = Gradients(), [Gradients() for _ in range(parts)]
         for index, batch in enumerate(batches):
@@ -331,7 +326,10 @@ class Guided:
     ) -> dict[str, Any]:
         """Measure the slope of the loss along each part of the model; follow those that agree."""
         parts = [self.guide.part(name) for name in self.known]
-        groups = _grouped(sorted(set(parts)), max(1, len(own) // 2))
+        # At most as many groups of neighbours as half of the slopes can tell apart.
+        each, size = sorted(set(parts)), max(1, len(own) // 2)
+        size = math.ceil(len(each) / size)
+        groups = [each[start : start + size] for start in range(0, len(each), size)]
         members = torch.tensor([[part in group for part in parts] for group in groups]).double()
         generator = torch.Generator().manual_seed(derive_seed(self.seed, number, -4) % 2**62)
         signs = torch.randint(2, (len(own), len(groups)), generator=generator).double() * 2 - 1
@@ -428,12 +426,6 @@ def parts_of_check(parts: int, numel: int) -> int:
     numbers than a candidate of each part.
     """
     return parts // 2 if parts % 2 == 0 and 4 * parts * numel > LARGE else parts
-
-
-def _grouped(parts: Sequence[int], most: int) -> list[list[int]]:
-    """The parts in at most so many groups of neighbours."""
-    size = math.ceil(len(parts) / most)
-    return [list(parts[start : start + size]) for start in range(0, len(parts), size)]
 
 
 def _least_squares(signs: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

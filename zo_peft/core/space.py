@@ -59,8 +59,8 @@ class Space(Protocol):
         """Set `theta` from tensors by name; a UserError refuses others, and changes nothing."""
 
 
-def check_fit(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Raise a UserError where saved tensors are not those that a space holds."""
+def fill(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Copy saved tensors into those of the same names; a UserError where they do not fit."""
 
     def kinds(tensors: Mapping[str, Tensor]) -> set[tuple[str, object, object]]:
         return {(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
@@ -71,3 +71,5 @@ def check_fit(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
             "more differ in name, shape or dtype. Use the model, peft_config, tune and tunable of "
             "the saved run"
         )
+    for name, tensor in given.items():
+        mine[name].detach().copy_(tensor)

@@ -18,11 +18,7 @@ from zo_peft.errors import UserError
 from zo_peft.models.adapters import classifies, input_device, name_of, peft_config_of, running
 from zo_peft.models.agreement import rounding
 from zo_peft.objectives.rewards import RewardObjective
-from zo_peft.objectives.scoring import (
-    ClassificationObjective,
-    CompletionObjective,
-    OptionObjective,
-)
+from zo_peft.objectives.scoring import ClassificationObjective, CompletionObjective, OptionObjective
 
 Features = Sequence[dict[str, Any]]
 Tensors = dict[str, Any]

@@ -16,13 +16,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from zo_peft.core.batch import Batch
-from zo_peft.engines.engine import Engine, Matrices, Row, States
+from zo_peft.engines.engine import Engine, Matrices, Row, States, answers
 from zo_peft.engines.served import rows_of, states_of
 from zo_peft.errors import Notice, UserError
 from zo_peft.models.loading import load_base
 
-#: How long random adapters are: the first length that moves log-probabilities by `MOVED`
-#: nats; else the last.
+#: How long random adapters are: the first length that moves answers by `MOVED` nats; else the last.
 LENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 MOVED = 0.3
 
@@ -41,17 +40,13 @@ def check_answers(model: PeftModel, batch: Batch, reference: str | None = None) 
         UserError: answers do not depend on the adapter, or on the one that was there before; or an
             adapter acts otherwise than in PyTorch.
     """
-    base = model.get_base_model()
-    rows = _asked_everywhere(rows_of(batch))
+    base, given = model.get_base_model(), rows_of(batch)
+    # Asked at all places about all tokens of the first of them.
+    tokens = torch.tensor(given[0].ids)
+    rows = [Row(r.ids, [*range(len(r.ids))], tokens.expand(len(r.ids), -1)) for r in given]
     _check_swaps(base.engine, _two(base, "", rows), rows)
     if reference is not None:
         _check_effects(model, rows, reference)
-
-
-def _asked_everywhere(rows: Sequence[Row]) -> list[Row]:
-    """The rows, asked at all places about all tokens of the first of them."""
-    tokens = torch.tensor(rows[0].ids)
-    return [Row(row.ids, [*range(len(row.ids))], tokens.expand(len(row.ids), -1)) for row in rows]
 
 
 def _two(base: Any, kind: str, rows: Sequence[Row]) -> States:
@@ -131,8 +126,5 @@ def _in_torch(base: nn.Module, states: States, rows: Sequence[Row]) -> Tensor:
             key = layer.active_adapters[0]
             layer.lora_A[key].weight.copy_(states[name].a[0])
             layer.lora_B[key].weight.copy_(states[name].b[0] / layer.scaling[key])
-    answers = []
-    for row in rows:
-        logits = base(input_ids=torch.tensor([row.ids])).logits[0, row.positions]
-        answers.append(logits.log_softmax(dim=-1).gather(1, row.tokens))
-    return torch.cat(answers)
+    logits = [base(input_ids=torch.tensor([row.ids])).logits[0, row.positions] for row in rows]
+    return answers(torch.cat(logits), rows).log_probabilities

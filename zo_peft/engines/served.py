@@ -109,13 +109,6 @@ def check_engine(
     return found
 
 
-def save_adapter(model: PeftModel, folder: str) -> None:
-    """Write an adapter in the format of the engine, if there is one, beside PEFT's."""
-    base = model.get_base_model()
-    if hasattr(base, "engine"):
-        base.engine.save_adapter(states_of(base), folder)
-
-
 def _check_adapter(model: PeftModel) -> None:
     kind, active = model.active_peft_config.peft_type.value, f".{model.active_adapter}."
     layers = filter(is_plain_lora, model.modules())
@@ -125,8 +118,7 @@ def _check_adapter(model: PeftModel) -> None:
             continue
         if id(parameter) not in plain:
             raise UserError(
-                f"an engine takes a plain LORA (no DoRA, no bias), not {name} of a {kind}; leave "
-                "it out"
+                f"an engine takes a plain LORA (no DoRA, no bias), not {name} of a {kind}"
             )
         if parameter.isnan().any():
             raise UserError(f"{name} starts from weights of the base, which the engine alone has")

@@ -24,11 +24,7 @@ from zo_peft.models.adapters import name_of, running
 from zo_peft.models.hub import first_line
 from zo_peft.models.in_place_space import InPlaceSpace
 from zo_peft.models.loading import is_packed
-from zo_peft.objectives.scoring import (
-    ClassificationObjective,
-    CompletionObjective,
-    OptionObjective,
-)
+from zo_peft.objectives.scoring import ClassificationObjective, CompletionObjective, OptionObjective
 
 #: Displacements, of which the first is taken that moves losses well beyond rounding.
 LENGTHS = (1e-2, 1e-1, 1.0)

@@ -112,9 +112,7 @@ class ResidualGuide:
         return batches
 
     def read(self, batch: Batch, parts: int = 1) -> tuple[Tensor, list[Gradients]]:
-        """The losses [B] of a batch, and for each of equal parts of its examples the gradients of
-        their mean loss, by name.
-        """
+        """The losses [B] of a batch, and the gradients of their mean over each of equal parts."""
         (rows, length), each = batch["input_ids"].shape, batch.rows // parts
         apart = getattr(self.objective, "repeatable", False) and rows == len(batch["labels"])
         count = rows if Scored(batch).single or not apart else rows_at_once(length)
@@ -153,8 +151,7 @@ class ResidualGuide:
         errors = reading.scored.of(errors).float()
         errors_at = reading.feedback.down(errors)
         for module, read in reading.readings:
-            # Some models carry several residual streams a token, and some layers one of their own;
-            # of these nothing is read.
+            # Nothing is read of several residual streams a token, or of a layer's own one.
             if errors.shape[1:] != (module.out_features,):
                 continue
             for parameter, gradient in read(errors_at(module)):
@@ -210,20 +207,19 @@ class _Pass:
         guide = self.guide
         interface = partial(self._interface, ALL_ATTENTION_FUNCTIONS.get_interface)
         with ExitStack() as stack:
-            stack.enter_context(self.feedback.hooks(guide.read_layers))
+            within = stack.enter_context
+            within(self.feedback.hooks(guide.read_layers))
             for module in guide.watched:
-                stack.enter_context(module.register_forward_pre_hook(self._before))
+                within(module.register_forward_pre_hook(self._before))
                 if module in guide.loras:
-                    stack.enter_context(module.register_forward_hook(self._after))
+                    within(module.register_forward_hook(self._after))
             for layer in guide.read_layers if guide.first else ():
-                hook = layer.register_forward_hook(self._look_back, with_kwargs=True)
-                stack.enter_context(hook)
+                within(layer.register_forward_hook(self._look_back, with_kwargs=True))
             if guide.boundary is None:
-                stack.enter_context(guide.read_layers[-1].register_forward_hook(self._leave))
+                within(guide.read_layers[-1].register_forward_hook(self._leave))
             else:
-                hook = guide.boundary.register_forward_pre_hook(self._begin, with_kwargs=True)
-                stack.enter_context(hook)
-            stack.enter_context(replaced([(ALL_ATTENTION_FUNCTIONS, "get_interface", interface)]))
+                within(guide.boundary.register_forward_pre_hook(self._begin, with_kwargs=True))
+            within(replaced([(ALL_ATTENTION_FUNCTIONS, "get_interface", interface)]))
             yield
 
     def _leave(self, _: nn.Module, args: Any, output: Any) -> Any:

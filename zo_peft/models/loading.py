@@ -155,8 +155,7 @@ def load_tokenizer(
     """The tokenizer of this name, or a UserError; by default it pads with the end of a sequence.
 
     Args:
-        template: a chat template: a Jinja file, or `chatml`. None: that of the adapter, or else the
-            tokenizer's own.
+        template: a Jinja file, or `chatml`. None: that of the adapter, else the tokenizer's own.
         adapter: a Hub id or a folder.
     """
     with _loading(f"the tokenizer of {name!r}"):
@@ -223,8 +222,7 @@ def meta_base(
     if not method.startswith("bitsandbytes"):
         raise UserError(
             f"{public_name(name)} was saved quantized by {method}, which is not planned; give its "
-            "base in floating point, with load_in_8bit or load_in_4bit, or one that bitsandbytes "
-            "quantized"
+            "base in floating point, or one that bitsandbytes quantized"
         )
     auto = AutoModelForSequenceClassification if has_classes else AutoModelForCausalLM
     settings = {"dtype": (config.dtype or "float32") if dtype == "auto" else dtype}

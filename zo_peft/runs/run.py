@@ -230,10 +230,7 @@ def trainer_of(
     evaluation: list[Row] | None = None,
 ) -> Any:
     """A trainer of this kind for these arguments; its model and its data are loaded."""
-    if args.engine is not None:
-        served, tokenizer = _served(model, args)
-    else:
-        served, tokenizer = None, model.tokenizer()
+    served, tokenizer = _served(model, args) if args.engine else (None, model.tokenizer())
     num_labels, words = None, data.words() or []
     if model.task_type == "SEQ_CLS":
         # A new head that nobody trains would answer at random, so it gets no classes.

@@ -305,9 +305,8 @@ class BaseTrainer(Trainer):
         """Raise a UserError unless the metric of the best model is among those of an evaluation."""
         wanted, known = self.args.metric_for_best_model, [n.removeprefix("eval_") for n in metrics]
         if wanted is not None and wanted.removeprefix("eval_") not in known:
-            raise UserError(
-                f"metric_for_best_model={wanted!r} is not measured; use one of {', '.join(known)}"
-            )
+            names = ", ".join(known)
+            raise UserError(f"metric_for_best_model={wanted!r} is not measured; use one of {names}")
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         self.check_metric(metrics)
@@ -350,7 +349,8 @@ class BaseTrainer(Trainer):
         folder = output_dir or self.args.output_dir
         if isinstance(self.model, PeftModel):
             adapters.save_adapter(self.model, folder)
-            served.save_adapter(self.model, folder)
+            if self.engine is not None:
+                self.engine.save_adapter(served.states_of(self.model.get_base_model()), folder)
         else:
             self.model.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)

@@ -198,8 +198,7 @@ def check_first_guided(config: "ZOConfig", passes: int) -> None:
     budget, first = config.max_forward_passes, passes * config.gradient_accumulation_steps
     if budget is not None and budget < first:
         raise UserError(
-            f"max_forward_passes={budget} is less than the first step of guided may take, {first}; "
-            "raise it"
+            f"max_forward_passes={budget} is below what the first step of guided may take, {first}"
         )
 
 
