@@ -136,7 +136,7 @@ def test_what_no_engine_does_is_refused(model: PeftModel, given: Any, message: s
         ),
         (
             LoraConfig("CAUSAL_LM", target_modules=["v_proj"], use_dora=True),
-            r"\(no DoRA, no bias\), not",
+            r"\(no DoRA or bias\), not",
         ),
         (LoraConfig("CAUSAL_LM", target_modules=["v_proj"]), None),
     ],

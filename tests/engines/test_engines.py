@@ -264,7 +264,7 @@ def test_the_command_line_trains_and_evaluates(
 
 REFUSED = [
     ({"engine": "openvino"}, "reads a folder with openvino_model.xml"),
-    ({"peft_type": "IA3"}, r"an engine takes a plain LORA \(.*\), not .* of a IA3"),
+    ({"peft_type": "IA3"}, r"an engine takes plain LORA \(.*\), not .* of a IA3"),
     ({"load_in_8bit": True}, "--load_in_8bit is for a base in PyTorch"),
     ({"strategy": "guided"}, "strategy='guided' is not for engine='llamacpp'"),
     ({"strategy": "adam"}, "strategy='adam' is not for engine='llamacpp'"),

@@ -332,7 +332,7 @@ def test_a_preset_fixes_the_published_fields_and_no_others(preset: str, tmp_path
 )
 def test_a_preset_refuses_another_value(preset: str, name: str, tmp_path: Path) -> None:
     published, other = PUBLISHED[preset][name]
-    with pytest.raises(UserError, match=f"fixes {name}={published!r}, but {other!r} was given"):
+    with pytest.raises(UserError, match=f"fixes {name}={published!r}; {other!r} was given"):
         make(tmp_path, preset=preset, **{name: other})
 
 

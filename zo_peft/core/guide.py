@@ -248,8 +248,7 @@ class Guided:
         """What candidates found, for the numbers alone that the guide does not know."""
         space, found = self.evaluator.space, Gradients()
         for index in range(len(space.buffers)):
-            flat = space.dense(index, estimate.slope * estimate.direction)
-            views = space.views(index, flat)
+            views = space.views(index, space.dense(index, estimate.slope * estimate.direction))
             found |= {name: view for name, view in views.items() if name in self.rest}
         if self.jumps:
             estimate = replace(estimate, sensitivity=self.sensitivity)

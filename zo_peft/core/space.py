@@ -61,15 +61,11 @@ class Space(Protocol):
 
 def fill(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     """Copy saved tensors into those of the same names; a UserError where they do not fit."""
-
-    def kinds(tensors: Mapping[str, Tensor]) -> set[tuple[str, object, object]]:
-        return {(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-
-    if wrong := sorted({name for name, *_ in kinds(mine) ^ kinds(given)}):
+    one, other = ({(n, t.shape, t.dtype) for n, t in part.items()} for part in (mine, given))
+    if wrong := sorted({name for name, *_ in one ^ other}):
         raise UserError(
             f"the saved state does not fit what is tuned here: {wrong[0]} and {len(wrong) - 1} "
-            "more differ in name, shape or dtype. Use the model, peft_config, tune and tunable of "
-            "the saved run"
+            "more differ in name, shape or dtype. Use model, peft_config, tune, tunable of that run"
         )
     for name, tensor in given.items():
         mine[name].detach().copy_(tensor)

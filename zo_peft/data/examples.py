@@ -194,9 +194,7 @@ def checked_words(words: Words) -> Words:
     bare = {text_of(name).strip(): text_of(word).strip() for name, word in pairs.items()}
     options = options_of(bare)
     if isinstance(words, str) or len(options) < 2 or "" in options or len(bare) < len(words):
-        raise UserError(
-            f"--label_words {words!r}: give two or more different words, separated by commas"
-        )
+        raise UserError(f"--label_words {words!r}: give two or more different words, with commas")
     return bare if isinstance(words, Mapping) else options
 
 

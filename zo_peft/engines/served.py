@@ -117,9 +117,7 @@ def _check_adapter(model: PeftModel) -> None:
         if not parameter.requires_grad and active not in f".{name}.":
             continue
         if id(parameter) not in plain:
-            raise UserError(
-                f"an engine takes a plain LORA (no DoRA, no bias), not {name} of a {kind}"
-            )
+            raise UserError(f"an engine takes plain LORA (no DoRA or bias), not {name} of a {kind}")
         if parameter.isnan().any():
             raise UserError(f"{name} starts from weights of the base, which the engine alone has")
 

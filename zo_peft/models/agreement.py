@@ -173,8 +173,7 @@ def _check_own_forwards(evaluator: Evaluator, space: InPlaceSpace, batch: Batch)
         kinds = sorted({".".join(name.split(".")[-2:]) for name in reads.outside})
         raise UserError(
             f"{min(reads.outside)} is read by another module than its own, which would not see a "
-            "candidate's values; leave it out of what is tuned, with "
-            f"tunable='^(?!.*({'|'.join(kinds)})$)'"
+            f"candidate's values; leave it out with tunable='^(?!.*({'|'.join(kinds)})$)'"
         )
 
 

@@ -72,8 +72,7 @@ class Feedback:
                 for module in known if layer in self._known else layer.modules():
                     if module is not layer:
                         stack.enter_context(module.register_forward_hook(self._called))
-                enter = layer.register_forward_pre_hook(self._enter, with_kwargs=True)
-                stack.enter_context(enter)
+                stack.enter_context(layer.register_forward_pre_hook(self._enter, with_kwargs=True))
                 stack.enter_context(layer.register_forward_hook(self._leave))
             yield
 

@@ -111,8 +111,7 @@ class _Pass:
         self._prefix = model.active_peft_config.num_virtual_tokens if is_prefix else 0
         self._attended: set[int] = set()
         with self._hooks(layers):
-            ids = torch.zeros(1, length, dtype=torch.long)
-            model.get_base_model().base_model(input_ids=ids)
+            model.get_base_model().base_model(input_ids=torch.zeros(1, length, dtype=torch.long))
 
     @contextmanager
     def _hooks(self, layers: list[nn.Module]) -> Iterator[None]:

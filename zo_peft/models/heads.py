@@ -248,8 +248,7 @@ def role_of(module: nn.Module, heads: Heads, output: Tensor, made: dict[nn.Modul
         output: of the attention, [B, T, heads, width].
         made: the outputs of the modules of its layer so far.
     """
-    theirs = heads.scored.of(output)
-    role = Role(_near(heads.outputs, theirs))
+    role = Role(_near(heads.outputs, heads.scored.of(output)))
     for candidate in filter(is_plain_lora, module.modules()):
         if (y := made.get(candidate)) is None or y.shape[-1] % heads.query.shape[-1]:
             continue
@@ -263,8 +262,7 @@ def role_of(module: nn.Module, heads: Heads, output: Tensor, made: dict[nn.Modul
 
 def _at(x: Tensor, positions: Tensor) -> Tensor:
     """[R, heads, n, ...] of [R, heads, T, ...] at positions [R, n] of each row."""
-    rows = torch.arange(len(x), device=x.device)[:, None]
-    return x[rows, :, positions].transpose(1, 2)
+    return x[torch.arange(len(x), device=x.device)[:, None], :, positions].transpose(1, 2)
 
 
 def _grouped(x: Tensor, y: Tensor) -> Tensor:
@@ -297,8 +295,7 @@ def lora_gradients(
     module: Any, form: Callable[..., tuple[Tensor, Tensor]], errors: Tensor, inputs: Tensor
 ) -> list[tuple[nn.Parameter, Tensor]]:
     """The gradients of A and B of a LoRA; their closed form is `low_rank` or `mixed`."""
-    found = form(errors, inputs.float(), *lora_factors(module))
-    return list(zip(lora_parameters(module), found))
+    return list(zip(lora_parameters(module), form(errors, inputs.float(), *lora_factors(module))))
 
 
 def _turned(before: Tensor, after: Tensor) -> bool:

@@ -87,8 +87,7 @@ class InPlaceSpace:
         """As of `Space`."""
         self.moves += 1
         numbers = self._by_index[index]
-        matrix = step.view(numbers.matrix.shape)
-        self._write(numbers, lambda rows: matrix[rows] * scale, shrink)
+        self._write(numbers, lambda rows: step.view(numbers.matrix.shape)[rows] * scale, shrink)
 
     def _write(
         self, numbers: Numbers, steps: Callable[[slice], Tensor], shrink: Mapping[str, float]

@@ -105,10 +105,8 @@ def _head(config: PreTrainedConfig, num_labels: int, words: Sequence[str]) -> di
             )
         own = [str(config.id2label[index]).lower() for index in range(config.num_labels)]
         if (other := [word.lower() for word in words]) != own and sorted(other) == sorted(own):
-            raise UserError(
-                f"the head of {name} has its classes in another order; give --label_words "
-                f"{','.join(own)}"
-            )
+            right = ",".join(own)
+            raise UserError(f"{name} has its classes in another order; give --label_words {right}")
         return {}
     if num_labels < 2:
         raise UserError(
@@ -304,8 +302,7 @@ def base_hash(model: nn.Module) -> str:
             continue
         for part in plain_tensors(tensor):
             digest.update(f"{name} {part.dtype} {list(part.shape)}".encode())
-            bits = part.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(bits.numpy().data)
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

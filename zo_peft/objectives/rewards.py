@@ -175,8 +175,7 @@ class RewardObjective:
         ends, processors = _ends(model, self.tokenizer), LogitsProcessorList()
         if samples and self.temperature:
             copies, share = batch.get("copies", 1), batch.get("share")
-            noise = CommonNoise(self.seed, copies, self.temperature, self.top_p, share)
-            processors.append(noise)
+            processors.append(CommonNoise(self.seed, copies, self.temperature, self.top_p, share))
         config = GenerationConfig(
             max_new_tokens=self.max_completion_length,
             do_sample=False,

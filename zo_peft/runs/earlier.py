@@ -38,8 +38,7 @@ def options_of_run(words: Sequence[str]) -> dict[str, Any]:
     told = read_results(adapter or base).get("settings", {}) if adapter or base else {}
     names = [*OF_ROWS, *(OF_BASE if adapter else ())]
     if given.task is None:
-        own = given.eval_file or given.dataset_name or "task" not in told
-        names += OF_OWN if own else OF_TASK
+        names += OF_OWN if given.eval_file or given.dataset_name or "task" not in told else OF_TASK
     found = {name: told.get(name) for name in names} if told else {}
     if adapter is None:
         return found

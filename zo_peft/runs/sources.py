@@ -24,8 +24,7 @@ def training_examples(
         seed: decides which of a task's examples are taken.
     """
     if data.task is None:
-        split = data.dataset_train_split
-        made = _own_examples(data, data.train_file, split, classifies, generates)
+        made = _own_examples(data, data.train_file, data.dataset_train_split, classifies, generates)
         if made is None:
             raise UserError("nothing to train on; give --train_file, --dataset_name or --task")
         return made, None

@@ -101,9 +101,7 @@ class BaseTrainer(Trainer):
             name = model if isinstance(model, str) else model.config.name_or_path
             args = ZOConfig(f"{Path(name).name}-zo")
         if not isinstance(args, ZOConfig):
-            raise UserError(
-                f"args is a {type(args).__name__}; give a ZOConfig, which takes the same"
-            )
+            raise UserError(f"args is a {type(args).__name__}; give a ZOConfig; it takes the same")
         if self.trains:
             _check_tuned(args, model, peft_config)
         check_goals(args, objective, reward_funcs)
@@ -418,9 +416,7 @@ class BaseTrainer(Trainer):
 
 def _check_tuned(args: ZOConfig, model: str | AnyModel, peft_config: PeftConfig | None) -> None:
     if args.tune != "adapter" and (peft_config or isinstance(model, PeftModel)):
-        raise UserError(
-            f"tune={args.tune!r} tunes the base itself: give no adapter, no peft_config"
-        )
+        raise UserError(f"tune={args.tune!r} tunes the base itself: give no adapter or peft_config")
     kinds: Any = type(None) if isinstance(model, PeftModel) else PeftConfig
     if args.tune == "adapter" and not isinstance(peft_config, kinds):
         raise UserError(

@@ -166,9 +166,7 @@ def apply_preset(config: "ZOConfig") -> None:
     for name, value in PRESETS[config.preset].items():
         given = getattr(config, name)
         if given not in (value, defaults[name]):
-            raise UserError(
-                f"preset={config.preset!r} fixes {name}={value!r}, but {given!r} was given"
-            )
+            raise UserError(f"preset={config.preset!r} fixes {name}={value!r}; {given!r} was given")
         setattr(config, name, value)
 
 
@@ -197,9 +195,7 @@ def check_first_guided(config: "ZOConfig", passes: int) -> None:
     """Refuse a budget below the first step of a guided run, of `passes` for each micro-batch."""
     budget, first = config.max_forward_passes, passes * config.gradient_accumulation_steps
     if budget is not None and budget < first:
-        raise UserError(
-            f"max_forward_passes={budget} is below what the first step of guided may take, {first}"
-        )
+        raise UserError(f"max_forward_passes={budget}; the first step of guided may take {first}")
 
 
 def choose_noise(config: "ZOConfig") -> None:
@@ -223,9 +219,7 @@ def check_values(config: "ZOConfig") -> None:
     if config.top_p > 1:
         raise UserError(f"top_p={config.top_p}; it must be above 0 and at most 1")
     if config.exact_layers and config.strategy != GUIDED:
-        raise UserError(
-            f"exact_layers={config.exact_layers}; it can be more than 0 only with strategy='guided'"
-        )
+        raise UserError(f"exact_layers={config.exact_layers} is for strategy='guided' alone")
     if config.strategy == GUIDED and config.update_rule in ALONG_CANDIDATES:
         raise UserError(
             f"update_rule={config.update_rule!r} moves along candidates; with strategy='guided' "

@@ -224,8 +224,7 @@ class ZOConfig(TrainingArguments):
             self.update_rule = "fzoo" if self.tune == "weights" else guided
         checks.check_values(self)
         if self.num_candidates is None:
-            own = self.per_example_noise and self._examples >= 4
-            self.num_candidates = 4 if own else 8
+            self.num_candidates = 4 if self.per_example_noise and self._examples >= 4 else 8
         checks.check_candidates(self)
         if self.max_forward_passes is not None:
             self._limit_steps(self.max_forward_passes)

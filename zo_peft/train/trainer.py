@@ -248,8 +248,7 @@ class ZOTrainer(CheckpointTrainer):
         last = resume is True
         whose = folder if last or not resume else Path(str(resume)).resolve().parent
         path = whose / JOURNAL_NAME
-        settings = "the base, the adapter or the settings"
-        self.ranks.check(settings, header, *self._trained().values())
+        self.ranks.check("the base, the adapter or the settings", header, *self._trained().values())
         if self.tuner.guided is not None:
             header["guide"] = True
         if self.ranks.least(not resume or (last and not path.exists())):
