@@ -246,9 +246,8 @@ def _opened(path: Path) -> tuple[dict[str, Any], int, Iterator[tuple[Record, int
     if file.read(len(MAGIC)) != MAGIC:
         raise UserError(f"{path.name} is no journal of this version of zo_peft")
     what = f"the header of {path.name}"
-    content = _content(file, what)
     try:
-        header = json.loads(content or b"")
+        header = json.loads(_content(file, what) or b"")
         if not isinstance(header, dict):
             raise ValueError("it is no JSON object")
     except ValueError as error:

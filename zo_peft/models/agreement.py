@@ -70,8 +70,7 @@ def check(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch]) -> int:
 
 def _settle(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch], smooth: bool) -> None:
     """`alone` is what the first and the second candidate are evaluated on one by one."""
-    together = evaluator.objective.losses(evaluator.model, batch)
-    if together.numel() != batch.examples:
+    if evaluator.objective.losses(evaluator.model, batch).numel() != batch.examples:
         # An objective of one's own may give a mean, which tells nothing of examples.
         return
     parts, name = evaluator.parts([batch]), name_of(evaluator.model)

@@ -129,9 +129,8 @@ def _write(path: Path, rows: list[Row]) -> None:
         else:
             writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
             writer.writeheader()
-            nested = list | dict
             writer.writerows(
-                {n: _json(v) if isinstance(v, nested) else v for n, v in row.items()}
+                {n: _json(v) if isinstance(v, list | dict) else v for n, v in row.items()}
                 for row in rows
             )
     unfinished.replace(path)

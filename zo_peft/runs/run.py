@@ -103,8 +103,7 @@ def _check_same(folder: Path, steps: int, now: dict[str, Any]) -> None:
     path = folder / METRICS_NAME
     kept = json.loads(path.read_text()) if path.is_file() else {}
     was = kept["settings"] if kept.get("steps") == steps else now
-    changed = {name for name in {**was, **now} if was.get(name) != now.get(name)}
-    for name in sorted(changed):
+    for name in sorted({name for name in {**was, **now} if was.get(name) != now.get(name)}):
         raise UserError(
             f"{folder.name} holds a run that is over, with {name}={was.get(name)!r}, and now it is "
             f"{now.get(name)!r}; start it with its own options, or give another --output_dir"

@@ -201,8 +201,9 @@ def check_first_guided(config: "ZOConfig", passes: int) -> None:
 def choose_noise(config: "ZOConfig") -> None:
     """Full noise, unless low-rank noise is asked for or weights are tuned in our own way."""
     if config.noise_rank is None:
-        full = config.tune != "weights" or config.preset is not None
-        if config.low_rank_noise is None and full:
+        if config.low_rank_noise is None and (
+            config.tune != "weights" or config.preset is not None
+        ):
             config.noise_rank = 0
         else:
             config.noise_rank = RANKS[config.low_rank_noise or "eggroll"]
@@ -252,13 +253,12 @@ def check_candidates(config: "ZOConfig") -> None:
         raise UserError(f"carry_best=True has no meaning for strategy={config.strategy!r}")
     if config.carry_best and config.per_example_noise:
         raise UserError("carry_best=True needs per_example_noise=False: one best candidate a step")
-    if strategy == "gv" and config.weighting == "split":
-        top = int(config.elite_fraction * config.num_candidates)
-        if not 0 < top < config.num_candidates:
-            raise UserError(
-                f"elite_fraction={config.elite_fraction} of {config.num_candidates} candidates "
-                "leaves one side of the split empty"
-            )
+    split = strategy == "gv" and config.weighting == "split"
+    if split and not 0 < int(config.elite_fraction * config.num_candidates) < config.num_candidates:
+        raise UserError(
+            f"elite_fraction={config.elite_fraction} of {config.num_candidates} candidates leaves "
+            "one side of the split empty"
+        )
     if selects and config.num_candidates == 2:
         warnings.warn(
             f"{config.strategy} with num_candidates=2 learns no more than MeZO per step and spends "

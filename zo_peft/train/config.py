@@ -228,8 +228,7 @@ class ZOConfig(TrainingArguments):
         checks.check_candidates(self)
         if self.max_forward_passes is not None:
             self._limit_steps(self.max_forward_passes)
-        several = _processes() > 1 and not torch.accelerator.is_available()
-        if several or self.engine is not None:
+        if (_processes() > 1 and not torch.accelerator.is_available()) or self.engine is not None:
             # Else accelerate takes processes for unrelated ones, and all would write the same
             # files. And of an engine's model, nothing but the LoRA is here.
             self.use_cpu = True
