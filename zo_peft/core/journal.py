@@ -2,8 +2,7 @@
 
 A file of frames: the magic line, a header as JSON, then one record a step. A frame is its length,
 the CRC-32 of its content, and that of these two numbers, so that a frame that ends too early (torn:
-the process or the disk stopped) can be told from one that was changed. All numbers are
-little-endian.
+the process or the disk stopped) is told from one that was changed. Numbers are little-endian.
 """
 
 import json
@@ -162,8 +161,7 @@ class Journal(Follower):
 
         Args:
             source: the journal; it is copied where `path` is another one.
-            keep: how many records to go on from; None: all. If there are more, `<name>.old` keeps
-                them.
+            keep: how many records to go on from; None: all. `<name>.old` keeps more of them.
 
         Raises:
             UserError: it cannot be read, is damaged before its end, or has too few records.

@@ -270,8 +270,7 @@ def _context_parameters(library: ctypes.CDLL, length: int) -> _Parameters:
     )
     if words[:4] != [512, 2048, 512, 1] or len(automatic) != 1 or len(types) != 1:
         raise UserError(
-            "the parameters of this xllamacpp's llama.cpp stand in an order that is not known; "
-            "install another version"
+            "this xllamacpp has its parameters in another order; install another version"
         )
     parameters.words[0] = parameters.words[1] = length * SEQUENCES
     parameters.words[3] = SEQUENCES

@@ -50,8 +50,7 @@ class Feedback:
     """One forward pass at S of the scored positions, evenly spaced in each row.
 
     Args:
-        known: the parts of each layer that has been seen; this pass adds what it finds. None stands
-            for the identity.
+        known: the parts of each layer that was seen (None: the identity), to which this pass adds.
     """
 
     def __init__(self, scored: Scored, known: dict[nn.Module, PostNorm | None]) -> None:

@@ -52,8 +52,7 @@ class Fit:
 
     Plain inference holds the weights, and the activations of one layer or the logits of all
     positions, whichever is more. A candidate holds the activations of one layer or the logits of
-    the scored positions, and its own copy of the adapter. The result depends only on shapes and on
-    the kind of device.
+    the scored positions, and its own copy of the adapter. Only shapes and the kind of device count.
 
     Args:
         adapter_numel: the float32 numbers that a candidate holds.

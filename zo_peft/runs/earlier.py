@@ -10,8 +10,7 @@ from zo_peft.models.adapters import saved_adapter
 from zo_peft.models.hub import public_name
 from zo_peft.train.results import read_results
 
-#: The file of a run that says where a base is, and its tokenizer if that is elsewhere. It never
-#: goes to the Hub.
+#: The file of a run that says where a base and its tokenizer are. It never goes to the Hub.
 BASE_NAME = "zo_base.txt"
 
 #: Options of an adapter's base, of any rows, of rows of one's own, and of a benchmark task.

@@ -55,8 +55,7 @@ def _own_examples(
 ) -> Examples | None:
     """Examples of the user's own file, or of a split of the user's own data set.
 
-    How the first of them was understood is said on stderr and written into `data`, so that it holds
-    for the others, too.
+    How the first was understood is said on stderr and written into `data`, to hold for the others.
     """
     if path is not None:
         source, rows = Path(path).name, read_rows(path)

@@ -60,8 +60,7 @@ class PlanArguments:
 
     gpu_memory: str | None = HfArg(
         default=None,
-        help="A GPU's memory: 24GB or 24GiB. The plan is for it, and says what fits. Default: a "
-        "plan for this machine.",
+        help="A GPU's memory: 24GB or 24GiB. A plan says what fits. Default: this machine.",
     )
     completion_length: int = HfArg(
         default=1, help="Tokens of an example that are scored; 1: label words of one token."

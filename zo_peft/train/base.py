@@ -66,8 +66,7 @@ class BaseTrainer(Trainer):
             and the data set's columns.
         reward_funcs: functions of generated completions that are maximised instead, in the form of
             TRL's (`zo_peft.objectives.rewards.RewardObjective`).
-        eval_objective: what evaluation reports. By default that is `objective`, or what the columns
-            of `eval_dataset` say.
+        eval_objective: what evaluation reports; default: `objective`, or what `eval_dataset` says.
         data_collator, compute_metrics, callbacks: as in `Trainer`. The default metrics are those
             of the objective: `accuracy` of options or classes, `token_accuracy` of completions, or
             rewards.
@@ -420,8 +419,7 @@ def _check_tuned(args: ZOConfig, model: str | AnyModel, peft_config: PeftConfig 
     kinds: Any = type(None) if isinstance(model, PeftModel) else PeftConfig
     if args.tune == "adapter" and not isinstance(peft_config, kinds):
         raise UserError(
-            "give a peft_config (a LoraConfig, for example) for a new adapter or a PeftModel: one "
-            "of the two"
+            "give either a peft_config (such as a LoraConfig), for a new adapter, or a PeftModel"
         )
 
 
