@@ -254,6 +254,8 @@ def test_the_command_line_trains_and_evaluates(
         trained["eval_loss_after"], 1e-5
     )
     assert main(["predict", "out", "test.jsonl", "--output_file", "answers.jsonl"]) == 0
+    assert len(Path("answers.jsonl").read_text().splitlines()) == 40
+    capsys.readouterr()
     # With another base the adapter is PyTorch's.
     options = ["--model_name_or_path", str(tiny.MODEL)]
     assert main(["evaluate", "out", "test.jsonl", *options, "--json"]) == 0
@@ -309,6 +311,8 @@ def test_the_configuration_of_another_model_is_refused(bases: Any, tmp_path: Pat
 
 
 def test_llamacpp_is_for_linux(monkeypatch: Any) -> None:
+    pytest.importorskip("xllamacpp")
+    pytest.importorskip("gguf")
     monkeypatch.setattr("sys.platform", "darwin")
     with pytest.raises(UserError, match="as Linux has; use openvino"):
         llamacpp.LlamaCpp(Path("model.gguf"), tiny.llama().config)

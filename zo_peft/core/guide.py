@@ -325,9 +325,9 @@ class Guided:
     ) -> dict[str, Any]:
         """Measure the slope of the loss along each part of the model; follow those that agree."""
         parts = [self.guide.part(name) for name in self.known]
-        # At most as many groups of neighbours as half of the slopes can tell apart.
-        each, size = sorted(set(parts)), max(1, len(own) // 2)
-        size = math.ceil(len(each) / size)
+        each = sorted(set(parts))
+        # Groups of neighbours: at most half as many as there are slopes to tell them apart.
+        size = math.ceil(len(each) / max(1, len(own) // 2))
         groups = [each[start : start + size] for start in range(0, len(each), size)]
         members = torch.tensor([[part in group for part in parts] for group in groups]).double()
         generator = torch.Generator().manual_seed(derive_seed(self.seed, number, -4) % 2**62)

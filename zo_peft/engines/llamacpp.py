@@ -79,7 +79,8 @@ class LlamaCpp(Engine):
 
     def __init__(self, path: Path, config: PreTrainedConfig) -> None:
         xllamacpp, gguf = imported("xllamacpp", "gguf")
-        self._library, self._gguf = library, gguf = _library(xllamacpp), gguf
+        self._library = library = _library(xllamacpp)
+        self._gguf = gguf
         try:
             file = gguf.GGUFReader(path)
         except ValueError as error:

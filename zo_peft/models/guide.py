@@ -23,15 +23,7 @@ from zo_peft.core.guide import Gradients, add, low_rank
 from zo_peft.core.lanes import replaced
 from zo_peft.errors import UserError
 from zo_peft.models.feedback import Feedback, PostNorm, linears_of, through_linear
-from zo_peft.models.heads import (
-    Heads,
-    Reading,
-    Role,
-    Scored,
-    lora_gradients,
-    lora_parameters,
-    role_of,
-)
+from zo_peft.models.heads import Heads, Reading, Role, Scored, lora_gradients, role_of
 from zo_peft.models.peft_layers import is_plain_lora
 from zo_peft.models.trunk import first_of, hidden_of, layers_of, with_hidden
 
@@ -174,7 +166,8 @@ def may_read(model: PeftModel, tuned: Mapping[str, nn.Parameter]) -> bool:
         return True
     ids = set(map(id, tuned.values()))
     loras = (module for layer in layers for module in layer.modules() if is_plain_lora(module))
-    return any(id(p) in ids for lora in loras for p in lora_parameters(lora))
+    matrices = (part for lora in loras for part in (lora.lora_A, lora.lora_B))
+    return any(id(p) in ids for part in matrices for p in part.parameters())
 
 
 def rows_at_once(length: int) -> int:
