@@ -359,8 +359,15 @@ def test_blanks_around_names_and_labels_do_not_count() -> None:
 
 @pytest.mark.parametrize("settings", [{"label_column": "label"}, {"label_words": ["a", "b"]}])
 def test_options_of_a_template_need_one(settings: dict[str, Any]) -> None:
-    rows = [{"text": "x", "label": "a"}]
+    rows = [{"id": "1", "text": "a text", "label": "a"}]
     fails(lambda: make_examples(rows, "f", **settings), "need a --prompt_template", "{text}")
+    fails(
+        lambda: make_examples(rows, "f", "{text}", "no"), "no column 'no'; it has id, text, label"
+    )
+    tickets = [{"ID": "1", "Description": "It is broken.", "Type": "hardware"}]
+    hint = '--prompt_template "{Description}" --label_column "Type"'
+    fails(lambda: make_examples(tickets, "f"), hint)
+    fails(lambda: make_examples(tickets, "f", "{ID}"), "'label'", "--label_column names another")
 
 
 @pytest.mark.parametrize("words", [["True", "False"], ["true", "false"]])
@@ -400,7 +407,7 @@ def test_a_bool_is_the_word_it_reads_as(words: list[str]) -> None:
             ["f, row 1", "column 's'", "null"],
         ),
         ([{"s": " ", "label": 1}], {"prompt_template": "{s}"}, ["f, row 1", "empty"]),
-        ([{"text": "x", "label": 1}], {"prompt_template": ""}, ["uses no column", "text, label"]),
+        ([{"text": "x", "label": 1}], {"prompt_template": ""}, ["uses no {column} of text, label"]),
         ([{"text": "x", "label": "9" * 99}], {"classifies": True}, ["no class index"]),
         (
             [{"s": "x", "label": 1}],

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 from tiny import MODEL, command_line
-from transformers import HfArgumentParser
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
 from zo_peft import UserError
 from zo_peft.cli import main
@@ -21,6 +21,7 @@ from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.tools import compare, readout, reproduce
 from zo_peft.tools.demo import EMBEDDED
 from zo_peft.tools.reproduce import ReproduceArguments, figure, settings
+from zo_peft.train.base import BaseTrainer
 from zo_peft.train.config import ZOConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -133,6 +134,26 @@ def test_the_readout_is_the_best_head_on_the_frozen_states(
 
     least = minimize(penalized, [0.0] * 6).fun
     assert penalized(v.flatten().tolist()) == pytest.approx(least, abs=1e-6)
+
+
+def test_the_readout_of_classes_sees_what_a_decoder_pools(tmp_path: Path) -> None:
+    """The last token of each row, alone and unpadded, and a constant for the bias."""
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(EMBEDDED / "model", num_labels=3)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    texts = ["The soup was cold.", "We adored the book and the film.", "Dull"]
+    rows = [{"text": text, "label": index} for index, text in enumerate(texts)]
+    args = ZOConfig(str(tmp_path), use_cpu=True)
+    trainer = BaseTrainer(model, args, eval_dataset=rows, processing_class=tokenizer)
+    states, offsets, labels = readout.seen(trainer, trainer.get_eval_dataloader())
+    for text, label in zip(texts, range(3)):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        alone = model.model(ids).last_hidden_state[0, -1].detach().double()
+        (row,) = states[labels == label]
+        torch.testing.assert_close(row[:-1], alone, atol=1e-4, rtol=1e-4)
+    assert (states[:, -1] == 1).all()
+    assert not offsets.any()
+    assert offsets.shape == (3, 3)
 
 
 def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(

@@ -63,14 +63,6 @@ def test_is_the_default_where_it_reads_something(
     assert args.strategy == "guided"
 
 
-def test_rewards_have_candidates_by_default(tmp_path: Path) -> None:
-    args = ZOConfig(str(tmp_path), max_steps=1, use_cpu=True)
-    rows = [{"prompt": row["prompt"]} for row in examples()]
-    reward = [lambda completions, **_: [0.0 for _ in completions]]
-    trainer = ZOTrainer(MODEL, args, train_dataset=rows, peft_config=LORA, reward_funcs=reward)
-    assert trainer.args.strategy == "gv"
-
-
 def test_base_is_never_written_and_no_layer_has_a_graph(tmp_path: Path) -> None:
     trainer = make(tmp_path)
     layers = trainer.model.get_base_model().model.layers

@@ -268,7 +268,7 @@ class Guided:
             return f"{what}, but the loss does not follow; candidates make the steps"
         parts = len({self.guide.part(name) for name in self.known})
         rest = "; candidates tune the others" if self.rest else ""
-        return f"{what} and is followed in {len(self.followed)} of {parts} parts{rest}"
+        return f"{what}; losses confirm {len(self.followed)} of {parts} parts{rest}"
 
     def asks(self, number: int) -> bool:
         """Whether a step reads the guide; else candidates make it."""

@@ -15,6 +15,7 @@ from zo_peft.data.forms import (
     fitting_form,
     located,
     named,
+    prompt_of,
     read,
     text_of,
 )
@@ -67,7 +68,7 @@ def make_examples(
         if label_column is not None or words is not None:
             raise UserError(
                 "--label_column and --label_words need a --prompt_template, for example "
-                f'"{{{next(iter(rows[0]), "text") if rows else "text"}}}"'
+                f'"{{{prompt_of(rows[0] if rows else {}, label_column)}}}"'
             )
         form = fitting_form(rows[0], source, classifies, generates) if rows else None
         return converted(source, rows, lambda row: example_of(row, form, generates))
@@ -107,7 +108,8 @@ def converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Row]) -
                 raise
             except KeyError as error:
                 has = f"it has {named(row)} (of a CSV file, the first line)"
-                raise UserError(f"it has no column {error}; {has}") from None
+                cure = "; --label_column names another" if error.args == ("label",) else ""
+                raise UserError(f"it has no column {error}; {has}{cure}") from None
             except (ValueError, IndexError, TypeError, AttributeError) as error:
                 raise UserError(f"it cannot be used: {error}") from None
     return made
@@ -137,10 +139,7 @@ def fill_template(template: str, row: Row) -> str:
 
     text = _BRACES.sub(filled, template)
     if not values:
-        raise UserError(
-            f"the prompt template {template!r} uses no column; name some of {named(row)} in "
-            "single braces"
-        )
+        raise UserError(f"the prompt template {template!r} uses no {{column}} of {named(row)}")
     if not any(value.strip() for value in values):
         raise UserError("all columns that the prompt template uses are empty; drop the row")
     return text

@@ -82,20 +82,24 @@ def called(form: Form | None) -> str:
     return "plain text" if form == ("text",) else " + ".join(form or ())
 
 
+def prompt_of(row: Row, answer: str | None) -> str:
+    """A column that may be the prompt of this answer, for a message: `prompt`, or the longest."""
+    others = [name for name in row if name != answer] or ["text"]
+    return "prompt" if "prompt" in others else max(others, key=lambda name: len(str(row.get(name))))
+
+
 def _unfit(row: Row, classifies: bool = False) -> str:
     """Why a row is no example, and what the model needs."""
     has = named(name if value is not None else f"{name} (null)" for name, value in row.items())
     if classifies:
         return f"it has the columns {has}; this model needs text + label (a class index)"
-    first, *_, last = [*row, *row] or ["text", "label"]
-    answer = f'--label_column "{"chosen" if "chosen" in row else last}"'
-    if "label" in row:
-        first, answer = "text" if "text" in row else first, "--label_words first,second"
+    *_, last = ["label", *row]
+    column = next((name for name in ("label", "chosen") if name in row), last)
+    answer = "--label_words first,second" if column == "label" else f'--label_column "{column}"'
     return (
         f"it has the columns {has}; this model needs prompt + completion, messages, text or "
-        "another form of docs/data.md (the command line makes one, for example with "
-        f'--prompt_template "{{{first}}}" {answer}; a CSV file names its columns '
-        "in its first line)"
+        f'another form of docs/data.md, which --prompt_template "{{{prompt_of(row, column)}}}" '
+        f"{answer} may make (a CSV file names its columns in its first line)"
     )
 
 
@@ -115,9 +119,8 @@ def fitting_form(first: Row, source: str, classifies: bool, generates: bool) -> 
     beside = OTHERS[form][0] if form in OTHERS else OPTIONAL
     known = (*form, *((*TOKENIZED, *REFUSED) if form == FORMS[0] else beside))
     if unused := [n for n, value in first.items() if value is not None and n not in known]:
-        source = source or "the data set"
-        message = f"{source} is read as {called(form)}; these columns are not used: {named(unused)}"
-        warnings.warn(message, Notice, stacklevel=3)
+        what = f"is read as {called(form)}; these columns are not used: {named(unused)}"
+        warnings.warn(f"{source or 'the data set'} {what}", Notice, stacklevel=3)
     return form
 
 

@@ -58,7 +58,7 @@ def predict(
     elif data.dataset_name is not None and (split := data.dataset_test_split) is not None:
         source, rows = data.dataset_name, hub_rows(data.dataset_name, data.dataset_config, split)
     else:
-        raise UserError("nothing to answer; give --eval_file, or --dataset_name and its split")
+        raise UserError("nothing to answer; give a file of rows, or --dataset_name and its split")
     if taken := [name for name in ADDED if any(name in row for row in rows)]:
         raise UserError(f"{source} has a column {taken[0]!r} already; rename it")
     # What was maximised has no say in an answer.
@@ -127,10 +127,9 @@ def _write(path: Path, rows: list[Row]) -> None:
         else:
             writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
             writer.writeheader()
-            writer.writerows(
-                {n: _json(v) if isinstance(v, list | dict) else v for n, v in row.items()}
-                for row in rows
-            )
+            for row in rows:
+                cells = {n: _json(v) if isinstance(v, list | dict) else v for n, v in row.items()}
+                writer.writerow(cells)
     unfinished.replace(path)
 
 

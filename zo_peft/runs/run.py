@@ -148,7 +148,7 @@ def evaluate(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict
     rewarded = generates(data.reward_funcs, args.objective)
     examples = evaluation_examples(data, _classifies(model, data), rewarded)
     if examples is None:
-        raise UserError("nothing to evaluate on; give --eval_file, --dataset_test_split or --task")
+        raise UserError("nothing to evaluate on; give a file, --dataset_test_split or --task")
     with tempfile.TemporaryDirectory() as args.output_dir:
         trainer = trainer_of(BaseTrainer, model, data, args, None, examples)
         result = trainer.evaluate()
@@ -185,13 +185,13 @@ def command(model: ModelArguments, data: DataArguments, args: ZOConfig) -> str:
 def _next(model: ModelArguments, data: DataArguments, args: ZOConfig) -> list[str]:
     """Commands that use, show and publish what a run made."""
     folder = args.output_dir
-    made = "adapter" if args.tune == "adapter" else "model"
     rows = data.eval_file or data.train_file or "new.csv"
-    answer = {f"{made}_name_or_path": folder, "eval_file": rows, "output_file": "predictions.csv"}
-    if model.trust_remote_code:
-        answer["trust_remote_code"] = True
+    base = args.tune != "adapter"
+    answer = flags({"model_name_or_path": folder, "eval_file": rows}) if base else [folder, rows]
+    answer += ["--output_file", "predictions.csv"]
+    answer += ["--trust_remote_code", "True"] if model.trust_remote_code else []
     repository = f"you/{re.sub('[^A-Za-z0-9._]+', '-', Path(folder).resolve().name)}"
-    lines = [["predict", *flags(answer)], ["report", folder], ["push", folder, repository]]
+    lines = [["predict", *answer], ["report", folder], ["push", folder, repository]]
     return [shlex.join(["zo-peft", *map(str, line)]) for line in lines]
 
 

@@ -60,7 +60,7 @@ def readout(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[
     resumes(model, args)
     train, _, test = examples_of(model, data, args)
     if test is None:
-        raise UserError("nothing to evaluate on; give --eval_file, --dataset_test_split or --task")
+        raise UserError("nothing to evaluate on; give a file, --dataset_test_split or --task")
     trainer = trainer_of(BaseTrainer, model, data, args, train, test)
     before = trainer.evaluate()
     name = f"eval_{trainer.metric_name}"
@@ -107,30 +107,29 @@ def seen(trainer: BaseTrainer, batches: Iterable[Any]) -> Seen:
     head for classes is new: its offsets are zero, and the states have a constant for its bias. A
     UserError says that the batches have neither.
     """
-    objective, model = trainer.objective, trainer.model.eval()
-    words = isinstance(objective, OptionObjective)
+    objective: Any = trainer.objective
+    model, words = trainer.model.eval(), isinstance(objective, OptionObjective)
     classes = model.config.num_labels
     heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
+    heads = [model.get_output_embeddings()] if words else heads
     states: list[Tensor] = []
     offsets: list[Tensor] = []
     labels: list[Tensor] = []
-
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
-        states.append(inputs[0] if words else F.pad(inputs[0], (0, 1), value=1.0))
-        if not words:
-            offsets.append(torch.zeros_like(logits))
-
-    heads = [model.get_output_embeddings()] if words else heads
-    hooks = [head.register_forward_hook(keep) for head in heads]
+    calls: list[tuple[Tensor, Tensor]] = []
+    hooks = [h.register_forward_hook(lambda _, x, y: calls.append((x[0], y))) for h in heads]
     with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
         for batch in map(Batch, batches):
             if not _is_linear(objective, batch):
-                raise UserError("a readout needs label words of one token each, or classes")
+                raise UserError("a readout needs label words of one token, or --task_type SEQ_CLS")
+            scores = objective.scores(model, batch)
+            state, logits = calls.pop()
+            if not words and state.ndim == 3:
+                # The head of a decoder sees all tokens. The model takes one of each row.
+                at = (logits.float() - scores[:, None]).abs().sum(dim=2).argmin(dim=1)
+                state = state[range(len(at)), at]
+            states.append(state if words else F.pad(state, (0, 1), value=1.0))
+            offsets.append(scores if words else torch.zeros_like(scores))
             labels.append(batch["labels"])
-            if isinstance(objective, OptionObjective):
-                offsets.append(objective.scores(model, batch))
-            else:
-                objective.losses(model, batch)
     for hook in hooks:
         hook.remove()
     return torch.cat(states).double(), torch.cat(offsets).double(), torch.cat(labels)
