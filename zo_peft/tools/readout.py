@@ -51,10 +51,7 @@ def readout(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[
             or of classes, or an engine computes the base.
     """
     if args.engine is not None:
-        raise UserError(
-            "an engine tells no hidden states, which a readout needs; give the float model in "
-            "PyTorch, or compare --strategies without readout"
-        )
+        raise UserError("an engine tells no hidden states; give the float model, or no readout")
     if args.chooses_folder:
         args.output_dir = f"{Path(model.model_name_or_path).resolve().name}-readout"
     resumes(model, args)
