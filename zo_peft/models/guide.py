@@ -166,7 +166,7 @@ def may_read(model: PeftModel, tuned: Mapping[str, nn.Parameter]) -> bool:
         return True
     ids = set(map(id, tuned.values()))
     loras = (module for layer in layers for module in layer.modules() if is_plain_lora(module))
-    matrices = (part for lora in loras for part in (lora.lora_A, lora.lora_B))
+    matrices: Any = (part for lora in loras for part in (lora.lora_A, lora.lora_B))
     return any(id(p) in ids for part in matrices for p in part.parameters())
 
 
