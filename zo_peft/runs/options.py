@@ -92,9 +92,7 @@ def parse(
     actions = {action.dest: action for action in parser._actions}
     before = [_words(name, v, actions[name]) for name, v in found.items() if v is not None]
     output, *filled, unknown = parser.parse_args_into_dataclasses(
-        [*chain(*before), *argv],
-        return_remaining_strings=True,
-        look_for_args_file=False,
+        [*chain(*before), *argv], return_remaining_strings=True, look_for_args_file=False
     )
     now = {name: value for part in filled for name, value in vars(part).items()}
     was = {name: parser.get_default(name) if v is None else v for name, v in found.items()}
