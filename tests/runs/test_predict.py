@@ -479,3 +479,13 @@ def test_rows_of_other_programs_are_asked_without_their_answers(row: Any, prompt
     asked = question_of(row)
     assert "completion" not in asked
     assert prompt == asked["messages"] if "messages" in asked else prompt in asked["prompt"]
+
+
+def test_a_file_in_the_place_of_the_run_is_recognised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "new.csv").write_text("text\nGood.\n")
+    assert main(["predict", str(tmp_path / "new.csv")]) == 2
+    assert "new.csv is a file; give the folder of a run first" in capsys.readouterr().err
+    assert main(["train"]) == 2
+    assert "required: --model_name_or_path; see" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_peft.data.tasks import TASKS
+from zo_peft.errors import UserError
 from zo_peft.models.adapters import saved_adapter
 from zo_peft.models.hub import public_name
 from zo_peft.train.results import read_results
@@ -36,6 +37,8 @@ def options_of_run(words: Sequence[str]) -> dict[str, Any]:
         finder.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?")
     given, _ = finder.parse_known_args(words)
     adapter, base = given.adapter_name_or_path, given.model_name_or_path
+    if adapter is not None and Path(adapter).is_file():
+        raise UserError(f"{adapter} is a file; give the folder of a run first, and then {adapter}")
     told = read_results(adapter or base).get("settings", {}) if adapter or base else {}
     names = [*OF_ROWS, *(OF_BASE if adapter else ())]
     if given.task is None:

@@ -36,6 +36,8 @@ class _Words(argparse.ArgumentParser):
     """Reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
+        # Each option also has a spelling with dashes, which says nothing more.
+        message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)
         raise UserError(f"{message}; see {self.prog} --help")
 
 
