@@ -43,8 +43,9 @@ class _Parser(HfArgumentParser, _Words):
     """Takes choices in either case, and hides what is refused."""
 
     def __init__(self, name: str, arguments: Sequence[type]) -> None:
-        names = {"prog": f"zo-peft {name}", "usage": "%(prog)s [options]"}
-        super().__init__((OutputArguments, *arguments), **names, allow_abbrev=False, add_help=False)
+        kinds: Any = (OutputArguments, *arguments)
+        names: Any = {"prog": f"zo-peft {name}", "usage": "%(prog)s [options]"}
+        super().__init__(kinds, **names, allow_abbrev=False, add_help=False)
         self.add_argument("--help-all", "--help_all", action="help", help="Show this.")
         for action in self._actions:
             if action.choices is not None:
