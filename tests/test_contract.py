@@ -66,7 +66,7 @@ HOOKS = {
 
 #: Attributes of Trainer that our trainers set for it to read. (It also has an `objective`, the
 #: result of a search for hyperparameters, which our trainers do not support.)
-SETTINGS = {"_train_batch_size", "data_collator", "hub_model_id", "model_accepts_loss_kwargs"}
+SETTINGS = {"_train_batch_size", "hub_model_id", "model_accepts_loss_kwargs"}
 SETTINGS |= {"args", "objective", "optimizer", "push_in_progress"}
 
 

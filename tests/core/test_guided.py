@@ -103,6 +103,9 @@ def test_unrotated_takes_a_pair_of_zeros_from_other_heads(heads: int, expected: 
     assert close(unrotated(errors, before, after), true)
 
 
+EXAMPLES = 64
+
+
 class Squares:
     """The losses of a small regression, one for each example."""
 
@@ -148,7 +151,7 @@ class Told:
 def guided(changes: Mapping[str, float | None]) -> tuple[Guided, list[Batch]]:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(24, 24, bias=False), nn.Linear(24, 24, bias=False))
-    batch = Batch({"input_ids": torch.randn(64, 24), "labels": torch.randn(64, 24)})
+    batch = Batch({"input_ids": torch.randn(EXAMPLES, 24), "labels": torch.randn(EXAMPLES, 24)})
     space = FlatSpace(dict(model.named_parameters()))
     evaluator = Evaluator(model, space, Squares())
     return Guided(Told(model, changes), evaluator, 0), [batch]
@@ -171,7 +174,7 @@ def test_parts_are_followed_if_the_loss_agrees(
 ) -> None:
     run, batches = guided(changes)
     before = {name: tensor.clone() for name, tensor in run.evaluator.space.tensors().items()}
-    estimate, chosen = run.estimate(batches, 0)
+    estimate, chosen = run.estimate(batches, 0, EXAMPLES)
     assert run.followed == followed
     assert "guide" in chosen
     assert estimate.gradients is not None
@@ -192,13 +195,32 @@ def test_a_guide_that_knows_the_batch_but_not_its_examples_is_not_followed() -> 
     # Of the whole batch it points downhill, and promises about what it keeps.
     share = sum((told[n] * true[n]).sum() for n in parameters)
     assert share > 0.7 * sum(told[n].square().sum() for n in parameters)
-    run.estimate([common], 0)
+    run.estimate([common], 0, EXAMPLES)
     assert run.followed == []
+
+
+@pytest.mark.parametrize(
+    ("large", "examples", "allowed", "held"),
+    [(256 << 20, 64, 64, 64), (0, 64, 64, 32), (0, 63, 63, 63), (0, 64, 1, 1)],
+    ids=["small", "large", "an odd number", "one for all"],
+)
+def test_two_examples_share_a_gradient_where_they_are_large(
+    large: int, examples: int, allowed: int, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, (batch,) = guided({"0.weight": 1.0, "1.weight": 1.0})
+    batch = Batch({name: tensor[:examples] for name, tensor in batch.items()})
+    monkeypatch.setattr("zo_peft.core.guide.LARGE", large)
+    read, asked = run.guide.read, list[int]()
+    run.guide.read = lambda batch, parts=1: (asked.append(parts), read(batch, parts))[1]
+    _, chosen = run.estimate([batch], 0, allowed)
+    assert asked == [held]
+    assert run.followed == [0, 1]
+    assert abs(chosen["guide"]["slope"] / chosen["guide"]["promised"] - 1) < 0.02
 
 
 def test_the_measured_slope_is_that_of_the_losses() -> None:
     run, batches = guided({"0.weight": 1.0, "1.weight": 1.0})
-    _, chosen = run.estimate(batches, 0)
+    _, chosen = run.estimate(batches, 0, EXAMPLES)
     found = chosen["guide"]
     # The true gradient keeps what it promises, as far as the distance lets one see.
     assert abs(found["slope"] - found["promised"]) < 0.02 * found["promised"]
@@ -210,7 +232,7 @@ def test_checks_become_rare_and_cost_what_is_said() -> None:
     for step in range(120):
         allowed, before = run.passes(step), run.evaluator.forward_passes
         if run.asks(step):
-            _, chosen = run.estimate(batches, step)
+            _, chosen = run.estimate(batches, step, EXAMPLES)
             checked += [step] if "guide" in chosen else []
         assert run.evaluator.forward_passes - before <= allowed
     assert checked == [0, FIRST_WAIT, 3 * FIRST_WAIT, 7 * FIRST_WAIT]
@@ -220,18 +242,18 @@ def test_checks_become_rare_and_cost_what_is_said() -> None:
 
 def test_a_guide_that_says_nothing_moves_nothing_and_its_check_waits() -> None:
     run, batches = guided({"0.weight": 0.0, "1.weight": 0.0})
-    estimate, chosen = run.estimate(batches, 0)
+    estimate, chosen = run.estimate(batches, 0, EXAMPLES)
     assert (estimate.gradients, estimate.slope, chosen) == ({}, 0.0, {})
     assert run.asks(1)
     assert estimate.sensitivity > 0
     run.guide.changes = {"0.weight": 1.0, "1.weight": 1.0}
-    assert "guide" in run.estimate(batches, 1)[1]
+    assert "guide" in run.estimate(batches, 1, EXAMPLES)[1]
     assert run.followed == [0, 1]
 
 
 def test_state_carries_a_guide_on() -> None:
     run, batches = guided({"0.weight": 1.0})
-    run.estimate(batches, 0)
+    run.estimate(batches, 0, EXAMPLES)
     other, _ = guided({"0.weight": 1.0})
     other.state = run.state
     assert (other.followed, other.due, other.rest) == (run.followed, run.due, run.rest)

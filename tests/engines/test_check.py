@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 
 from zo_peft.data.collate import Collator
 from zo_peft.engines.check import check_answers
-from zo_peft.engines.engine import Answers, Matrices, Row, States, check_installed
+from zo_peft.engines.engine import Answers, Matrices, Row, States, imported
 from zo_peft.engines.served import check_engine
 from zo_peft.errors import UserError
 
@@ -127,6 +127,31 @@ def test_what_no_engine_does_is_refused(model: PeftModel, given: Any, message: s
         check_engine(model, *given)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            PrefixTuningConfig("CAUSAL_LM", num_virtual_tokens=2),
+            "prompt_encoder.* of a PREFIX_TUNING",
+        ),
+        (
+            LoraConfig("CAUSAL_LM", target_modules=["v_proj"], use_dora=True),
+            r"\(no DoRA or bias\), not",
+        ),
+        (LoraConfig("CAUSAL_LM", target_modules=["v_proj"]), None),
+    ],
+)
+def test_an_adapter_that_is_not_tuned_is_looked_at_too(config: Any, message: str | None) -> None:
+    config.inference_mode = True
+    model = get_peft_model(tiny.llama(), config).requires_grad_(False)
+    model.get_base_model().engine = engine = Faultless()
+    if message is None:
+        assert check_engine(model, "llamacpp", False, 1) is engine
+    else:
+        with pytest.raises(UserError, match=message):
+            check_engine(model, "llamacpp", False, 1)
+
+
 def test_a_package_that_is_missing_is_named() -> None:
     with pytest.raises(UserError, match="needs no_such_package: pip install torch no_such_package"):
-        check_installed("torch", "no_such_package")
+        imported("torch", "no_such_package")

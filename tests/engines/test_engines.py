@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -35,7 +36,7 @@ from zo_peft.engines import check, llamacpp
 from zo_peft.engines.engine import installed
 from zo_peft.engines.served import evaluator_of as served_evaluator_of
 from zo_peft.engines.served import load_served
-from zo_peft.errors import UserError
+from zo_peft.errors import Notice, UserError
 from zo_peft.models.adapters import tuned_parameters
 from zo_peft.models.recipe import evaluator_of
 from zo_peft.objectives.scoring import CompletionObjective, OptionObjective
@@ -137,6 +138,10 @@ def test_the_check_knows_an_adapter_that_acts_otherwise(both: Any, monkeypatch: 
     monkeypatch.setitem(llamacpp.ARCHITECTURES, kind, other)
     with pytest.raises(UserError, match="an adapter on k_proj acts otherwise"):
         check.check_answers(served, batch, reference)
+    # On a quantized base nothing tells how near it must be.
+    monkeypatch.setattr(served.engine, "is_float32", False)
+    with pytest.warns(Notice, match="an adapter on k_proj acts otherwise"):
+        check.check_answers(served, batch, reference)
 
 
 # ---- Runs on the embedded model -----------------------------------------------------------------
@@ -226,7 +231,9 @@ def test_a_run_goes_on_bit_for_bit(engine: str, kind: str, bases: Any, tmp_path:
     tiny.assert_same(tiny.theta(whole), tiny.theta(resumed))
 
 
-def test_the_command_line_trains_and_evaluates(bases: Any, tmp_path: Path, capsys: Any) -> None:
+def test_the_command_line_trains_and_evaluates(
+    bases: Any, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
     quantized = bases("llamacpp", "Q4_0")
     changes = {"model_name_or_path": quantized, "engine": "llamacpp", "tokenizer_name": tiny.MODEL}
     changes |= {"eval_file": tmp_path / "test.jsonl", "engine_reference": tiny.MODEL}
@@ -240,16 +247,26 @@ def test_the_command_line_trains_and_evaluates(bases: Any, tmp_path: Path, capsy
     # Two steps of four candidates for each of four examples, the check, and evaluations.
     assert trained["engine"]["swaps"] >= 2 * 4 * 4
     assert 0 < trained["engine"]["seconds"] < trained["engine"]["training_seconds"]
-    changes |= {"adapter_name_or_path": tmp_path / "out", "lora_target_modules": None}
-    changes |= {"engine_reference": None}
-    options = tiny.command_line(tmp_path / "evaluated", **changes)
-    assert main(["evaluate", *options, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["eval_loss"] == trained["eval_loss_after"]
+    # The engine, its file and the tokenizer are those of the run, also seen from elsewhere.
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", "out", "test.jsonl", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["eval_loss"] == pytest.approx(
+        trained["eval_loss_after"], 1e-5
+    )
+    assert main(["predict", "out", "test.jsonl", "--output_file", "answers.jsonl"]) == 0
+    assert len(Path("answers.jsonl").read_text().splitlines()) == 40
+    capsys.readouterr()
+    # With another base the adapter is PyTorch's.
+    options = ["--model_name_or_path", str(tiny.MODEL)]
+    assert main(["evaluate", "out", "test.jsonl", *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["eval_loss"] != pytest.approx(
+        trained["eval_loss_after"], 1e-3
+    )
 
 
 REFUSED = [
     ({"engine": "openvino"}, "reads a folder with openvino_model.xml"),
-    ({"peft_type": "IA3"}, "an engine takes a plain LORA, not .* of a IA3"),
+    ({"peft_type": "IA3"}, r"an engine takes plain LORA \(.*\), not .* of a IA3"),
     ({"load_in_8bit": True}, "--load_in_8bit is for a base in PyTorch"),
     ({"strategy": "guided"}, "strategy='guided' is not for engine='llamacpp'"),
     ({"strategy": "adam"}, "strategy='adam' is not for engine='llamacpp'"),
@@ -274,10 +291,47 @@ def test_what_an_engine_cannot_do_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_knows_no_engine(tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [("plan", "an engine's memory is not known"), ("readout", "an engine tells no hidden states")],
+)
+def test_what_needs_the_base_in_pytorch_is_refused(
+    command: str, message: str, tmp_path: Path, capsys: Any
+) -> None:
     options = tiny.command_line(tmp_path, engine="llamacpp", eval_file=None)
-    assert main(["plan", *options]) == 2
-    assert "an engine's memory is not known" in capsys.readouterr().err
+    assert main([command, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_configuration_of_another_model_is_refused(bases: Any, tmp_path: Path) -> None:
+    tiny.llama(num_hidden_layers=1).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny.MODEL).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"and the configuration 1, .* give the --tokenizer_name"):
+        load_served(bases("llamacpp", "Q4_0"), "llamacpp", str(tmp_path))
+
+
+def test_llamacpp_is_for_linux(monkeypatch: Any) -> None:
+    pytest.importorskip("xllamacpp")
+    pytest.importorskip("gguf")
+    monkeypatch.setattr("sys.platform", "darwin")
+    with pytest.raises(UserError, match="as Linux has; use openvino"):
+        llamacpp.LlamaCpp(Path("model.gguf"), tiny.llama().config)
+
+
+def test_openvino_takes_an_adapter_after_another(bases: Any) -> None:
+    """The base alone, then a LoRA on other modules than the last one."""
+    base, _ = load_served(bases("openvino", "int4"), "openvino", tiny.MODEL)
+    objective, batch = batches()["options"]
+    alone = objective.losses(base, batch)
+    for target in ("q_proj", "v_proj"):
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=[target])
+        model = get_peft_model(base, config)
+        torch.testing.assert_close(objective.losses(model, batch), alone)
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                torch.nn.init.normal_(module.lora_B["default"].weight)
+        assert (objective.losses(model, batch) - alone).abs().max() > 1e-2
+        base = model.unload()
 
 
 def test_the_doctor_is_told_the_versions() -> None:

@@ -207,6 +207,25 @@ def test_few_rows_at_a_time_have_the_same_gradient(
     assert_near({n: sum(g[n] for g in own) / 5 for n in own[0]}, true, ".0.", 1e-5)
 
 
+@pytest.mark.parametrize(("tokens", "seen"), [(11, [1] * 6), (35, [2] * 3), (44, [4, 2])])
+def test_reads_the_gradients_of_pairs(
+    tokens: int, seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three rows that fit together, two are read, so that no pair is torn."""
+    model = adapted(silenced(llama(), WRITERS["llama"]), QUERY_VALUE)
+    given = batch(rows=6, scored=3)
+    monkeypatch.setattr("zo_peft.models.guide.TOKENS", tokens)
+    guide, rows = ResidualGuide(model, tuned_parameters(model), CompletionObjective()), list[int]()
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    _, found = guide.read(given, parts=3)
+    assert rows == seen
+    for index, mine in enumerate(found):
+        pair = given.of_rows(2 * index, 2 * index + 2)
+        assert_near(mine, gradients(model, CompletionObjective(), pair), ".0.", 1e-5)
+
+
 def test_rows_of_options_are_scored_by_themselves() -> None:
     features = [
         {"prompt_ids": [5, 6, 7], "option_ids": [[8, 9], [10]], "label": 1},

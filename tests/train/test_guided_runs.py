@@ -168,6 +168,22 @@ def test_a_guide_that_points_uphill_is_dropped(tmp_path: Path) -> None:
     assert before - loss(misled) > 0.95 * (before - loss(alone))
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_examples_have_noise_of_their_own_if_the_run_says_so(
+    own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, asked = ResidualGuide.read, list[int]()
+
+    def counted(guide: Any, batch: Batch, parts: int = 1) -> Any:
+        asked.append(parts)
+        return read(guide, batch, parts)
+
+    monkeypatch.setattr(ResidualGuide, "read", counted)
+    settings = {"max_steps": 1, "per_device_train_batch_size": 4, "per_example_noise": own}
+    make(tmp_path, **settings).train()
+    assert asked == [4 if own else 1]
+
+
 def test_metrics_say_what_was_read(tmp_path: Path) -> None:
     words = command_line(tmp_path / "run", strategy="guided", zo_eps=None, max_forward_passes=60)
     assert main(["train", *words]) == 0

@@ -6,8 +6,7 @@ import math
 class Backoff:
     """Halves the steps when the mean loss of a window of steps rises above the best such mean.
 
-    A rise counts when it is above `ERRORS` standard errors of the difference, and above `RISE` of
-    the loss.
+    A rise counts above `ERRORS` standard errors of the difference, and above `RISE` of the loss.
     """
 
     WINDOW, ERRORS, RISE = 32, 4.0, 0.05

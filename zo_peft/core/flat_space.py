@@ -10,7 +10,7 @@ from zo_peft.core.direction import Direction
 from zo_peft.core.lanes import Lanes
 from zo_peft.core.low_rank import Noise, add_directions
 from zo_peft.core.noise import Layout
-from zo_peft.core.space import check_fit
+from zo_peft.core.space import fill
 from zo_peft.errors import UserError
 
 
@@ -128,10 +128,7 @@ class FlatSpace:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """As of `Space`."""
-        mine = self.tensors()
-        check_fit(mine, tensors)
-        for name, tensor in tensors.items():
-            mine[name].copy_(tensor)
+        fill(self.tensors(), tensors)
         self._restore()
 
     @contextmanager

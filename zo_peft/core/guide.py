@@ -4,9 +4,8 @@ A forward pass yields the exact error at the output, `p = d loss / d h_L`, and t
 module. A transformer adds the output of each layer to a residual stream, so with the layers above
 taken as the identity, `p` is the error at every layer (where norms lie in that stream, they and the
 MLPs are not taken so). With it the gradients of an adapter have closed forms (`low_rank`, `mixed`,
-`covariance`), and no backward pass is needed. That the error of the output is sent straight to
-every layer is direct feedback alignment (arXiv:1609.01596), with the residual stream in the place
-of random matrices.
+`covariance`), and no backward pass is needed. To send the error of the output straight to every
+layer is direct feedback alignment (arXiv:1609.01596), with the residual stream for random matrices.
 
 `Guided` decides whether and which parts of such an estimate are followed. The measured loss has the
 last word: the estimate is a candidate, as in guided evolution strategies (arXiv:1806.10230).
@@ -43,6 +42,8 @@ NEAR = 0.1
 KEPT = 0.25
 #: The forward passes of a check, and the most that the first one takes to find its distance.
 CHECK_PASSES, FIRST_PASSES = 4, 12
+#: Gradients of all examples are large if they take more bytes than this.
+LARGE = 256 << 20
 #: The steps from the first check to the second; from check to check they double.
 FIRST_WAIT = 16
 #: A guide that was dropped is followed again after so many checks in a row that agree.
@@ -166,9 +167,7 @@ class Guide(Protocol):
         """The batches that it reads for those of a step."""
 
     def read(self, batch: Batch, parts: int = 1) -> tuple[Tensor, list[Gradients]]:
-        """The losses [B] of a batch, and for each of equal parts of its examples the gradients of
-        their mean, for the parameters it knows.
-        """
+        """The losses [B] of a batch, and the gradients of their mean over each of equal parts."""
 
     def part(self, name: str) -> int:
         """The part of the model, for example the layer, to which a parameter belongs."""
@@ -216,19 +215,27 @@ class Guided:
     def state(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
-    def estimate(self, batches: Sequence[Batch], number: int) -> tuple[Estimate, dict[str, Any]]:
+    def estimate(
+        self, batches: Sequence[Batch], number: int, parts: int
+    ) -> tuple[Estimate, dict[str, Any]]:
         """The gradients of all parts that are followed, and what a check found.
 
         Where nothing is followed there are none, and the step moves nothing. Nor does it where they
         are zero, as with rewards that are all alike; a check that is due waits for others.
+
+        Args:
+            parts: those of the batches that may have displacements of their own.
         """
         batches = self.guide.drawn(batches)
-        parts = self.evaluator.parts(batches) if number >= self.due else 1
+        if number < self.due:
+            parts = 1
+        elif batches[0].share is None:
+            parts = parts_of_check(parts, self.evaluator.space.numel)
         loss, scale, gradients, own = self._read(batches, parts)
         size = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
         sound, chosen = bool(gradients) and math.isfinite(size), dict[str, Any]()
         if sound and not number:
-            self._find_distance(batches)
+            self._find_distance(batches, parts)
         if number >= self.due and (size or not gradients):
             self.due = number + self.wait
             chosen["guide"] = self._check(batches, number, scale, own) if sound else {}
@@ -241,8 +248,7 @@ class Guided:
         """What candidates found, for the numbers alone that the guide does not know."""
         space, found = self.evaluator.space, Gradients()
         for index in range(len(space.buffers)):
-            flat = space.dense(index, estimate.slope * estimate.direction)
-            views = space.views(index, flat)
+            views = space.views(index, space.dense(index, estimate.slope * estimate.direction))
             found |= {name: view for name, view in views.items() if name in self.rest}
         if self.jumps:
             estimate = replace(estimate, sensitivity=self.sensitivity)
@@ -288,9 +294,7 @@ class Guided:
     def _read(
         self, batches: Sequence[Batch], parts: int
     ) -> tuple[float, float, Gradients, list[Gradients]]:
-        """The mean loss, the mean size of losses, the gradients, and those of each part; parts that
-        other ranks have are empty.
-        """
+        """The mean loss and size of losses, the gradients, and those of each part on this rank."""
         losses: list[Tensor] = []
         sums, own = Gradients(), [Gradients() for _ in range(parts)]
         for index, batch in enumerate(batches):
@@ -321,7 +325,10 @@ class Guided:
     ) -> dict[str, Any]:
         """Measure the slope of the loss along each part of the model; follow those that agree."""
         parts = [self.guide.part(name) for name in self.known]
-        groups = _grouped(sorted(set(parts)), max(1, len(own) // 2))
+        each = sorted(set(parts))
+        # Groups of neighbours: at most half as many as there are slopes to tell them apart.
+        size = math.ceil(len(each) / max(1, len(own) // 2))
+        groups = [each[start : start + size] for start in range(0, len(each), size)]
         members = torch.tensor([[part in group for part in parts] for group in groups]).double()
         generator = torch.Generator().manual_seed(derive_seed(self.seed, number, -4) % 2**62)
         signs = torch.randint(2, (len(own), len(groups)), generator=generator).double() * 2 - 1
@@ -392,10 +399,9 @@ class Guided:
         """Check the guide in the next step, and often from then on: the loss has risen."""
         self.due, self.wait = number + 1, FIRST_WAIT // 2
 
-    def _find_distance(self, batches: Sequence[Batch]) -> None:
+    def _find_distance(self, batches: Sequence[Batch], parts: int) -> None:
         """The first distance along noise for which the losses are near a line, and their slope."""
-        examples = self.evaluator.parts(batches)
-        noise = [Direction.of(derive_seed(self.seed, i, -5)) for i in range(examples)]
+        noise = [Direction.of(derive_seed(self.seed, i, -5)) for i in range(parts)]
         for _ in range(4):
             points = [[Direction(), self.eps * z, -self.eps * z] for z in noise]
             start, plus, minus = self._losses(self.guide.in_nats, points, batches).unbind(dim=1)
@@ -412,10 +418,13 @@ class Guided:
             return torch.tensor(self.evaluator.evaluate(points, batches).losses).double()
 
 
-def _grouped(parts: Sequence[int], most: int) -> list[list[int]]:
-    """The parts in at most so many groups of neighbours."""
-    size = math.ceil(len(parts) / most)
-    return [list(parts[start : start + size]) for start in range(0, len(parts), size)]
+def parts_of_check(parts: int, numel: int) -> int:
+    """How many gradients of so many numbers a check holds of a batch of so many parts.
+
+    Where they are `LARGE`, two parts share one and its displacements, so that a check holds no more
+    numbers than a candidate of each part.
+    """
+    return parts // 2 if parts % 2 == 0 and 4 * parts * numel > LARGE else parts
 
 
 def _least_squares(signs: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,7 @@
 
 A file of frames: the magic line, a header as JSON, then one record a step. A frame is its length,
 the CRC-32 of its content, and that of these two numbers, so that a frame that ends too early (torn:
-the process or the disk stopped) can be told from one that was changed. All numbers are
-little-endian.
+the process or the disk stopped) is told from one that was changed. Numbers are little-endian.
 """
 
 import json
@@ -162,8 +161,7 @@ class Journal(Follower):
 
         Args:
             source: the journal; it is copied where `path` is another one.
-            keep: how many records to go on from; None: all. If there are more, `<name>.old` keeps
-                them.
+            keep: how many records to go on from; None: all. `<name>.old` keeps more of them.
 
         Raises:
             UserError: it cannot be read, is damaged before its end, or has too few records.
@@ -246,9 +244,8 @@ def _opened(path: Path) -> tuple[dict[str, Any], int, Iterator[tuple[Record, int
     if file.read(len(MAGIC)) != MAGIC:
         raise UserError(f"{path.name} is no journal of this version of zo_peft")
     what = f"the header of {path.name}"
-    content = _content(file, what)
     try:
-        header = json.loads(content or b"")
+        header = json.loads(_content(file, what) or b"")
         if not isinstance(header, dict):
             raise ValueError("it is no JSON object")
     except ValueError as error:

@@ -149,8 +149,7 @@ class Host:
     """What an evaluator is told about the model that it runs.
 
     Attributes:
-        replacements: how the modules with tuned parameters work lane by lane; or the reason why
-            one of them cannot.
+        replacements: how the modules with tuned parameters work lane by lane; or why one cannot.
         fit: the most candidates of one forward pass, for a batch and a number of parts.
         reused: gets a forward pass on a batch; within its context the layers below everything that
             is tuned are not run again on that batch.

@@ -5,8 +5,7 @@ Three ways, for a matrix of m rows and n columns and rank r:
 * `eggroll`: `U V^T / sqrt(r)`, both factors from the seed (EGGROLL, arXiv:2511.16652).
 * `lozo`: `U V^T / sqrt(r)`, V from a basis that is kept for a while (LOZO, arXiv:2410.07698). With
   its eps times sqrt(r), a step of it is LOZO's `U V^T / r` times the projected gradient.
-* `subzero`: `U Z V^T`, orthonormal U and V from the basis, Z [r, r] from the seed (SubZero,
-  arXiv:2410.08989).
+* `subzero`: `U Z V^T`, orthonormal U, V from the basis, Z [r, r] from the seed (arXiv:2410.08989).
 
 Whatever has not two dimensions gets full noise.
 """

@@ -168,8 +168,7 @@ class Ranks(OneRank):
             )
         padded = torch.zeros(max(sizes), dtype=torch.float32, device=self.device)
         padded[: values.numel()] = values.flatten()
-        rows = self._exchange(padded).view(self.count, -1)
-        return (row[:size] for row, size in zip(rows, sizes))
+        return (row[:size] for row, size in zip(self._exchange(padded).view(self.count, -1), sizes))
 
     def _exchange(self, values: Tensor) -> Tensor:
         self.wire_bytes += values.numel() * values.element_size()

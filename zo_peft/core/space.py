@@ -59,15 +59,13 @@ class Space(Protocol):
         """Set `theta` from tensors by name; a UserError refuses others, and changes nothing."""
 
 
-def check_fit(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Raise a UserError where saved tensors are not those that a space holds."""
-
-    def kinds(tensors: Mapping[str, Tensor]) -> set[tuple[str, object, object]]:
-        return {(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-
-    if wrong := sorted({name for name, *_ in kinds(mine) ^ kinds(given)}):
+def fill(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Copy saved tensors into those of the same names; a UserError where they do not fit."""
+    one, other = ({(n, t.shape, t.dtype) for n, t in part.items()} for part in (mine, given))
+    if wrong := sorted({name for name, *_ in one ^ other}):
         raise UserError(
             f"the saved state does not fit what is tuned here: {wrong[0]} and {len(wrong) - 1} "
-            "more differ in name, shape or dtype. Use the model, peft_config, tune and tunable of "
-            "the saved run"
+            "more differ in name, shape or dtype. Use model, peft_config, tune, tunable of that run"
         )
+    for name, tensor in given.items():
+        mine[name].detach().copy_(tensor)

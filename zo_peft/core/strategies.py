@@ -118,8 +118,7 @@ def n_spsa(seeds: Sequence[int], eps: float) -> Asking:
     `slope * direction` equals `mean_i(g_i z_i)`, with the root mean square of the g_i as the slope.
     A g_i that is not finite is dropped.
     """
-    points = [sign * eps * Direction.of(seed) for seed in seeds for sign in (1.0, -1.0)]
-    losses = yield points
+    losses = yield [sign * eps * Direction.of(seed) for seed in seeds for sign in (1.0, -1.0)]
     all_slopes = [(plus - minus) / (2 * eps) for plus, minus in zip(losses[::2], losses[1::2])]
     kept = [(seed, g) for seed, g in zip(seeds, all_slopes) if math.isfinite(g)]
     slope = math.sqrt(sum(g * g for _, g in kept) / len(kept)) if kept else math.nan

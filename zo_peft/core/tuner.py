@@ -116,7 +116,8 @@ class Tuner:
         self.parts = self.evaluator.parts(batches) if self.per_example_noise else 1
         guided, chosen, parts = self.guided, dict[str, Any](), self.parts
         if guided is not None and guided.asks(number):
-            told, (estimate, chosen) = guided.told, guided.estimate(batches, number)
+            told = guided.told
+            estimate, chosen = guided.estimate(batches, number, parts)
             if "guide" in chosen and (number == 0 or guided.told != told):
                 self.say(guided.told)
             if guided.jumps and guided.followed:

@@ -132,9 +132,7 @@ class Momentum(UpdateRule):
 
     @contextmanager
     def _known(self, index: int, estimate: Estimate) -> Iterator[Tensor | None]:
-        """Which numbers of a buffer an estimate knows, if not all; the rule forgets none of the
-        others within the context.
-        """
+        """Which numbers of a buffer an estimate knows, if not all; the others' memory is kept."""
         if estimate.gradients is None:
             yield None
             return

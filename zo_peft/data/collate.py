@@ -31,16 +31,14 @@ class Collator:
     The inputs are `input_ids` [R, L], and `attention_mask` [R, L] unless `is_causal`. With
     `shares_prompts`, and where no example of the batch is longer than `shares_up_to`, options of
     several tokens stand in one sequence behind the prompt that they share. Such a batch has
-    `input_ids`, `position_ids` and `segments` [B, L]; segment 0 is the prompt, and segment 1 the
-    first option.
+    `input_ids`, `position_ids` and `segments` [B, L]; segment 0 is the prompt, 1 the first option.
 
     `labels` comes first in every batch and has one row for each example, because transformers
     counts the rows of the first tensor as examples.
 
     Attributes:
         is_causal: the model's outputs do not depend on later tokens, so padding needs no mask.
-        shares_prompts: the model takes position ids and masks of four dimensions. Only a causal
-            model may share prompts.
+        shares_prompts: the model takes position ids and masks of four dimensions, and is causal.
         shares_up_to: the most tokens of a prompt and one option with which it may.
     """
 

@@ -242,8 +242,7 @@ def label_reader(
 
     Args:
         labels: all of the source; None where a row has none.
-        words: as `checked_words` gives them; the labels of a mapping are the only ones. None:
-            labels are class indices.
+        words: as `checked_words` gives them; there are no others. None: labels are class indices.
     """
     texts = [None if label is None else _text(label, words or ()) for label in labels]
     known = _known({text for text in texts if text is not None}, words, source)

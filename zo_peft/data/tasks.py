@@ -229,8 +229,7 @@ def task_rows(name: str, folder: str | None, part: int) -> list[Row]:
     """All rows of a task, with the Hub's columns; or a UserError.
 
     Args:
-        folder: holds the original release, or the Hub's rows as JSON lines. None: load the data
-            from the Hub.
+        folder: has the original release, or the Hub's rows as JSON lines. None: those of the Hub.
         part: 0 for the rows to train on, 1 for those to evaluate on.
     """
     task = TASKS[name]

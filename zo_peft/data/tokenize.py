@@ -61,8 +61,7 @@ class Tokenization:
             if self.context is not None and length + generated > self.context:
                 raise UserError(
                     f"it has {length + generated} tokens, but the model's context holds "
-                    f"{self.context}; shorten it, or set max_length to {self.context} or less to "
-                    "cut it"
+                    f"{self.context}; shorten it, or set max_length to at most that, to cut it"
                 )
             labels = features.get("labels")
             scored = [i for i in labels if i != -100] if isinstance(labels, list) else []
@@ -337,8 +336,7 @@ def tokenize_dataset(dataset: Any, tokenization: Tokenization) -> Dataset | Iter
     first = next(iter(dataset), None)
     if first is None:
         raise UserError("the data set is empty; it must hold at least one example")
-    classifies = tokenization.num_labels is not None
-    form = fitting_form(first, source, classifies, tokenization.generates)
+    form = fitting_form(first, source, tokenization.num_labels is not None, tokenization.generates)
     tokenization = replace(tokenization, form=form, source=source)
     if isinstance(dataset, list):
         made = [tokenization(row, index) for index, row in enumerate(dataset)]

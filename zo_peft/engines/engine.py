@@ -1,6 +1,5 @@
 """What an inference engine is asked, and what it answers; and which engines there are."""
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import time
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zo_peft.errors import UserError
+from zo_peft.models.loading import files_hash
 
 #: The engines, and the package that each of them needs.
 PACKAGES = {"llamacpp": "xllamacpp", "openvino": "openvino"}
@@ -82,11 +82,8 @@ class Engine:
     """
 
     def __init__(self, name: str, files: Iterable[Path], types: Iterable[str]) -> None:
-        digest, kinds = hashlib.blake2b(digest_size=16), sorted({kind.lower() for kind in types})
-        for path in files:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "blake2b").digest())
-        self.identity = {"files": digest.hexdigest(), "loaded": f"{name} {', '.join(kinds)}"}
+        kinds = sorted({kind.lower() for kind in types})
+        self.identity = {"files": files_hash(files), "loaded": f"{name} {', '.join(kinds)}"}
         self.is_float32 = kinds == ["f32"]
         self.swaps, self.seconds, self.training_inside, self.training_seconds = 0, 0.0, 0.0, 0.0
 
@@ -127,8 +124,9 @@ def installed() -> dict[str, str | None]:
     return {name: packages[0].version if packages else None for name, packages in found.items()}
 
 
-def check_installed(*packages: str) -> None:
-    """Raise a UserError for the first of these packages that cannot be imported."""
+def imported(*packages: str) -> list[Any]:
+    """These packages; a UserError names the first that is not installed."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"the engine needs {package}: pip install {' '.join(packages)}")
+    return [importlib.import_module(package) for package in packages]

@@ -6,7 +6,6 @@ have to differ from the defaults are found by their defaults, or the build is re
 """
 
 import ctypes
-import importlib
 import os
 import re
 import sys
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from zo_peft.engines.engine import Answers, Engine, Row, States, answers, check_installed
+from zo_peft.engines.engine import Answers, Engine, Row, States, answers, imported
 from zo_peft.errors import UserError
 
 #: The architectures of GGUF whose modules are known, and the modules whose rows a GGUF has in
@@ -79,8 +78,9 @@ class LlamaCpp(Engine):
     """
 
     def __init__(self, path: Path, config: PreTrainedConfig) -> None:
-        self._library = library = _library()
-        self._gguf = gguf = importlib.import_module("gguf")
+        xllamacpp, gguf = imported("xllamacpp", "gguf")
+        self._library = library = _library(xllamacpp)
+        self._gguf = gguf
         try:
             file = gguf.GGUFReader(path)
         except ValueError as error:
@@ -100,11 +100,19 @@ class LlamaCpp(Engine):
         self._model = library.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
             raise UserError(f"llama.cpp cannot load {path}; its reason stands above")
-        self._tokens = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
         self._context = self._batch = self._adapter = None
         self._length = 0
         #: The file of the adapter in memory, and its matrices by name as parts of it.
         self._file, self._views = os.memfd_create("adapter"), list[tuple[str, Any]]()
+        self._tokens = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
+        own = [library.llama_model_n_layer(self._model), library.llama_model_n_embd(self._model)]
+        told = [config.num_hidden_layers, config.hidden_size, config.vocab_size]
+        if [*own, self._tokens] != told:
+            raise UserError(
+                f"{path} has {own[0]} layers of width {own[1]} and {self._tokens} tokens, and the "
+                f"configuration {told[0]}, {told[1]} and {told[2]}; give the --tokenizer_name of "
+                "the model that was converted"
+            )
 
     def __del__(self) -> None:
         if getattr(self, "_model", None):
@@ -232,12 +240,12 @@ class LlamaCpp(Engine):
         return answers(torch.from_numpy(logits), rows)
 
 
-def _library() -> ctypes.CDLL:
+def _library(package: Any) -> ctypes.CDLL:
     """The functions of llama.cpp, or a UserError."""
-    check_installed("xllamacpp", "gguf")
-    folder = Path(str(importlib.import_module("xllamacpp").__file__)).parent
+    if sys.platform != "linux":
+        raise UserError("llamacpp takes adapters from files in memory, as Linux has; use openvino")
     try:
-        library = ctypes.CDLL(str(next(folder.glob("xllamacpp*.so"))))
+        library = ctypes.CDLL(str(next(Path(package.__file__).parent.glob("xllamacpp*.so"))))
         for result, names in RESULTS.items():
             for name in names.split():
                 getattr(library, name).restype = result
@@ -263,8 +271,7 @@ def _context_parameters(library: ctypes.CDLL, length: int) -> _Parameters:
     )
     if words[:4] != [512, 2048, 512, 1] or len(automatic) != 1 or len(types) != 1:
         raise UserError(
-            "the parameters of this xllamacpp's llama.cpp stand in an order that is not known; "
-            "install another version"
+            "this xllamacpp has its parameters in another order; install another version"
         )
     parameters.words[0] = parameters.words[1] = length * SEQUENCES
     parameters.words[3] = SEQUENCES

@@ -4,7 +4,6 @@ The LoRA matrices are inputs of the graph, with one value for each candidate. Th
 sees the scored positions alone.
 """
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from zo_peft.engines.engine import Answers, Engine, Row, States, answers, check_installed
+from zo_peft.engines.engine import Answers, Engine, Row, States, answers, imported
 from zo_peft.errors import UserError
 
 MODEL_NAME = "openvino_model.xml"
@@ -36,8 +35,7 @@ class OpenVino(Engine):
     """
 
     def __init__(self, folder: Path) -> None:
-        check_installed("openvino")
-        self._openvino: Any = importlib.import_module("openvino")
+        (self._openvino,) = imported("openvino")
         path = folder / MODEL_NAME
         try:
             self._graph = self._openvino.Core().read_model(path)
@@ -49,23 +47,20 @@ class OpenVino(Engine):
                 f"{path} has the input {min(strange)}, so it keeps something of earlier tokens; "
                 "export it with --task text-generation, which is without past"
             )
-        #: Products with weights, by the names of their modules.
-        self._products = dict[str, Any]()
-        types = set()
-        for node in self._graph.get_ops():
-            if node.get_type_name() == "MatMul":
-                name = node.get_friendly_name().split("/")[0].removeprefix("__module.")
-                self._products[name] = node
-            elif node.get_type_name() == "Constant" and len(node.shape) > 1:
-                types.add(node.get_element_type().get_type_name())
+        types = {
+            node.get_element_type().get_type_name()
+            for node in self._graph.get_ops()
+            if node.get_type_name() == "Constant" and len(node.shape) > 1
+        }
         super().__init__("openvino", [path, path.with_suffix(".bin")], types & WEIGHTS)
         self._run: Any = None
-        self._modules: list[str] = []
+        #: The modules whose LoRA is in the graph that runs.
+        self._modules: list[str] | None = None
 
     def answer(self, states: States, rows: Sequence[Sequence[Row]]) -> Answers:
         """As of `Engine`."""
-        if self._run is None:
-            self._compile(list(states))
+        if self._modules != [*states]:
+            self._compile([*states])
         flat = [row for own in rows for row in own]
         ids = pad_sequence([torch.tensor(row.ids) for row in flat], batch_first=True)
         lengths = torch.tensor([len(row.ids) for row in flat])
@@ -77,7 +72,7 @@ class OpenVino(Engine):
         }
         places = [(index, place) for index, row in enumerate(flat) for place in row.positions]
         tensors = [*(given[name] for name in self._inputs), torch.tensor(places)]
-        tensors += [matrix for module in self._modules for matrix in states[module]]
+        tensors += [matrix for module in states for matrix in states[module]]
         arrays = [tensor.contiguous().numpy() for tensor in tensors]
         logits = torch.from_numpy(self.timed(self._run, arrays)[0])
         self.swaps += len(rows)
@@ -85,14 +80,20 @@ class OpenVino(Engine):
 
     def _compile(self, modules: list[str]) -> None:
         """Put the LoRA matrices into the graph, and the scored places before its last layer."""
-        openvino, graph = self._openvino, self._graph
+        openvino, graph = self._openvino, self._graph.clone()
+        # Products with weights, by the names of their modules.
+        products = {
+            node.get_friendly_name().split("/")[0].removeprefix("__module."): node
+            for node in graph.get_ops()
+            if node.get_type_name() == "MatMul"
+        }
         ops = openvino.opset13
         head = graph.output(0).get_node().input_value(0).get_node()
         places = ops.parameter([-1, 2], np.int64)
         head.input(0).replace_source_output(ops.gather_nd(head.input_value(0), places).output(0))
         made = [places]
         for module in modules:
-            product = self._products.get(module)
+            product = products.get(module)
             if product is None or product is head or len(product.get_output_partial_shape(0)) != 3:
                 raise UserError(f"the graph has no place for a LoRA on {module}; leave it out")
             x, y = product.input_value(0), product.output(0)

@@ -25,11 +25,10 @@ from zo_peft.engines.engine import Answers, Engine, EngineName, Matrices, Row, S
 from zo_peft.engines.llamacpp import LlamaCpp
 from zo_peft.engines.openvino import MODEL_NAME, OpenVino
 from zo_peft.errors import UserError
+from zo_peft.models.heads import lora_parameters
 from zo_peft.models.hub import AnyModel
 from zo_peft.models.loading import load_config, load_tokenizer
-
-#: The only parameters that an engine takes: the matrices of a plain LoRA.
-LORA_ENDINGS = (".lora_A", ".lora_B")
+from zo_peft.models.peft_layers import is_plain_lora
 
 #: The most bytes of the states of one call.
 STATES = 64 << 20
@@ -62,12 +61,8 @@ def load_served(
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
     # One expanded number takes no memory. It is not a number, so that nothing can start from it.
-    for module in base.modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            one = torch.full((1,), torch.nan).expand(parameter.shape)
-            module.register_parameter(key, nn.Parameter(one, requires_grad=False))
-        for key, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(key, torch.zeros(1).expand(buffer.shape), persistent=False)
+    base._apply(lambda tensor: torch.full((1,), torch.nan).expand(tensor.shape))
+    base.requires_grad_(False)
     base.forward = _refuse
     base.name_or_path = base.config.name_or_path = source or name
     base.engine = LlamaCpp(path, config) if engine == "llamacpp" else OpenVino(path)
@@ -114,20 +109,15 @@ def check_engine(
     return found
 
 
-def save_adapter(model: PeftModel, folder: str) -> None:
-    """Write an adapter in the format of the engine, if there is one, beside PEFT's."""
-    base = model.get_base_model()
-    if hasattr(base, "engine"):
-        base.engine.save_adapter(states_of(base), folder)
-
-
 def _check_adapter(model: PeftModel) -> None:
-    kind = model.active_peft_config.peft_type.value
+    kind, active = model.active_peft_config.peft_type.value, f".{model.active_adapter}."
+    layers = filter(is_plain_lora, model.modules())
+    plain = {id(parameter) for layer in layers for parameter in lora_parameters(layer)}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and active not in f".{name}.":
             continue
-        if not name.rpartition(f".{model.active_adapter}.weight")[0].endswith(LORA_ENDINGS):
-            raise UserError(f"an engine takes a plain LORA, not {name} of a {kind}; leave it out")
+        if id(parameter) not in plain:
+            raise UserError(f"an engine takes plain LORA (no DoRA or bias), not {name} of a {kind}")
         if parameter.isnan().any():
             raise UserError(f"{name} starts from weights of the base, which the engine alone has")
 

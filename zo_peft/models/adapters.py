@@ -102,8 +102,7 @@ def stand_ins(offloaded: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> Itera
     """Within the context, offloaded weights are NaN tensors on the devices that run their layers.
 
     PEFT puts an adapter on the device of the weight, and an offloaded weight has none. An adapter
-    that PEFT computes from such a weight is NaN, too. The tensors are one expanded number, so they
-    take no memory.
+    that PEFT computes from such a weight is NaN, too. One expanded number takes no memory.
     """
     try:
         for module, name, parameter in offloaded:
@@ -381,10 +380,9 @@ def input_device(model: AnyModel) -> torch.device:
 
 def name_of(model: AnyModel) -> str:
     """What a user calls the model: its class, and the type of its adapter."""
-    config, base = peft_config_of(model), model
-    if config is not None:
-        base = model.get_base_model()
-    return type(base).__name__ + (f" with {config.peft_type.value}" if config else "")
+    if (config := peft_config_of(model)) is None:
+        return type(model).__name__
+    return f"{type(model.get_base_model()).__name__} with {config.peft_type.value}"
 
 
 @contextmanager

@@ -70,8 +70,7 @@ def check(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch]) -> int:
 
 def _settle(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch], smooth: bool) -> None:
     """`alone` is what the first and the second candidate are evaluated on one by one."""
-    together = evaluator.objective.losses(evaluator.model, batch)
-    if together.numel() != batch.examples:
+    if evaluator.objective.losses(evaluator.model, batch).numel() != batch.examples:
         # An objective of one's own may give a mean, which tells nothing of examples.
         return
     parts, name = evaluator.parts([batch]), name_of(evaluator.model)
@@ -173,8 +172,7 @@ def _check_own_forwards(evaluator: Evaluator, space: InPlaceSpace, batch: Batch)
         kinds = sorted({".".join(name.split(".")[-2:]) for name in reads.outside})
         raise UserError(
             f"{min(reads.outside)} is read by another module than its own, which would not see a "
-            "candidate's values; leave it out of what is tuned, with "
-            f"tunable='^(?!.*({'|'.join(kinds)})$)'"
+            f"candidate's values; leave it out with tunable='^(?!.*({'|'.join(kinds)})$)'"
         )
 
 

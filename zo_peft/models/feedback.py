@@ -50,8 +50,7 @@ class Feedback:
     """One forward pass at S of the scored positions, evenly spaced in each row.
 
     Args:
-        known: the parts of each layer that has been seen; this pass adds what it finds. None stands
-            for the identity.
+        known: the parts of each layer that was seen (None: the identity), to which this pass adds.
     """
 
     def __init__(self, scored: Scored, known: dict[nn.Module, PostNorm | None]) -> None:
@@ -72,8 +71,7 @@ class Feedback:
                 for module in known if layer in self._known else layer.modules():
                     if module is not layer:
                         stack.enter_context(module.register_forward_hook(self._called))
-                enter = layer.register_forward_pre_hook(self._enter, with_kwargs=True)
-                stack.enter_context(enter)
+                stack.enter_context(layer.register_forward_pre_hook(self._enter, with_kwargs=True))
                 stack.enter_context(layer.register_forward_hook(self._leave))
             yield
 

@@ -23,8 +23,8 @@ from zo_peft.core.guide import Gradients, add, low_rank
 from zo_peft.core.lanes import replaced
 from zo_peft.errors import UserError
 from zo_peft.models.feedback import Feedback, PostNorm, linears_of, through_linear
-from zo_peft.models.heads import Heads, Reading, Role, Scored, lora_parameters, role_of
-from zo_peft.models.peft_layers import is_plain_lora, lora_factors
+from zo_peft.models.heads import Heads, Reading, Role, Scored, lora_gradients, role_of
+from zo_peft.models.peft_layers import is_plain_lora
 from zo_peft.models.trunk import first_of, hidden_of, layers_of, with_hidden
 
 #: A module writes into the residual stream if its layer's output follows it: the least cosine of
@@ -104,30 +104,22 @@ class ResidualGuide:
         return batches
 
     def read(self, batch: Batch, parts: int = 1) -> tuple[Tensor, list[Gradients]]:
-        """The losses [B] of a batch, and for each of equal parts of its examples the gradients of
-        their mean loss, by name. Parts are one, or as many as examples.
-        """
-        pieces = self._pieces(batch)
-        whole = parts == 1 < len(pieces)
-        losses: list[Tensor] = []
-        found = [Gradients()] if whole else []
-        for piece in pieces:
-            own, gradients = self._read(piece, max(1, parts * piece.rows // batch.rows))
-            losses.append(own)
-            if whole:
-                add(found[0], gradients[0], piece.rows / batch.rows)
-            else:
-                found += gradients
-        return torch.cat(losses), found
-
-    def _pieces(self, batch: Batch) -> list[Batch]:
-        """A batch in pieces that are read one after the other, where rows can be told apart."""
-        rows, length = batch["input_ids"].shape
+        """The losses [B] of a batch, and the gradients of their mean over each of equal parts."""
+        (rows, length), each = batch["input_ids"].shape, batch.rows // parts
         apart = getattr(self.objective, "repeatable", False) and rows == len(batch["labels"])
-        if Scored(batch).single or not apart:
-            return [batch]
-        count = rows_at_once(length)
-        return [batch.of_rows(start, start + count) for start in range(0, rows, count)]
+        count = rows if Scored(batch).single or not apart else rows_at_once(length)
+        # A piece is a part, several, or some rows of one.
+        count -= count % each if count > each else 0
+        losses: list[Tensor] = []
+        found = [Gradients() for _ in range(parts)]
+        for start in range(0, rows, count):
+            piece = batch if count == rows else batch.of_rows(start, start + count)
+            own, gradients = self._read(piece, max(1, piece.rows // each))
+            losses.append(own)
+            for sums in found[start // each :][: len(gradients)]:
+                # One at a time, so that none is held twice.
+                add(sums, gradients.pop(0), min(1.0, piece.rows / each))
+        return torch.cat(losses), found
 
     # Within a pass gradients are enabled above its leaf.
     @torch.no_grad()
@@ -151,8 +143,7 @@ class ResidualGuide:
         errors = reading.scored.of(errors).float()
         errors_at = reading.feedback.down(errors)
         for module, read in reading.readings:
-            # Some models carry several residual streams a token, and some layers one of their own;
-            # of these nothing is read.
+            # Nothing is read of several residual streams a token, or of a layer's own one.
             if errors.shape[1:] != (module.out_features,):
                 continue
             for parameter, gradient in read(errors_at(module)):
@@ -175,7 +166,8 @@ def may_read(model: PeftModel, tuned: Mapping[str, nn.Parameter]) -> bool:
         return True
     ids = set(map(id, tuned.values()))
     loras = (module for layer in layers for module in layer.modules() if is_plain_lora(module))
-    return any(id(p) in ids for lora in loras for p in lora_parameters(lora))
+    matrices: Any = (part for lora in loras for part in (lora.lora_A, lora.lora_B))
+    return any(id(p) in ids for part in matrices for p in part.parameters())
 
 
 def rows_at_once(length: int) -> int:
@@ -208,20 +200,19 @@ class _Pass:
         guide = self.guide
         interface = partial(self._interface, ALL_ATTENTION_FUNCTIONS.get_interface)
         with ExitStack() as stack:
-            stack.enter_context(self.feedback.hooks(guide.read_layers))
+            within = stack.enter_context
+            within(self.feedback.hooks(guide.read_layers))
             for module in guide.watched:
-                stack.enter_context(module.register_forward_pre_hook(self._before))
+                within(module.register_forward_pre_hook(self._before))
                 if module in guide.loras:
-                    stack.enter_context(module.register_forward_hook(self._after))
+                    within(module.register_forward_hook(self._after))
             for layer in guide.read_layers if guide.first else ():
-                hook = layer.register_forward_hook(self._look_back, with_kwargs=True)
-                stack.enter_context(hook)
+                within(layer.register_forward_hook(self._look_back, with_kwargs=True))
             if guide.boundary is None:
-                stack.enter_context(guide.read_layers[-1].register_forward_hook(self._leave))
+                within(guide.read_layers[-1].register_forward_hook(self._leave))
             else:
-                hook = guide.boundary.register_forward_pre_hook(self._begin, with_kwargs=True)
-                stack.enter_context(hook)
-            stack.enter_context(replaced([(ALL_ATTENTION_FUNCTIONS, "get_interface", interface)]))
+                within(guide.boundary.register_forward_pre_hook(self._begin, with_kwargs=True))
+            within(replaced([(ALL_ATTENTION_FUNCTIONS, "get_interface", interface)]))
             yield
 
     def _leave(self, _: nn.Module, args: Any, output: Any) -> Any:
@@ -342,12 +333,8 @@ def _writers(
 
 def _of_writer(module: Any, scored: Scored, x: Tensor) -> tuple[nn.Module, Reading]:
     """The gradients of a LoRA that writes into the residual stream, whose input is x [B, T, in]."""
-    parameters, inputs = lora_parameters(module), scored.of(x)
-
-    def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-        return list(zip(parameters, low_rank(errors, inputs.float(), *lora_factors(module))))
-
-    return module, read
+    inputs = scored.of(x)
+    return module, lambda errors: lora_gradients(module, low_rank, errors, inputs)
 
 
 def _through(

@@ -55,15 +55,12 @@ class GuideMemory:
         """Bytes that the readings of the layers below the exact ones keep.
 
         Args:
-            positions: the scored positions of the batch; where they are as many as its examples,
-                each example has one.
+            positions: the scored ones of the batch; if as many as examples, each has one.
         """
-        single, total = positions == batch, 0
-        for layer in self._kept[: self.layers - exact_layers]:
-            total += positions * (layer.alone if single else layer.scored)
-            if not single:
-                total += batch * length * layer.tokens
-        return total
+        layers = self._kept[: self.layers - exact_layers]
+        if positions == batch:
+            return positions * sum(layer.alone for layer in layers)
+        return sum(positions * each.scored + batch * length * each.tokens for each in layers)
 
     def weights(self, batch: int, length: int, scored: int) -> int:
         """Bytes of a layer's attention weights at `scored` positions of each example, twice."""
@@ -114,20 +111,18 @@ class _Pass:
         self._prefix = model.active_peft_config.num_virtual_tokens if is_prefix else 0
         self._attended: set[int] = set()
         with self._hooks(layers):
-            ids = torch.zeros(1, length, dtype=torch.long)
-            model.get_base_model().base_model(input_ids=ids)
+            model.get_base_model().base_model(input_ids=torch.zeros(1, length, dtype=torch.long))
 
     @contextmanager
     def _hooks(self, layers: list[nn.Module]) -> Iterator[None]:
         interface = partial(self._interface, ALL_ATTENTION_FUNCTIONS.get_interface)
         with ExitStack() as stack:
+            within = stack.enter_context
             for layer in layers:
-                hook = layer.register_forward_pre_hook(self._enter, with_kwargs=True)
-                stack.enter_context(hook)
-                stack.enter_context(layer.register_forward_hook(self._leave))
-            stack.enter_context(replaced([(ALL_ATTENTION_FUNCTIONS, "get_interface", interface)]))
-            keep = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
-            stack.enter_context(keep)
+                within(layer.register_forward_pre_hook(self._enter, with_kwargs=True))
+                within(layer.register_forward_hook(self._leave))
+            within(replaced([(ALL_ATTENTION_FUNCTIONS, "get_interface", interface)]))
+            within(torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor))
             yield
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -147,19 +147,17 @@ class Heads:
         """
         # What reads later must not hold more of this attention than it needs.
         heads, attended, shape = self.heads, self.attended, self.value.shape
-        parameters = lora_parameters(module)
         inputs = self.mix(x) if self.scored.single else x.flatten(0, 1)
 
         def read_alone(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-            found = mixed(_by_head(errors, heads), inputs.float(), *lora_factors(module))
-            return list(zip(parameters, found))
+            return lora_gradients(module, mixed, errors.unflatten(1, (heads, -1)), inputs)
 
         def read_several(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
             own = torch.zeros(shape, device=errors.device)
             for part, e in _by_rows(errors, attended, heads):
                 own[part.rows] = at_values(e, part.weights().float(), shape[1])
             own = own.transpose(1, 2).flatten(2).flatten(0, 1)
-            return list(zip(parameters, low_rank(own, inputs.float(), *lora_factors(module))))
+            return lora_gradients(module, low_rank, own, inputs)
 
         return read_alone if self.scored.single else read_several
 
@@ -173,7 +171,7 @@ class Heads:
             alone = attended[0].weights()[:, :, 0]
             carried = covariance(alone, self._repeated(self.key), self._repeated(value))
             return lambda errors: (
-                scaling * (carried.float() @ _by_head(errors, heads)[..., None])[..., 0]
+                scaling * (carried.float() @ errors.view(*carried.shape[:3], 1))[..., 0]
             )
 
         def carry(errors: Tensor) -> Tensor:
@@ -188,13 +186,13 @@ class Heads:
     def of_queries(self, module: Any, x: Tensor, made: Tensor) -> Reading:
         """The gradients of a LoRA on the queries, whose input and output are x and `made`."""
         carry = self._carry_to_queries()
-        before = _by_head(self.scored.of(made), self.heads)
-        inputs, parameters, attended = self.scored.of(x), lora_parameters(module), self.attended
+        before = self.scored.of(made).unflatten(1, (self.heads, -1))
+        inputs, attended = self.scored.of(x), self.attended
 
         def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
             after = torch.cat([part.flat for part in attended])
             own = unrotated(carry(errors), before.float(), after.float()).flatten(1)
-            return list(zip(parameters, low_rank(own, inputs.float(), *lora_factors(module))))
+            return lora_gradients(module, low_rank, own, inputs)
 
         return read
 
@@ -213,7 +211,7 @@ class Heads:
         heads, shared, scaling = self.heads, self.shared, self.scaling
 
         def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-            own, w = _by_head(errors, heads), weights.float()
+            own, w = errors.unflatten(1, (heads, -1)), weights.float()
             scores = torch.einsum("nhw,hpw->nhp", own, values.float())
             scores = scores - (own * outputs.float()).sum(dim=-1, keepdim=True)
             by_key = scaling * torch.einsum("nhp,nhw->phw", w * scores, queries.float())
@@ -250,8 +248,7 @@ def role_of(module: nn.Module, heads: Heads, output: Tensor, made: dict[nn.Modul
         output: of the attention, [B, T, heads, width].
         made: the outputs of the modules of its layer so far.
     """
-    theirs = heads.scored.of(output)
-    role = Role(_near(heads.outputs, theirs))
+    role = Role(_near(heads.outputs, heads.scored.of(output)))
     for candidate in filter(is_plain_lora, module.modules()):
         if (y := made.get(candidate)) is None or y.shape[-1] % heads.query.shape[-1]:
             continue
@@ -265,8 +262,7 @@ def role_of(module: nn.Module, heads: Heads, output: Tensor, made: dict[nn.Modul
 
 def _at(x: Tensor, positions: Tensor) -> Tensor:
     """[R, heads, n, ...] of [R, heads, T, ...] at positions [R, n] of each row."""
-    rows = torch.arange(len(x), device=x.device)[:, None]
-    return x[rows, :, positions].transpose(1, 2)
+    return x[torch.arange(len(x), device=x.device)[:, None], :, positions].transpose(1, 2)
 
 
 def _grouped(x: Tensor, y: Tensor) -> Tensor:
@@ -285,7 +281,7 @@ def _by_rows(
 ) -> Iterator[tuple[Attended, Tensor]]:
     """Parts of an attention, and the errors [R, heads, n, width] there of [N, heads * width]."""
     sizes = [part.where.numel() for part in attended]
-    for part, own in zip(attended, _by_head(errors, heads).split(sizes)):
+    for part, own in zip(attended, errors.unflatten(1, (heads, -1)).split(sizes)):
         yield part, own.unflatten(0, (len(part.where), -1)).transpose(1, 2)
 
 
@@ -295,9 +291,11 @@ def lora_parameters(module: Any) -> list[nn.Parameter]:
     return [module.lora_A[name].weight, module.lora_B[name].weight]
 
 
-def _by_head(errors: Tensor, heads: int) -> Tensor:
-    """[N, heads * width] as [N, heads, width]."""
-    return errors.view(len(errors), heads, -1)
+def lora_gradients(
+    module: Any, form: Callable[..., tuple[Tensor, Tensor]], errors: Tensor, inputs: Tensor
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """The gradients of A and B of a LoRA; their closed form is `low_rank` or `mixed`."""
+    return list(zip(lora_parameters(module), form(errors, inputs.float(), *lora_factors(module))))
 
 
 def _turned(before: Tensor, after: Tensor) -> bool:

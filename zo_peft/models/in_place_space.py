@@ -16,7 +16,7 @@ from zo_peft.core.direction import Direction
 from zo_peft.core.lanes import NotInLanes, Replacement
 from zo_peft.core.low_rank import LowRank, Noise
 from zo_peft.core.noise import derive_seed
-from zo_peft.core.space import check_fit
+from zo_peft.core.space import fill
 from zo_peft.models import in_place_layers as layers
 from zo_peft.models.in_place_layers import BaseLanes, direction_rows
 from zo_peft.models.numbers import Numbers, Owners
@@ -87,8 +87,7 @@ class InPlaceSpace:
         """As of `Space`."""
         self.moves += 1
         numbers = self._by_index[index]
-        matrix = step.view(numbers.matrix.shape)
-        self._write(numbers, lambda rows: matrix[rows] * scale, shrink)
+        self._write(numbers, lambda rows: step.view(numbers.matrix.shape)[rows] * scale, shrink)
 
     def _write(
         self, numbers: Numbers, steps: Callable[[slice], Tensor], shrink: Mapping[str, float]
@@ -130,7 +129,4 @@ class InPlaceSpace:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """As of `Space`."""
-        mine = self.tensors()
-        check_fit(mine, tensors)
-        for name, tensor in tensors.items():
-            mine[name].copy_(tensor)
+        fill(self.tensors(), tensors)

@@ -1,7 +1,7 @@
 """Base models (in floating point, int8 or NF4) and tokenizers, and how a base is recognised."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -105,10 +105,8 @@ def _head(config: PreTrainedConfig, num_labels: int, words: Sequence[str]) -> di
             )
         own = [str(config.id2label[index]).lower() for index in range(config.num_labels)]
         if (other := [word.lower() for word in words]) != own and sorted(other) == sorted(own):
-            raise UserError(
-                f"the head of {name} has its classes in another order; give --label_words "
-                f"{','.join(own)}"
-            )
+            right = ",".join(own)
+            raise UserError(f"{name} has its classes in another order; give --label_words {right}")
         return {}
     if num_labels < 2:
         raise UserError(
@@ -155,8 +153,7 @@ def load_tokenizer(
     """The tokenizer of this name, or a UserError; by default it pads with the end of a sequence.
 
     Args:
-        template: a chat template: a Jinja file, or `chatml`. None: that of the adapter, or else the
-            tokenizer's own.
+        template: a Jinja file, or `chatml`. None: that of the adapter, else the tokenizer's own.
         adapter: a Hub id or a folder.
     """
     with _loading(f"the tokenizer of {name!r}"):
@@ -223,8 +220,7 @@ def meta_base(
     if not method.startswith("bitsandbytes"):
         raise UserError(
             f"{public_name(name)} was saved quantized by {method}, which is not planned; give its "
-            "base in floating point, with load_in_8bit or load_in_4bit, or one that bitsandbytes "
-            "quantized"
+            "base in floating point, or one that bitsandbytes quantized"
         )
     auto = AutoModelForSequenceClassification if has_classes else AutoModelForCausalLM
     settings = {"dtype": (config.dtype or "float32") if dtype == "auto" else dtype}
@@ -306,8 +302,7 @@ def base_hash(model: nn.Module) -> str:
             continue
         for part in plain_tensors(tensor):
             digest.update(f"{name} {part.dtype} {list(part.shape)}".encode())
-            bits = part.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(bits.numpy().data)
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -335,8 +330,13 @@ def identity(model: AnyModel) -> dict[str, str]:
     # What others quantize while they load it has no file of its own.
     if not files or (not bits and is_packed(base)):
         return {"tensors": base_hash(model), "loaded": loaded}
+    return {"files": files_hash(files), "loaded": loaded}
+
+
+def files_hash(files: Iterable[Path]) -> str:
+    """A hash of what the files hold, one after the other."""
     digest = hashlib.blake2b(digest_size=16)
     for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
-    return {"files": digest.hexdigest(), "loaded": loaded}
+    return digest.hexdigest()

@@ -24,8 +24,7 @@ CPU_TOKENS = 1024
 
 #: On a CPU the int8 matmul of bitsandbytes takes so many times the activations, because they are
 #: quantized, multiplied to int32 and scaled in separate tensors. The first number counts freed
-#: tensors that malloc keeps (scripts/bench_step.py), the second only those that are held at once
-#: (scripts/bench_plan.py).
+#: tensors that malloc keeps (scripts/bench_step.py), the second does not (scripts/bench_plan.py).
 CPU_INT8_COPIES, CPU_INT8_HELD = 5, 1.5
 
 
@@ -53,8 +52,7 @@ class Fit:
 
     Plain inference holds the weights, and the activations of one layer or the logits of all
     positions, whichever is more. A candidate holds the activations of one layer or the logits of
-    the scored positions, and its own copy of the adapter. The result depends only on shapes and on
-    the kind of device.
+    the scored positions, and its own copy of the adapter. Only shapes and the kind of device count.
 
     Args:
         adapter_numel: the float32 numbers that a candidate holds.

@@ -86,8 +86,7 @@ class Int8Codes(Numbers):
 
     def stepped(self, rows: slice | Tensor, steps: Tensor, uniforms: Tensor) -> Tensor:
         """Codes are rounded stochastically (QuZO, arXiv:2502.12346) and stop at the ends."""
-        codes = self._moved(rows, steps, uniforms)
-        return codes.clamp_(-MAX_CODE, MAX_CODE).to(torch.int8)
+        return self._moved(rows, steps, uniforms).clamp_(-MAX_CODE, MAX_CODE).to(torch.int8)
 
     def write(self, rows: slice, steps: Tensor, uniforms: Tensor) -> None:
         """As of `Numbers`; codes that would leave their range are counted as saturated."""

@@ -109,8 +109,7 @@ class RewardObjective:
         weights = [1.0] * count if self.reward_weights is None else self.reward_weights
         if len(weights) != count:
             raise UserError(
-                f"reward_weights has {len(weights)} values for {count} reward functions; give one "
-                "for each"
+                f"reward_weights has {len(weights)} values; give one for each of {count} functions"
             )
         self.weights = torch.tensor(weights)
         self.names = [_name(function) for function in self.reward_funcs]
@@ -175,8 +174,7 @@ class RewardObjective:
         ends, processors = _ends(model, self.tokenizer), LogitsProcessorList()
         if samples and self.temperature:
             copies, share = batch.get("copies", 1), batch.get("share")
-            noise = CommonNoise(self.seed, copies, self.temperature, self.top_p, share)
-            processors.append(noise)
+            processors.append(CommonNoise(self.seed, copies, self.temperature, self.top_p, share))
         config = GenerationConfig(
             max_new_tokens=self.max_completion_length,
             do_sample=False,

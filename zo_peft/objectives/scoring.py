@@ -216,8 +216,7 @@ class BlackBoxObjective:
     """A function of the adapter alone, without data: for example a server that uses the adapter.
 
     Args:
-        evaluate: takes the adapter's tensors, named as in `adapter_model.safetensors`, and returns
-            the loss.
+        evaluate: the loss of the adapter's tensors, named as in `adapter_model.safetensors`.
     """
 
     def __init__(self, evaluate: Callable[[dict[str, Tensor]], float]) -> None:

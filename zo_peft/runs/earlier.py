@@ -11,7 +11,7 @@ from zo_peft.models.adapters import saved_adapter
 from zo_peft.models.hub import public_name
 from zo_peft.train.results import read_results
 
-#: The file of a run that holds the path of a base that is a folder. It never goes to the Hub.
+#: The file of a run that says where a base and its tokenizer are. It never goes to the Hub.
 BASE_NAME = "zo_base.txt"
 
 #: Options of an adapter's base, of any rows, of rows of one's own, and of a benchmark task.
@@ -50,14 +50,21 @@ def options_of_run(words: Sequence[str]) -> dict[str, Any]:
     if not told:
         print(f"{public_name(adapter)} does not tell of its run; give its options", file=sys.stderr)
     noted = Path(adapter) / BASE_NAME
-    own_base = noted.read_text().strip() if noted.is_file() else told.get("model_name_or_path")
+    known = [*(noted.read_text().splitlines() if noted.is_file() else ()), None, None]
+    own_base = known[0] or told.get("model_name_or_path")
     own_base = own_base or saved_adapter(adapter)[0].base_model_name_or_path
-    if base is None or public_name(base) != public_name(own_base):
+    is_own = base is not None and public_name(base) == public_name(own_base)
+    if not is_own:
         found["model_name_or_path"] = own_base
+    if is_own or base is None:
+        tokenizer = known[1] or told.get("tokenizer_name")
+        found |= {"engine": told.get("engine"), "tokenizer_name": tokenizer}
     return found
 
 
-def note_base(folder: str, name: str) -> None:
-    """Write down where a base is, if it is a folder, in the folder of a run."""
-    if Path(name).is_dir():
-        (Path(folder) / BASE_NAME).write_text(f"{Path(name).absolute()}\n")
+def note_base(folder: str, *names: str) -> None:
+    """Write down where a base and its tokenizer are, if they are here, in the folder of a run."""
+    paths = [Path(name) for name in names]
+    if any(path.exists() for path in paths):
+        lines = [f"{p.absolute() if p.exists() else p}\n" for p in paths]
+        (Path(folder) / BASE_NAME).write_text("".join(lines))

@@ -28,7 +28,7 @@ def train(folder: Path, options: Sequence[str], command: str = "train") -> dict[
     metrics, noted = folder / METRICS_NAME, folder / OPTIONS_NAME
     resumed = get_last_checkpoint(str(folder)) or (folder / JOURNAL_NAME).is_file()
     if (metrics.is_file() or resumed) and _read(noted) != list(options):
-        raise UserError(f"{folder} holds a run with other options; remove it or choose another")
+        raise UserError(f"{folder} holds a run with other options; give another --output_dir")
     if not metrics.is_file():
         write_json(noted, list(options))
         argv = [sys.executable, "-m", "zo_peft", command, *options, "--output_dir", str(folder)]

@@ -44,8 +44,8 @@ class _Parser(HfArgumentParser, _Words):
 
     def __init__(self, name: str, arguments: Sequence[type]) -> None:
         kinds: Any = (OutputArguments, *arguments)
-        names: Any = {"prog": f"zo-peft {name}", "usage": "%(prog)s [options]"}
-        super().__init__(kinds, **names, allow_abbrev=False, add_help=False)
+        told: Any = {"prog": f"zo-peft {name}", "usage": "%(prog)s [options]"}
+        super().__init__(kinds, **told, allow_abbrev=False, add_help=False)
         self.add_argument("--help-all", "--help_all", action="help", help="Show this.")
         for action in self._actions:
             if action.choices is not None:
@@ -93,9 +93,7 @@ def parse(
     actions = {action.dest: action for action in parser._actions}
     before = [_words(name, v, actions[name]) for name, v in found.items() if v is not None]
     output, *filled, unknown = parser.parse_args_into_dataclasses(
-        [*chain(*before), *argv],
-        return_remaining_strings=True,
-        look_for_args_file=False,
+        [*chain(*before), *argv], return_remaining_strings=True, look_for_args_file=False
     )
     now = {name: value for part in filled for name, value in vars(part).items()}
     was = {name: parser.get_default(name) if v is None else v for name, v in found.items()}

@@ -31,8 +31,7 @@ class PredictArguments:
 
     output_file: str | None = HfArg(
         default=None,
-        help="File for the rows with their predictions: .jsonl or .csv. Default: JSON lines on "
-        "stdout.",
+        help="File for rows and predictions: .jsonl or .csv. Default: JSON lines on stdout.",
     )
 
 
@@ -46,8 +45,7 @@ def predict(
     `probability` and `probabilities` (by label), rounded to six decimals.
 
     Returns:
-        `output_file`, the number of `examples`, and the `rows`, which are None if they were
-        written to a file.
+        `output_file`, the number of `examples`, and the `rows`, None where a file has them.
 
     Raises:
         UserError: rows cannot be answered, or not be written; nothing has been written then.

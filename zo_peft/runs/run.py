@@ -91,7 +91,7 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         trainer.summary["dataset"] = TASKS[data.task].hub[0]
     if args.should_save:
         write_json(Path(args.output_dir) / METRICS_NAME, trainer.summary)
-        note_base(args.output_dir, model.model_name_or_path)
+        note_base(args.output_dir, *filter(None, (model.model_name_or_path, args.tokenizer_name)))
     trainer.save_model()
     trainer.save_state()
     return trainer.summary | {"output_dir": args.output_dir, "next": _next(model, data, args)}
@@ -102,8 +102,7 @@ def _check_same(folder: Path, steps: int, now: dict[str, Any]) -> None:
     path = folder / METRICS_NAME
     kept = json.loads(path.read_text()) if path.is_file() else {}
     was = kept["settings"] if kept.get("steps") == steps else now
-    changed = {name for name in {**was, **now} if was.get(name) != now.get(name)}
-    for name in sorted(changed):
+    for name in sorted({name for name in {**was, **now} if was.get(name) != now.get(name)}):
         raise UserError(
             f"{folder.name} holds a run that is over, with {name}={was.get(name)!r}, and now it is "
             f"{now.get(name)!r}; start it with its own options, or give another --output_dir"
@@ -229,10 +228,7 @@ def trainer_of(
     evaluation: list[Row] | None = None,
 ) -> Any:
     """A trainer of this kind for these arguments; its model and its data are loaded."""
-    if args.engine is not None:
-        served, tokenizer = _served(model, args)
-    else:
-        served, tokenizer = None, model.tokenizer()
+    served, tokenizer = _served(model, args) if args.engine else (None, model.tokenizer())
     num_labels, words = None, data.words() or []
     if model.task_type == "SEQ_CLS":
         # A new head that nobody trains would answer at random, so it gets no classes.

@@ -24,8 +24,7 @@ def training_examples(
         seed: decides which of a task's examples are taken.
     """
     if data.task is None:
-        split = data.dataset_train_split
-        made = _own_examples(data, data.train_file, split, classifies, generates)
+        made = _own_examples(data, data.train_file, data.dataset_train_split, classifies, generates)
         if made is None:
             raise UserError("nothing to train on; give --train_file, --dataset_name or --task")
         return made, None
@@ -56,8 +55,7 @@ def _own_examples(
 ) -> Examples | None:
     """Examples of the user's own file, or of a split of the user's own data set.
 
-    How the first of them was understood is said on stderr and written into `data`, so that it holds
-    for the others, too.
+    How the first was understood is said on stderr and written into `data`, to hold for the others.
     """
     if path is not None:
         source, rows = Path(path).name, read_rows(path)

@@ -22,7 +22,7 @@ from transformers.hf_argparser import HfArg
 from zo_peft.core import eps
 from zo_peft.core.batch import Batch
 from zo_peft.core.evaluator import wave_size
-from zo_peft.core.guide import CHECK_PASSES
+from zo_peft.core.guide import CHECK_PASSES, parts_of_check
 from zo_peft.core.lanes import NotInLanes
 from zo_peft.core.noise import CHUNK
 from zo_peft.core.strategies import STRATEGIES
@@ -60,8 +60,7 @@ class PlanArguments:
 
     gpu_memory: str | None = HfArg(
         default=None,
-        help="A GPU's memory: 24GB or 24GiB. The plan is for it, and says what fits. Default: a "
-        "plan for this machine.",
+        help="A GPU's memory: 24GB or 24GiB. A plan says what fits. Default: this machine.",
     )
     completion_length: int = HfArg(
         default=1, help="Tokens of an example that are scored; 1: label words of one token."
@@ -221,8 +220,8 @@ class Planner:
             read = 4 * self.tuned
         return self._memory(
             (self.weights, 4 * self.tuned * copies, candidates, activations, kept, logits),
-            # A check holds what was read of each part of the batch, too.
-            read * (1 + self._parts(batch))
+            # A check holds what was read of parts of the batch, too.
+            read * (1 + parts_of_check(self._parts(batch), self.tuned))
             + max(candidates + max(activations, logits, noise), reading),
             read + fit.adapter + noise,
             self._evaluation(eval_batch, length, fit.size),

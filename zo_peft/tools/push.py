@@ -33,8 +33,7 @@ def push(given: PushArguments) -> dict[str, Any]:
         their sizes as `bytes`, and the `url` of the commit, which is None for a dry run.
 
     Raises:
-        UserError: there is nothing to push, a file holds a token, or the Hub refuses; nothing has
-            been committed then.
+        UserError: there is nothing to push, a file holds a token, or the Hub refuses all of it.
     """
     folder = Path(given.folder)
     with hub_errors(given.repo_id):

@@ -46,8 +46,10 @@ def readout(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[
 
     Raises:
         UserError: there are no evaluation data, or the task is not one of label words of one token
-            or of classes.
+            or of classes, or an engine computes the base.
     """
+    if args.engine is not None:
+        raise UserError("an engine tells no hidden states; give the float model, or no readout")
     if args.chooses_folder:
         args.output_dir = f"{Path(model.model_name_or_path).resolve().name}-readout"
     resumes(model, args)

@@ -50,8 +50,7 @@ class ShowArguments:
 def replay(model: ModelArguments, given: ReplayArguments) -> dict[str, Any]:
     """Rebuild an adapter (or scales, or weights) from its base, starting values and journal.
 
-    On the same kind of device the result has the same bits. Only the arguments of `model` that
-    concern the base count.
+    On the same kind of device the result has the same bits. `model` counts for its base alone.
 
     Raises:
         UserError: the journal is damaged or belongs to another base; nothing has been written then.
@@ -83,8 +82,7 @@ def _replayed(arguments: ModelArguments, given: ReplayArguments) -> dict[str, An
     prepare(model, load_tokenizer(name, **arguments.source))
     if identity(model) != header["base"]:
         raise UserError(
-            f"{path.name} is of another base than {name}; give the one that the run started from, "
-            "loaded in the same way"
+            f"{path.name} is of another base than {name}; give the run's own, loaded as it was"
         )
     base = base_hash(model) if tune == "scales" else ""
     check_in_place(model, tune)

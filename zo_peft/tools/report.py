@@ -63,8 +63,7 @@ def page(runs: Sequence[Run], charts: dict[str, Path]) -> str:
     differ = {name for name in every if len({str(own.get(name, "")) for own in settings}) > 1}
     ordered = sorted(every, key=lambda name: (name not in differ, name))
     images = {name: base64.b64encode(path.read_bytes()).decode() for name, path in charts.items()}
-    template = Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True)
-    return template.render(
+    return Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True).render(
         title=f"zo_peft: {runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}",
         header=rows[0].keys(),
         rows=[list(own.values()) for own in rows],

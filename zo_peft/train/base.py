@@ -60,8 +60,7 @@ class BaseTrainer(Trainer):
             and the data set's columns.
         reward_funcs: functions of generated completions that are maximised instead, in the form of
             TRL's (`zo_peft.objectives.rewards.RewardObjective`).
-        eval_objective: what evaluation reports. By default that is `objective`, or what the columns
-            of `eval_dataset` say.
+        eval_objective: what evaluation reports; default: `objective`, or what `eval_dataset` says.
         data_collator, compute_metrics, callbacks: as in `Trainer`. The default metrics are those
             of the objective: `accuracy` of options or classes, `token_accuracy` of completions, or
             rewards.
@@ -299,9 +298,8 @@ class BaseTrainer(Trainer):
         """Raise a UserError unless the metric of the best model is among those of an evaluation."""
         wanted, known = self.args.metric_for_best_model, [n.removeprefix("eval_") for n in metrics]
         if wanted is not None and wanted.removeprefix("eval_") not in known:
-            raise UserError(
-                f"metric_for_best_model={wanted!r} is not measured; use one of {', '.join(known)}"
-            )
+            names = ", ".join(known)
+            raise UserError(f"metric_for_best_model={wanted!r} is not measured; use one of {names}")
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         self.check_metric(metrics)
@@ -344,7 +342,8 @@ class BaseTrainer(Trainer):
         folder = output_dir or self.args.output_dir
         if isinstance(self.model, PeftModel):
             adapters.save_adapter(self.model, folder)
-            served.save_adapter(self.model, folder)
+            if self.engine is not None:
+                self.engine.save_adapter(served.states_of(self.model.get_base_model()), folder)
         else:
             self.model.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
@@ -416,8 +415,7 @@ def _check_tuned(args: ZOConfig, model: str | AnyModel, peft_config: PeftConfig 
     kinds: Any = type(None) if isinstance(model, PeftModel) else PeftConfig
     if args.tune == "adapter" and not isinstance(peft_config, kinds):
         raise UserError(
-            "give a peft_config (a LoraConfig, for example) for a new adapter or a PeftModel: one "
-            "of the two"
+            "give either a peft_config (such as a LoraConfig), for a new adapter, or a PeftModel"
         )
 
 

@@ -195,17 +195,15 @@ def check_first_guided(config: "ZOConfig", passes: int) -> None:
     """Refuse a budget below the first step of a guided run, of `passes` for each micro-batch."""
     budget, first = config.max_forward_passes, passes * config.gradient_accumulation_steps
     if budget is not None and budget < first:
-        raise UserError(
-            f"max_forward_passes={budget} is less than the first step of guided may take, {first}; "
-            "raise it"
-        )
+        raise UserError(f"max_forward_passes={budget}; the first step of guided may take {first}")
 
 
 def choose_noise(config: "ZOConfig") -> None:
     """Full noise, unless low-rank noise is asked for or weights are tuned in our own way."""
     if config.noise_rank is None:
-        full = config.tune != "weights" or config.preset is not None
-        if config.low_rank_noise is None and full:
+        if config.low_rank_noise is None and (
+            config.tune != "weights" or config.preset is not None
+        ):
             config.noise_rank = 0
         else:
             config.noise_rank = RANKS[config.low_rank_noise or "eggroll"]
@@ -222,9 +220,7 @@ def check_values(config: "ZOConfig") -> None:
     if config.top_p > 1:
         raise UserError(f"top_p={config.top_p}; it must be above 0 and at most 1")
     if config.exact_layers and config.strategy != GUIDED:
-        raise UserError(
-            f"exact_layers={config.exact_layers}; it can be more than 0 only with strategy='guided'"
-        )
+        raise UserError(f"exact_layers={config.exact_layers} is for strategy='guided' alone")
     if config.strategy == GUIDED and config.update_rule in ALONG_CANDIDATES:
         raise UserError(
             f"update_rule={config.update_rule!r} moves along candidates; with strategy='guided' "
@@ -257,13 +253,12 @@ def check_candidates(config: "ZOConfig") -> None:
         raise UserError(f"carry_best=True has no meaning for strategy={config.strategy!r}")
     if config.carry_best and config.per_example_noise:
         raise UserError("carry_best=True needs per_example_noise=False: one best candidate a step")
-    if strategy == "gv" and config.weighting == "split":
-        top = int(config.elite_fraction * config.num_candidates)
-        if not 0 < top < config.num_candidates:
-            raise UserError(
-                f"elite_fraction={config.elite_fraction} of {config.num_candidates} candidates "
-                "leaves one side of the split empty"
-            )
+    split = strategy == "gv" and config.weighting == "split"
+    if split and not 0 < int(config.elite_fraction * config.num_candidates) < config.num_candidates:
+        raise UserError(
+            f"elite_fraction={config.elite_fraction} of {config.num_candidates} candidates leaves "
+            "one side of the split empty"
+        )
     if selects and config.num_candidates == 2:
         warnings.warn(
             f"{config.strategy} with num_candidates=2 learns no more than MeZO per step and spends "

@@ -221,13 +221,11 @@ class ZOConfig(TrainingArguments):
             self.update_rule = "fzoo" if self.tune == "weights" else guided
         checks.check_values(self)
         if self.num_candidates is None:
-            own = self.per_example_noise and self._examples >= 4
-            self.num_candidates = 4 if own else 8
+            self.num_candidates = 4 if self.per_example_noise and self._examples >= 4 else 8
         checks.check_candidates(self)
         if self.max_forward_passes is not None:
             self._limit_steps(self.max_forward_passes)
-        several = _processes() > 1 and not torch.accelerator.is_available()
-        if several or self.engine is not None:
+        if (_processes() > 1 and not torch.accelerator.is_available()) or self.engine is not None:
             # Else accelerate takes processes for unrelated ones, and all would write the same
             # files. And of an engine's model, nothing but the LoRA is here.
             self.use_cpu = True

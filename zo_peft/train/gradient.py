@@ -11,7 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from zo_peft.core.batch import Batch
 from zo_peft.core.faults import Faults
-from zo_peft.core.space import check_fit
+from zo_peft.core.space import fill
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import tuned_parameters
 from zo_peft.models.hub import AnyModel
@@ -117,10 +117,7 @@ class GradientTrainer(BaseTrainer):
         save_tensors(Path(output_dir) / TRAINED_NAME, self.trained)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *_: Any, **__: Any) -> None:
-        tensors = load_tensors(Path(resume_from_checkpoint) / TRAINED_NAME)
-        check_fit(self.trained, tensors)
-        for name, parameter in self.trained.items():
-            parameter.data.copy_(tensors[name])
+        fill(self.trained, load_tensors(Path(resume_from_checkpoint) / TRAINED_NAME))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

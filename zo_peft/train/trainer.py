@@ -248,8 +248,7 @@ class ZOTrainer(CheckpointTrainer):
         last = resume is True
         whose = folder if last or not resume else Path(str(resume)).resolve().parent
         path = whose / JOURNAL_NAME
-        settings = "the base, the adapter or the settings"
-        self.ranks.check(settings, header, *self._trained().values())
+        self.ranks.check("the base, the adapter or the settings", header, *self._trained().values())
         if self.tuner.guided is not None:
             header["guide"] = True
         if self.ranks.least(not resume or (last and not path.exists())):
@@ -413,8 +412,7 @@ class ZOTrainer(CheckpointTrainer):
             return super().get_train_dataloader()
         if not has_length(self.train_dataset) or self.accelerator.dispatch_batches:
             raise UserError("a streamed data set is read by one process; load it, or start one")
-        shared = self.ranks.collator(self.data_collator)
-        with replaced([(self, "data_collator", shared)]):
+        with replaced([(self, "data_collator", self.ranks.collator(self.data_collator))]):
             loader = super().get_train_dataloader()
         # Accelerate would have each rank skip what the others take, but all need every batch.
         for name, value in {"num_processes": 1, "process_index": 0, "even_batches": False}.items():

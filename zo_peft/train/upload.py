@@ -158,8 +158,7 @@ def _refusal(error: BaseException) -> str:
         return " ".join(str(error).split())
     remedies = {
         401: "the Hub does not know the token, or there is none; `hf auth login`, or set HF_TOKEN",
-        403: "this token may not write there; give a name of your own, or a token with the right "
-        "to write",
+        403: "this token may not write there; give a name of your own, or a token that may",
     }
     status, said = error.response.status_code, error.server_message or ""
     return remedies.get(status) or " ".join(f"the Hub answers {status}. {said}".split())
