@@ -236,6 +236,7 @@ def test_csv_and_stdout_hold_the_same(
 
 REFUSED: dict[str, tuple[list[str], str]] = {
     "kind": (["--output_file", "a.xlsx"], r"a\.xlsx: give a name that ends in \.jsonl or \.csv"),
+    "folder": (["--output_file", "made.csv"], r"made\.csv: give a name that ends in"),
     "no question": (["--eval_file", "bare.jsonl"], r"row 1: it has no column 'text'; it has id"),
     "taken": (
         ["--eval_file", "taken.jsonl"],
@@ -265,6 +266,7 @@ def test_what_cannot_be_answered_is_refused_in_one_line_and_nothing_is_written(
     write(folder / "taken.jsonl", [{"text": "a", "prediction": 1}])
     write(folder / "lacking.jsonl", [{"text": "a"}, {"title": "b"}])
     write(folder / "bare.jsonl", [{"id": 1}])
+    (folder / "made.csv").mkdir(exist_ok=True)
     write(folder / "long.jsonl", [{"text": "good " * 500}])
     run = run_of("several")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -330,7 +332,9 @@ def test_evaluate_reads_the_run_and_says_where_it_is_told_otherwise(
     )
 
 
-def test_options_of_a_run_are_those_that_its_adapter_needs(tmp_path: Path) -> None:
+def test_options_of_a_run_are_those_that_its_adapter_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     told = {
         "model_name_or_path": "facebook/opt-1.3b",
         "model_revision": "abc",
@@ -352,6 +356,9 @@ def test_options_of_a_run_are_those_that_its_adapter_needs(tmp_path: Path) -> No
 
     assert found(*given) == base | rows | task
     assert found(*given, "--eval_file=new.csv") == base | rows
+    # Rows of one's own have no prompts of the task by themselves.
+    line = "the run was of sst2, with prompts such as '{sentence} It was'\n"
+    assert capsys.readouterr().err == line
     assert found(*given, "--task", "rte") == base | rows
     # A tuned model is its own base, and another base is told apart.
     assert found("--model_name_or_path", str(tmp_path)) == rows | task

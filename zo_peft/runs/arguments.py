@@ -41,7 +41,7 @@ class ModelArguments:
         default="CAUSAL_LM", help="SEQ_CLS: a head for classes. The base may be an encoder."
     )
     adapter_name_or_path: str | None = HfArg(default=None, help="An adapter to evaluate or tune.")
-    peft_type: str = HfArg(default="LORA", help="LORA, PREFIX_TUNING, IA3 or any other of PEFT's.")
+    peft_type: str = HfArg(default="LORA", help="LORA, PREFIX_TUNING, IA3. All of PEFT's types.")
     lora_r: int = HfArg(default=8, help="LoRA's rank.")
     lora_alpha: int = HfArg(default=16, help="LoRA's alpha.")
     lora_target_modules: list[str] | None = HfArg(

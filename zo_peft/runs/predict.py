@@ -51,7 +51,7 @@ def predict(
         UserError: rows cannot be answered, or not be written; nothing has been written then.
     """
     output = None if given.output_file is None else Path(given.output_file)
-    if output is not None and output.suffix.lower() not in (".jsonl", ".csv"):
+    if output and (output.suffix.lower() not in (".jsonl", ".csv") or output.is_dir()):
         raise UserError(f"--output_file {output}: give a name that ends in .jsonl or .csv")
     if data.eval_file is not None:
         source, rows = Path(data.eval_file).name, read_rows(data.eval_file)
