@@ -126,12 +126,13 @@ def readout_run(trainer: ZOTrainer, rows: int) -> dict[str, Any]:
     """
     reset_peak()
     start = time.perf_counter()
-    v, passes = fit(trainer, math.ceil(rows / trainer.args.train_batch_size))
-    seconds, peak = time.perf_counter() - start, peak_mib()
-    train, dev = (
-        seen(trainer, trainer.get_eval_dataloader(trainer.eval_dataset[part]))
-        for part in ("train", "dev")
-    )
+    with trainer.model.disable_adapter():
+        v, passes = fit(trainer, math.ceil(rows / trainer.args.train_batch_size))
+        seconds, peak = time.perf_counter() - start, peak_mib()
+        train, dev = (
+            seen(trainer, trainer.get_eval_dataloader(trainer.eval_dataset[part]))
+            for part in ("train", "dev")
+        )
     right = (dev[1] + dev[0] @ v.T).argmax(dim=1) == dev[2]
     return {
         "train_loss": readout_loss(train, v).item(),

@@ -99,6 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with contextlib.nullcontext() if debug else _quiet():
             as_json, result = _run(name, command, rest)
+        # Of several processes, one speaks.
+        if os.environ.get("RANK", "0") == "0":
+            as_text = named(command.json) if command.json else json.dumps
+            print(as_text(result) if as_json else named("runs.texts:text")(name, result))
     except Exception as error:
         if debug and not isinstance(error, UserError):
             raise
@@ -109,10 +113,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
-    # Of several processes, one speaks.
-    if os.environ.get("RANK", "0") == "0":
-        as_text = named(command.json) if command.json else json.dumps
-        print(as_text(result) if as_json else named("runs.texts:text")(name, result))
     return 0
 
 
@@ -164,8 +164,8 @@ def _run(name: str, command: Command, argv: Sequence[str]) -> tuple[bool, dict[s
 
     arguments = [named(argument) for argument in command.arguments]
     defaults = named(command.defaults) if command.defaults else None
-    given = command.positional, command.trains
-    output, parsed = parse(name, arguments, argv, *given, defaults=defaults)
+    trains = [*map(named, RUN)] if command.trains else []
+    output, parsed = parse(name, arguments, argv, command.positional, trains, defaults)
     # Trainer prints its logs on stdout, where only the result belongs.
     with contextlib.redirect_stdout(sys.stderr):
         return output.json, named(command.job)(*parsed)

@@ -77,6 +77,15 @@ def test_which_labels_are_classes() -> None:
         assert find_words(labels, "c", False, False) is None
 
 
+def test_a_truth_value_without_a_word_of_its_own_is_refused() -> None:
+    assert [index_of(value, ["no", "yes"]) for value in (True, False)] == [1, 0]
+    assert [index_of(value, ["bad", "good"]) for value in (True, False)] == [1, 0]
+    # As an index, False would be "true".
+    assert index_of(True, ["true", "fake"]) == 0
+    with pytest.raises(UserError, match="label False is not among the label words"):
+        index_of(False, ["true", "fake"])
+
+
 def test_a_mapping_gives_the_word_of_each_label() -> None:
     words = {"-1": "bad", "0": "good", "1": "good"}
     rows = [{"text": "x", "label": label} for label in ("1", -1, 0)]

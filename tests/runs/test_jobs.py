@@ -96,12 +96,14 @@ def test_seeds_are_summed_up_and_presets_and_the_readout_take_part(
     runner = recorded(monkeypatch, *(one | common | {"examples_forwarded": 80} for one in fake))
     monkeypatch.setattr(compare, "plot", lambda *_: None)
     argv = ["compare", "--strategies", "readout", "paper-mezo", "--max_forward_passes", "20"]
-    argv += ["--seeds", "2", "--seed", "7", "--output_dir", str(tmp_path)]
+    (tmp_path / "c.yaml").write_text("prompt_template: '{text} is'\nseed: 7\nseeds: 2\n")
+    argv += ["--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path)]
     assert main([*argv, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [command[3] for command in runner.commands] == ["readout", "readout", "train", "train"]
     for command, seed in zip(runner.commands, "7878"):
         assert [command[i + 1] for i, word in enumerate(command) if word == "--seed"][-1] == seed
+        assert "--prompt_template={text} is" in command
     assert ("--preset", "paper-mezo") in zip(runner.commands[2], runner.commands[2][1:])
     assert not {"--preset", "--strategy"} & {*runner.commands[0]}
     assert found["readout"]["metric_after"] == pytest.approx(0.7)
@@ -109,8 +111,41 @@ def test_seeds_are_summed_up_and_presets_and_the_readout_take_part(
     assert found["readout"]["wall_seconds"] == 1.5
     assert main(argv) == 0
     assert "0.7000 +- 0.1414" in capsys.readouterr().out
-    assert main([*argv[:-4], "--seeds", "0"]) == 2
+    assert main([*argv, "--seeds", "0"]) == 2
     assert "seeds=0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "message"),
+    [
+        ("compare", ["--strategy", "gv"], "--strategy is of one run; name what is compared in"),
+        ("compare", ["--sede", "3"], "unknown argument --sede (did you mean --seed?)"),
+        ("compare", ["--seed", "x"], "argument --seed: invalid int value: 'x'; see zo-peft"),
+        ("compare", ["--config"], "argument --config: expected one argument; see zo-peft"),
+        ("reproduce", ["--learning_rate", "1"], "--learning_rate is of one run; here are the"),
+        ("reproduce", ["--seed=1"], "--seed is of one run; here are the published rates, and"),
+    ],
+)
+def test_an_option_that_no_run_would_heed_is_refused(
+    command: str,
+    given: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded(monkeypatch)  # would fail if anything ran
+    own = {"compare": ["--max_forward_passes", "9"], "reproduce": ["--task", "sst2"]}
+    assert main([command, "--model_name_or_path", MODEL, *own[command], *given]) == 2
+    assert f"zo-peft: error: {message}" in capsys.readouterr().err
+
+
+def test_a_readout_needs_the_same_words_in_all_rows(tmp_path: Path) -> None:
+    rows = [{"prompt": "It was", "options": words, "label": 0} for words in ("ab", "ba")]
+    rows = [{**row, "options": [*row["options"]]} for row in rows]
+    args = ZOConfig(str(tmp_path), use_cpu=True)
+    trainer = BaseTrainer(MODEL, args, eval_dataset=rows)
+    with pytest.raises(UserError, match="a readout needs label words of one token"):
+        readout.seen(trainer, trainer.get_eval_dataloader())
 
 
 def test_the_readout_is_the_best_head_on_the_frozen_states(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from peft import PeftModel
@@ -242,6 +243,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "column": (["--eval_file", "lacking.jsonl"], r"lacking\.jsonl, row 2: it has no column 'text'"),
     "one word": (["--label_words", "great"], r"give two or more different words"),
+    "auto": (["--label_words", "auto"], r"auto reads labels, which rows to answer lack"),
     "context": (
         ["--eval_file", "long.jsonl"],
         r"row 1: it has \d+ tokens, but the model's context",
@@ -274,6 +276,32 @@ def test_what_cannot_be_answered_is_refused_in_one_line_and_nothing_is_written(
     assert printed.out == ""
     assert re.search(f"zo-peft: error: .*{message}", printed.err.splitlines()[-1])
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("words", ["good,bad", "bad,so so,good"])
+def test_a_head_keeps_its_classes(
+    words: str, run_of: Callable[[str], Path], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Words in another order would swap all answers; with more words, some would have none."""
+    argv = [str(run_of("classes")), str(folder / "classes.jsonl"), "--label_words", words]
+    for command in ("predict", "evaluate"):
+        assert main([command, *argv, "--use_cpu"]) == 2
+        assert "has 2 classes; give a label word for each" in capsys.readouterr().err
+
+
+def test_dates_of_a_parquet_file_are_written_as_text(
+    run_of: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": row["text"], "day": pandas.Timestamp(2024, 2, 3)} for row in TEXTS[:2]]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "new.parquet")
+    argv = ["predict", str(run_of("one")), str(tmp_path / "new.parquet"), "--use_cpu"]
+    capsys.readouterr()
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["day"] for row in found] == ["2024-02-03 00:00:00"] * 2
+    assert main(argv) == 0
+    assert lines(capsys.readouterr().out) == found
+    assert predicted(run_of("one"), tmp_path / "new.parquet") == found
 
 
 # ---- What is read of a run -----------------------------------------------------------------------

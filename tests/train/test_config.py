@@ -210,6 +210,7 @@ def test_every_field_of_its_own_is_documented() -> None:
         ({"adam_beta1": 0.8}, ["adam_beta1", "momentum"]),
         ({"use_liger_kernel": True}, ["use_liger_kernel", "backward"]),
         ({"prediction_loss_only": True}, ["prediction_loss_only", "metric"]),
+        ({"num_train_epochs": 1, "max_forward_passes": 900}, ["num_train_epochs", "not both"]),
         ({"eval_do_concat_batches": False}, ["eval_do_concat_batches", "metric"]),
         ({"train_sampling_strategy": "length"}, ["train_sampling_strategy='length'", "random"]),
         ({"lr_scheduler_kwargs": "power"}, ["lr_scheduler_kwargs='power'", "JSON object"]),
@@ -332,7 +333,7 @@ def test_a_preset_fixes_the_published_fields_and_no_others(preset: str, tmp_path
 )
 def test_a_preset_refuses_another_value(preset: str, name: str, tmp_path: Path) -> None:
     published, other = PUBLISHED[preset][name]
-    with pytest.raises(UserError, match=f"fixes {name}={published!r}; {other!r} was given"):
+    with pytest.raises(UserError, match=f"fixes {name}={published!r}, not {other!r}"):
         make(tmp_path, preset=preset, **{name: other})
 
 

@@ -551,6 +551,17 @@ def test_learns_the_gradient_direction(tmp_path: Path) -> None:
     assert min(cosines) > 0
 
 
+def test_questions_may_come_from_an_iterator_and_are_all_of_one_kind(tmp_path: Path) -> None:
+    run = make_trainer(tmp_path)
+    asked = [{"prompt": row["prompt"], "options": row["options"]} for row in examples("test", 3)]
+    found = run.predict(iter(asked), metric_key_prefix="new")
+    assert (found.predictions == run.predict(asked).predictions).all()
+    assert "new_runtime" in found.metrics
+    for rows in ([*asked, {"prompt": "It was"}], [{"prompt": "It was"}, *asked]):
+        with pytest.raises(UserError, match=r"row \d: it has an answer or options, or has none"):
+            run.predict(rows)
+
+
 def test_predictions_come_back_in_the_order_of_the_rows(tmp_path: Path) -> None:
     """Also with batches of like length, which is the default of training."""
     trainer = make(tmp_path, per_device_eval_batch_size=4)

@@ -267,7 +267,10 @@ def _text(label: object, words: Collection[str]) -> str:
         raise UserError("null is no label; write one there, or drop the row")
     if isinstance(label, bool):
         meant = ("true", "yes") if label else ("false", "no")
-        return next((word for word in words if word.lower() in meant), str(int(label)))
+        means = {word.lower() for word in words} & {"true", "yes", "false", "no"}
+        # With a word for the other truth value alone, a number would be a guess.
+        unsaid = meant[0] if means else str(int(label))
+        return next((word for word in words if word.lower() in meant), unsaid)
     text = str(label).strip()
     # pandas writes whole numbers of a column with gaps so.
     return text if text in words else text.removesuffix(".0")

@@ -15,7 +15,6 @@ from zo_peft.errors import Notice, UserError
 
 Row = dict[str, Any]
 Form = tuple[str, ...]
-Messages = list[dict[str, Any]]
 
 #: The columns of each form of example that `zo_peft.data` describes.
 FORMS: tuple[Form, ...] = (
@@ -227,11 +226,11 @@ def _numbers(value: Any) -> list[int]:
     return value
 
 
-def _messages(value: Any) -> Messages:
+def _messages(value: Any) -> list[Row]:
     return _listed(value, _message, "messages with role and content")
 
 
-def _message(value: Any) -> dict[str, Any]:
+def _message(value: Any) -> Row:
     message = _without_nulls(value)
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise UserError(f"{reprlib.repr(value)} must be a message with role and content")
@@ -245,7 +244,7 @@ def _message(value: Any) -> dict[str, Any]:
 
 
 def _conversation(row: Row) -> Row:
-    """Messages; the turns behind the last one of the assistant teach nothing, and are left out."""
+    """list[Row]; the turns behind the last one of the assistant teach nothing, and are left out."""
     turns = _turns(row)
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()

@@ -10,16 +10,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from zo_peft.data.forms import (
-    FORMS,
-    Form,
-    Messages,
-    Row,
-    example_of,
-    fitting_form,
-    form_of,
-    located,
-)
+from zo_peft.data.forms import FORMS, Form, Row, example_of, fitting_form, form_of, located
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import check_token
 
@@ -159,9 +150,8 @@ class Tokenization:
                 right = example_of(columns)
                 options = right.get("options", [right.get("completion")])
                 answer = options[_index(right.get("label", 0), len(options), "options")]
-                columns["answers"] = [
-                    answer if isinstance(answer, str) else answer[-1].get("content", "")
-                ]
+                answer = answer if isinstance(answer, str) else answer[-1].get("content", "")
+                columns["answers"] = [answer]
         if isinstance(prompt, str):
             ids = self._ids(prompt)
         else:
@@ -196,7 +186,7 @@ class Tokenization:
             raise UserError("its text has fewer than two tokens")
         return {"input_ids": ids, "labels": ids}
 
-    def _messages(self, messages: Messages, tools: list[Any] | None, first: int = 1) -> Row:
+    def _messages(self, messages: list[Row], tools: list[Any] | None, first: int = 1) -> Row:
         """The loss is on the turns of the assistant from the first on that have no weight of 0."""
         turns, roles = [], [message["role"] for message in messages]
         if len(roles) < 2 or roles[-1] != "assistant":
@@ -234,7 +224,7 @@ class Tokenization:
             )
         return {"input_ids": ids, "labels": labels}
 
-    def _check_shown(self, text: str, messages: Messages, tools: list[Any] | None) -> None:
+    def _check_shown(self, text: str, messages: list[Row], tools: list[Any] | None) -> None:
         """Refuse tools, and parts of messages, that the chat template leaves out."""
         if tools and self._rendered(messages, None) == text:
             raise UserError("the chat template does not show 'tools'; drop the column")
@@ -243,7 +233,7 @@ class Tokenization:
             if self._rendered(without, tools) == text:
                 raise UserError(f"the chat template does not show {key!r} of its messages; drop it")
 
-    def _rendered(self, messages: Messages, tools: list[Any] | None, **kwargs: bool) -> str:
+    def _rendered(self, messages: list[Row], tools: list[Any] | None, **kwargs: bool) -> str:
         if not self.tokenizer.chat_template:
             raise UserError(
                 "the tokenizer has no chat template; set one (--chat_template chatml, or a file), "

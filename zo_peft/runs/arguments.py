@@ -41,9 +41,7 @@ class ModelArguments:
         default="CAUSAL_LM", help="SEQ_CLS: a head for classes. The base may be an encoder."
     )
     adapter_name_or_path: str | None = HfArg(default=None, help="An adapter to evaluate or tune.")
-    peft_type: str = HfArg(
-        default="LORA", help="LORA, PREFIX_TUNING, IA3 and so on. All of PEFT's types."
-    )
+    peft_type: str = HfArg(default="LORA", help="LORA, PREFIX_TUNING, IA3 or any other of PEFT's.")
     lora_r: int = HfArg(default=8, help="LoRA's rank.")
     lora_alpha: int = HfArg(default=16, help="LoRA's alpha.")
     lora_target_modules: list[str] | None = HfArg(
@@ -97,9 +95,10 @@ class ModelArguments:
             ) from error
 
 
-#: Options of data that a task brings itself, and those that only a task has.
+#: Options of data that a task brings itself, those that only a task has, or a data set of the Hub.
 OWN = ("train_file", "eval_file", "dataset_name", "prompt_template", "label_column", "label_words")
 OF_A_TASK = ("task_data_dir", "num_train", "num_dev", "num_eval", "shots")
+OF_THE_HUB = ("dataset_config", "dataset_train_split", "dataset_test_split")
 
 
 @dataclass
@@ -117,9 +116,7 @@ class DataArguments:
         default=None, help="The same, to validate on. Default: 500, or 100 for cb and copa."
     )
     num_eval: int = HfArg(default=1000, help="How many of a task's test examples to evaluate on.")
-    shots: int = HfArg(
-        default=0, help="evaluate: answered examples before each prompt (in-context)."
-    )
+    shots: int = HfArg(default=0, help="evaluate: answered examples before each prompt.")
     reward_funcs: list[str] | None = HfArg(
         default=None,
         help="Rewards of completions, as module:function. They are maximised. Each takes prompts, "
@@ -130,9 +127,7 @@ class DataArguments:
     dataset_name: str | None = HfArg(default=None, help="A data set on the Hub.")
     dataset_config: str | None = HfArg(default=None, help="The data set's configuration.")
     dataset_train_split: str = HfArg(default="train", help="The data set's split to train on.")
-    dataset_test_split: str | None = HfArg(
-        default=None, help="The data set's split to evaluate on."
-    )
+    dataset_test_split: str | None = HfArg(default=None, help="Its split to evaluate on.")
     prompt_template: str | None = HfArg(
         default=None, help="The prompt, with {column} for a row's values. \\n is a new line."
     )
@@ -161,6 +156,8 @@ class DataArguments:
             raise UserError(f"--{unused[0]} {why}; drop one of the two")
         if self.eval_file and self.dataset_test_split:
             raise UserError("give --eval_file or --dataset_test_split, not both")
+        if given := [name for name in changed if name in OF_THE_HUB and not self.dataset_name]:
+            raise UserError(f"--{given[0]} is of a --dataset_name; give one, or drop it")
         if self.train_file and self.dataset_name and not self.dataset_test_split:
             raise UserError("give --train_file or --dataset_name, not both")
         if self.prompt_template is not None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zo_peft.data.tasks import TASKS
 from zo_peft.models.adapters import saved_adapter
 from zo_peft.models.hub import public_name
 from zo_peft.train.results import read_results
@@ -30,14 +31,19 @@ def options_of_run(words: Sequence[str]) -> dict[str, Any]:
         words: the command line and the options of its configuration file.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("adapter_name_or_path", "model_name_or_path", "task", "eval_file", "dataset_name"):
+    read = "adapter_name_or_path model_name_or_path task eval_file dataset_name prompt_template"
+    for name in read.split():
         finder.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?")
     given, _ = finder.parse_known_args(words)
     adapter, base = given.adapter_name_or_path, given.model_name_or_path
     told = read_results(adapter or base).get("settings", {}) if adapter or base else {}
     names = [*OF_ROWS, *(OF_BASE if adapter else ())]
     if given.task is None:
-        names += OF_OWN if given.eval_file or given.dataset_name or "task" not in told else OF_TASK
+        own = given.eval_file or given.dataset_name or "task" not in told
+        names += OF_OWN if own else OF_TASK
+        if own and told.get("task") in TASKS and given.prompt_template is None:
+            name, prompt = told["task"], TASKS[told["task"]].prompt
+            print(f"the run was of {name}, with prompts such as {prompt!r}", file=sys.stderr)
     found = {name: told.get(name) for name in names} if told else {}
     if adapter is None:
         return found

@@ -32,12 +32,20 @@ class OutputArguments:
     json: bool = HfArg(default=False, help="Print one JSON object on stdout, and nothing else.")
 
 
-class _Parser(HfArgumentParser):
-    """Takes choices in either case, hides what is refused, and reports an error in one line."""
+class _Words(argparse.ArgumentParser):
+    """Reports an error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+class _Parser(HfArgumentParser, _Words):
+    """Takes choices in either case, and hides what is refused."""
 
     def __init__(self, name: str, arguments: Sequence[type]) -> None:
-        names = {"prog": f"zo-peft {name}", "usage": "%(prog)s [options]"}
-        super().__init__((OutputArguments, *arguments), **names, allow_abbrev=False, add_help=False)
+        kinds: Any = (OutputArguments, *arguments)
+        told: Any = {"prog": f"zo-peft {name}", "usage": "%(prog)s [options]"}
+        super().__init__(kinds, **told, allow_abbrev=False, add_help=False)
         self.add_argument("--help-all", "--help_all", action="help", help="Show this.")
         for action in self._actions:
             if action.choices is not None:
@@ -46,12 +54,9 @@ class _Parser(HfArgumentParser):
             if any(action.dest == name or action.dest.startswith(f"{name}_") for name in REFUSED):
                 action.help = argparse.SUPPRESS
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-    def refuse_unknown(self, words: Iterable[str]) -> None:
-        """Refuse the first word that is no option, and say which one may be meant."""
-        known = {**self._option_string_actions, "--config": None}
+    def refuse_unknown(self, words: Iterable[str], more: Iterable[str] = ()) -> None:
+        """Refuse the first word that is no option, or one of `more`; say which may be meant."""
+        known = {*self._option_string_actions, "--config", *more}
         for word in words:
             if word.partition("=")[0] not in known:
                 meant = guess(word, (name.lstrip("-") for name in known))
@@ -63,7 +68,7 @@ def parse(
     arguments: Sequence[type],
     argv: Sequence[str],
     positional: Sequence[str] = (),
-    trains: bool = False,
+    trains: Sequence[type] = (),
     defaults: Callable[[Sequence[str]], dict[str, Any]] | None = None,
 ) -> tuple[OutputArguments, list[Any]]:
     """The arguments of a command, or a UserError. The command line overrides a `--config` file.
@@ -71,7 +76,8 @@ def parse(
     Args:
         arguments: the command's dataclasses.
         positional: names of arguments that may come first without their names.
-        trains: all other options are those of `zo-peft train`. They are returned last, as a list.
+        trains: the dataclasses of `zo-peft train`. All other options are of these, and are returned
+            last, as a list of words.
         defaults: takes the options that are given, and returns those of a run, which count where
             none is given. A line on stderr says where others are given.
     """
@@ -79,10 +85,10 @@ def parse(
         if len(argv) > 2 * index and not argv[2 * index].startswith("-"):
             argv = [*argv[: 2 * index], f"--{argument}", *argv[2 * index :]]
     parser = _Parser(name, arguments)
-    if not trains:
-        # As for argparse, what has a space is a value.
-        parser.refuse_unknown(w for w in argv if re.match(r"--[^\s=]*(=|$)", w))
-        argv = _with_file(parser, argv)
+    of_train = _Parser("train", trains)._option_string_actions if trains else {}
+    # As for argparse, what has a space is a value.
+    parser.refuse_unknown((w for w in argv if re.match(r"--[^\s=]*(=|$)", w)), of_train)
+    argv = _with_file(parser, argv, of_train)
     found = {} if defaults is None else defaults(argv)
     actions = {action.dest: action for action in parser._actions}
     before = [_words(name, v, actions[name]) for name, v in found.items() if v is not None]
@@ -99,12 +105,14 @@ def parse(
     return output, filled
 
 
-def _with_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+def _with_file(
+    parser: argparse.ArgumentParser, argv: Sequence[str], more: dict[str, argparse.Action]
+) -> list[str]:
     """The options of a `--config` file, then those of the command line, which override them."""
-    file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    file_parser = _Words(parser.prog, add_help=False, allow_abbrev=False)
     file_parser.add_argument("--config")
     given, rest = file_parser.parse_known_args(argv)
-    actions = {action.dest: action for action in reversed(parser._actions)}
+    actions = {action.dest: action for action in (*more.values(), *reversed(parser._actions))}
     # Only for --help: the option has been taken out of the command line.
     parser.add_argument(
         "--config",
@@ -113,7 +121,9 @@ def _with_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str
     )
     options = {} if given.config is None else _read_options(given.config)
     words: list[str] = []
-    for option, value in options.items():
+    own = {action.dest for action in parser._actions}
+    # argparse takes what it does not know and has a space for one more value of a list before it.
+    for option, value in sorted(options.items(), key=lambda given: given[0] in own):
         if option not in actions or option == "help_all":
             meant = guess(str(option), actions)
             raise UserError(f"--config {given.config} has an unknown option {option!r}{meant}")

@@ -61,6 +61,8 @@ def predict(
         raise UserError("nothing to answer; give a file of rows, or --dataset_name and its split")
     if taken := [name for name in ADDED if any(name in row for row in rows)]:
         raise UserError(f"{source} has a column {taken[0]!r} already; rename it")
+    if data.label_words == ["auto"]:
+        raise UserError("--label_words auto reads labels, which rows to answer lack; give words")
     # What was maximised has no say in an answer.
     args.objective = None
     given_words, words = data.given_words(), data.words() or []
@@ -68,7 +70,9 @@ def predict(
     # No rows: label words are looked at, and whether they have a template.
     template, column = data.prompt_template, data.label_column
     make_examples((), source, template, column, given_words, classifies)
-    questions = converted(source, rows, lambda row: _question(row, template, words, classifies))
+    questions = converted(source, rows, lambda row: _asked(row, template, words, classifies))
+    # Of Parquet files, dates and the like become text.
+    rows = json.loads(json.dumps(rows, default=str))
     with tempfile.TemporaryDirectory() as args.output_dir:
         trainer = trainer_of(BaseTrainer, model, data, args)
         answers = trainer.predict(questions)
@@ -92,28 +96,26 @@ def _titles(given: Words | None, words: Sequence[str]) -> dict[str, str]:
     return {word: label for label, word in pairs.items()}
 
 
-def _question(row: Row, template: str | None, words: Sequence[str], classifies: bool) -> Row:
+def _asked(row: Row, template: str | None, words: Sequence[str], classifies: bool) -> Row:
     """The example that a row is, without its answer if it has one."""
     if classifies:
         return {"text": fill_template(template or "{text}", row)}
     if template is not None:
         return {"prompt": fill_template(template, row), **({"options": [*words]} if words else {})}
     row = question_of(row)
-    prompt = row.get("prompt")
-    if prompt is None and row.get("messages"):
-        prompt = [*row["messages"]]
-        while prompt and prompt[-1]["role"] == "assistant":
-            prompt.pop()
-    if not (prompt := row.get("text") if prompt is None else prompt):
+    turns = [*(row.get("messages") or ())]
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    prompt = next((asked for asked in (row.get("prompt"), turns, row.get("text")) if asked), None)
+    if prompt is None:
         raise UserError(f"it has the columns {named(row)}; give a --prompt_template")
     return {"prompt": prompt, **{n: row[n] for n in ("options", *OPTIONAL) if n in row}}
 
 
 def _labelled(probabilities: Any, labels: Sequence[Any]) -> Row:
-    shares = [round(float(share), 6) for share in probabilities[: len(labels)]]
-    best = int(probabilities.argmax())
-    by_label = dict(zip(labels, shares))
-    return {"prediction": labels[best], "probability": shares[best], "probabilities": by_label}
+    shares = {label: round(float(share), 6) for label, share in zip(labels, probabilities)}
+    best = labels[probabilities.argmax()]
+    return {"prediction": best, "probability": shares[best], "probabilities": shares}
 
 
 def _write(path: Path, rows: list[Row]) -> None:

@@ -25,7 +25,7 @@ from zo_peft.models.adapters import load_adapter, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
 from zo_peft.models.loading import load_base
 from zo_peft.objectives.rewards import RewardObjective, generates, load_function
-from zo_peft.runs.arguments import DataArguments, ModelArguments
+from zo_peft.runs.arguments import OF_THE_HUB, DataArguments, ModelArguments
 from zo_peft.runs.earlier import note_base
 from zo_peft.runs.jobs import flags
 from zo_peft.runs.sources import evaluation_examples, training_examples
@@ -34,7 +34,7 @@ from zo_peft.train.base import BaseTrainer
 from zo_peft.train.checks import GRADIENT
 from zo_peft.train.config import ZOConfig, run_settings
 from zo_peft.train.gradient import GradientTrainer
-from zo_peft.train.results import METRICS_NAME, given, results, write_json
+from zo_peft.train.results import METRICS_NAME, given, read_results, results, write_json
 from zo_peft.train.trainer import ZOTrainer
 
 #: The options whose values are names on the Hub or folders, and those that are always paths.
@@ -45,10 +45,9 @@ FILES = {"train_file", "eval_file", "task_data_dir", "chat_template"}
 IN_PYTORCH = ["model_revision", "dtype", "load_in_8bit", "load_in_4bit", "device_map"]
 IN_PYTORCH += ["trust_remote_code", "task_type"]
 
-#: Options of a LoRA, of a benchmark task, and of a data set of the Hub.
+#: Options of a LoRA, and of a benchmark task.
 LORA = {"lora_r", "lora_alpha"}
 TASK = {"num_train", "num_dev", "num_eval"}
-HUB = {"dataset_config", "dataset_train_split", "dataset_test_split"}
 
 
 def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
@@ -197,7 +196,7 @@ def _next(model: ModelArguments, data: DataArguments, args: ZOConfig) -> list[st
 
 def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
     """The options that had a say in a run, by name."""
-    idle = {"shots"} | (HUB if data.dataset_name is None else set())
+    idle = {"shots"} | ({*OF_THE_HUB} if data.dataset_name is None else set())
     idle |= TASK if data.task is None else set()
     if data.prompt_template is None:
         idle.add("label_column")
@@ -242,6 +241,13 @@ def trainer_of(
             raise UserError(
                 f"the adapter is of task_type {config.task_type}, not {model.task_type}; give its "
                 "own --task_type"
+            )
+        own = read_results(model.adapter_name_or_path).get("label_words") or words
+        swapped = own != words and sorted(own) == sorted(words)
+        if classes and words and (len(words) != classes or swapped):
+            raise UserError(
+                f"the adapter's head has {classes} classes; give a label word for each, in their "
+                f"order{': ' + ', '.join(own) if len(own) == classes else ''}"
             )
     # A new head is part of the run.
     set_seed(args.seed)

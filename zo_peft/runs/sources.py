@@ -79,10 +79,9 @@ def _own_examples(
 def _find_words(data: DataArguments, rows: list[Row], classifies: bool, generates: bool) -> None:
     """Write label words of the rows, and a template for text + label, into `data` that has none."""
     column, asked = data.label_column or "label", data.label_words == ["auto"]
-    is_pair = (
-        data.prompt_template is None and form_of(rows[0]) == ("text", "label") and not classifies
-    )
-    wanted = (data.prompt_template is not None or is_pair or classifies) and not generates
+    has_template = data.prompt_template is not None
+    is_pair = form_of(rows[0]) == ("text", "label") and not (has_template or classifies)
+    wanted = (has_template or is_pair or classifies) and not generates
     if asked or (wanted and data.label_words is None):
         sure = classifies or data.label_column is None
         words = find_words(column_of(rows, column), column, asked, sure)

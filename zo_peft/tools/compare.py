@@ -1,6 +1,5 @@
 """`zo-peft compare`: train with several strategies on the same budget of forward passes."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +17,13 @@ from zo_peft.tools.charts import smooth
 from zo_peft.tools.history import load
 from zo_peft.tools.readout import READOUT
 from zo_peft.train.checks import GRADIENT, GRADIENT_PASSES, GUIDED, PRESETS
-from zo_peft.train.config import ZOConfig
 from zo_peft.train.results import write_json
 
 RESULT_NAME, PLOT_NAME = "comparison.json", "comparison.png"
 
 #: The entries of `zo_metrics.json` that are means over seeds.
-MEANS: tuple[str, ...] = (
-    "metric_before",
-    "metric_after",
-    "eval_loss_before",
-    "eval_loss_after",
-    "wall_seconds",
-)
-MEANS += ("steps", "forward_passes", "examples_forwarded", "peak_memory_bytes")
+MEANS = ["metric_before", "metric_after", "eval_loss_before", "eval_loss_after", "wall_seconds"]
+MEANS += ["steps", "forward_passes", "examples_forwarded", "peak_memory_bytes"]
 
 #: How many points a line of a run with gradients has, which is drawn from its log.
 POINTS = 100
@@ -49,9 +41,8 @@ class CompareArguments:
         help="Strategies of zo-peft train, adam and sgd with gradients; presets, such as "
         "paper-mezo; or readout, the best linear head on the frozen base.",
     )
-    seeds: int = HfArg(
-        default=1, help="How many seeds, from --seed on; the table has mean and deviation."
-    )
+    seeds: int = HfArg(default=1, help="How many seeds, of which the table has mean and deviation.")
+    seed: int = HfArg(default=42, help="The first seed.")
     output_dir: str = HfArg(default="zo_peft_compare", help="Folder of the result and of each run.")
 
 
@@ -75,10 +66,9 @@ def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
             raise UserError(f"strategy {name!r} is not known; use some of {expected}")
     if given.seeds < 1:
         raise UserError(f"seeds={given.seeds}; it must be 1 or more")
-    folder, budget = Path(given.output_dir), given.max_forward_passes
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--seed", type=int, default=ZOConfig.seed)
-    first = parser.parse_known_args(options)[0].seed
+    if twice := {"--strategy", "--preset"} & {word.partition("=")[0] for word in options}:
+        raise UserError(f"{min(twice)} is of one run; name what is compared in --strategies")
+    folder, budget, first = Path(given.output_dir), given.max_forward_passes, given.seed
     runs: dict[str, dict[str, dict[str, Any]]] = {}
     for name in given.strategies:
         runs[name] = {}
@@ -117,23 +107,20 @@ def plot(folder: Path, result: dict[str, Any], runs: dict[str, list[str]]) -> No
     """
     figure = Figure(figsize=(12, 7), layout="constrained")
     panels = figure.subplot_mosaic([["losses"] * 3, ["metric", "seconds", "memory"]])
+    losses = panels["losses"]
     for index, (name, folders) in enumerate(runs.items()):
         if name == READOUT:
             loss = result[name]["eval_loss_after"]
-            panels["losses"].axhline(loss, color=f"C{index}", ls="--", label=f"{name} (evaluation)")
+            losses.axhline(loss, color=f"C{index}", ls="--", label=f"{name} (evaluation)")
             continue
         for run in folders:
             steps = load(folder / run, run).steps.dropna(subset="loss")
             # The legend names each strategy once.
             label, style = name if run == folders[0] else f"_{run}", f"C{index}.-"
-            panels["losses"].plot(
-                steps["forward_passes"], smooth(steps["loss"]), style, label=label
-            )
-    panels["losses"].set(
-        xlabel="forward passes (a backward pass counts as two)",
-        ylabel="training loss, trailing mean",
-    )
-    panels["losses"].legend()
+            losses.plot(steps["forward_passes"], smooth(steps["loss"]), style, label=label)
+    losses.set_xlabel("forward passes (a backward pass counts as two)")
+    losses.set_ylabel("training loss, trailing mean")
+    losses.legend()
     table = pd.DataFrame([*result.values()], index=[*result])
     metric = f"{table['metric_name'].iloc[0]} after"
     for panel, key, title, unit, form in (

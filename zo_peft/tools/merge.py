@@ -25,9 +25,7 @@ class MergeArguments:
     """Where a merged model goes, and how it is made."""
 
     output_dir: str = HfArg(help="Folder for the merged model.")
-    max_shard_size: str = HfArg(
-        default="5GB", help="The largest file of weights, as in transformers."
-    )
+    max_shard_size: str = HfArg(default="5GB", help="The largest file, as in transformers.")
     dequantize: bool = HfArg(
         default=False, help="Merge into what a quantized base stands for, in floating point."
     )

@@ -1,13 +1,12 @@
-"""`zo-peft readout`: the best linear head on the states of the frozen base.
+"""`zo-peft readout`: the best linear head on the states of a frozen base, or of an adapted one.
 
-It takes a forward pass for each batch and changes no weight of the base, so it is what tuning has
-to beat: where it solves a task, the task says nothing about an adapter.
+It takes a forward pass for each batch and changes no weight, so it is what tuning has to beat:
+where it solves a task, the task says nothing about an adapter.
 """
 
 import math
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 
 from zo_peft.core.batch import Batch
 from zo_peft.errors import UserError
 from zo_peft.models.memory import peak_memory_bytes
-from zo_peft.objectives.scoring import ClassificationObjective, OptionObjective
+from zo_peft.objectives.scoring import ClassificationObjective
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.runs.run import examples_of, resumes, trainer_of
 from zo_peft.train.base import BaseTrainer
@@ -104,36 +102,34 @@ def seen(trainer: BaseTrainer, batches: Iterable[Any]) -> Seen:
     head for classes is new: its offsets are zero, and the states have a constant for its bias. A
     UserError says that the batches have neither.
     """
-    objective: Any = trainer.objective
-    model, words = trainer.model.eval(), isinstance(objective, OptionObjective)
-    classes = model.config.num_labels
-    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
-    heads = [model.get_output_embeddings()] if words else heads
-    states: list[Tensor] = []
-    offsets: list[Tensor] = []
-    labels: list[Tensor] = []
+    objective: Any = trainer.eval_objective
+    model, classifies = trainer.model.eval(), isinstance(objective, ClassificationObjective)
+    count = model.config.num_labels
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == count]
+    head = heads[-1] if classifies else model.get_output_embeddings()
+    found: list[tuple[Tensor, ...]] = []
     calls: list[tuple[Tensor, Tensor]] = []
-    hooks = [h.register_forward_hook(lambda _, x, y: calls.append((x[0], y))) for h in heads]
-    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+    with head.register_forward_hook(lambda _, x, y: calls.append((x[0], y))):
         for batch in map(Batch, batches):
-            if not _is_linear(objective, batch):
+            if not (classifies or _has_words(batch)):
                 raise UserError("a readout needs label words of one token, or --task_type SEQ_CLS")
-            scores = objective.scores(model, batch)
-            state, logits = calls.pop()
-            if not words and state.ndim == 3:
+            offsets = objective.scores(model, batch)
+            states, logits = calls.pop()
+            if classifies and states.ndim == 3:
                 # The head of a decoder sees all tokens. The model takes one of each row.
-                at = (logits.float() - scores[:, None]).abs().sum(dim=2).argmin(dim=1)
-                state = state[range(len(at)), at]
-            states.append(state if words else F.pad(state, (0, 1), value=1.0))
-            offsets.append(scores if words else torch.zeros_like(scores))
-            labels.append(batch["labels"])
-    for hook in hooks:
-        hook.remove()
-    return torch.cat(states).double(), torch.cat(offsets).double(), torch.cat(labels)
+                at = (logits.float() - offsets[:, None]).abs().sum(dim=2).argmin(dim=1)
+                states = states[range(len(at)), at]
+            if classifies:
+                states, offsets = F.pad(states, (0, 1), value=1.0), torch.zeros_like(offsets)
+            found.append((states.double(), offsets.double(), batch["labels"]))
+    return [torch.cat(parts) for parts in zip(*found)]
 
 
-def _is_linear(objective: Any, batch: Batch) -> bool:
-    return isinstance(objective, ClassificationObjective) or "option_tokens" in batch
+def _has_words(batch: Batch) -> bool:
+    """Whether the examples of a batch have the same options, of one token, and one is right."""
+    if "option_tokens" not in batch or "is_right" in batch:
+        return False
+    return len(batch["option_tokens"].unique(dim=0)) == 1
 
 
 def fitted(rows: Seen, penalty: float) -> Tensor:

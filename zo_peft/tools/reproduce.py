@@ -41,9 +41,7 @@ class ReproduceArguments:
         default=None, help="With paper-gv, subzero gives the rows of SubZero-GV."
     )
     seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="Seeds.")
-    output_dir: str = HfArg(
-        default="zo_peft_reproduce", help="Folder of the table and of each run."
-    )
+    output_dir: str = HfArg(default="zo_peft_reproduce", help="Folder of the table and each run.")
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -87,6 +85,8 @@ def reproduce(given: ReproduceArguments, options: list[str]) -> dict[str, Any]:
     Raises:
         UserError: the runs of all learning rates fail, or a run with another seed.
     """
+    if fixed := {"--learning_rate", "--seed"} & {word.partition("=")[0] for word in options}:
+        raise UserError(f"{min(fixed)} is of one run; here are the published rates, and --seeds")
     folder = Path(given.output_dir)
     published, rates = settings(given)
 

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import (
     EarlyStoppingCallback,
     ExportableState,
@@ -22,13 +22,7 @@ from transformers.trainer_callback import (
     TrainerCallback,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import (
-    HubStrategy,
-    PredictionOutput,
-    TrainOutput,
-    has_length,
-    set_seed,
-)
+from transformers.trainer_utils import HubStrategy, PredictionOutput, TrainOutput, has_length
 from transformers.utils import PushInProgress
 
 from zo_peft.core.batch import Batch, Objective
@@ -100,7 +94,7 @@ class BaseTrainer(Trainer):
             name = model if isinstance(model, str) else model.config.name_or_path
             args = ZOConfig(f"{Path(name).name}-zo")
         if not isinstance(args, ZOConfig):
-            raise UserError(f"args is a {type(args).__name__}; give a ZOConfig; it takes the same")
+            raise UserError(f"args is a {type(args).__name__}; give a ZOConfig, it takes the same")
         if self.trains:
             _check_tuned(args, model, peft_config)
         check_goals(args, objective, reward_funcs)
@@ -212,8 +206,10 @@ class BaseTrainer(Trainer):
         probabilities [N, K] of the options or classes, 0 where a row has fewer; or greedily
         generated texts [N], and `test_cut` counts those that `max_completion_length` cut.
         """
+        if isinstance(test_dataset, Iterator):
+            test_dataset = list(test_dataset)
         if (asked := questions(test_dataset, self.tokenization)) is not None:
-            return answered(self, asked)
+            return answered(self, asked, *args, **kwargs)
         return super().predict(self._alike(test_dataset), *args, **kwargs)
 
     def _alike(self, dataset: Any) -> Any:
@@ -415,7 +411,7 @@ class BaseTrainer(Trainer):
 
 def _check_tuned(args: ZOConfig, model: str | AnyModel, peft_config: PeftConfig | None) -> None:
     if args.tune != "adapter" and (peft_config or isinstance(model, PeftModel)):
-        raise UserError(f"tune={args.tune!r} tunes the base itself: give no adapter or peft_config")
+        raise UserError(f"tune={args.tune!r} tunes the base itself; give no adapter or peft_config")
     kinds: Any = type(None) if isinstance(model, PeftModel) else PeftConfig
     if args.tune == "adapter" and not isinstance(peft_config, kinds):
         raise UserError(

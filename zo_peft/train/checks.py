@@ -166,7 +166,7 @@ def apply_preset(config: "ZOConfig") -> None:
     for name, value in PRESETS[config.preset].items():
         given = getattr(config, name)
         if given not in (value, defaults[name]):
-            raise UserError(f"preset={config.preset!r} fixes {name}={value!r}; {given!r} was given")
+            raise UserError(f"preset={config.preset!r} fixes {name}={value!r}, not {given!r}")
         setattr(config, name, value)
 
 

@@ -89,9 +89,7 @@ class ZOConfig(TrainingArguments):
     reward_weights: list[float] | None = HfArg(
         default=None, help="Weights of the reward functions. Default: 1 each."
     )
-    max_completion_length: int = HfArg(
-        default=64, help="The most tokens of a generated completion."
-    )
+    max_completion_length: int = HfArg(default=64, help="The most tokens of a generated text.")
     temperature: float = HfArg(
         default=1.0,
         help="At which completions are sampled in training, with random numbers that all "
@@ -158,9 +156,9 @@ class ZOConfig(TrainingArguments):
     )
     max_forward_passes: int | None = HfArg(
         default=None,
-        help="The budget, chosen from the data if not given. The run stops after so many forward "
-        "passes, each of one candidate through one micro-batch. With max_steps, the smaller budget "
-        "counts; with max_steps or num_train_epochs, none is chosen.",
+        help="The budget, chosen from the data unless it, max_steps or num_train_epochs is given. "
+        "The run stops after so many forward passes, each of one candidate through one "
+        "micro-batch. With max_steps, the smaller budget counts.",
     )
     max_length: int | None = HfArg(
         default=None,
@@ -202,16 +200,15 @@ class ZOConfig(TrainingArguments):
         checks.check_fields(self)
         checks.apply_preset(self)
         # Where nothing says when the run ends, or where it writes to, it is chosen later.
+        if self.max_forward_passes is not None and self.num_train_epochs is not None:
+            raise UserError("give num_train_epochs or max_forward_passes, not both")
         ends = self.max_steps > 0 or self.num_train_epochs is not None
         self.chooses_budget = self.max_forward_passes is None and not ends
         self.chooses_folder = self.output_dir is None
         if self.num_train_epochs is None:
             self.num_train_epochs = checks.EPOCHS
-        if (
-            self.load_best_model_at_end
-            and self.save_strategy == "steps"
-            and self.eval_steps is None
-        ):
+        evaluates_by_logs = self.save_strategy == "steps" and self.eval_steps is None
+        if self.load_best_model_at_end and evaluates_by_logs:
             # transformers takes `logging_steps`, which as a share fits no number of steps.
             self.eval_steps: float | None = self.save_steps
         # Exact layers are only read by a guide, and it reads all that is in them.
