@@ -180,5 +180,5 @@ def test_the_site_builds_without_a_warning_and_so_without_a_broken_link(tmp_path
     assert process.returncode == 0, process.stderr
     reference = (tmp_path / "site" / "api.html").read_text()
     assert "zo_peft.train.base.BaseTrainer.push_to_hub" in reference
-    assert "Stop after this many forward passes" in reference
+    assert "The run stops after so many forward passes" in reference
     assert not re.findall(r'id="zo_peft\.[\w.]*\._\w+"', reference)

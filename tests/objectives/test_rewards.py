@@ -150,7 +150,7 @@ def test_losses_are_minus_the_weighted_sum(model: PreTrainedModel) -> None:
 
 
 def test_weights_must_be_one_for_each_function() -> None:
-    with pytest.raises(UserError, match=r"reward_weights has 1 values for 2 reward functions"):
+    with pytest.raises(UserError, match=r"reward_weights has 1 values; give one for each of 2 functions"):
         objective(length, code, reward_weights=[1.0])
 
 

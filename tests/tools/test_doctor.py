@@ -64,7 +64,8 @@ def test_the_table_says_the_error_and_the_fix_of_what_does_not_work() -> None:
         "int8": {"works": True},
         "NF4": {"works": False, "error": "RuntimeError: no kernel", "fix": "Get one."},
     }
-    shown = text("doctor", {"versions": {"torch": "2"}, "devices": ["CPU"], "checks": checks})
+    found = {"versions": {"torch": "2"}, "engines": {"llamacpp": None}, "devices": ["CPU"]}
+    shown = text("doctor", found | {"checks": checks})
     assert "| int8            | works         |" in shown
     assert "| NF4             | does not work |" in shown
     assert shown.endswith("NF4: RuntimeError: no kernel\n  Get one.")
