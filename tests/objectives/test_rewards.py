@@ -150,7 +150,9 @@ def test_losses_are_minus_the_weighted_sum(model: PreTrainedModel) -> None:
 
 
 def test_weights_must_be_one_for_each_function() -> None:
-    with pytest.raises(UserError, match=r"reward_weights has 1 values; give one for each of 2 functions"):
+    with pytest.raises(
+        UserError, match=r"reward_weights has 1 values; give one for each of 2 functions"
+    ):
         objective(length, code, reward_weights=[1.0])
 
 

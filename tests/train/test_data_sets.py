@@ -110,7 +110,10 @@ def test_what_a_trainer_cannot_use_is_refused(tmp_path: Path) -> None:
     weights = ZOConfig(str(tmp_path), reward_weights=[1], max_steps=1, use_cpu=True)
     refused(lambda: ZOTrainer(MODEL, weights, train_dataset=OPTIONS, peft_config=LORA), "reward")
     for config in (LoraConfig, {"peft_type": "LORA"}, None):
-        refused(lambda own=config: trainer(tmp_path, peft_config=own), "a peft_config (such as a LoraConfig)")
+        refused(
+            lambda own=config: trainer(tmp_path, peft_config=own),
+            "a peft_config (such as a LoraConfig)",
+        )
     for tokens, part in ((0, "give 1 or more"), (256, "below 256")):
         prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
         refused(lambda own=prompt: trainer(tmp_path, peft_config=own), "num_virtual_tokens", part)

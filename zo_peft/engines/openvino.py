@@ -5,6 +5,7 @@ sees the scored positions alone.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ INPUTS = {"input_ids", "attention_mask", "position_ids"}
 WEIGHTS = {"f32", "f16", "bf16", "i8", "u8", "i4", "u4", "nf4"}
 
 
+@cache
+def _core() -> Any:
+    """The core of this process, which ends with it.
+
+    OpenVINO gives the main thread a stack for signals. Where another thread ends the last core, the
+    main thread keeps an address that is gone, and the next signal kills the process.
+    """
+    (openvino,) = imported("openvino")
+    return openvino.Core()
+
+
 class OpenVino(Engine):
     """OpenVINO on the CPU, with activations in float32.
 
@@ -38,7 +50,7 @@ class OpenVino(Engine):
         (self._openvino,) = imported("openvino")
         path = folder / MODEL_NAME
         try:
-            self._graph = self._openvino.Core().read_model(path)
+            self._graph = _core().read_model(path)
         except RuntimeError as error:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[-1]}") from error
         self._inputs = [value.get_any_name() for value in self._graph.inputs]
@@ -80,14 +92,14 @@ class OpenVino(Engine):
 
     def _compile(self, modules: list[str]) -> None:
         """Put the LoRA matrices into the graph, and the scored places before its last layer."""
-        openvino, graph = self._openvino, self._graph.clone()
+        graph = self._graph.clone()
         # Products with weights, by the names of their modules.
         products = {
             node.get_friendly_name().split("/")[0].removeprefix("__module."): node
             for node in graph.get_ops()
             if node.get_type_name() == "MatMul"
         }
-        ops = openvino.opset13
+        ops = self._openvino.opset13
         head = graph.output(0).get_node().input_value(0).get_node()
         places = ops.parameter([-1, 2], np.int64)
         head.input(0).replace_source_output(ops.gather_nd(head.input_value(0), places).output(0))
@@ -113,4 +125,4 @@ class OpenVino(Engine):
         graph.validate_nodes_and_infer_types()
         settings = {"INFERENCE_PRECISION_HINT": "f32"}
         settings["INFERENCE_NUM_THREADS"] = str(torch.get_num_threads())
-        self._run, self._modules = openvino.Core().compile_model(graph, "CPU", settings), modules
+        self._run, self._modules = _core().compile_model(graph, "CPU", settings), modules
