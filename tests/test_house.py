@@ -80,7 +80,7 @@ def lines(*paths: Path) -> int:
     [
         ("the story of a step", STORY, 1_465),
         ("the core", [*(PACKAGE / "core").glob("*.py")], 3_000),
-        ("the package", MODULES, 15_450),
+        ("the package", MODULES, 15_500),
     ],
 )
 def test_it_stays_small(what: str, paths: list[Path], most: int) -> None:
