@@ -24,8 +24,7 @@ import zo_peft.runs.run  # noqa: F401
 def run(folder: str, script: str, options: list[str]) -> int:
     """The exit code of the script, as the only thing that this process does from now on."""
     os.chdir(folder)
-    for stream in (1, 2):
-        name = ("stdout", "stderr")[stream - 1]
+    for stream, name in enumerate(("stdout", "stderr"), start=1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.argv = [script, *options]
     sys.path.insert(0, str(Path(script).parent))

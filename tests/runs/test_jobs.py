@@ -158,6 +158,7 @@ def test_the_readout_is_the_best_head_on_the_frozen_states(
     assert found == json.loads((tmp_path / "zo_metrics.json").read_text())
     assert found["forward_passes"] == 8
     assert found["eval_loss_after"] < found["eval_loss_before"]
+    torch.manual_seed(0)
     states, labels = torch.randn(40, 3).double(), torch.arange(40) % 2
     offsets = torch.randn(40, 2).double()
     v = readout.fitted([states, offsets, labels], 1e-3)

@@ -438,4 +438,5 @@ def _least_squares(signs: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 def add(sums: Gradients, gradients: Gradients, scale: float) -> None:
     """Add gradients times a factor to others."""
     for name, gradient in gradients.items():
-        sums[name] = sums.get(name, 0.0) + scale * gradient
+        share = gradient if scale == 1.0 else scale * gradient
+        sums[name] = sums[name] + share if name in sums else share

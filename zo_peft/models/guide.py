@@ -127,7 +127,8 @@ class ResidualGuide:
         reading = _Pass(self, batch)
         with reading.hooks():
             losses = self.objective.losses(self.model, batch)
-        found = [self._gradients(reading, part.mean()) for part in losses.chunk(parts)]
+        split = losses.chunk(parts)
+        found = [self._gradients(reading, part.mean(), part is not split[-1]) for part in split]
         if self.first:
             roles = self.roles.values()
             needed = self.writers.union(*({r.value, r.query, r.out} for r in roles if r.agrees))
@@ -135,10 +136,10 @@ class ResidualGuide:
         self.first, self.looked = False, math.ceil(self.layer_runs / self._depth)
         return losses.detach(), found
 
-    def _gradients(self, reading: "_Pass", loss: Tensor) -> Gradients:
-        """The gradients of a loss of the pass."""
+    def _gradients(self, reading: "_Pass", loss: Tensor, again: bool) -> Gradients:
+        """The gradients of a loss of the pass; `again`: the pass has another one behind it."""
         wanted = [reading.leaf, *self._above.values()]
-        errors, *exact = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+        errors, *exact = torch.autograd.grad(loss, wanted, retain_graph=again, allow_unused=True)
         gradients = {n: g.float() for n, g in zip(self._above, exact) if g is not None}
         errors = reading.scored.of(errors).float()
         errors_at = reading.feedback.down(errors)
