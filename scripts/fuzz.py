@@ -11,6 +11,7 @@ code is 1 if there is any.
 import argparse
 import contextlib
 import copy
+import csv
 import io
 import json
 import os
@@ -23,7 +24,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,11 @@ from zo_peft.cli import RUN as NAMES
 from zo_peft.cli import named
 from zo_peft.core.journal import MAGIC, Record, framed, read
 from zo_peft.data import Collator, Tokenization, make_examples, read_rows, tokenize_dataset
+from zo_peft.runs.arguments import DataArguments
 from zo_peft.runs.options import parse
+from zo_peft.runs.sources import training_examples
 from zo_peft.tools.demo import EMBEDDED
+from zo_peft.train.answers import questions
 
 CONFIG = b"""model_name_or_path: facebook/opt-125m
 train_file: train.tsv
@@ -64,10 +68,16 @@ DATA = {
     ".jsonl": b'{"text": "a fine film", "label": 1, "n": [1.5]}\n{"text": "dull", "label": 0}\n',
     ".csv": b'text,label\n"a fine, warm film",1\ndull,0\n',
     ".tsv": b'text\tlabel\na fine "film"\t1\ndull\t0\n',
+    "_semicolons.csv": b'text;label\n"a fine; warm film";1\n"""dull"", they said";0\n',
+    "_tabs.csv": 'text\tlabel\n"a caf\xe9, warm"\t1\ndull\t0\n'.encode("utf-16"),
+    "_quoted.tsv": b'text\tlabel\n"a fine\nwarm film"\t1\ndull\t0\n',
+    "_cp1252.csv": b'text,label\n"a caf\xe9 \x96 it\x92s warm",1\ndull,0\n',
+    "_cp1252.json": b'[{"text": "a caf\xe9", "label": 1}, {"text": "dull", "label": 0}]',
 }
 TURN = {"role": "user", "content": "Was it good?"}
 ANSWER = {"role": "assistant", "content": "It was great"}
 CALL = {"role": "assistant", "tool_calls": [{"name": "look", "arguments": {"where": "here"}}]}
+SHARED = [{"from": "human", "value": "Was it good?"}, {"from": "gpt", "value": "It was great"}]
 #: A row of each form, with what may stand beside its columns.
 ROWS: list[dict[str, Any]] = [
     {"prompt": "It was", "completion": "great", "passage": "It", "id": 1},
@@ -79,11 +89,18 @@ ROWS: list[dict[str, Any]] = [
     {"text": "a fine film", "category": "b"},
     {"input_ids": [5, 6, 0], "labels": [-100, 6, -100], "attention_mask": [1, 1, 0]},
     {"input_ids": [5, 6], "labels": 1, "token_type_ids": [0, 0]},
+    {"conversations": [*SHARED, *SHARED], "tools": [{"name": "look"}]},
+    {"conversations": [TURN, ANSWER, *SHARED[:1]]},
+    {"instruction": "Say it", "input": "It was", "output": "great"},
+    {"instruction": "Say it", "context": "It was", "response": "great"},
+    {"prompt": "It was", "response": "great"},
 ]
 #: What stands in place of a value of a row.
 ODD: list[Any] = [None, True, False, 0, 1, -1, 2, 1.0, 0.5, float("nan"), 10**30, "", " ", "1"]
 ODD += ["great", "<eos>", "<bos>", "\ud800", "{text}", [], [[]], ["a"], [1], [0, 1], [None], {}]
 ODD += [{"role": "user"}, [TURN], [ANSWER], [TURN, ANSWER], [TURN, CALL], "[]", "[1]", "{", [{}]]
+ODD += [{"from": "gpt"}, SHARED, SHARED[:1], [*SHARED, {"from": "system", "content": "It"}]]
+ODD += ['a caf\xe9 \u2013 it\u2019s; "warm"\n']
 ODD += [10**6, ["a", "a"], ["a", ["b"]], "It was", [TURN, {**ANSWER, "x": 1}], [5, 6, 0, 7]]
 #: What mutations insert.
 PIECES = [b"", b"\0", b"\xff", b"\n", b"{", b"}", b"[", b"]", b'"', b":", b"- ", b"&a", b"*a"]
@@ -178,7 +195,7 @@ def mutated_rows(content: bytes, random_: random.Random) -> bytes:
             place[random_.choice([key for row in ROWS for key in row])] = value
         else:
             place[key] = value
-    settings = random_.randrange(2**8)
+    settings = random_.randrange(2**16)
     return json.dumps([settings, rows[: random_.randint(1, 3)]]).encode()
 
 
@@ -248,11 +265,33 @@ def read_data(path: Path) -> None:
 
 
 TEMPLATES = [None, "{text} It was", "{prompt}", "{id}{text}", "{}", "{{text}}", "{ text }"]
-WORDS = [None, ["terrible", "great"], ["1", "0"], ["yes", "no"]]
+WORDS = [None, ["terrible", "great"], ["1", "0"], ["yes", "no"], ["auto"], ["none"], ["0=b", "1=c"]]
+#: How rows are written: suffix, encoding, and what separates columns (none: JSON lines).
+FILES = [(".jsonl", "utf-8", ""), (".jsonl", "cp1252", ""), (".csv", "utf-8", ",")]
+FILES += [(".csv", "cp1252", ";"), (".csv", "utf-16", "\t"), (".tsv", "cp1252", "\t")]
+
+
+def written(rows: list[dict[str, Any]], folder: Path, choices: random.Random) -> Path:
+    """A file of the rows, of one of the kinds that people have."""
+    suffix, encoding, delimiter = choices.choice(FILES)
+    text = io.StringIO(newline="")
+    if delimiter:
+        names = dict.fromkeys(name for row in rows for name in row)
+        table = csv.DictWriter(text, names, delimiter=delimiter)
+        table.writeheader()
+        table.writerows(rows)
+    else:
+        text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path = folder / f"rows{suffix}"
+    path.write_bytes(text.getvalue().encode(encoding, "replace"))
+    return path
 
 
 def read_mutated_rows(path: Path) -> None:
-    """Make a batch of rows: from a list, from a `Dataset`, or with a template and label words."""
+    """Make a batch of rows: of a list, of a `Dataset`, or of a file with a template and words.
+
+    The batch is one to train on, or one of questions to answer.
+    """
     choice, rows = json.loads(path.read_bytes())
     choices = random.Random(choice)
     heads, generates = choices.choice([(None, False), (None, False), (2, False), (None, True)])
@@ -261,17 +300,29 @@ def read_mutated_rows(path: Path) -> None:
     tokenization = Tokenization(
         TOKENIZER, context, max_length, heads, generates, vocabulary=len(TOKENIZER)
     )
-    kind = choices.randrange(3)
+    kind = choices.randrange(4)
     data: Any = rows
     if kind == 0:
-        given = choices.choice(TEMPLATES), choices.choice([None, "label"]), choices.choice(WORDS)
-        data = make_examples(rows, path.name, *given, heads is not None, generates)
+        given = choices.choice(TEMPLATES), choices.choice([None, "label", "category"])
+        file = str(written(rows, path.parent, choices))
+        asked = DataArguments(
+            train_file=file,
+            prompt_template=given[0],
+            label_column=given[1],
+            label_words=choices.choice(WORDS),
+        )
+        with contextlib.redirect_stderr(io.StringIO()):
+            data, _ = training_examples(asked, heads is not None, generates, seed=0)
     elif kind == 1:
         try:
             data = Dataset.from_list(rows)
         except (ValueError, TypeError, OverflowError):
             return
         data = data.with_format(choices.choice([None, "torch"]))
+        data = choices.choice([data, data.to_iterable_dataset()])
+    if choices.random() < 0.3 and (found := questions(data, tokenization)):
+        has_labels = heads is not None or "options" in found[0]
+        data, tokenization = found, replace(tokenization, generates=not has_labels)
     features = tokenize_dataset(data, tokenization)
     Collator(0)(list(features))
 
@@ -377,6 +428,8 @@ def main() -> int:
     warnings.simplefilter("ignore")
     datasets.disable_progress_bars()
     datasets.disable_caching()
+    # The hash of its content is half of the time that a small data set takes, and names a cache.
+    datasets.arrow_dataset.generate_fingerprint = lambda _: "none"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         parsers: dict[str, tuple[Parser, dict[str, bytes]]] = {

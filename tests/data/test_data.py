@@ -718,6 +718,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({"prompt": "q", "options": ["a", None], "label": 0}, {}, ["'options'", "null is no text"]),
     ({"prompt": "q", "answers": "ab"}, {}, ["'answers'", "list of right answers"]),
     ({"text": "qq", "tools": [{}]}, {}, ["column 'tools' is for messages"]),
+    ({"messages": [ANSWER], "passage": "q"}, {"max_length": 5}, ["'passage'", "part of a text"]),
     ({"prompt": "", "options": ["a", "b"], "label": 0}, {}, ["the prompt is empty"]),
     ({"prompt": "q", "options": [], "label": 0}, {}, ["list of texts", "options"]),
     ({"prompt": "q", "options": ["a", "b"], "label": 2}, {}, ["label 2", "options"]),

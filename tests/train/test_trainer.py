@@ -11,6 +11,7 @@ import bitsandbytes
 import peft
 import pytest
 import torch
+from datasets import Dataset
 from peft import (
     IA3Config,
     LNTuningConfig,
@@ -560,6 +561,11 @@ def test_questions_may_come_from_an_iterator_and_are_all_of_one_kind(tmp_path: P
     for rows in ([*asked, {"prompt": "It was"}], [{"prompt": "It was"}, *asked]):
         with pytest.raises(UserError, match=r"row \d: it has an answer or options, or has none"):
             run.predict(rows)
+    for rows, part in ((None, "one list of examples"), ([{"messages": 1}], "a list of messages")):
+        with pytest.raises(UserError, match=part):
+            run.predict(rows)
+    with pytest.raises(UserError, match="a list of messages"):
+        run.predict(Dataset.from_list([{"messages": 1}]).with_format("torch"))
 
 
 def test_predictions_come_back_in_the_order_of_the_rows(tmp_path: Path) -> None:

@@ -95,9 +95,9 @@ class Tokenization:
         the character `passage_start`, or where its words are first found.
         """
         passage = example.get("passage")
-        if passage is not None and not isinstance(example.get("prompt", ""), str):
-            raise UserError("column 'passage' is part of a text; with messages, leave it out")
         column = "prompt" if "prompt" in example else "text"
+        if passage is not None and not isinstance(example.get(column), str):
+            raise UserError("column 'passage' is part of a text; with messages, leave it out")
         limits = [limit for limit in (self.max_length, self.context) if limit is not None]
         if self.context is not None and column == "prompt":
             generates = self.generates or "answers" in example
@@ -332,7 +332,7 @@ def tokenize_dataset(dataset: Any, tokenization: Tokenization) -> Dataset | Iter
     cannot be used.
     """
     source = getattr(dataset, "source", "")
-    dataset = _unformatted(dataset)
+    dataset = unformatted(dataset)
     first = next(iter(dataset), None)
     if first is None:
         raise UserError("the data set is empty; it must hold at least one example")
@@ -350,7 +350,7 @@ def tokenize_dataset(dataset: Any, tokenization: Tokenization) -> Dataset | Iter
     return dataset.map(tokenization, with_indices=True, remove_columns=columns)
 
 
-def _unformatted(dataset: Any) -> list[Row] | Dataset | IterableDataset:
+def unformatted(dataset: Any) -> list[Row] | Dataset | IterableDataset:
     """The data set with Python's values, or its rows."""
     if isinstance(dataset, Dataset):
         if dataset.format["type"] == "custom":
@@ -373,7 +373,7 @@ def classes_of(dataset: Any) -> int:
 
     A UserError says that an index is so large that it is none.
     """
-    rows = [] if dataset is None else _unformatted(dataset)
+    rows = [] if dataset is None else unformatted(dataset)
     labels = (row.get("labels" if form_of(row) == FORMS[0] else "label") for row in rows)
     largest = max((label for label in labels if isinstance(label, int)), default=-1)
     if largest >= 100_000:

@@ -16,7 +16,7 @@ from zo_peft.core.lanes import replaced
 from zo_peft.data import Tokenization, collator_for, tokenize_dataset
 from zo_peft.data.examples import Examples, converted
 from zo_peft.data.forms import OPTIONAL, Row, form_of, question_of
-from zo_peft.data.tokenize import is_tokenized
+from zo_peft.data.tokenize import is_tokenized, unformatted
 from zo_peft.errors import UserError
 from zo_peft.objectives.rewards import RewardObjective
 from zo_peft.objectives.scoring import ClassificationObjective, OptionObjective
@@ -36,8 +36,9 @@ def questions(dataset: Any, tokenization: Tokenization) -> Examples | None:
     """
     if isinstance(dataset, dict | str) or tokenization.generates or is_tokenized(dataset):
         return None
-    classifies, first = tokenization.num_labels is not None, next(iter(dataset), None)
-    model = _question(dict(first), classifies) if isinstance(first, Mapping) else None
+    classifies, rows = tokenization.num_labels is not None, unformatted(dataset)
+    first = next(iter(rows), None)
+    model = None if first is None else _question(dict(first), classifies)
     if model is None:
         return None
 
@@ -47,7 +48,7 @@ def questions(dataset: Any, tokenization: Tokenization) -> Examples | None:
             raise UserError("it has an answer or options, or has none, unlike the first row")
         return question
 
-    return converted(getattr(dataset, "source", ""), map(dict, dataset), asked)
+    return converted(getattr(dataset, "source", ""), map(dict, rows), asked)
 
 
 def _question(row: Row, classifies: bool) -> Row | None:
@@ -57,7 +58,8 @@ def _question(row: Row, classifies: bool) -> Row | None:
     if classifies:
         return {**kept, "text": row["text"], "label": 0} if form == ("text",) else None
     if form == ("messages",):
-        roles = [turn.get("role") for turn in row["messages"] if isinstance(turn, Mapping)]
+        turns = row["messages"] if isinstance(row["messages"], list) else []
+        roles = [turn.get("role") for turn in turns if isinstance(turn, Mapping)]
         asks = roles and roles[-1] != "assistant"
         return {**kept, "prompt": row["messages"]} if asks else None
     options = {} if row.get("options") is None else {"options": row["options"], "label": 0}
