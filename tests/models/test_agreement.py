@@ -44,7 +44,7 @@ from zo_peft.core.flat_space import FlatSpace
 from zo_peft.data import Collator, collator_for
 from zo_peft.models.adapters import tuned_parameters
 from zo_peft.models.agreement import check, rounding
-from zo_peft.models.loading import base_hash, identity
+from zo_peft.models.loading import base_hash, identity, load_base
 from zo_peft.models.recipe import evaluator_of
 from zo_peft.objectives.scoring import (
     ClassificationObjective,
@@ -339,6 +339,9 @@ def test_packed_weights_are_told_from_those_of_the_file(tmp_path: Path, dtype: t
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert set(identity(model)) == {"files", "loaded"}
     assert rounding(model) == torch.finfo(torch.float32).eps
+    model.config.quantization_config = {"quant_method": "compressed-tensors"}
+    assert rounding(model) == 2**-7
+    del model.config.quantization_config
     model = with_packed_weights(model, dtype)
     assert set(identity(model)) == {"tensors", "loaded"}
     assert rounding(model) == 2**-7
@@ -380,6 +383,45 @@ def test_a_base_that_torchao_quantizes_is_tuned_and_resumed(tmp_path: Path) -> N
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same(theta(first), theta(second))
     assert base_hash(first.model) == before
+
+
+def test_a_base_of_compressed_tensors_is_unpacked_before_it_gets_an_adapter(tmp_path: Path) -> None:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    original = AutoModelForCausalLM.from_pretrained(MODEL)
+    scheme = quantization.preset_name_to_scheme("W8A16", ["Linear"])
+    scheme.weights.group_size = 64
+    quantization.apply_quantization_config(
+        original,
+        quantization.QuantizationConfig(config_groups={"all": scheme}, ignore=["lm_head"]),
+    )
+    rounded = {}
+    for name, layer in original.named_modules():
+        if hasattr(layer, "weight_scale"):
+            grouped = layer.weight.detach().unflatten(1, (-1, 64))
+            layer.weight_scale.data = grouped.abs().amax(-1) / 127
+            scales = layer.weight_scale.detach()[..., None]
+            rounded[f"{name}.weight"] = ((grouped / scales).round() * scales).flatten(1)
+    compressor = compressors.ModelCompressor.from_pretrained_model(original)
+    compressor.compress_model(original)
+    original.save_pretrained(tmp_path / "base")
+    compressor.update_config(tmp_path / "base")
+    base = load_base(str(tmp_path / "base"))
+    for name, weight in rounded.items():
+        assert torch.allclose(base.get_parameter(name), weight, atol=1e-6)
+    trainer = make_trainer(tmp_path / "out", model=base, max_steps=2)
+    before = base_hash(trainer.model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "candidates are evaluated one by one")
+        trainer.train()
+    assert base_hash(trainer.model) == before
+
+
+def test_weights_of_another_shape_than_the_configuration_are_refused(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    llama(intermediate_size=2 * WIDTH).config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"weights have other shapes than its config\.json says"):
+        load_base(str(tmp_path))
 
 
 def mamba() -> PreTrainedModel:

@@ -91,7 +91,11 @@ def load_base(
     head = {} if num_labels is None else _head(load_config(name, **source), num_labels, words)
     auto = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
     with _loading(f"model {name!r}"):
-        return auto.from_pretrained(name, **{"use_safetensors": True, **head, **kwargs})
+        model = auto.from_pretrained(name, **{"use_safetensors": True, **head, **kwargs})
+    if hasattr(model, "ct_decompress_hook"):
+        # Otherwise the first forward unpacks the weights, when PEFT has looked for them in vain.
+        model.hf_quantizer.compressor.decompress_model(model)
+    return model
 
 
 def _head(config: PreTrainedConfig, num_labels: int, words: Sequence[str]) -> dict[str, Any]:
@@ -193,9 +197,12 @@ def _loading(what: str) -> Iterator[None]:
             f"{what} cannot be loaded: {why.rstrip('.')}. Give a folder that holds config.json and "
             "safetensors, or a model id of the Hub"
         ) from error
-    except (ImportError, NotImplementedError) as error:
-        # The package of a quantization is missing, or transformers does not support it.
-        raise UserError(f"{what} cannot be loaded: {first_line(error)}") from error
+    except (ImportError, RuntimeError) as error:
+        # A quantization lacks its package or its device, or weights do not fit their model.
+        why = first_line(error)
+        if "ignore_mismatched_sizes" in why:
+            why = "its weights have other shapes than its config.json says; give those of one model"
+        raise UserError(f"{what} cannot be loaded: {why}") from error
 
 
 def meta_base(
