@@ -373,9 +373,13 @@ Parser = Callable[[Path], None]
 
 def fuzz(
     name: str, parser: Parser, seeds: dict[str, bytes], folder: Path, inputs: int, seed: int
-) -> list[str]:
-    """Give a parser so many mutated inputs; its findings, one input for each kind of error."""
-    random_, outcomes, found = random.Random(seed), Counter[str](), dict[str, bytes]()
+) -> set[str]:
+    """Give a parser so many mutated inputs; prints one input for each kind of error, if any.
+
+    Returns:
+        The kinds of errors.
+    """
+    random_, outcomes, found = random.Random(seed), Counter[str](), set[str]()
     start = time.monotonic()
     for number in range(inputs):
         suffix, content = list(seeds.items())[number % len(seeds)]
@@ -390,12 +394,15 @@ def fuzz(
             outcomes["refused"] += 1
         except Exception as error:
             outcomes["findings"] += 1
-            found.setdefault(f"{type(error).__name__}: {str(error)[:80]}", data)
+            kind = f"{name}: {type(error).__name__}: {str(error)[:80]}"
+            if kind not in found:
+                print(f"{kind}\n    {data!r}", flush=True)
+            found.add(kind)
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
     counts = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items())
     print(f"{name}: {inputs:,} inputs in {time.monotonic() - start:.0f} s: {counts}", flush=True)
-    return [f"{name}: {error}\n    {data!r}" for error, data in found.items()]
+    return found
 
 
 def _guard(folder: Path) -> None:
@@ -440,11 +447,11 @@ def main() -> int:
             "settings": (train, {".json": b""}),
         }
         _guard(folder)
-        findings = []
+        findings = set[str]()
         for name in given.parsers:
             read_one, seeds = parsers[name]
-            findings += fuzz(name, read_one, seeds, folder, given.inputs, given.seed)
-        print("\n".join(findings) or "no findings")
+            findings |= fuzz(name, read_one, seeds, folder, given.inputs, given.seed)
+        print(f"{len(findings)} findings" if findings else "no findings")
     return int(bool(findings))
 
 
