@@ -214,6 +214,11 @@ def test_every_field_of_its_own_is_documented() -> None:
         ({"eval_do_concat_batches": False}, ["eval_do_concat_batches", "metric"]),
         ({"train_sampling_strategy": "length"}, ["train_sampling_strategy='length'", "random"]),
         ({"lr_scheduler_kwargs": "power"}, ["lr_scheduler_kwargs='power'", "JSON object"]),
+        (
+            {"dataloader_multiprocessing_context": "fork"},
+            ["multiprocessing_context", "num_workers"],
+        ),
+        ({"dataloader_persistent_workers": True}, ["persistent_workers", "num_workers > 0"]),
         ({"zo_eps": math.inf}, ["zo_eps"]),
         ({"learning_rate": math.inf}, ["learning_rate"]),
         ({"num_candidates": 1}, ["num_candidates=1", "gv", "4 or more"]),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
@@ -231,8 +232,16 @@ class ZOConfig(TrainingArguments):
             self.use_cpu = True
         try:
             super().__post_init__()
+            # What transformers does not check, PyTorch says where it gets it.
+            DataLoader(
+                [0],
+                num_workers=self.dataloader_num_workers,
+                prefetch_factor=self.dataloader_prefetch_factor,
+                persistent_workers=self.dataloader_persistent_workers,
+                multiprocessing_context=self.dataloader_multiprocessing_context,
+            )
         except Exception as error:
-            raise UserError(f"transformers refuses the settings: {error}") from error
+            raise UserError(f"the settings are refused: {error}") from error
         for name in ("lr_scheduler_kwargs", "model_init_kwargs"):
             if isinstance(value := getattr(self, name), str):
                 raise UserError(f"{name}={value!r}; give a JSON object")
