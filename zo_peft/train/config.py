@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
@@ -234,7 +234,7 @@ class ZOConfig(TrainingArguments):
             super().__post_init__()
             # What transformers does not check, PyTorch says where it gets it.
             DataLoader(
-                [0],
+                Dataset[Any](),
                 num_workers=self.dataloader_num_workers,
                 prefetch_factor=self.dataloader_prefetch_factor,
                 persistent_workers=self.dataloader_persistent_workers,
