@@ -197,6 +197,8 @@ def _loading(what: str) -> Iterator[None]:
             f"{what} cannot be loaded: {why.rstrip('.')}. Give a folder that holds config.json and "
             "safetensors, or a model id of the Hub"
         ) from error
+    except torch.OutOfMemoryError:
+        raise
     except (ImportError, RuntimeError) as error:
         # A quantization lacks its package or its device, or weights do not fit their model.
         why = first_line(error)
