@@ -23,7 +23,7 @@ from zo_peft.errors import UserError
 from zo_peft.models.adapters import name_of, running
 from zo_peft.models.hub import first_line
 from zo_peft.models.in_place_space import InPlaceSpace
-from zo_peft.models.loading import is_packed, quantization_of
+from zo_peft.models.loading import is_packed
 from zo_peft.objectives.scoring import ClassificationObjective, CompletionObjective, OptionObjective
 
 #: Displacements, of which the first is taken that moves losses well beyond rounding.
@@ -183,6 +183,6 @@ def _size(losses: Tensor) -> float:
 def rounding(model: nn.Module) -> float:
     """The relative rounding of a forward: of the coarsest dtype; of a quantized base 2**-7."""
     # compressed-tensors goes on rounding activations when it has unpacked the weights.
-    if is_packed(model) or quantization_of(model.config):
+    if is_packed(model) or any(hasattr(m, "quantization_scheme") for m in model.modules()):
         return 2.0**-7
     return max(torch.finfo(parameter.dtype).eps for parameter in model.parameters())
