@@ -142,6 +142,7 @@ def test_layers_of_adapters(kind: type) -> None:
 def test_variants_of_lora_are_told_apart() -> None:
     assert not adapted("LORA").lora_variant
     assert adapted("LORA", use_dora=True).lora_variant
+    assert LoraConfig.__dataclass_fields__["use_dora"].metadata["is_lora_variant"]
     assert adapted("LORA", lora_bias=True).lora_bias["default"]
 
 

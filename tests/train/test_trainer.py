@@ -22,6 +22,7 @@ from peft import (
     PromptTuningConfig,
     UniLoraConfig,
 )
+from peft.tuners.lora.config import KasaConfig
 from tiny import (
     BASES,
     LORA,
@@ -374,6 +375,9 @@ def test_an_adapter_that_would_do_nothing_is_refused(base: str, tmp_path: Path) 
     unilora = UniLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     with pytest.raises(UserError, match="UNILORA does nothing on a quantized base"):
         make(tmp_path, unilora, model_init_kwargs=BASES[base])
+    kasa = LoraConfig(task_type="CAUSAL_LM", kasa_config=KasaConfig(), target_modules=["q_proj"])
+    with pytest.raises(UserError, match="kasa_config does nothing on a quantized base"):
+        make(tmp_path, kasa, model_init_kwargs=BASES[base])
 
 
 def test_a_rising_loss_shortens_the_steps(

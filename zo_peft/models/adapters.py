@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zo_peft.errors import Notice, UserError
 from zo_peft.models.hub import LOAD_ERRORS, AnyModel, first_line, public_name, reason
 from zo_peft.models.loading import check_4bit_widths, load_config
+from zo_peft.models.peft_layers import check_options
 
 #: The adapters that leave it to the layers of the base to read its weights.
 ON_OFFLOADED = ["LORA", "ADALORA", "IA3", "VERA", "LOHA", "LOKR", "OFT", "BOFT", "FOURIERFT"]
@@ -80,10 +81,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
                 f"{name} starts from weights that are offloaded; keep them on a device "
                 "(device_map), or choose an adapter that starts without them, such as a plain LORA"
             )
-    # PEFT casts these to the dtype of the weights, which turns them to zero where that is int8.
-    scales = (t for m in adapted.modules() for t in getattr(m, "unilora_scales_A", {}).values())
-    if not all(tensor.is_floating_point() for tensor in scales):
-        raise UserError("UNILORA does nothing on a quantized base; use VERA, IA3 or LORA")
+    check_options(adapted)
     return adapted
 
 

@@ -1,6 +1,7 @@
 """How the modules of PEFT work lane by lane, so that candidates share a forward pass."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from zo_peft.core import lanes as plain
 from zo_peft.core.lanes import Lanes, NotInLanes, Replacement, lane_product, plain_replacement
+from zo_peft.errors import UserError
 
 
 def find_replacements(
@@ -137,3 +139,18 @@ def lora_factors(module: Any) -> tuple[Tensor, Tensor, float]:
     name = module.active_adapters[0]
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
     return a.detach().float(), b.detach().float(), module.scaling[name]
+
+
+def check_options(model: PeftModel) -> None:
+    """Raise a UserError for what PEFT passes over without a word on a quantized base."""
+    # PEFT casts these to the dtype of the weights, which turns them to zero where that is int8.
+    scales = (t for m in model.modules() for t in getattr(m, "unilora_scales_A", {}).values())
+    if not all(tensor.is_floating_point() for tensor in scales):
+        raise UserError("UNILORA does nothing on a quantized base; use VERA, IA3 or LORA")
+    config = model.active_peft_config
+    variants = [field.name for field in fields(config) if field.metadata.get("is_lora_variant")]
+    asked = [name for name in variants if getattr(config, name)]
+    if asked and not any(getattr(module, "lora_variant", None) for module in model.modules()):
+        raise UserError(
+            f"{asked[0]} does nothing on a quantized base; load it in floating point, or drop it"
+        )
