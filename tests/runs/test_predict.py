@@ -321,10 +321,14 @@ def test_evaluate_reads_the_run_and_says_where_it_is_told_otherwise(
     assert json.loads(printed.out)["metric"] == metrics["metric_after"]
     assert json.loads(printed.out)["eval_loss"] == pytest.approx(metrics["eval_loss_after"])
     assert "unlike the run" not in printed.err
-    (folder / "c.yaml").write_text("label_words: bad,good\nmodel_name_or_path: " + MODEL)
+    shared = "lora_r: 4\nlabel_words: bad,good\nlearning_rate: 0.1\nmodel_name_or_path: "
+    (folder / "c.yaml").write_text(shared + MODEL)
     assert main([*argv, "--config", str(folder / "c.yaml"), "--max_length", "40"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["eval_loss"] != pytest.approx(metrics["eval_loss_after"])
+    # A configuration may be that of `train`, too.
+    idle = f"zo-peft evaluate uses none of these in {folder / 'c.yaml'}: lora_r, learning_rate"
+    assert idle in printed.err.splitlines()
     [line] = [line for line in printed.err.splitlines() if "unlike the run" in line]
     assert line == (
         "unlike the run: max_length is 40 (was None); label_words is ['bad', 'good'] (was "

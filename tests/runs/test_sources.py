@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas
 import pytest
-from tiny import MODEL, bert, command_line
+from tiny import MODEL, bert, command_line, evaluate_line
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zo_peft import UserError
@@ -122,8 +122,7 @@ def test_a_chat_file_to_a_merged_model(tmp_path: Path, capsys: pytest.CaptureFix
     trained = json.loads(capsys.readouterr().out)
     assert trained["settings"]["chat_template"] == "chatml"
     model = {"model_name_or_path": MODEL, "adapter_name_or_path": tmp_path / "out"}
-    measured = {**file, **model, "output_dir": None, "max_forward_passes": None}
-    assert main(["evaluate", *command_line(tmp_path, **measured), "--json"]) == 0
+    assert main(["evaluate", *evaluate_line(**file, **model), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["eval_loss"] == trained["eval_loss_after"]
     merge = [f"--{name}={value}" for name, value in model.items()]
     assert main(["merge", *merge, f"--output_dir={tmp_path / 'merged'}"]) == 0

@@ -123,7 +123,7 @@ class DataArguments:
         "completions and the data's columns, and returns a number for each completion.",
     )
     train_file: str | None = HfArg(default=None, help="JSON, CSV, TSV or Parquet file to train on.")
-    eval_file: str | None = HfArg(default=None, help="The same, to evaluate on.")
+    eval_file: str | None = HfArg(default=None, help="Such a file to evaluate on, or to answer.")
     dataset_name: str | None = HfArg(default=None, help="A data set on the Hub.")
     dataset_config: str | None = HfArg(default=None, help="The data set's configuration.")
     dataset_train_split: str = HfArg(default="train", help="The data set's split to train on.")

@@ -137,7 +137,8 @@ def _with_file(parser: _Parser, argv: Sequence[str], more: dict[str, argparse.Ac
         if option not in parser.unread:
             words += _words(option, value, actions[option])
     if idle := [name for name in options if name in parser.unread]:
-        print(f"--config {given.config}: not used here: {', '.join(idle)}", file=sys.stderr)
+        listed = ", ".join(idle)
+        print(f"{parser.prog} uses none of these in {given.config}: {listed}", file=sys.stderr)
     return words + rest
 
 
