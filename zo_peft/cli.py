@@ -127,10 +127,11 @@ def _quiet() -> Iterator[None]:
     from transformers.utils.logging import disable_progress_bar
 
     datasets.disable_progress_bars()
-    disable_progress_bar()
     if sys.stderr.isatty():
-        # Downloads take long, and in a terminal a bar does no harm.
+        # Downloads and loading take long, and in a terminal a bar does no harm.
         enable_progress_bars()
+    else:
+        disable_progress_bar()
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     with warnings.catch_warnings(action="ignore"):

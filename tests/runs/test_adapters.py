@@ -164,7 +164,7 @@ def test_a_new_head_depends_on_the_seed_alone(
     for name in ("first", "second"):
         zo("train", tmp_path / name, **data)
     argv = ["replay", str(tmp_path / "first/zo_journal"), "--model_name_or_path", MODEL]
-    argv += ["--task_type", "SEQ_CLS", "--output_dir", str(tmp_path / "replayed")]
+    argv += ["--output_dir", str(tmp_path / "replayed")]
     assert main(argv) == 0
     file = WEIGHTS if tune == "adapter" else "model.safetensors"
     first, *others = (load_file(tmp_path / n / file) for n in ("first", "second", "replayed"))

@@ -40,6 +40,11 @@ def options_of_run(words: Sequence[str]) -> dict[str, Any]:
     if adapter is not None and Path(adapter).is_file():
         raise UserError(f"{adapter} is a file; give the folder of a run first, and then {adapter}")
     told = read_results(adapter or base).get("settings", {}) if adapter or base else {}
+    if adapter is not None and told.get("tune") != "scales" and _is_model(Path(adapter)):
+        raise UserError(
+            f"{adapter} holds a whole model, no adapter; give it by --model_name_or_path, and rows "
+            "by --eval_file"
+        )
     names = [*OF_ROWS, *(OF_BASE if adapter else ())]
     if given.task is None:
         own = given.eval_file or given.dataset_name or "task" not in told
@@ -63,6 +68,10 @@ def options_of_run(words: Sequence[str]) -> dict[str, Any]:
         tokenizer = known[1] or told.get("tokenizer_name")
         found |= {"engine": told.get("engine"), "tokenizer_name": tokenizer}
     return found
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
 
 
 def note_base(folder: str, *names: str) -> None:

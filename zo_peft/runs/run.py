@@ -94,7 +94,11 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         note_base(args.output_dir, *filter(None, (model.model_name_or_path, args.tokenizer_name)))
     trainer.save_model()
     trainer.save_state()
-    return trainer.summary | {"output_dir": args.output_dir, "next": _next(model, data, args)}
+    # Programs for chats load whole models.
+    merges = trainer.form == "messages" and args.tune == "adapter" and args.engine is None
+    merges = merges and not trainer.model.active_peft_config.is_prompt_learning
+    following = _next(*told, merges)
+    return trainer.summary | {"output_dir": args.output_dir, "next": following}
 
 
 def _check_same(folder: Path, steps: int, now: dict[str, Any]) -> None:
@@ -181,16 +185,19 @@ def command(model: ModelArguments, data: DataArguments, args: ZOConfig) -> str:
     return shlex.join(["zo-peft", "train", *flags(chosen)]).replace("\n", "\\n")
 
 
-def _next(model: ModelArguments, data: DataArguments, args: ZOConfig) -> list[str]:
-    """Commands that use, show and publish what a run made."""
+def _next(model: ModelArguments, data: DataArguments, args: ZOConfig, merges: bool) -> list[str]:
+    """Commands that use, show, publish and, if so, merge what a run made."""
     folder = args.output_dir
     rows = data.eval_file or data.train_file or "new.csv"
     base = args.tune != "adapter"
     answer = flags({"model_name_or_path": folder, "eval_file": rows}) if base else [folder, rows]
-    answer += ["--output_file", "predictions.csv"]
-    answer += ["--trust_remote_code", "True"] if model.trust_remote_code else []
+    trust = flags({"trust_remote_code": model.trust_remote_code or None})
+    answer += ["--output_file", "predictions.csv", *trust]
     repository = f"you/{re.sub('[^A-Za-z0-9._]+', '-', Path(folder).resolve().name)}"
     lines = [["predict", *answer], ["report", folder], ["push", folder, repository]]
+    if merges:
+        names = {"model_name_or_path": model.model_name_or_path, "adapter_name_or_path": folder}
+        lines += [["merge", *flags(names | {"output_dir": f"{folder}-merged"}), *trust]]
     return [shlex.join(["zo-peft", *map(str, line)]) for line in lines]
 
 

@@ -60,6 +60,7 @@ def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
         UserError: a strategy is not known, there is no seed, or a run fails.
     """
     known = (GUIDED, *STRATEGIES, *GRADIENT, READOUT)
+    given.strategies = [name.lower() for name in given.strategies]
     for name in given.strategies:
         if name not in known and name not in PRESETS:
             expected = ", ".join(dict.fromkeys([*known, *PRESETS]))
