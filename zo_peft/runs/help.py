@@ -13,6 +13,7 @@ import yaml
 
 PACKAGE = Path(__file__).parents[1]
 TABLE = yaml.safe_load(Path(__file__).with_name("options.yaml").read_bytes())
+SETS = {name: tuple(options.split()) for name, options in TABLE["sets"].items()}
 ALIASES = {alias: name for name, others in TABLE["aliases"].items() for alias in others.split()}
 
 #: The width of the screen, and that of the options' names on it.
@@ -31,7 +32,7 @@ def guess(word: str, known: Iterable[str]) -> str:
 
 def read_by(reads: Sequence[str]) -> set[str]:
     """The options that a command reads: those that are named, and those of sets that are named."""
-    return {name for word in reads for name in TABLE["reads"].get(word, word).split()}
+    return {name for word in reads for name in SETS.get(word, (word,))}
 
 
 def screen(arguments: Sequence[str], groups: Sequence[str], reads: Collection[str] = ()) -> str:

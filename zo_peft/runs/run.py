@@ -25,8 +25,9 @@ from zo_peft.models.adapters import load_adapter, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
 from zo_peft.models.loading import load_base
 from zo_peft.objectives.rewards import RewardObjective, generates, load_function
-from zo_peft.runs.arguments import OF_THE_HUB, DataArguments, ModelArguments
+from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.runs.earlier import note_base
+from zo_peft.runs.help import SETS
 from zo_peft.runs.jobs import flags
 from zo_peft.runs.sources import evaluation_examples, training_examples
 from zo_peft.scales import load_scales
@@ -36,18 +37,6 @@ from zo_peft.train.config import ZOConfig, run_settings
 from zo_peft.train.gradient import GradientTrainer
 from zo_peft.train.results import METRICS_NAME, given, read_results, results, write_json
 from zo_peft.train.trainer import ZOTrainer
-
-#: The options whose values are names on the Hub or folders, and those that are always paths.
-NAMES = {"model_name_or_path", "adapter_name_or_path", "dataset_name", "tokenizer_name"}
-FILES = {"train_file", "eval_file", "task_data_dir", "chat_template"}
-
-#: Options of a base that PyTorch computes.
-IN_PYTORCH = ["model_revision", "dtype", "load_in_8bit", "load_in_4bit", "device_map"]
-IN_PYTORCH += ["trust_remote_code", "task_type"]
-
-#: Options of a LoRA, and of a benchmark task.
-LORA = {"lora_r", "lora_alpha"}
-TASK = {"num_train", "num_dev", "num_eval"}
 
 
 def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
@@ -203,16 +192,15 @@ def _next(model: ModelArguments, data: DataArguments, args: ZOConfig, merges: bo
 
 def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
     """The options that had a say in a run, by name."""
-    idle = {"shots"} | ({*OF_THE_HUB} if data.dataset_name is None else set())
-    idle |= TASK if data.task is None else set()
-    if data.prompt_template is None:
-        idle.add("label_column")
+    idle = set() if data.dataset_name else {*SETS["data set of the Hub"]}
+    idle |= set() if data.task else {*SETS["task"]}
+    idle |= set() if data.prompt_template else {"label_column"}
     if args.tune != "adapter" or model.adapter_name_or_path is not None:
-        idle |= {"peft_type", "num_virtual_tokens", "lora_target_modules", *LORA}
+        idle |= {"peft_type", "num_virtual_tokens", "lora_target_modules", *SETS["lora"]}
     else:
         prompts = model.peft_config().is_prompt_learning
         idle.add("lora_target_modules" if prompts else "num_virtual_tokens")
-        idle |= LORA if model.peft_type != "LORA" else set()
+        idle |= set() if model.peft_type == "LORA" else {*SETS["lora"]}
     rewarded = generates(data.reward_funcs, args.objective)
     told = asdict(model) | asdict(data) | run_settings(args, rewarded)
     told["tokenizer_name"] = args.tokenizer_name
@@ -221,9 +209,9 @@ def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
 
 def _shown(name: str, value: Any) -> Any:
     """An option's value as others may see it, without the folders that lead to a file."""
-    if name in NAMES and value is not None:
+    if value is not None and name in SETS["names"]:
         return public_name(value)
-    return Path(value).name if name in FILES and value is not None else value
+    return Path(value).name if value is not None and name in SETS["paths"] else value
 
 
 def trainer_of(
@@ -284,7 +272,7 @@ def _served(
     model: ModelArguments, args: ZOConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A base for which an engine answers, and its tokenizer; or a UserError."""
-    for name in IN_PYTORCH:
+    for name in (*SETS["loading"], "task_type"):
         if getattr(model, name) != getattr(ModelArguments, name):
             raise UserError(f"--{name} is for a base in PyTorch; drop it, or --engine")
     assert args.engine is not None
