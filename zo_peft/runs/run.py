@@ -1,6 +1,5 @@
 """The main jobs from start to end: train an adapter, or evaluate one."""
 
-import json
 import re
 import shlex
 import tempfile
@@ -73,7 +72,7 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     # The trainer may have chosen another strategy than the default one.
     told = model, data, trainer.args
     if resume is True:
-        _check_same(Path(args.output_dir), trainer.state.global_step, settings(*told))
+        _check_same(args.output_dir, trainer.state.global_step, settings(*told))
     trainer.summary |= {"command": command(*told), "settings": settings(*told)}
     trainer.summary["label_words"] = data.words()
     if data.task is not None and data.task_data_dir is None:
@@ -90,15 +89,14 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     return trainer.summary | {"output_dir": args.output_dir, "next": following}
 
 
-def _check_same(folder: Path, steps: int, now: dict[str, Any]) -> None:
+def _check_same(folder: str, steps: int, now: dict[str, Any]) -> None:
     """Raise a UserError where a run that was over before is started again with other settings."""
-    path = folder / METRICS_NAME
-    kept = json.loads(path.read_text()) if path.is_file() else {}
+    kept = read_results(folder)
     was = kept["settings"] if kept.get("steps") == steps else now
     for name in sorted({name for name in {**was, **now} if was.get(name) != now.get(name)}):
         raise UserError(
-            f"{folder.name} holds a run that is over, with {name}={was.get(name)!r}, and now it is "
-            f"{now.get(name)!r}; start it with its own options, or give another --output_dir"
+            f"{Path(folder).name} holds a run that is over, with {name}={was.get(name)!r}, and now "
+            f"it is {now.get(name)!r}; start it with its own options, or give another --output_dir"
         )
 
 
@@ -161,16 +159,15 @@ def _classifies(model: ModelArguments, data: DataArguments) -> bool:
 
 
 def settings(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
-    """All options that were given or chosen. Of a path it has the last part alone."""
-    told = given(_told(model, data, args))
-    return {name: _shown(name, value) for name, value in told.items()}
+    """All options that were given or chosen, as `_told` shows them."""
+    return given(_told(model, data, args))
 
 
 def command(model: ModelArguments, data: DataArguments, args: ZOConfig) -> str:
-    """The command line of such a run, without defaults. Of a path it has the last part alone."""
+    """The command line of such a run, without defaults."""
     defaults = {f.name: f.default for part in (model, data, args) for f in fields(part)}
     told = _told(model, data, args) | {"output_dir": Path(args.output_dir).name}
-    chosen = {name: _shown(name, v) for name, v in told.items() if v != defaults[name]}
+    chosen = {name: value for name, value in told.items() if value != defaults[name]}
     return shlex.join(["zo-peft", "train", *flags(chosen)]).replace("\n", "\\n")
 
 
@@ -191,7 +188,7 @@ def _next(model: ModelArguments, data: DataArguments, args: ZOConfig, merges: bo
 
 
 def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
-    """The options that had a say in a run, by name."""
+    """The options that had a say in a run, by name. Of a path it has the last part alone."""
     idle = set() if data.dataset_name else {*SETS["data set of the Hub"]}
     idle |= set() if data.task else {*SETS["task"]}
     idle |= set() if data.prompt_template else {"label_column"}
@@ -204,14 +201,9 @@ def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     rewarded = generates(data.reward_funcs, args.objective)
     told = asdict(model) | asdict(data) | run_settings(args, rewarded)
     told["tokenizer_name"] = args.tokenizer_name
+    told |= {name: public_name(told[name]) for name in SETS["names"] if told[name]}
+    told |= {name: Path(told[name]).name for name in SETS["paths"] if told[name]}
     return {name: value for name, value in told.items() if name not in idle}
-
-
-def _shown(name: str, value: Any) -> Any:
-    """An option's value as others may see it, without the folders that lead to a file."""
-    if value is not None and name in SETS["names"]:
-        return public_name(value)
-    return Path(value).name if value is not None and name in SETS["paths"] else value
 
 
 def trainer_of(

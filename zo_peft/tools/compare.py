@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import pandas as pd
@@ -93,12 +92,8 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One `zo_metrics.json` for the runs of several seeds; see `compare`."""
     if len(runs) == 1:
         return runs[0]
-    found = {**runs[0], "seeds": len(runs)}
-    for key in MEANS:
-        values = [run[key] for run in runs]
-        if None not in values:
-            found |= {key: mean(values), f"{key}_std": stdev(values)}
-    return found
+    known = pd.DataFrame(runs, columns=MEANS, dtype=float).dropna(axis=1)
+    return {**runs[0], "seeds": len(runs), **known.mean(), **known.std().add_suffix("_std")}
 
 
 def plot(folder: Path, result: dict[str, Any], runs: dict[str, list[str]]) -> None:
