@@ -211,7 +211,7 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(
 
 def test_an_unknown_strategy_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--strategies", "spsa", "--max_forward_passes", "9"]) == 2
-    told = "strategy 'spsa' is not known; use some of guided, mezo"
+    told = "argument --strategies: invalid choice: 'spsa' (choose from 'guided', 'mezo',"
     assert told in capsys.readouterr().err
 
 
