@@ -69,9 +69,8 @@ def help_of(name: str, command: Command) -> str:
     more = "Options of zo-peft train" if command.trains else "--config FILE: options in YAML"
     end = f"{more}. --help-all: every option at length.\n"
     end += "--json: print one JSON object. --debug: tracebacks, and what libraries say."
-    return "\n\n".join(
-        [*parts, screen(command.arguments, command.groups, read_by(command.reads)), end]
-    )
+    shown = screen(command.arguments, command.groups, read_by(command.reads))
+    return "\n\n".join([*parts, shown, end])
 
 
 def named(name: str) -> Any:

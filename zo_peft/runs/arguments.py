@@ -145,8 +145,8 @@ class DataArguments:
         if self.task is not None and self.task not in TASKS:
             raise UserError(f"task={self.task!r} is not known; use one of {', '.join(TASKS)}")
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
-        unused = SETS["own rows" if self.task else "task"]
-        if unused := [name for name in changed if name in unused]:
+        others = SETS["own rows" if self.task else "task alone"]
+        if unused := [name for name in changed if name in others]:
             why = "is not used with --task" if self.task else "is only for a --task"
             raise UserError(f"--{unused[0]} {why}; drop one of the two")
         if self.eval_file and self.dataset_test_split:

@@ -190,7 +190,7 @@ def _next(model: ModelArguments, data: DataArguments, args: ZOConfig, merges: bo
 def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
     """The options that had a say in a run, by name. Of a path it has the last part alone."""
     idle = set() if data.dataset_name else {*SETS["data set of the Hub"]}
-    idle |= set() if data.task else {*SETS["task"]}
+    idle |= set() if data.task else {*SETS["task alone"]}
     idle |= set() if data.prompt_template else {"label_column"}
     if args.tune != "adapter" or model.adapter_name_or_path is not None:
         idle |= {"peft_type", "num_virtual_tokens", "lora_target_modules", *SETS["lora"]}
