@@ -313,8 +313,8 @@ def question_of(row: Row) -> Row:
     """
     row = {name: value for name, value in row.items() if value is not None}
     if "instruction" in row:
-        given = {name: row[name] for name in ("instruction", "input", "context") if name in row}
-        return {"prompt": _instruction(given)["prompt"]}
+        asked = {"instruction", "input", "context"} & row.keys()
+        return {"prompt": _instruction({name: row[name] for name in asked})["prompt"]}
     turns = _turns(row) if "conversations" in row else [*row.get("messages", ())]
     while turns and is_answer(turns[-1]):
         turns.pop()

@@ -266,7 +266,7 @@ class Planner:
         # The layer that is being quantized is there as it was saved, too.
         load = self.weights + self.largest * self.fit.size
         held = [load, *(weights + adapter + phase for phase in phases)]
-        return Memory(*parts, *held, peak=max(held))
+        return Memory(*(*parts, *held, max(held)))
 
     def _evaluation(self, batch: int | None, length: int, size: int) -> int:
         """What an evaluation holds beside weights and adapter, with `size` bytes a number."""
