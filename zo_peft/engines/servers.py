@@ -4,7 +4,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
@@ -116,18 +116,19 @@ class Servers(Generic[S]):
                 server.busy += 1
                 # A thread that hangs must not keep the process from ending.
                 threading.Thread(target=attempt.run, args=(self._ended,), daemon=True).start()
-            ended = self._next()
-            # Others are late: their tasks are done, or their calls.
-            if ended is not None and ended in running:
-                running.remove(ended)
-                others = [other for other in running if other.index == ended.index]
-                if ended.error is None:
-                    results[ended.index] = ended.result
+            for attempt in self._look():
+                # Others are late: their tasks are done, or their calls.
+                if attempt not in running:
+                    continue
+                running.remove(attempt)
+                others = [other for other in running if other.index == attempt.index]
+                if attempt.error is None:
+                    results[attempt.index] = attempt.result
                     running = [other for other in running if other not in others]
-                elif not isinstance(ended.error, ServerFailure):
-                    raise ended.error
+                elif not isinstance(attempt.error, ServerFailure):
+                    raise attempt.error
                 elif not others:
-                    waiting.appendleft(ended.index)
+                    waiting.appendleft(attempt.index)
             if not running:
                 self._check()
         return [results[index] for index in range(len(tasks))]
@@ -153,12 +154,12 @@ class Servers(Generic[S]):
                 return index, others[0]
         return None
 
-    def _next(self) -> _Attempt | None:
+    def _look(self) -> Iterator[_Attempt]:
         """An attempt that has ended, of this call or an earlier one, if there is any soon."""
         try:
             attempt = self._ended.get(timeout=LOOK)
         except Empty:
-            return None
+            return
         server, now = attempt.server, time.monotonic()
         server.busy -= 1
         if attempt.error is None:
@@ -169,7 +170,7 @@ class Servers(Generic[S]):
             server.failures += 1
             server.pause = min(self._pause * 2 ** (server.failures - 1), self._timeout / 4)
             server.failed_at, server.reason = now, str(attempt.error)
-        return attempt
+        yield attempt
 
     def _check(self) -> None:
         """Raise an error where all servers have failed for too long."""
