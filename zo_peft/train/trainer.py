@@ -222,14 +222,14 @@ class ZOTrainer(CheckpointTrainer):
         plain = replace(collate, shares_prompts=False) if isinstance(collate, Collator) else collate
         alone = [self._prepare_inputs(plain([features])) for features in chosen]
         batch = self._prepare_inputs(collate(chosen))
-        if self.engine is not None:
-            check_answers(self.model, batch, self.args.engine_reference)
         objective = self.objective
         if isinstance(objective, RewardObjective):
             # Sampled completions differ from batch to batch; the likelihood of given ones does not.
             objective = CompletionObjective()
             pad = self.processing_class.pad_token_id
             batch, *alone = (drawn_batch(b, [[0, 0]] * b.rows, pad) for b in (batch, *alone))
+        if self.engine is not None:
+            check_answers(self.model, batch, self.args.engine_reference)
         with replaced([(self.evaluator, "objective", objective)]):
             self.check_passes = check(self.evaluator, batch, alone)
 
