@@ -149,11 +149,11 @@ def test_a_float_engine_completes_prompts_as_pytorch_does(
     plain = evaluator_of(own, FlatSpace(tuned_parameters(own)), objective)
     for points in ([point[:1] for point in POINTS], [point * 2 for point in POINTS]):
         losses = []
-        for turn, evaluator in enumerate((in_engine(served, objective), plain)):
+        for turn, evaluator in enumerate((in_engine(served, objective), plain)):  # noqa: B007
             losses.append(evaluator.batch_losses(points, batch))
         assert torch.equal(*losses)
     assert seen[0] == seen[1]
-    assert 2 < len({*map(len, seen[0])})
+    assert len({*map(len, seen[0])}) > 2
 
 
 def test_the_check_knows_an_adapter_that_acts_otherwise(both: Any, monkeypatch: Any) -> None:
@@ -296,23 +296,24 @@ def test_the_command_line_trains_and_evaluates(
 def test_rewards_are_trained_from_the_command_line(
     bases: Any, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    """A reward function and a metric, with the eps of the run's own choice, and what it predicts."""
+    """A reward function and a metric, with eps chosen by the run; and its answers."""
     monkeypatch.chdir(tmp_path)
-    Path("brevity.py").write_text(
-        "def reward(completion_ids, **_):\n    return [-float(len(ids)) for ids in completion_ids]\n"
-    )
+    code = "def reward(completion_ids, **_):\n    return [-len(ids) for ids in completion_ids]\n"
+    Path("brevity.py").write_text(code)
     rows = [{"prompt": f"We ate at the {what}", "answers": ["cafe"]} for what in ("old", "new")]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    changes = {"engine": "openvino", "model_name_or_path": bases("openvino", "int4")}
-    changes |= {"tokenizer_name": tiny.MODEL, "train_file": "rows.jsonl", "eval_file": "rows.jsonl"}
+    changes = {"train_file": "rows.jsonl", "eval_file": "rows.jsonl", "tokenizer_name": tiny.MODEL}
     changes |= {"prompt_template": None, "label_words": None, "zo_eps": None, "max_steps": 1}
-    changes |= {"max_completion_length": 5}
-    for goal in ({"reward_funcs": "brevity:reward"}, {"objective": "f1"}):
-        options = tiny.command_line(tmp_path / "out", **changes, **goal, overwrite_output_dir=True)
+    goals = [{"reward_funcs": "brevity:reward"}, {"objective": "f1"}]
+    for (engine, kind), goal in zip(QUANTIZED, goals):
+        changes |= {"engine": engine, "model_name_or_path": bases(engine, kind)}
+        folder = tmp_path / engine
+        options = tiny.command_line(folder, **changes, **goal, max_completion_length=5)
+        capsys.readouterr()
         assert main(["train", *options, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["steps"] == 1
-    assert main(["predict", "out", "rows.jsonl", "--output_file", "answers.jsonl"]) == 0
-    assert len(Path("answers.jsonl").read_text().splitlines()) == 2
+        assert main(["predict", engine, "rows.jsonl", "--output_file", f"{engine}.jsonl"]) == 0
+        assert len(Path(f"{engine}.jsonl").read_text().splitlines()) == 2
 
 
 REFUSED = [
