@@ -5,8 +5,8 @@ completion is 1 where it has a word of praise and no word of blame, else 0. Each
 with the defaults of a strategy, gv unless another is named, and its greedy completions of held-out
 prompts are rewarded as training goes on. The last column says how many times larger the variance of
 the difference of two candidates' rewards would be without common random numbers, at the run's first
-eps (where a run has chosen one). With an engine, each adapter is tuned in PyTorch on the float base,
-and with the engine on a 4-bit base, beside it.
+eps (where a run has chosen one). With an engine, an adapter is tuned in PyTorch on the float base,
+and beside it with the engine on a 4-bit base.
 
     python scripts/reward_tuning.py
     python scripts/reward_tuning.py --engine llamacpp --adapters LoRA
