@@ -16,9 +16,9 @@ from zo_peft.errors import UserError
 from zo_peft.models.loading import files_hash
 from zo_peft.objectives.rewards import CommonNoise
 
-#: The engines, and the package that each of them needs.
+#: The engines, and the package that those in this process need.
 PACKAGES = {"llamacpp": "xllamacpp", "openvino": "openvino"}
-EngineName = Literal["llamacpp", "openvino"]
+EngineName = Literal["llamacpp", "openvino", "vllm"]
 
 
 class Matrices(NamedTuple):
@@ -137,7 +137,7 @@ class Engine:
         self, states: States, prompts: Sequence[Sequence[list[int]]], sampling: Sampling
     ) -> list[list[int]]:
         """Completions of the prompts [M][R], those of each m with state m, in their order."""
-        raise NotImplementedError
+        raise UserError("servers are not asked for completions yet; use llamacpp or openvino")
 
     def forget(self) -> None:
         """Drop whatever was kept of earlier calls."""
@@ -164,9 +164,10 @@ class Engine:
 
 
 def installed() -> dict[str, str | None]:
-    """The version of each engine's package; None where it is not installed."""
+    """The version of each engine's package, None where it is not installed; vLLM is elsewhere."""
     found = {name: [*importlib.metadata.distributions(name=p)] for name, p in PACKAGES.items()}
-    return {name: packages[0].version if packages else None for name, packages in found.items()}
+    versions = {name: packages[0].version if packages else None for name, packages in found.items()}
+    return versions | {"vllm": "any server"}
 
 
 def imported(*packages: str) -> list[Any]:

@@ -39,6 +39,7 @@ from zo_peft.engines.engine import (
 )
 from zo_peft.engines.llamacpp import LlamaCpp
 from zo_peft.engines.openvino import MODEL_NAME, OpenVino
+from zo_peft.engines.vllm import Vllm
 from zo_peft.errors import UserError
 from zo_peft.models.heads import lora_parameters
 from zo_peft.models.hub import AnyModel
@@ -51,23 +52,26 @@ STATES = 64 << 20
 
 
 def load_served(
-    name: str, engine: EngineName, source: str | None = None, *chat: str | None
+    name: str, engine: EngineName, source: str | None = None, *chat: str | None, **servers: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base that an engine computes, in shapes alone, and its tokenizer.
 
     The base's attribute `engine` answers for it.
 
     Args:
-        name: a GGUF file for llamacpp, a folder for openvino.
+        name: a GGUF file for llamacpp, a folder for openvino; for vllm what servers call the base.
         source: a folder or a Hub id with the configuration and the tokenizer of the model that was
             converted; default: what the file or the folder itself says of them.
         chat: where a chat template comes from, as of `load_tokenizer`.
+        servers: for vllm, `urls`, `folder` and `timeout` of `Vllm`.
 
     Raises:
-        UserError: the engine is not installed, or the file or the configuration cannot be read.
+        UserError: the engine is not installed or does not answer, or the file or the configuration
+            cannot be read.
     """
     path = Path(name)
-    if not (path if engine == "llamacpp" else path / MODEL_NAME).is_file():
+    files = {"llamacpp": path, "openvino": path / MODEL_NAME}
+    if engine in files and not files[engine].is_file():
         what = {"llamacpp": "a GGUF file", "openvino": f"a folder with {MODEL_NAME}"}[engine]
         raise UserError(f"the engine {engine} reads {what}; {name!r} is none")
     if source is None and engine == "llamacpp":
@@ -84,7 +88,12 @@ def load_served(
     if source is not None or engine == "openvino":
         with suppress(OSError):  # Not every base has one.
             base.generation_config = GenerationConfig.from_pretrained(source or name)
-    base.engine = LlamaCpp(path, config) if engine == "llamacpp" else OpenVino(path)
+    engines: dict[str, Callable[[], Engine]] = {
+        "llamacpp": lambda: LlamaCpp(path, config),
+        "openvino": lambda: OpenVino(path),
+        "vllm": lambda: Vllm(name, **servers),
+    }
+    base.engine = engines[engine]()
     for method, answer in ANSWERS.items():
         setattr(base, method, partial(answer, base, Lanes({}, 1), ""))
     return base.eval(), tokenizer
@@ -105,11 +114,13 @@ def evaluator_of(
     return Evaluator(model, space, objective, host, candidates_per_forward, ranks)
 
 
-def check_engine(model: AnyModel, engine: EngineName | None, processes: int) -> Engine | None:
+def check_engine(
+    model: AnyModel, engine: EngineName | None, generates: bool, processes: int
+) -> Engine | None:
     """The engine that answers for a model; None where the model computes by itself.
 
     A UserError says that there is another one than `engine`, or refuses what an engine cannot do:
-    an adapter of which it cannot be given everything, several processes.
+    an adapter of which it cannot be given everything, completions of servers, several processes.
     """
     found: Engine | None = getattr(model, "engine", None)
     if (found is None) != (engine is None):
@@ -119,6 +130,8 @@ def check_engine(model: AnyModel, engine: EngineName | None, processes: int) -> 
         )
     if found is None:
         return None
+    if generates and isinstance(found, Vllm):
+        raise UserError("servers are not asked for completions yet; use llamacpp or openvino")
     if processes > 1:
         raise UserError("an engine answers to one process; start one, and give it more threads")
     if isinstance(model, PeftModel):

@@ -4,8 +4,8 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -30,10 +30,10 @@ class NoServerLeftError(UserError):
 
 
 @dataclass(eq=False)
-class _Server(Generic[S]):
-    """A server, and what is known of it."""
+class _Server:
+    """A server as it was given, and what is known of it."""
 
-    given: S
+    given: Any
     busy: int = 0
     failures: int = 0
     failed_at: float = 0.0
@@ -48,25 +48,22 @@ class _Server(Generic[S]):
 
 
 @dataclass(eq=False)
-class _Call(Generic[S, T]):
-    """What has become of the tasks of one call, by their indices."""
-
-    tasks: Sequence[Callable[[S], T]]
-    waiting: deque[int]
-    running: dict[int, list["_Attempt"]] = field(default_factory=dict)
-    results: dict[int, T] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
 class _Attempt:
-    """A task that a server was given, and in the end the result or the error."""
+    """A task of this index that a server was given, and in the end its result or error."""
 
-    call: _Call[Any, Any]
-    task: int
-    server: _Server[Any]
+    index: int
+    task: Callable[[Any], Any]
+    server: _Server
     start: float
     result: Any = None
     error: BaseException | None = None
+
+    def run(self, ended: SimpleQueue["_Attempt"]) -> None:
+        try:
+            self.result = self.task(self.server.given)
+        except BaseException as error:
+            self.error = error
+        ended.put(self)
 
 
 class Servers(Generic[S]):
@@ -110,55 +107,58 @@ class Servers(Generic[S]):
         Raises:
             NoServerLeftError: all servers have failed for `timeout` seconds, or from the start.
         """
-        call = _Call[S, T](tasks, deque(range(len(tasks))))
-        while len(call.results) < len(tasks):
-            while (chosen := self._choose(call)) is not None:
-                self._start(call, *chosen)
-            try:
-                attempt = self._ended.get(timeout=LOOK)
-            except Empty:
-                pass
-            else:
-                self._note(attempt)
-                if attempt.call is call:
-                    _settle(attempt)
-            self._give_up(call)
-        return [call.results[index] for index in range(len(tasks))]
+        waiting, running, results = deque(range(len(tasks))), list[_Attempt](), dict[int, T]()
+        while len(results) < len(tasks):
+            while (chosen := self._choose(waiting, running)) is not None:
+                index, server = chosen
+                running.append(attempt := _Attempt(index, tasks[index], server, time.monotonic()))
+                server.busy += 1
+                # A thread that hangs must not keep the process from ending.
+                threading.Thread(target=attempt.run, args=(self._ended,), daemon=True).start()
+            for attempt in self._look():
+                # Others are late: their tasks are done, or their calls.
+                if attempt not in running:
+                    continue
+                running.remove(attempt)
+                others = [other for other in running if other.index == attempt.index]
+                if attempt.error is None:
+                    results[attempt.index] = attempt.result
+                    running = [other for other in running if other not in others]
+                elif not isinstance(attempt.error, ServerFailure):
+                    raise attempt.error
+                elif not others:
+                    waiting.appendleft(attempt.index)
+            if not running:
+                self._check()
+        return [results[index] for index in range(len(tasks))]
 
-    def _choose(self, call: _Call[S, T]) -> tuple[int, _Server[S]] | None:
-        """A task to start now, and the server that gets it."""
+    def _choose(
+        self, waiting: deque[int], running: Sequence[_Attempt]
+    ) -> tuple[int, _Server] | None:
+        """The index of a task to start now, and the server that gets it."""
         now = time.monotonic()
         free = [server for server in self._servers if server.is_free(now, self._at_once)]
         free.sort(key=lambda server: server.busy)
-        if not free:
-            return None
-        if call.waiting:
-            return call.waiting.popleft(), free[0]
-        if not self._seconds:
+        if free and waiting:
+            return waiting.popleft(), free[0]
+        if not free or not self._seconds:
             return None
         longest = self._patience * statistics.median(self._seconds)
-        for task, attempts in call.running.items():
-            others = [s for s in free if s not in [attempt.server for attempt in attempts]]
-            if others and now - attempts[-1].start > longest:
-                return task, others[0]
+        attempts: dict[int, list[_Attempt]] = {}
+        for attempt in running:
+            attempts.setdefault(attempt.index, []).append(attempt)
+        for index, own in attempts.items():
+            others = [s for s in free if s not in [attempt.server for attempt in own]]
+            if others and now - own[-1].start > longest:
+                return index, others[0]
         return None
 
-    def _start(self, call: _Call[S, T], task: int, server: _Server[S]) -> None:
-        attempt = _Attempt(call, task, server, time.monotonic())
-        call.running.setdefault(task, []).append(attempt)
-        server.busy += 1
-        # A thread that hangs must not keep the process from ending.
-        threading.Thread(target=self._run, args=(attempt,), daemon=True).start()
-
-    def _run(self, attempt: _Attempt) -> None:
+    def _look(self) -> Iterator[_Attempt]:
+        """An attempt that has ended, of this call or an earlier one, if there is any soon."""
         try:
-            attempt.result = attempt.call.tasks[attempt.task](attempt.server.given)
-        except BaseException as error:
-            attempt.error = error
-        self._ended.put(attempt)
-
-    def _note(self, attempt: _Attempt) -> None:
-        """What the end of an attempt, of this call or an earlier one, tells of its server."""
+            attempt = self._ended.get(timeout=LOOK)
+        except Empty:
+            return
         server, now = attempt.server, time.monotonic()
         server.busy -= 1
         if attempt.error is None:
@@ -169,34 +169,17 @@ class Servers(Generic[S]):
             server.failures += 1
             server.pause = min(self._pause * 2 ** (server.failures - 1), LONGEST_PAUSE)
             server.failed_at, server.reason = now, str(attempt.error)
+        yield attempt
 
-    def _give_up(self, call: _Call[S, T]) -> None:
+    def _check(self) -> None:
         """Raise an error where all servers have failed for too long."""
         if not all(server.failures for server in self._servers):
             return
         now = time.monotonic()
         self._failing_since = self._failing_since or now
-        late = not self._seconds or now - self._failing_since > self._timeout
-        if late and not call.running:
-            reasons = {server.reason: server.given for server in self._servers}
-            told = "; ".join(f"{given}: {reason}" for reason, given in [*reasons.items()][:3])
+        if not self._seconds or now - self._failing_since > self._timeout:
+            reasons = [f"{server.given}: {server.reason}" for server in self._servers]
             raise NoServerLeftError(
-                f"none of {len(self._servers)} servers answers ({told}); start them again, and "
-                "resume the run"
+                f"none of {len(reasons)} servers answers ({'; '.join(reasons[:3])}); start them "
+                "again, and resume the run"
             )
-
-
-def _settle(attempt: _Attempt) -> None:
-    """Take the result of an attempt, or let the task wait again; raise what is no failure."""
-    call, task = attempt.call, attempt.task
-    if task in call.results:
-        return
-    call.running[task].remove(attempt)
-    if attempt.error is None:
-        call.results[task] = attempt.result
-    elif not isinstance(attempt.error, ServerFailure):
-        raise attempt.error
-    elif not call.running[task]:
-        call.waiting.appendleft(task)
-    if attempt.error is None or not call.running[task]:
-        del call.running[task]

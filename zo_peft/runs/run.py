@@ -282,7 +282,8 @@ def _served(
             raise UserError(f"--{name} is for a base in PyTorch; drop it, or --engine")
     assert args.engine is not None
     chat = model.chat_template, model.adapter_name_or_path
-    return load_served(model.model_name_or_path, args.engine, args.tokenizer_name, *chat)
+    source = args.tokenizer_name
+    return load_served(model.model_name_or_path, args.engine, source, *chat, **args.servers)
 
 
 def load(

@@ -1,0 +1,262 @@
+"""vLLM servers, here or elsewhere, in their OpenAI-compatible dialect of HTTP.
+
+Each state of an adapter is written to a folder in PEFT's form, from which a server loads it for a
+few prompts. Servers keep what they computed by the name and the folder of an adapter and by the
+request's `cache_salt`, so none of these is ever used for two states.
+"""
+
+import itertools
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import torch
+from safetensors.torch import save_file
+
+from zo_peft.engines.engine import Answers, Engine, Row, States
+from zo_peft.engines.servers import ServerFailure, Servers
+from zo_peft.errors import UserError
+from zo_peft.models.hub import public_name
+
+#: Tasks that a server has at a time, each with an adapter of its own, and the prompts of a task.
+AT_ONCE, PROMPTS = 16, 32
+
+#: Tokens that a request may ask about, if a server has its default settings.
+TOKENS = 20
+
+#: What is written here stays in memory, where there is such a folder.
+IN_MEMORY = "/dev/shm"
+
+#: By how many nats servers of the same base may differ.
+SAME = 0.3
+
+#: A prompt, and the tokens whose log-probabilities are wanted behind it.
+Place = tuple[list[int], list[int]]
+
+#: The log-probabilities at a place by token, and the likeliest token.
+Found = tuple[dict[int, float], int]
+
+
+class _NotThereError(ServerFailure):
+    """A server does not know an address or a model."""
+
+
+class Server:
+    """One vLLM server. Whatever it answers is checked.
+
+    Args:
+        url: such as `http://localhost:8000`.
+        name: what the server calls the base, or the folder that it has loaded.
+        timeout: seconds that an answer may take.
+
+    Raises:
+        ServerFailure: it does not answer.
+        UserError: it has another base.
+    """
+
+    def __init__(self, url: str, name: str, timeout: float) -> None:
+        self.url = url.rstrip("/")
+        key = os.environ.get("VLLM_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else None
+        limits = httpx2.Limits(max_connections=None)
+        self._client = httpx2.Client(headers=headers, timeout=timeout, limits=limits)
+        with _known_form():
+            told = {card["id"]: card["root"] for card in self._send("GET", "/v1/models")["data"]}
+        found = [known for known, root in told.items() if name in (known, root)]
+        if not found:
+            raise UserError(
+                f"{self} serves {', '.join(told)}, and not {name}; as the model, give the name "
+                "that the server has for the base"
+            )
+        self._base = found[0]
+
+    def __str__(self) -> str:
+        return self.url
+
+    def answer(self, path: Path | None, salt: str, places: Sequence[Place]) -> list[Found]:
+        """The answers at some places, with the adapter in a folder or with none."""
+        if path is None:
+            return self._ask(self._base, salt, places)
+        try:
+            return self._with_adapter(path, salt, places)
+        except _NotThereError:
+            # The server has started again since it loaded the adapter.
+            return self._with_adapter(path, salt, places)
+
+    def _with_adapter(self, path: Path, salt: str, places: Sequence[Place]) -> list[Found]:
+        name = f"zo-peft-{secrets.token_hex(12)}"
+        try:
+            self._send("POST", "/v1/load_lora_adapter", lora_name=name, lora_path=str(path))
+        except _NotThereError as error:
+            raise UserError(
+                f"{self} does not load an adapter ({error}); start it with --enable-lora and with "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and give an engine_folder that it sees"
+            ) from None
+        found = self._ask(name, salt, places)
+        self._send("POST", "/v1/unload_lora_adapter", lora_name=name)
+        return found
+
+    def _ask(self, model: str, salt: str, places: Sequence[Place]) -> list[Found]:
+        found: list[Found] = [({}, -1)] * len(places)
+        for indices, tokens in _requests(places):
+            prompts = [places[index][0] for index in indices]
+            # Without `prompt_logprobs`, which have ended whole servers that had a LoRA.
+            answer = self._send(
+                "POST",
+                "/v1/completions",
+                model=model,
+                prompt=prompts,
+                max_tokens=1,
+                temperature=0,
+                repetition_penalty=1,
+                logprobs=len(tokens),
+                logprob_token_ids=tokens,
+                return_tokens_as_token_ids=True,
+                return_token_ids=True,
+                cache_salt=salt,
+            )
+            with _known_form():
+                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+                told = [answer["model"], *(choice["prompt_token_ids"] for choice in choices)]
+                if told != [model, *prompts]:
+                    raise ServerFailure("it answers for another model, or other tokens")
+                for index, choice in zip(indices, choices):
+                    told, (likeliest,) = choice["logprobs"]["top_logprobs"][0], choice["token_ids"]
+                    own = {token: told[f"token_id:{token}"] for token in tokens}
+                    found[index] = found[index][0] | own, likeliest
+        return found
+
+    def _send(self, method: str, path: str, **body: Any) -> Any:
+        """What a server answers that is well; JSON, if it is any."""
+        try:
+            response = self._client.request(method, self.url + path, json=body or None)
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise ServerFailure(f"{type(error).__name__}: {error}") from None
+        if response.is_success:
+            is_json = "json" in response.headers.get("content-type", "")
+            with _known_form():
+                return response.json() if is_json else None
+        told = f"HTTP {response.status_code} from {path}: {' '.join(response.text.split())[:300]}"
+        if response.status_code == 404:
+            raise _NotThereError(told)
+        # Of these, a request is no reason.
+        if response.status_code >= 500 or response.status_code in (408, 429):
+            raise ServerFailure(told)
+        raise UserError(f"{self} refuses a request: {told}")
+
+
+class Vllm(Engine):
+    """vLLM servers that share the candidates.
+
+    No server tells which weights it has, so the journal knows the base by its name.
+
+    Args:
+        name: what the servers call the base, or the folder that they have loaded.
+        urls: of one server or several, all of that base.
+        folder: where adapters are written for the servers, which see it at the same path; default:
+            one in memory.
+        timeout: seconds that an answer may take, and for which no server may answer.
+
+    Raises:
+        UserError: a server does not answer, or has another base.
+    """
+
+    def __init__(self, name: str, urls: Sequence[str], folder: str | None, timeout: float) -> None:
+        super().__init__("vllm", [], [])
+        self.identity = {"model": public_name(name), "loaded": "vllm"}
+        self._folder = folder or (IN_MEMORY if Path(IN_MEMORY).is_dir() else None)
+        if folder is not None and not Path(folder).is_dir():
+            raise UserError(f"engine_folder={folder!r} is no folder; make it, or give another")
+        servers, first = [], dict[int, float]()
+        place = [*range(TOKENS)], [*range(TOKENS)]
+        for url in urls:
+            try:
+                servers.append(Server(url, name, timeout))
+                [(known, _)] = servers[-1].answer(None, secrets.token_hex(16), [place])
+            except ServerFailure as error:
+                raise UserError(
+                    f"{url} does not answer ({error}); start it, or leave it out of engine_url"
+                ) from None
+            first = first or known
+            off = max(abs(known[token] - first[token]) for token in known)
+            if not off <= SAME:
+                raise UserError(
+                    f"{url} answers otherwise than {urls[0]}, by {off:.2g} nats; give servers "
+                    "that have the same base"
+                )
+        self._servers = Servers(servers, AT_ONCE, timeout)
+        self.forget()
+
+    def forget(self) -> None:
+        """As of `Engine`: no salt of earlier calls comes again."""
+        self._salts = map(f"{secrets.token_hex(16)}-{{}}".format, itertools.count())
+
+    def answer(self, states: States, rows: Sequence[Sequence[Row]]) -> Answers:
+        """As of `Engine`."""
+        tasks, wanted, path = [], [], None
+        with tempfile.TemporaryDirectory(prefix="zo-peft-", dir=self._folder) as scratch:
+            for index, own in enumerate(rows):
+                if states:
+                    path = Path(scratch, str(index))
+                    _write(path, states, index)
+                salt, places = next(self._salts), [*_places(own)]
+                wanted += [tokens for _, tokens in places]
+                for start in range(0, len(places), PROMPTS):
+                    given = {"path": path, "salt": salt, "places": places[start : start + PROMPTS]}
+                    tasks.append(partial(Server.answer, **given))
+            found = [*itertools.chain(*self.timed(self._servers.map, tasks))]
+        self.swaps += len(rows) if states else 0
+        known = [[own[token] for token in tokens] for (own, _), tokens in zip(found, wanted)]
+        return Answers(torch.tensor(known), torch.tensor([likeliest for _, likeliest in found]))
+
+
+@contextmanager
+def _known_form() -> Iterator[None]:
+    """Within the context an answer is read, which may have any form."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError) as error:
+        raise ServerFailure(f"it does not answer as vLLM 0.32 does: {error!r}") from None
+
+
+def _places(rows: Iterable[Row]) -> Iterator[Place]:
+    """A prompt for each place, which ends there, for a request tells what follows its end."""
+    for row in rows:
+        for position, tokens in zip(row.positions, row.tokens.tolist()):
+            yield row.ids[: position + 1], tokens
+
+
+def _requests(places: Sequence[Place]) -> Iterator[tuple[list[int], list[int]]]:
+    """The indices of places that share a request, and the tokens of all of them."""
+    indices, shared = dict[int, None](), set[int]()
+    for index, (_, wanted) in enumerate(places):
+        for token in wanted:
+            if len(shared | {token}) > TOKENS:
+                yield [*indices], sorted(shared)
+                indices, shared = {}, set()
+            indices[index] = None
+            shared.add(token)
+    yield [*indices], sorted(shared)
+
+
+def _write(path: Path, states: States, index: int) -> None:
+    """One of the states as PEFT saves an adapter; the scaling is in its matrices."""
+    tensors = {}
+    for module, (a, b) in states.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a[index].contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b[index].contiguous()
+    rank = max(a.shape[1] for a, _ in states.values())
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
+    config |= {"r": rank, "lora_alpha": rank, "target_modules": [*states]}
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, path / "adapter_model.safetensors")
