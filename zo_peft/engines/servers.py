@@ -17,8 +17,8 @@ T = TypeVar("T")
 #: How many of the last tasks tell how long a task takes.
 KNOWN = 256
 
-#: Seconds between two looks at what runs, and the longest pause of a server that fails.
-LOOK, LONGEST_PAUSE = 0.02, 60.0
+#: Seconds between two looks at what runs.
+LOOK = 0.02
 
 
 class ServerFailure(Exception):
@@ -78,7 +78,8 @@ class Servers(Generic[S]):
         servers: whatever the tasks are called with; `str` gives the name in messages.
         at_once: how many tasks a server has at a time.
         timeout: seconds for which all servers may fail before a call gives up.
-        pause: seconds for which a server is left out after its first failure.
+        pause: seconds for which a server is left out after its first failure; at most a quarter of
+            `timeout` after others.
         patience: how many times the median of the last tasks a task may take before another server
             is given it, too.
     """
@@ -167,7 +168,7 @@ class Servers(Generic[S]):
         # Of tasks that run at the time of a failure, the first one counts.
         elif isinstance(attempt.error, ServerFailure) and attempt.start >= server.failed_at:
             server.failures += 1
-            server.pause = min(self._pause * 2 ** (server.failures - 1), LONGEST_PAUSE)
+            server.pause = min(self._pause * 2 ** (server.failures - 1), self._timeout / 4)
             server.failed_at, server.reason = now, str(attempt.error)
         yield attempt
 
