@@ -64,7 +64,7 @@ class Clock:
         """Let the thread that runs take so long."""
         self.due = self.now + seconds
 
-    def Thread(self, target: Callable[..., None], args: Any, daemon: bool) -> Any:  # noqa: N802
+    def Thread(self, target: Callable[..., None], args: Any, daemon: bool) -> Any:
         """What `start` starts."""
         return SimpleNamespace(start=lambda: target(*args))
 
