@@ -31,11 +31,12 @@ class StandIn(ThreadingHTTPServer):
         after: called with each answer to a completion, which it may change.
     """
 
-    daemon_threads = True
+    # Python must not end while PyTorch computes in another thread.
+    daemon_threads = False
 
     def __init__(self, model: Any, name: str, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
-        self.model, self.name, self.dead = model, name, False
+        self.model, self.name, self.dead, self.killed = model, name, False, False
         self.adapters: dict[str, Any] = {}
         self.kept: dict[Any, Any] = {}
         self.lock = threading.Lock()
@@ -49,15 +50,13 @@ class StandIn(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def stop(self) -> None:
-        """Die, with all adapters."""
+        """Die, with all adapters, and answer nothing any more."""
+        self.killed = True
         self.shutdown()
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of clients that have gone."""
-
-    def models(self) -> dict[str, Any]:
-        return {"data": [{"id": self.name, "root": self.name}]}
 
     def load(self, body: dict[str, Any]) -> str:
         name, path = body["lora_name"], body["lora_path"]
@@ -118,9 +117,6 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         """Print nothing."""
 
-    def do_GET(self) -> None:
-        self.reply(200, self.server.models())
-
     def do_POST(self) -> None:
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -135,6 +131,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(code, {"error": {"message": message, "code": code}})
 
     def reply(self, code: int, content: Any) -> None:
+        if self.server.killed:
+            return
         is_text = isinstance(content, str)
         data = (content if is_text else json.dumps(content)).encode()
         self.send_response(code)

@@ -140,7 +140,7 @@ def test_a_cache_that_outlives_its_adapter_is_found(cluster: Cluster, monkeypatc
 def test_a_request_that_hangs_is_asked_again_elsewhere(cluster: Cluster, expected: Any) -> None:
     hold = threading.Event()
     served = cluster.lora(cluster.start(2), timeout=60)
-    cluster.servers[0].before = lambda path, _: hold.wait() and None
+    cluster.servers[0].before = lambda path, _: hold.wait(30) and None
     assert_near(losses(served), expected("options"))
     hold.set()
 
@@ -148,7 +148,7 @@ def test_a_request_that_hangs_is_asked_again_elsewhere(cluster: Cluster, expecte
 def test_a_hanging_server_that_is_the_only_one_is_given_up(cluster: Cluster, expected: Any) -> None:
     hold = threading.Event()
     served = cluster.lora(cluster.start(), timeout=0.5)
-    cluster.servers[0].before = lambda path, _: hold.wait() and None
+    cluster.servers[0].before = lambda path, _: hold.wait(30) and None
     with pytest.raises(NoServerLeftError, match="ReadTimeout"):
         losses(served)
     hold.set()
@@ -200,7 +200,7 @@ def test_a_wrong_answer_is_refused(
 
 
 def test_half_of_the_servers_go_and_then_all(cluster: Cluster, expected: Any) -> None:
-    served = cluster.lora(cluster.start(4), timeout=0.5)
+    served = cluster.lora(cluster.start(4), timeout=4.0)
     gone = [cluster.servers.pop(0), cluster.servers.pop(0)]
     for server in gone:
         server.stop()
@@ -249,7 +249,7 @@ class At(TrainerCallback):
 def run(folder: Path, **settings: Any) -> Any:
     defaults = {"max_steps": 8, "per_device_train_batch_size": 4, "zo_eps": 0.03}
     defaults |= {"per_example_noise": False, "save_strategy": "steps", "save_steps": 2}
-    return tiny.make_trainer(folder, **{**defaults, **settings})
+    return tiny.make_trainer(folder, test=tiny.examples("test", 16), **{**defaults, **settings})
 
 
 def test_a_run_with_faults_ends_where_one_in_pytorch_does(
@@ -265,7 +265,7 @@ def test_a_run_with_faults_ends_where_one_in_pytorch_does(
     def all_go() -> None:
         embedded.servers.pop().stop()
 
-    settings = {"engine": "vllm", "engine_url": urls, "engine_timeout": 1.0}
+    settings = {"engine": "vllm", "engine_url": urls, "engine_timeout": 5.0}
     trainer = run(tmp_path / "out", **settings, callbacks=[At(events | {5: all_go})])
     before = tiny.theta(trainer)
     with pytest.raises(NoServerLeftError, match="start them again, and resume the run"):
@@ -306,7 +306,10 @@ REFUSED = [
     ({"engine_folder": "/no/such/folder"}, "is no folder"),
     ({"engine": None, "engine_url": None, "engine_folder": "."}, "for engine='vllm' alone"),
     ({"engine_timeout": 0}, "it must be positive"),
-    ({"model_name_or_path": "other", "tokenizer_name": tiny.MODEL}, "serves .*, and not other"),
+    (
+        {"model_name_or_path": "other", "tokenizer_name": tiny.MODEL},
+        "The model other does not exist",
+    ),
 ]
 
 

@@ -11,7 +11,6 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,17 +30,12 @@ AT_ONCE, PROMPTS = 16, 32
 #: Tokens that a request may ask about, if a server has its default settings.
 TOKENS = 20
 
-#: What is written here stays in memory, where there is such a folder.
-IN_MEMORY = "/dev/shm"
-
 #: By how many nats servers of the same base may differ.
 SAME = 0.3
 
-#: A prompt, and the tokens whose log-probabilities are wanted behind it.
-Place = tuple[list[int], list[int]]
-
-#: The log-probabilities at a place by token, and the likeliest token.
-Found = tuple[dict[int, float], int]
+#: A prompt with the tokens whose log-probabilities are wanted behind it; and those by token, with
+#: the likeliest token.
+Place, Found = tuple[list[int], list[int]], tuple[dict[int, float], int]
 
 
 class _NotThereError(ServerFailure):
@@ -53,35 +47,26 @@ class Server:
 
     Args:
         url: such as `http://localhost:8000`.
-        name: what the server calls the base, or the folder that it has loaded.
+        base: what the server calls the base.
         timeout: seconds that an answer may take.
-
-    Raises:
-        ServerFailure: it does not answer.
-        UserError: it has another base.
     """
 
-    def __init__(self, url: str, name: str, timeout: float) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, base: str, timeout: float) -> None:
+        self._url, self._base = url.rstrip("/"), base
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else None
-        limits = httpx2.Limits(max_connections=None)
-        self._client = httpx2.Client(headers=headers, timeout=timeout, limits=limits)
-        with _known_form():
-            told = {card["id"]: card["root"] for card in self._send("GET", "/v1/models")["data"]}
-        found = [known for known, root in told.items() if name in (known, root)]
-        if not found:
-            raise UserError(
-                f"{self} serves {', '.join(told)}, and not {name}; as the model, give the name "
-                "that the server has for the base"
-            )
-        self._base = found[0]
+        self._client = httpx2.Client(headers=headers, timeout=timeout)
 
     def __str__(self) -> str:
-        return self.url
+        return self._url
 
     def answer(self, path: Path | None, salt: str, places: Sequence[Place]) -> list[Found]:
-        """The answers at some places, with the adapter in a folder or with none."""
+        """The answers at some places, with the adapter in a folder or with none.
+
+        Raises:
+            ServerFailure: another server may answer.
+            UserError: it refuses what it was asked.
+        """
         if path is None:
             return self._ask(self._base, salt, places)
         try:
@@ -93,14 +78,14 @@ class Server:
     def _with_adapter(self, path: Path, salt: str, places: Sequence[Place]) -> list[Found]:
         name = f"zo-peft-{secrets.token_hex(12)}"
         try:
-            self._send("POST", "/v1/load_lora_adapter", lora_name=name, lora_path=str(path))
+            self._post("load_lora_adapter", lora_name=name, lora_path=str(path))
         except _NotThereError as error:
             raise UserError(
                 f"{self} does not load an adapter ({error}); start it with --enable-lora and with "
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and give an engine_folder that it sees"
             ) from None
         found = self._ask(name, salt, places)
-        self._send("POST", "/v1/unload_lora_adapter", lora_name=name)
+        self._post("unload_lora_adapter", lora_name=name)
         return found
 
     def _ask(self, model: str, salt: str, places: Sequence[Place]) -> list[Found]:
@@ -108,21 +93,12 @@ class Server:
         for indices, tokens in _requests(places):
             prompts = [places[index][0] for index in indices]
             # Without `prompt_logprobs`, which have ended whole servers that had a LoRA.
-            answer = self._send(
-                "POST",
-                "/v1/completions",
-                model=model,
-                prompt=prompts,
-                max_tokens=1,
-                temperature=0,
-                repetition_penalty=1,
-                logprobs=len(tokens),
-                logprob_token_ids=tokens,
-                return_tokens_as_token_ids=True,
-                return_token_ids=True,
-                cache_salt=salt,
-            )
-            with _known_form():
+            body = {"prompt": prompts, "max_tokens": 1, "temperature": 0, "repetition_penalty": 1}
+            body |= {"logprobs": len(tokens), "logprob_token_ids": tokens, "cache_salt": salt}
+            body |= {"return_tokens_as_token_ids": True, "return_token_ids": True}
+            response = self._post("completions", model=model, **body)
+            try:
+                answer = response.json()
                 choices = sorted(answer["choices"], key=lambda choice: choice["index"])
                 told = [answer["model"], *(choice["prompt_token_ids"] for choice in choices)]
                 if told != [model, *prompts]:
@@ -131,25 +107,27 @@ class Server:
                     told, (likeliest,) = choice["logprobs"]["top_logprobs"][0], choice["token_ids"]
                     own = {token: told[f"token_id:{token}"] for token in tokens}
                     found[index] = found[index][0] | own, likeliest
+            except (LookupError, TypeError, ValueError) as error:
+                told = f"it does not answer as vLLM 0.32 does: {error!r}"
+                raise ServerFailure(told) from None
         return found
 
-    def _send(self, method: str, path: str, **body: Any) -> Any:
-        """What a server answers that is well; JSON, if it is any."""
+    def _post(self, path: str, **body: Any) -> httpx2.Response:
+        """A response that tells no error."""
         try:
-            response = self._client.request(method, self.url + path, json=body or None)
+            response = self._client.post(f"{self._url}/v1/{path}", json=body)
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise ServerFailure(f"{type(error).__name__}: {error}") from None
-        if response.is_success:
-            is_json = "json" in response.headers.get("content-type", "")
-            with _known_form():
-                return response.json() if is_json else None
-        told = f"HTTP {response.status_code} from {path}: {' '.join(response.text.split())[:300]}"
-        if response.status_code == 404:
+        code, text = response.status_code, " ".join(response.text.split())[:300]
+        told = f"HTTP {code} from /v1/{path}: {text}"
+        if code == 404:
             raise _NotThereError(told)
-        # Of these, a request is no reason.
-        if response.status_code >= 500 or response.status_code in (408, 429):
+        # Of these, what was asked is no reason.
+        if code >= 500 or code in (408, 429):
             raise ServerFailure(told)
-        raise UserError(f"{self} refuses a request: {told}")
+        if not response.is_success:
+            raise UserError(f"{self} refuses a request: {told}")
+        return response
 
 
 class Vllm(Engine):
@@ -158,7 +136,7 @@ class Vllm(Engine):
     No server tells which weights it has, so the journal knows the base by its name.
 
     Args:
-        name: what the servers call the base, or the folder that they have loaded.
+        name: what the servers call the base.
         urls: of one server or several, all of that base.
         folder: where adapters are written for the servers, which see it at the same path; default:
             one in memory.
@@ -171,28 +149,26 @@ class Vllm(Engine):
     def __init__(self, name: str, urls: Sequence[str], folder: str | None, timeout: float) -> None:
         super().__init__("vllm", [], [])
         self.identity = {"model": public_name(name), "loaded": "vllm"}
-        self._folder = folder or (IN_MEMORY if Path(IN_MEMORY).is_dir() else None)
         if folder is not None and not Path(folder).is_dir():
             raise UserError(f"engine_folder={folder!r} is no folder; make it, or give another")
-        servers, first = [], dict[int, float]()
-        place = [*range(TOKENS)], [*range(TOKENS)]
-        for url in urls:
-            try:
-                servers.append(Server(url, name, timeout))
-                [(known, _)] = servers[-1].answer(None, secrets.token_hex(16), [place])
-            except ServerFailure as error:
-                raise UserError(
-                    f"{url} does not answer ({error}); start it, or leave it out of engine_url"
-                ) from None
-            first = first or known
-            off = max(abs(known[token] - first[token]) for token in known)
-            if not off <= SAME:
-                raise UserError(
-                    f"{url} answers otherwise than {urls[0]}, by {off:.2g} nats; give servers "
-                    "that have the same base"
-                )
+        self._folder = folder or ("/dev/shm" if Path("/dev/shm").is_dir() else None)
+        servers = [Server(url, name, timeout) for url in urls]
         self._servers = Servers(servers, AT_ONCE, timeout)
         self.forget()
+        tokens, known = [*range(TOKENS)], list[dict[int, float]]()
+        for server in servers:
+            try:
+                known.append(server.answer(None, next(self._salts), [(tokens, tokens)])[0][0])
+            except ServerFailure as error:
+                raise UserError(
+                    f"{server} does not answer ({error}); mend that, or leave it out of engine_url"
+                ) from None
+            off = max(abs(known[-1][token] - known[0][token]) for token in tokens)
+            if not off <= SAME:
+                raise UserError(
+                    f"{server} answers otherwise than {servers[0]}, by {off:.2g} nats; give "
+                    "servers that have the same base"
+                )
 
     def forget(self) -> None:
         """As of `Engine`: no salt of earlier calls comes again."""
@@ -215,17 +191,6 @@ class Vllm(Engine):
         self.swaps += len(rows) if states else 0
         known = [[own[token] for token in tokens] for (own, _), tokens in zip(found, wanted)]
         return Answers(torch.tensor(known), torch.tensor([likeliest for _, likeliest in found]))
-
-
-@contextmanager
-def _known_form() -> Iterator[None]:
-    """Within the context an answer is read, which may have any form."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (LookupError, TypeError, ValueError) as error:
-        raise ServerFailure(f"it does not answer as vLLM 0.32 does: {error!r}") from None
 
 
 def _places(rows: Iterable[Row]) -> Iterator[Place]:

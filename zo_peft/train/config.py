@@ -266,11 +266,9 @@ class ZOConfig(TrainingArguments):
 
     @property
     def servers(self) -> dict[str, Any]:
-        """Where the servers of an engine are, as `load_served` takes it."""
-        if self.engine_url is None:
-            return {}
-        folder, timeout = self.engine_folder, self.engine_timeout
-        return {"urls": self.engine_url, "folder": folder, "timeout": timeout}
+        """What `load_served` takes of the servers of vllm."""
+        settings = {"folder": self.engine_folder, "timeout": self.engine_timeout}
+        return settings | {"urls": self.engine_url}
 
     @property
     def strategy_options(self) -> Options:
