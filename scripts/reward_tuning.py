@@ -205,7 +205,7 @@ def variance_ratio(
 class Curve(TrainerCallback):
     """Measures the held-out reward after every so many forward passes; may stop at `GOAL`.
 
-    `seconds` is the time that this has taken.
+    `seconds` are the CPU seconds that this has taken.
     """
 
     def __init__(self, every: int, reward: Counted, to_goal: bool) -> None:
@@ -217,7 +217,7 @@ class Curve(TrainerCallback):
     def add(self) -> None:
         """Measure one more point."""
         assert self.trainer is not None
-        start = time.perf_counter()
+        start = time.process_time()
         self.points.append(
             {
                 "forward_passes": self.trainer.forward_passes,
@@ -225,7 +225,7 @@ class Curve(TrainerCallback):
                 "reward": self.trainer.evaluate()["eval_praises"],
             }
         )
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.process_time() - start
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure where so many forward passes have been made since the last point."""
@@ -245,9 +245,9 @@ def row(
     curve.trainer = trainer
     trainer.add_callback(curve)
     curve.add()
-    start = time.perf_counter() - curve.seconds
+    start = time.process_time() - curve.seconds
     trainer.train()
-    seconds = time.perf_counter() - start - curve.seconds
+    seconds = time.process_time() - start - curve.seconds
     curve.add()
     eps = [calibration.zo_eps for calibration in trainer.calibrations]
     # Rewards differ most where they are neither all 0 nor all 1: before training.
@@ -269,8 +269,8 @@ def row(
         "seed": trainer.args.seed,
         "learning_rate": trainer.args.learning_rate,
         "zo_eps": eps,
-        "seconds": round(seconds, 1),
-        "tokens_per_second": round(reward.tokens / seconds),
+        "cpu_seconds": round(seconds, 1),
+        "tokens_per_cpu_second": round(reward.tokens / seconds),
         "variance_ratio": ratio,
         "goal": next(reached, None),
         "curve": curve.points,
@@ -312,7 +312,7 @@ def main() -> None:
     torch.set_num_threads(1)  # more only wait for each other on models this small
     print(
         f"| adapter | numbers | forward passes: reward | passes (tokens) to {GOAL} | tokens "
-        "| seconds | tokens/s | variance ratio |"
+        "| CPU s | tokens per CPU s | variance ratio |"
     )
     print("|" + " --- |" * 8)
     bases: list[dict[str, Any]] = [{}]
@@ -341,8 +341,8 @@ def main() -> None:
             goal = "{forward_passes:,} ({generated_tokens:,})".format(**found["goal"])
         print(
             f"| {adapter}, {found['base']} | {found['numbers']:,} | {curve} | {goal} "
-            f"| {found['curve'][-1]['generated_tokens']:,} | {found['seconds']:.0f} "
-            f"| {found['tokens_per_second']:,} | {found['variance_ratio'] or ''} |"
+            f"| {found['curve'][-1]['generated_tokens']:,} | {found['cpu_seconds']:.0f} "
+            f"| {found['tokens_per_cpu_second']:,} | {found['variance_ratio'] or ''} |"
         )
         sys.stdout.flush()
         (given.out / "rewards.json").write_text(json.dumps(rows, indent=2) + "\n")
