@@ -121,6 +121,24 @@ def test_the_base_alone_answers_and_long_lists_of_tokens_are_split(cluster: Clus
     assert engine.swaps == 0
 
 
+def test_adapters_are_for_a_moment_in_the_folder_that_servers_share(
+    cluster: Cluster, tmp_path: Path, monkeypatch: Any
+) -> None:
+    (tmp_path / "shared").mkdir()
+    monkeypatch.chdir(tmp_path)
+    served, paths = cluster.lora(cluster.start(), folder="shared"), []
+
+    def note(path: str, body: dict[str, Any]) -> None:
+        if path == "/v1/load_lora_adapter":
+            paths.append(Path(body["lora_path"]))
+
+    cluster.servers[0].before = note
+    losses(served)
+    assert len({*paths}) == len(paths) > 2
+    assert {path.parents[1] for path in paths} == {tmp_path / "shared"}
+    assert not [*(tmp_path / "shared").iterdir()]
+
+
 # ---- Faults -------------------------------------------------------------------------------------
 
 

@@ -109,7 +109,7 @@ def evaluator_of(
     """An evaluator that asks the engine for many candidates in one call."""
     base = model.get_base_model()
     replacements = {method: (base, method, answer) for method, answer in ANSWERS.items()}
-    each = 4 * space.lane_numel
+    each = 4 * space.numel
     host = Host(replacements, lambda batch, parts: max(1, STATES // (each * parts)))
     return Evaluator(model, space, objective, host, candidates_per_forward, ranks)
 

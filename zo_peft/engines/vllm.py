@@ -11,7 +11,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,10 @@ TOKENS = 20
 #: By how many nats servers of the same base may differ.
 SAME = 0.3
 
-#: A prompt with the tokens whose log-probabilities are wanted behind it; and those by token, with
+#: A prompt with the tokens whose log-probabilities are wanted behind it; and these by token, with
 #: the likeliest token.
-Place, Found = tuple[list[int], list[int]], tuple[dict[int, float], int]
+Place = tuple[list[int], list[int]]
+Found = tuple[dict[int, float], int]
 
 
 class _NotThereError(ServerFailure):
@@ -108,8 +109,8 @@ class Server:
                     own = {token: told[f"token_id:{token}"] for token in tokens}
                     found[index] = found[index][0] | own, likeliest
             except (LookupError, TypeError, ValueError) as error:
-                told = f"it does not answer as vLLM 0.32 does: {error!r}"
-                raise ServerFailure(told) from None
+                message = f"it does not answer as vLLM 0.32 does: {error!r}"
+                raise ServerFailure(message) from None
         return found
 
     def _post(self, path: str, **body: Any) -> httpx2.Response:
@@ -151,7 +152,10 @@ class Vllm(Engine):
         self.identity = {"model": public_name(name), "loaded": "vllm"}
         if folder is not None and not Path(folder).is_dir():
             raise UserError(f"engine_folder={folder!r} is no folder; make it, or give another")
-        self._folder = folder or ("/dev/shm" if Path("/dev/shm").is_dir() else None)
+        in_memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+        self._folder = str(Path(folder).absolute()) if folder else in_memory
+        # Servers that share a folder may be other users, who could not read what is written there.
+        self._mode = 0o755 if folder else 0o700
         servers = [Server(url, name, timeout) for url in urls]
         self._servers = Servers(servers, AT_ONCE, timeout)
         self.forget()
@@ -178,6 +182,7 @@ class Vllm(Engine):
         """As of `Engine`."""
         tasks, wanted, path = [], [], None
         with tempfile.TemporaryDirectory(prefix="zo-peft-", dir=self._folder) as scratch:
+            Path(scratch).chmod(self._mode)
             for index, own in enumerate(rows):
                 if states:
                     path = Path(scratch, str(index))
@@ -185,8 +190,8 @@ class Vllm(Engine):
                 salt, places = next(self._salts), [*_places(own)]
                 wanted += [tokens for _, tokens in places]
                 for start in range(0, len(places), PROMPTS):
-                    given = {"path": path, "salt": salt, "places": places[start : start + PROMPTS]}
-                    tasks.append(partial(Server.answer, **given))
+                    part = places[start : start + PROMPTS]
+                    tasks.append(methodcaller("answer", path, salt, part))
             found = [*itertools.chain(*self.timed(self._servers.map, tasks))]
         self.swaps += len(rows) if states else 0
         known = [[own[token] for token in tokens] for (own, _), tokens in zip(found, wanted)]
@@ -220,7 +225,7 @@ def _write(path: Path, states: States, index: int) -> None:
         tensors[f"base_model.model.{module}.lora_A.weight"] = a[index].contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = b[index].contiguous()
     rank = max(a.shape[1] for a, _ in states.values())
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
+    config: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
     config |= {"r": rank, "lora_alpha": rank, "target_modules": [*states]}
     path.mkdir()
     (path / "adapter_config.json").write_text(json.dumps(config))
