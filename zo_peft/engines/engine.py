@@ -137,7 +137,7 @@ class Engine:
         self, states: States, prompts: Sequence[Sequence[list[int]]], sampling: Sampling
     ) -> list[list[int]]:
         """Completions of the prompts [M][R], those of each m with state m, in their order."""
-        raise UserError("servers are not asked for completions yet; use llamacpp or openvino")
+        raise NotImplementedError
 
     def forget(self) -> None:
         """Drop whatever was kept of earlier calls."""

@@ -114,13 +114,11 @@ def evaluator_of(
     return Evaluator(model, space, objective, host, candidates_per_forward, ranks)
 
 
-def check_engine(
-    model: AnyModel, engine: EngineName | None, generates: bool, processes: int
-) -> Engine | None:
+def check_engine(model: AnyModel, engine: EngineName | None, processes: int) -> Engine | None:
     """The engine that answers for a model; None where the model computes by itself.
 
     A UserError says that there is another one than `engine`, or refuses what an engine cannot do:
-    an adapter of which it cannot be given everything, completions of servers, several processes.
+    an adapter of which it cannot be given everything, several processes.
     """
     found: Engine | None = getattr(model, "engine", None)
     if (found is None) != (engine is None):
@@ -130,8 +128,6 @@ def check_engine(
         )
     if found is None:
         return None
-    if generates and isinstance(found, Vllm):
-        raise UserError("servers are not asked for completions yet; use llamacpp or openvino")
     if processes > 1:
         raise UserError("an engine answers to one process; start one, and give it more threads")
     if isinstance(model, PeftModel):
