@@ -129,8 +129,10 @@ class Counted:
         return praises(**given)
 
 
-def engine_settings(engine: str, folder: Path) -> dict[str, Any]:
+def engine_settings(engine: str, url: str | None, folder: Path) -> dict[str, Any]:
     """The settings of a run with an engine, whose 4-bit base is written to the folder."""
+    if engine == "vllm":
+        return {"engine": engine, "engine_url": [url]}
     convert, path = import_module("convert"), folder / f"base.{engine}"
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     if engine == "llamacpp":
@@ -251,7 +253,7 @@ def row(
     curve.add()
     eps = [calibration.zo_eps for calibration in trainer.calibrations]
     # Rewards differ most where they are neither all 0 nor all 1: before training.
-    names = {"base", "engine", "tokenizer_name"} & {*settings}
+    names = {"base", "engine", "tokenizer_name", "engine_url"} & {*settings}
     fresh = make(
         adapter,
         folder,
@@ -303,7 +305,8 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=6, help="how many each curve has")
     parser.add_argument("--pairs", type=int, default=8, help="of candidates, for the variance")
     parser.add_argument("--to_goal", action="store_true", help=f"stop at a reward of {GOAL}")
-    parser.add_argument("--engine", choices=["llamacpp", "openvino"], help="LoRA alone")
+    parser.add_argument("--engine", choices=["llamacpp", "openvino", "vllm"], help="LoRA alone")
+    parser.add_argument("--engine_url", help="for vllm: of a server with the embedded model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/reward_tuning"))
     given = parser.parse_args()
@@ -318,7 +321,7 @@ def main() -> None:
     bases: list[dict[str, Any]] = [{}]
     if given.engine:
         with contextlib.redirect_stdout(sys.stderr):
-            bases.append(engine_settings(given.engine, given.out))
+            bases.append(engine_settings(given.engine, given.engine_url, given.out))
     rows = []
     for adapter, base in product(given.adapters, bases):
         with contextlib.redirect_stdout(sys.stderr):
