@@ -138,6 +138,8 @@ def main() -> None:
         for name, own in found.items():
             axes.plot([row[axis] for row in rows], own, "o-", label=name)
         axes.set_xscale("log", base=2)
+        values = sorted({row[axis] for row in rows})
+        axes.set_xticks(values, map(str, values))
         axes.set(xlabel=("servers", "tasks per server and step")[axis], ylabel="efficiency")
         axes.set(ylim=(0, 1.02))
         axes.grid(alpha=0.3)

@@ -5,7 +5,7 @@ other. Its own parameters take no memory, and only the LoRA's are numbers. The o
 `next_tokens`, or to `generate`, which the engine answers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -85,7 +85,7 @@ def load_served(
     base.requires_grad_(False)
     base.forward = _refuse
     base.name_or_path = base.config.name_or_path = source or name
-    if source is not None or engine == "openvino":
+    if source is not None or engine != "llamacpp":
         with suppress(OSError):  # Not every base has one.
             base.generation_config = GenerationConfig.from_pretrained(source or name)
     engines: dict[str, Callable[[], Engine]] = {
@@ -167,27 +167,19 @@ def _next_tokens(base: Any, lanes: Lanes, _: str, batch: Batch) -> Answers:
     return base.engine.answer(states_of(base, lanes), _split(rows_of(batch), lanes))
 
 
-def _generate(
-    base: Any,
-    lanes: Lanes,
-    _: str,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    generation_config: GenerationConfig,
-    logits_processor: Sequence[CommonNoise],
-) -> Tensor:
+def _generate(base: Any, lanes: Lanes, _: str, **given: Any) -> Tensor:
     """As `generate` of transformers: prompts with their completions, whose rows lanes have in turn.
 
     A shorter completion is filled up with the token that ends it.
     """
-    prompts = [row[own].tolist() for row, own in zip(input_ids, attention_mask.bool())]
-    noise = next(iter(logits_processor), None)
-    examples = len(prompts) // (noise.copies if noise else 1)
-    ends = generation_config.eos_token_id or []
-    sampling = Sampling(noise, examples, ends, generation_config.max_new_tokens)
+    ids, own, config = (given[n] for n in ("input_ids", "attention_mask", "generation_config"))
+    noise: CommonNoise | None = next(iter(given["logits_processor"]), None)
+    prompts = [row[mask].tolist() for row, mask in zip(ids, own.bool())]
+    examples, ends = len(ids) // (noise.copies if noise else 1), config.eos_token_id or []
+    sampling = Sampling(noise, examples, ends, config.max_new_tokens)
     drawn = base.engine.generate(states_of(base, lanes), _split(prompts, lanes), sampling)
-    filled = pad_sequence([torch.tensor(ids) for ids in drawn], True, (ends or [0])[0])
-    return torch.cat([input_ids, filled], dim=1)
+    filled = pad_sequence([torch.tensor(row) for row in drawn], True, (ends or [0])[0])
+    return torch.cat([ids, filled], dim=1)
 
 
 #: The methods of a base that its engine answers; they are told of the lanes.
