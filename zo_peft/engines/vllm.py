@@ -72,9 +72,7 @@ class Server:
     def answer(self, path: Path | None, salt: str, places: Sequence[Place]) -> list[Found]:
         """The answers at some places, with the adapter in a folder or with none.
 
-        Raises:
-            ServerFailure: another server may answer.
-            UserError: it refuses what it was asked.
+        A `ServerFailure` says that another server may answer, a UserError that none will.
         """
         return self._with(path, lambda model: self._ask(model, salt, places))
 
@@ -189,24 +187,21 @@ class Vllm(Engine):
             raise UserError(f"engine_folder={folder!r} is no folder; make it, or give another")
         in_memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
         self._folder = str(Path(folder).absolute()) if folder else in_memory
-        # Servers that share a folder may be other users, who could not read what is written there.
-        self._mode = 0o755 if folder else 0o700
         servers = [Server(url, name, timeout) for url in urls]
         self._servers = Servers(servers, AT_ONCE, timeout)
         self.forget()
-        tokens, known = [*range(TOKENS)], list[dict[int, float]]()
+        tokens, first = [*range(TOKENS)], dict[int, float]()
         for server in servers:
             try:
-                known.append(server.answer(None, next(self._salts), [(tokens, tokens)])[0][0])
+                [(known, _)] = server.answer(None, next(self._salts), [(tokens, tokens)])
             except ServerFailure as error:
                 raise UserError(
                     f"{server} does not answer ({error}); mend that, or leave it out of engine_url"
                 ) from None
-            off = max(abs(known[-1][token] - known[0][token]) for token in tokens)
-            if not off <= SAME:
+            first = first or known
+            if max(abs(known[token] - first[token]) for token in tokens) > SAME:
                 raise UserError(
-                    f"{server} answers otherwise than {servers[0]}, by {off:.2g} nats; give "
-                    "servers that have the same base"
+                    f"{server} answers otherwise than {servers[0]}; give servers of one base"
                 )
 
     def forget(self) -> None:
@@ -233,7 +228,6 @@ class Vllm(Engine):
         """What servers answer to what each state is asked, in its order."""
         tasks, path = [], None
         with tempfile.TemporaryDirectory(prefix="zo-peft-", dir=self._folder) as scratch:
-            Path(scratch).chmod(self._mode)
             for index, own in enumerate(asked):
                 if states:
                     path = Path(scratch, str(index))
