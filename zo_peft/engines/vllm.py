@@ -255,12 +255,12 @@ def _drawn(choice: dict[str, Any]) -> list[int]:
 
 def _settings(sampling: Sampling, number: int) -> dict[str, Any]:
     """How the completion of this prompt is drawn; what is not given may be the base's own."""
-    noise, settings = sampling.noise, {"temperature": 0.0, "repetition_penalty": 1.0, "top_k": -1}
-    settings |= {"max_tokens": sampling.longest, "stop_token_ids": [*sampling.ends]}
-    if noise:
+    body: dict[str, Any] = {"max_tokens": sampling.longest, "stop_token_ids": [*sampling.ends]}
+    body |= {"ignore_eos": True, "repetition_penalty": 1, "top_k": -1, "min_p": 0, "temperature": 0}
+    if noise := sampling.noise:
         seed = derive_seed(noise.seed, number % sampling.examples)
-        settings |= {"temperature": noise.temperature, "top_p": noise.top_p, "seed": seed}
-    return settings | {"min_p": 0.0, "ignore_eos": True}
+        body |= {"temperature": noise.temperature, "top_p": noise.top_p, "seed": seed}
+    return body
 
 
 def _places(rows: Iterable[Row]) -> Iterator[Place]:

@@ -59,16 +59,14 @@ class CommonNoise(LogitsProcessor):
         """The scores [copies * B, V] with the same noise [B, V] on each copy."""
         rows = len(scores) // self.copies
         first, _, examples = self.share or (0, rows, rows)
-        own = [*range(first, first + rows)] * self.copies
         self.position += 1
+        own = [*range(first, first + rows)] * self.copies
         return self.added(scores, own, examples, self.position - 1)
 
     def added(self, scores: Tensor, own: Sequence[int], examples: int, position: int) -> Tensor:
-        """The scores [N, V] of a token with noise, of rows that are copies of these examples.
+        """The scores [N, V] with noise, for the token at this position of each completion.
 
-        Args:
-            own: the number of each row's example, of so many `examples`.
-            position: how many tokens come before it in a completion.
+        `own` are the numbers of the rows' examples, of so many `examples` in all.
         """
         scores = scores.float() / self.temperature
         if self.top_p < 1:
