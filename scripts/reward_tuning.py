@@ -6,7 +6,7 @@ with the defaults of a strategy, gv unless another is named, and its greedy comp
 prompts are rewarded as training goes on. The last column says how many times larger the variance of
 the difference of two candidates' rewards would be without common random numbers, at the run's first
 eps (where a run has chosen one). With an engine, an adapter is tuned in PyTorch on the float base,
-and beside it with the engine on a 4-bit base.
+and beside it with the engine.
 
     python scripts/reward_tuning.py
     python scripts/reward_tuning.py --engine llamacpp --adapters LoRA
@@ -129,16 +129,16 @@ class Counted:
         return praises(**given)
 
 
-def engine_settings(engine: str, url: str | None, folder: Path) -> dict[str, Any]:
-    """The settings of a run with an engine, whose 4-bit base is written to the folder."""
+def engine_settings(engine: str, kind: str | None, url: str | None, folder: Path) -> dict[str, Any]:
+    """The settings of a run with an engine, whose base of this kind is written to the folder."""
     if engine == "vllm":
         return {"engine": engine, "engine_url": [url]}
     convert, path = import_module("convert"), folder / f"base.{engine}"
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     if engine == "llamacpp":
-        convert.write_gguf(model, path, "Q4_0")
+        convert.write_gguf(model, path, kind or "Q4_0")
     else:
-        convert.write_openvino(model, path, "int4")
+        convert.write_openvino(model, path, kind or "int4")
     return {"base": str(path), "engine": engine, "tokenizer_name": MODEL}
 
 
@@ -306,6 +306,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8, help="of candidates, for the variance")
     parser.add_argument("--to_goal", action="store_true", help=f"stop at a reward of {GOAL}")
     parser.add_argument("--engine", choices=["llamacpp", "openvino", "vllm"], help="LoRA alone")
+    parser.add_argument("--type", help="of the engine's base: F32, f32 ...; default: 4 bits")
     parser.add_argument("--engine_url", help="for vllm: of a server with the embedded model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/reward_tuning"))
@@ -321,7 +322,7 @@ def main() -> None:
     bases: list[dict[str, Any]] = [{}]
     if given.engine:
         with contextlib.redirect_stdout(sys.stderr):
-            bases.append(engine_settings(given.engine, given.engine_url, given.out))
+            bases.append(engine_settings(given.engine, given.type, given.engine_url, given.out))
     rows = []
     for adapter, base in product(given.adapters, bases):
         with contextlib.redirect_stdout(sys.stderr):

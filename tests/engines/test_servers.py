@@ -94,15 +94,15 @@ def test_a_straggler_is_overtaken_and_its_late_answer_is_dropped() -> None:
 
 
 def test_a_slow_server_gets_no_task_that_others_would_end_before() -> None:
-    slow = Simulated("slow", lambda _: time.sleep(0.1))
+    slow = Simulated("slow", lambda _: time.sleep(0.4))
     servers = Servers([slow, Simulated("quick", lambda _: time.sleep(0.002))])
     servers.map(ask(range(4)))
-    time.sleep(0.2)  # until it has answered, too late
+    time.sleep(0.5)  # until it has answered, too late
     asked = [*slow.asked]
     assert servers.map(ask(range(10))) == [n * n for n in range(10)]
     assert slow.asked == asked
-    # Many tasks keep the other busy for longer.
-    servers.map(ask(range(400)))
+    # So many tasks keep the other busy for longer.
+    servers.map(ask(range(800)))
     assert len(slow.asked) > len(asked)
 
 
