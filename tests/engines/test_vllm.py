@@ -239,7 +239,6 @@ def test_a_wrong_answer_is_refused(
     cluster.servers[0].after = wrong
     assert_near(losses(served), expected("options"))
     cluster.servers[1].after = wrong
-    served = cluster.lora([])
     with pytest.raises(UserError, match=message):
         cluster.lora([cluster.servers[1].url])
 
@@ -339,6 +338,9 @@ def test_the_command_line_knows_servers(embedded: Cluster, tmp_path: Path, capsy
     assert main(["evaluate", *out, "--engine_url", *url, "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["eval_loss"] == pytest.approx(trained["eval_loss_after"], abs=1e-4)
+    answers = tmp_path / "answers.jsonl"
+    assert main(["predict", *out, "--engine_url", *url, "--output_file", str(answers)]) == 0
+    assert len(answers.read_text().splitlines()) == 8
     assert main(["evaluate", *out]) == 2
     assert "with the addresses of its servers" in capsys.readouterr().err
 
