@@ -5,7 +5,7 @@ A task takes a log-normal time. Stragglers are servers whose tasks take ten time
 request that fails does so somewhere on its way. The efficiency is the time of all tasks on servers
 without faults, divided by what was there: the servers times the time of the steps. So where 5% of
 the servers are stragglers, 0.955 is the most that can be reached. What the network takes is part of
-a task's time. What the scheduling itself takes is measured beside it: its seconds for each task.
+a task's time. The CPU time of the scheduling itself is measured, and stands beside it.
 
     python scripts/bench_cluster.py --plot out/cluster.png
     python scripts/bench_cluster.py --servers 64 --tasks 1 2 4 8 16 32
