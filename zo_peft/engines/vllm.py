@@ -199,7 +199,7 @@ class Vllm(Engine):
                     f"{server} does not answer ({error}); mend that, or leave it out of engine_url"
                 ) from None
             first = first or known
-            if max(abs(known[token] - first[token]) for token in tokens) > SAME:
+            if not all(abs(known[token] - first[token]) <= SAME for token in tokens):
                 raise UserError(
                     f"{server} answers otherwise than {servers[0]}; give servers of one base"
                 )
