@@ -109,8 +109,7 @@ class BaseTrainer(Trainer):
             train_dataset = list(train_dataset)
         model, tokenizer = self._load(model, args, processing_class, peft_config, train_dataset)
         self.tokenization = _tokenization(model, tokenizer, args, reward_funcs)
-        generates = self.tokenization.generates
-        self.engine = served.check_engine(model, args.engine, generates, args.world_size)
+        self.engine = served.check_engine(model, args.engine, args.world_size)
         if isinstance(objective, scoring.BlackBoxObjective) and train_dataset is None:
             train, evaluation = Dataset.from_list([{"input_ids": [0], "labels": 0}]), None
         else:
