@@ -414,7 +414,8 @@ def _guard(folder: Path) -> None:
         if event == "open":
             path, _, flags = arguments
             writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            if writes and isinstance(path, str) and not Path(path).is_relative_to(folder):
+            path = Path(path).absolute() if isinstance(path, str) else folder
+            if writes and not path.is_relative_to(folder):
                 raise PermissionError(f"{path} is opened for writing")
 
     def late(*_: Any) -> None:
@@ -439,6 +440,8 @@ def main() -> int:
     datasets.arrow_dataset.generate_fingerprint = lambda _: "none"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        # Where a run is given no folder, it makes one here.
+        os.chdir(folder)
         parsers: dict[str, tuple[Parser, dict[str, bytes]]] = {
             "journal": (read_journal, {"": MAGIC + b"".join(map(framed, [HEADER, *records()]))}),
             "config": (read_config, {".yaml": CONFIG}),

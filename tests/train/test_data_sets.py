@@ -54,6 +54,20 @@ def test_examples_can_be_evaluated_at_any_time(tmp_path: Path) -> None:
     refused(lambda: run.evaluate(COMPLETIONS), "examples of completions", "evaluates options")
 
 
+def test_a_model_without_a_name_has_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    run = ZOTrainer(
+        llama(vocab_size=1024),
+        train_dataset=COMPLETIONS,
+        processing_class=tokenizer,
+        peft_config=LORA,
+    )
+    assert run.args.output_dir == "base-zo"
+
+
 def test_several_data_sets_are_evaluated_if_they_are_of_one_kind(tmp_path: Path) -> None:
     parts = DatasetDict(a=Dataset.from_list(OPTIONS), b=Dataset.from_list(OPTIONS[:4]))
     run = make_trainer(tmp_path, train=COMPLETIONS, test=parts)  # type: ignore[arg-type]

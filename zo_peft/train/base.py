@@ -92,7 +92,7 @@ class BaseTrainer(Trainer):
     ) -> None:
         if args is None:
             name = model if isinstance(model, str) else model.config.name_or_path
-            args = ZOConfig(f"{Path(name).name}-zo")
+            args = ZOConfig(f"{Path(name or 'base').resolve().name}-zo")
         if not isinstance(args, ZOConfig):
             raise UserError(f"args is a {type(args).__name__}; give a ZOConfig, it takes the same")
         if self.trains:
