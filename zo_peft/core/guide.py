@@ -181,9 +181,8 @@ class Guided:
     the guide, and along it with a random sign for each of its parts. Every example has its own
     signs and goes along its own gradient, where lanes allow it: what the examples have in common,
     such as the frequency of labels, is soon learned and says little of the rest. That is four
-    forward passes. The first check also measures how far noise moves the losses.
-    Where the loss surely keeps less of what is promised than it did then, steps get shorter by the
-    square of that: so far from the start, the guide is worth less.
+    forward passes. The first check also measures how far noise moves the losses. Where the loss
+    surely keeps less of what is promised than it did then, steps get shorter by the square of that.
 
     Attributes:
         followed: the parts whose measured slope agrees; none: candidates make the steps.
@@ -192,8 +191,8 @@ class Guided:
         agreed, failed: how many of the last checks did, in a row.
         needed: how many must agree before the guide is followed.
         eps: the distance of noise in checks.
-        sensitivity: how far noise moves the loss of an example, over its distance; then rising.
-        at_first: it, and the share of what is promised that the loss kept, at the first check.
+        sensitivity: how far noise moves an example's loss, over its distance; it only rises.
+        at_first: the first one, and the share of what is promised that the loss kept then.
     """
 
     guide: Guide
@@ -347,7 +346,7 @@ class Guided:
         if believed:
             now = min(1.0, whole / promise)
             first, kept = self.at_first = self.at_first or [self.sensitivity, now]
-            if whole + 2 * error < kept * promise:
+            if 0 < 2 * error < kept * promise - whole:
                 self.sensitivity = max(self.sensitivity, first * (kept / now) ** 2)
         agree = sorted(part for group in compress(groups, agrees) for part in group)
         self.followed = self._judged(agree if believed else [], number)
