@@ -251,6 +251,23 @@ def test_a_guide_that_says_nothing_moves_nothing_and_its_check_waits() -> None:
     assert run.followed == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("too_much", "parts", "shorter"),
+    [(2.0, EXAMPLES, 4.0), (0.5, EXAMPLES, 1.0), (2.0, 1, 1.0)],
+    ids=["half is kept", "twice", "half, but how sure is not known"],
+)
+def test_steps_get_shorter_where_the_loss_keeps_less_than_at_first(
+    too_much: float, parts: int, shorter: float
+) -> None:
+    run, batches = guided({"0.weight": 1.0, "1.weight": 1.0})
+    start = run.estimate(batches, 0, parts)[0].sensitivity
+    for by in (too_much, 1.0):
+        run.guide.changes = {"0.weight": by, "1.weight": by}
+        found = run.estimate(batches, run.due, parts)[0]
+        assert found.sensitivity == pytest.approx(shorter * start, rel=0.05)
+    assert run.followed == [0, 1]
+
+
 def test_state_carries_a_guide_on() -> None:
     run, batches = guided({"0.weight": 1.0})
     run.estimate(batches, 0, EXAMPLES)

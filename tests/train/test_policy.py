@@ -1,5 +1,6 @@
 """Rewards with `strategy="guided"`: what is drawn and read, learning, checkpoints, refusals."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from zo_peft import UserError, ZOTrainer
 from zo_peft.core.batch import Batch
 from zo_peft.core.lanes import replaced
 from zo_peft.core.noise import derive_seed
+from zo_peft.errors import Notice
 from zo_peft.objectives.scoring import CompletionObjective
 from zo_peft.train.policy import COMPLETIONS, PolicyGuide
 
@@ -117,6 +119,27 @@ def test_rewards_that_are_all_alike_move_nothing(tmp_path: Path) -> None:
     assert_same(before, theta(trainer))
     assert trainer.tuner.estimate is not None
     assert trainer.tuner.estimate.loss == pytest.approx(-0.3)
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_run_that_has_lost_its_reward_says_so_once(
+    lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zo_peft.train.policy.LOST", 2)
+    earned = iter([0.9 if lost else 0.3] * COMPLETIONS + [0.3] * 4 * COMPLETIONS)
+
+    def reward(completions: Sequence[str], **_: Any) -> list[float]:
+        return [next(earned)] * len(completions)
+
+    trainer = make(tmp_path, reward=reward, per_device_train_batch_size=3)
+    prompts = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", Notice)
+        for _ in range(5):
+            guide_of(trainer).drawn([prompts])
+    told = [str(warning.message) for warning in told if warning.category is Notice]
+    assert len(told) == lost
+    assert all("0.3 in the mean after 0.9" in message for message in told)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])

@@ -37,9 +37,8 @@ EPS = 1e-2
 #: Along the guide, a check goes as far as should change the loss by this share of it.
 NEAR = 0.1
 #: A guide is followed if the slope of the loss along it is at least this share of what it promises
-#: (noise of its length keeps about 1 / sqrt(its numbers), and gradients of other examples or labels
-#: keep what these have in common) and at most promised / this share. It is dropped after two checks
-#: in a row that say otherwise.
+#: (noise keeps about 1 / sqrt(its numbers), and gradients of other examples or labels what these
+#: have in common) and at most promised / this share; two checks in a row that deny it drop it.
 KEPT = 0.25
 #: The forward passes of a check, and the most that the first one takes to find its distance.
 CHECK_PASSES, FIRST_PASSES = 4, 12
@@ -182,7 +181,8 @@ class Guided:
     the guide, and along it with a random sign for each of its parts. Every example has its own
     signs and goes along its own gradient, where lanes allow it: what the examples have in common,
     such as the frequency of labels, is soon learned and says little of the rest. That is four
-    forward passes. The first check also measures how far noise moves the losses.
+    forward passes. The first check also measures how far noise moves the losses. Where the loss
+    surely keeps less of what is promised than it did then, steps get shorter by the square of that.
 
     Attributes:
         followed: the parts whose measured slope agrees; none: candidates make the steps.
@@ -191,7 +191,8 @@ class Guided:
         agreed, failed: how many of the last checks did, in a row.
         needed: how many must agree before the guide is followed.
         eps: the distance of noise in checks.
-        sensitivity: how far noise moves the loss of an example, over its distance.
+        sensitivity: how far noise moves an example's loss, over its distance; it only rises.
+        at_first: the first one, and the share of what is promised that the loss kept then.
     """
 
     guide: Guide
@@ -205,6 +206,7 @@ class Guided:
     needed: int = 1
     eps: float = EPS
     sensitivity: float = 0.0
+    at_first: list[float] = field(default_factory=list)
     known: list[str] = field(default_factory=list)
 
     @property
@@ -341,6 +343,11 @@ class Guided:
         whole = (slopes[:, 0].mean() - measured[~agrees].sum()).item()
         error, promise = covariances.sum().sqrt().item(), promised[agrees].sum().item()
         believed = KEPT * promise < whole < promise / KEPT
+        if believed:
+            now = min(1.0, whole / promise)
+            first, kept = self.at_first = self.at_first or [self.sensitivity, now]
+            if 0 < 2 * error < kept * promise - whole:
+                self.sensitivity = max(self.sensitivity, first * (kept / now) ** 2)
         agree = sorted(part for group in compress(groups, agrees) for part in group)
         self.followed = self._judged(agree if believed else [], number)
         return {"slope": whole, "promised": promise, "error": error, "followed": self.followed}

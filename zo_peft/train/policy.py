@@ -5,6 +5,8 @@ than the others of its prompt a completion earned, it is the gradient of the exp
 REINFORCE with the baseline of GRPO (arXiv:2402.03300) and RLOO (arXiv:2402.14740).
 """
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -16,7 +18,7 @@ from zo_peft.core.batch import Batch
 from zo_peft.core.guide import Gradients
 from zo_peft.core.noise import derive_seed
 from zo_peft.data.collate import drawn_batch
-from zo_peft.errors import UserError
+from zo_peft.errors import Notice, UserError
 from zo_peft.models.guide import ResidualGuide
 from zo_peft.objectives.rewards import RewardObjective
 from zo_peft.objectives.scoring import PolicyObjective, SequenceObjective
@@ -25,6 +27,8 @@ from zo_peft.train.config import ZOConfig
 
 #: The completions of each prompt, which are compared with each other.
 COMPLETIONS = 4
+#: A run is told to have lost its reward after so many steps in a row with nothing to compare.
+LOST = 16
 
 
 def may_draw(temperature: float, config: ZOConfig) -> bool:
@@ -58,16 +62,34 @@ class PolicyGuide(ResidualGuide):
             )
         super().__init__(model, tuned, PolicyObjective(rewards.temperature), exact_layers)
         self.rewards, self.in_nats, self.draws = rewards, SequenceObjective(), COMPLETIONS
+        self.most, self.alike = -math.inf, 0
         # Completions of a batch count as one forward pass, as those of a candidate do.
         self.passes += 1
 
     def drawn(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         """The prompts with completions, their `losses` [B] and `advantages` [B]."""
-        return [drawn for batch in batches for drawn in self._drawn(batch)]
+        drawn = [completed for batch in batches for completed in self._drawn(batch)]
+        self._notice_lost(drawn)
+        return drawn
 
     def read(self, batch: Batch, parts: int = 1) -> tuple[Tensor, list[Gradients]]:
         """The losses [B] of a batch that was drawn, and policy gradients by name."""
         return batch["losses"], super().read(batch, parts)[1]
+
+    def _notice_lost(self, drawn: Sequence[Batch]) -> None:
+        """Say it once where all completions have earned the same for long, and less than before."""
+        reward = -torch.cat([batch["losses"] for batch in drawn]).mean().item()
+        self.most = max(self.most, reward)
+        alike = not any(batch["advantages"].any() for batch in drawn)
+        self.alike = self.alike + 1 if alike else 0
+        if self.alike == LOST and not math.isclose(reward, self.most, rel_tol=1e-5):
+            warnings.warn(
+                f"for {LOST} steps all completions of a prompt have earned the same, {reward:.3g} "
+                f"in the mean after {self.most:.3g} before, and nothing is learned from that; "
+                "resume from an earlier checkpoint or start again, with a smaller learning_rate",
+                Notice,
+                stacklevel=2,
+            )
 
     def _drawn(self, batch: Batch) -> list[Batch]:
         completed, losses = [], []
