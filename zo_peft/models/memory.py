@@ -22,10 +22,10 @@ FLOOR_BYTES = 16 << 20
 #: The tokens of one forward pass of a float base on a CPU; with more, activations leave the cache.
 CPU_TOKENS = 1024
 
-#: On a CPU the int8 matmul of bitsandbytes takes so many times the activations, because they are
-#: quantized, multiplied to int32 and scaled in separate tensors. The first number counts freed
-#: tensors that malloc keeps (scripts/bench_step.py), the second does not (scripts/bench_plan.py).
-CPU_INT8_COPIES, CPU_INT8_HELD = 5, 1.5
+#: On a CPU the int8 matmul of bitsandbytes holds so many times the activations, because they are
+#: quantized, multiplied to int32 and scaled in separate tensors (scripts/bench_plan.py). That of
+#: candidates that share a forward pass does not (`zo_peft.models.int8`).
+CPU_INT8_HELD = 1.5
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -73,15 +73,14 @@ class Fit:
         offloaded = device is None and any(p.is_meta for p in model.parameters())
         # Streaming the weights of an offloaded base again costs more than leaving the cache.
         self.max_tokens = CPU_TOKENS if is_float and on_cpu and not offloaded else None
-        int8_on_cpu = torch.int8 in dtypes and on_cpu
-        self.copies, self.held = (CPU_INT8_COPIES, CPU_INT8_HELD) if int8_on_cpu else (1, 1.0)
+        self.held = CPU_INT8_HELD if torch.int8 in dtypes and on_cpu else 1.0
 
     def __call__(self, batch: Batch, parts: int = 1) -> int:
         """How many candidates fit, each with `parts` copies of the adapter; at least 1."""
         rows, length = batch["input_ids"].shape
-        layer = self.layer(rows, length, self.copies)
+        layer, alone = (self.layer(rows, length, copies) for copies in (1, self.held))
         vocabulary = self.config.vocab_size if "rows" in batch else 0
-        plain = max(layer, rows * length * vocabulary * self.size)
+        plain = max(alone, rows * length * vocabulary * self.size)
         own = max(layer, self.logits(batch.scored)) + parts * self.adapter
         slack = max((PEAK_RATIO - 1) * (self.weights + plain), FLOOR_BYTES)
         fit = int((plain + slack) / own)

@@ -210,7 +210,8 @@ class Planner:
         # An adapter is there twice: as it is, and as the model reads it.
         copies = 2 * is_adapter + len(RULES[self.args.update_rule or ""].BUFFERS)
         candidates = 0 if is_adapter and lanes == 1 else lanes * fit.adapter
-        activations = self.scratch + fit.layer(count * batch, length, fit.held)
+        held = fit.held if count == 1 else 1
+        activations = self.scratch + fit.layer(count * batch, length, held)
         logits = count * fit.logits(self._scored(batch, length))
         noise = NOISE_BYTES * min(CHUNK, self.tuned)
         kept, reading, read = 0, 0, 0
