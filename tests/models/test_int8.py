@@ -5,6 +5,7 @@ import torch
 from bitsandbytes.nn import Linear8bitLt
 from torch import nn
 
+from zo_peft.core.lanes import Lanes
 from zo_peft.models import int8
 
 
@@ -12,7 +13,6 @@ def layer(threshold: float) -> Linear8bitLt:
     torch.manual_seed(0)
     made = Linear8bitLt(32, 48, has_fp16_weights=False, threshold=threshold).to("cpu").eval()
     made.requires_grad_(False)
-    made.init_8bit_state()
     return made
 
 
@@ -28,13 +28,16 @@ def test_each_candidate_has_the_output_of_bitsandbytes_alone(
     x[2, 2] = 0
     x = x.to(dtype)
     alone = torch.cat([module(rows) for rows in x.chunk(3)])
-    found = int8.matmul(module, x, module.state.CB, module.bias, 3)
+    lanes = Lanes({}, 12)
+    with lanes.active({"layer": (module, "forward", int8.matmul)}, 14, 1, candidates=3):
+        found = module(x)
     assert found.dtype == dtype
     assert torch.equal(found, alone)
     # The outliers of one candidate would round the others' rows in another way.
     assert torch.equal(module(x), alone) == (threshold == 0)
     # Rows that are not those of candidates in turn are taken together.
-    assert torch.equal(int8.matmul(module, x, module.state.CB, module.bias, 4), module(x))
+    lanes.candidates = 4
+    assert torch.equal(int8.matmul(module, lanes, "layer", x), module(x))
 
 
 def test_only_int8_layers_on_a_cpu_are_replaced() -> None:

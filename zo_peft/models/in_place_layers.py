@@ -182,10 +182,8 @@ def _add_bias(y: Tensor, site: Site, lanes: BaseLanes) -> Tensor:
 
 def _linear(site: Site, lanes: BaseLanes, x: Tensor) -> Tensor:
     """`x W^T` once for all lanes, plus the low-rank term of each lane (arXiv:2511.16652)."""
-    if isinstance(site.module, Linear8bitLt):
-        y = matmul(site.module, x, site.module.state.CB, site.module.bias, lanes.candidates)
-    else:
-        y = site.forward(x)
+    is_int8 = isinstance(site.module, Linear8bitLt)
+    y = matmul(site.module, lanes, site.name, x) if is_int8 else site.forward(x)
     y = _add_bias(y, site, lanes)
     if "weight" not in site.own:
         return y
@@ -200,7 +198,7 @@ def _int8(site: Site, lanes: BaseLanes, x: Tensor) -> Tensor:
     """int8 codes stay; row scales multiply the output, and low-rank noise is added to it."""
     if "SCB" not in site.own:
         return _linear(site, lanes, x)
-    y = matmul(site.module, x, site.module.state.CB, None, lanes.candidates)
+    y = matmul(site.module, lanes, site.name, x, site.module.state.CB)
     y = lanes.split(y, site.name).flatten(1, -2)
     y = y * lanes.steps(site.own["SCB"]).exp_()[:, None].to(y.dtype)
     if "bias" in site.own:
@@ -213,7 +211,7 @@ def _int8(site: Site, lanes: BaseLanes, x: Tensor) -> Tensor:
 def _int8_codes(site: Site, lanes: BaseLanes, x: Tensor) -> Tensor:
     """int8 codes are copied and moved by noise that is rounded stochastically."""
     bias = lanes.copy(site.own["bias"]) if "bias" in site.own else site.module.bias
-    return matmul(site.module, x, lanes.copy(site.own["weight"]), bias)
+    return matmul(site.module, lanes, site.name, x, lanes.copy(site.own["weight"]), bias)
 
 
 def _blocks(site: Site, lanes: BaseLanes, x: Tensor) -> Tensor:

@@ -15,79 +15,62 @@ CHUNK = 1 << 17
 
 def base_replacements(model: nn.Module) -> dict[str, Replacement]:
     """How the int8 layers of a base on a CPU work where candidates share a forward pass."""
-    found: dict[str, Replacement] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, Linear8bitLt) or module.weight.device.type != "cpu":
-            continue
-        if not module.state.has_fp16_weights:
-            found[name] = module, "forward", _forward
-    return found
-
-
-def _forward(module: Linear8bitLt, lanes: Lanes, _: str, x: Tensor) -> Tensor:
-    if module.weight.CB is not None:
-        module.init_8bit_state()
-    return matmul(module, x, module.state.CB, module.bias, lanes.candidates)
+    return {
+        name: (module, "forward", matmul)
+        for name, module in model.named_modules()
+        if isinstance(module, Linear8bitLt)
+        if (module.weight.device.type, module.weight.dtype) == ("cpu", torch.int8)
+    }
 
 
 def matmul(
-    module: Linear8bitLt, x: Tensor, codes: Tensor, bias: Tensor | None, candidates: int = 1
+    module: Linear8bitLt,
+    lanes: Lanes,
+    _: str,
+    x: Tensor,
+    codes: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`x [..., in] @ codes [out, in]^T`, scaled as in the layer, plus a bias [out].
 
-    The rows of x are those of the candidates in turn. On a CPU each candidate's output is then what
-    bitsandbytes gives for its rows by themselves: outlier columns are its own.
+    Without codes they and the bias are the layer's own. On a CPU the rows of each candidate have
+    the output of bitsandbytes for them alone: the columns of outliers are its own.
     """
-    bias = None if bias is None else bias.to(x.dtype)
-    if candidates > 1 and x.device.type == "cpu":
-        rows = x.reshape(-1, x.shape[-1])
-        groups = candidates if len(rows) % candidates == 0 else 1
-        scales, threshold = module.state.SCB, module.state.threshold
-        return _in_chunks(rows, groups, codes, scales, bias, threshold).view(*x.shape[:-1], -1)
-    state = copy.copy(module.state)
-    state.CB, state.is_training = codes, False
-    return bitsandbytes.matmul(x, codes, bias=bias, state=state)
-
-
-def _in_chunks(
-    x: Tensor, groups: int, codes: Tensor, scales: Tensor, bias: Tensor | None, threshold: float
-) -> Tensor:
-    """The arithmetic of bitsandbytes, with one matrix product and no other large tensors."""
-    ops, dtype, step = torch.ops.bitsandbytes, x.dtype, max(1, CHUNK // max(codes.shape))
-    own = torch.empty_like(x, dtype=torch.int8)
-    largest = torch.empty(len(x), 1)
-    inputs = x.chunk(groups)
-    outliers = [
-        _quantize(*parts, threshold, step)
-        for parts in zip(inputs, own.chunk(groups), largest.chunk(groups))
-    ]
+    if codes is None:
+        if module.weight.CB is not None:
+            module.init_8bit_state()
+        codes, bias = module.state.CB, module.bias
+    state, bias = copy.copy(module.state), None if bias is None else bias.to(x.dtype)
+    if lanes.candidates == 1 or x.device.type != "cpu":
+        state.CB, state.is_training = codes, False
+        return bitsandbytes.matmul(x, codes, bias=bias, state=state)
+    rows = x.reshape(-1, x.shape[-1])
+    groups = lanes.candidates if len(rows) % lanes.candidates == 0 else 1
+    ops, step = torch.ops.bitsandbytes, max(1, CHUNK // max(codes.shape))
+    own, largest = torch.empty_like(rows, dtype=torch.int8), torch.empty(len(rows))
+    parts = [*zip(*(tensor.chunk(groups) for tensor in (rows, own, largest)))]
+    outliers = [_quantize(*part, state.threshold, step) for part in parts]
     products = ops.int8_linear_matmul(own, codes)
-    # In float32 the output takes the place of the products, chunk by chunk.
-    is_float = dtype == torch.float32
-    y = products.view(dtype) if is_float else torch.empty_like(products, dtype=dtype)
-    for to, some, most in zip(*(tensor.split(step) for tensor in (y, products, largest))):
-        to.copy_(ops.int8_mm_dequant(some, most, scales, dtype=dtype, bias=bias))
-    for to, rows, columns in zip(y.chunk(groups), inputs, outliers):
+    y = torch.empty_like(products, dtype=x.dtype)
+    for to, *some in zip(*(tensor.split(step) for tensor in (y, products, largest))):
+        to.copy_(ops.int8_mm_dequant(*some, state.SCB, dtype=x.dtype, bias=bias))
+    for to, (part, *_), columns in zip(y.chunk(groups), parts, outliers):
         if len(columns):
-            weights = ops.int8_vectorwise_dequant(codes[:, columns].contiguous(), scales)
-            to.addmm_(rows[:, columns], weights.to(dtype).t())
-    return y
+            weights = ops.int8_vectorwise_dequant(codes[:, columns].contiguous(), state.SCB)
+            to.addmm_(part[:, columns], weights.to(x.dtype).t())
+    return y.view(*x.shape[:-1], -1)
 
 
 def _quantize(x: Tensor, codes: Tensor, largest: Tensor, threshold: float, step: int) -> Tensor:
     """Fill in the codes and the largest size of each row, and return the columns of outliers."""
-    is_outlier = torch.zeros(x.shape[1], dtype=torch.bool)
-    for some, own, most in zip(x.split(step), codes.split(step), largest.split(step)):
-        # bitsandbytes rounds its input to float16; in float32 what follows is faster, and the same.
+    for some, own, most in zip(*(tensor.split(step) for tensor in (x, codes, largest))):
+        # bitsandbytes rounds to float16; what follows is faster in float32, and the same.
         rows = some.half().float()
-        sizes = rows.abs()
-        torch.amax(sizes, 1, keepdim=True, out=most)
-        if 0 < threshold <= most.max():
-            above = sizes >= threshold
-            is_outlier |= above.any(dim=0)
-            rows.masked_fill_(above, 0)
-            torch.amax(sizes.masked_fill_(above, 0), 1, keepdim=True, out=most)
-        own.copy_(rows.mul_(127.0 / most).round_())
-    columns = is_outlier.nonzero()[:, 0]
-    codes[:, columns] = 0
-    return columns
+        torch.amax(rows.abs(), 1, out=most)
+        own.copy_(rows.mul_(127.0 / most[:, None]).round_())
+    if not 0 < threshold <= largest.max():
+        return torch.empty(0)
+    others, sizes, outliers = torch.ops.bitsandbytes.int8_vectorwise_quant(x.half(), threshold)
+    codes.copy_(others)
+    largest.copy_(sizes)
+    return outliers

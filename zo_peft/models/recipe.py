@@ -133,9 +133,7 @@ def replacements_of(model: AnyModel, space: Space) -> dict[str, Replacement] | N
     """How the modules with tuned parameters work lane by lane, or which of them cannot."""
     try:
         if isinstance(space, InPlaceSpace):
-            tuned = space.replacements()
-        else:
-            tuned = find_replacements(model, space.parameters)
-        return base_replacements(model) | tuned
+            return base_replacements(model) | space.replacements()
+        return base_replacements(model) | find_replacements(model, space.parameters)
     except NotInLanes as reason:
         return reason
