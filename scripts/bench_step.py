@@ -293,45 +293,58 @@ def measure_memory(row: Row) -> dict[str, float]:
         }
 
 
-def print_deviations() -> None:
-    """Print how far losses of candidates that share a forward are from those found one by one.
+#: The bases whose losses in one forward are compared with those one by one. With outliers, three
+#: channels of every layer norm are 50 times as large, so that LLM.int8() finds outlier columns at
+#: its default threshold.
+DEVIATIONS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "nf4": {"quantization_config": quantization_config(False, True)},
+    "nf4 in bfloat16": {"quantization_config": quantization_config(False, True, torch.bfloat16)},
+    "int8": {"quantization_config": quantization_config(True, False)},
+    "int8, outliers": {"quantization_config": quantization_config(True, False)},
+    "int8, outliers, llm_int8_threshold=0": {
+        "quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    },
+}
 
-    The weights are the embedded model's. With outliers, three channels of every layer norm are 50
-    times as large, so that LLM.int8() finds outlier columns at its default threshold. The last row
-    compares NF4 that computes in bfloat16 with NF4 in float32, both in one forward.
-    """
+
+def losses_of(name: str, **loading: Any) -> tuple[Tensor, Tensor]:
+    """The losses of candidates in one forward, and one by one, with the embedded weights."""
+    model = AutoModelForCausalLM.from_pretrained(
+        EMBEDDED / "model", device_map={"": DEVICE}, **loading
+    )
+    if "outliers" in name:
+        for layer in model.model.layers:
+            layer.input_layernorm.weight.data[:3] *= 50
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, batch = trainer_on(model, Row("embedded", batch=8, length=26), folder)
+        points = [EPS * Direction.of(seed) for seed in range(16)]
+        trainer.evaluator.candidates_per_forward = 1
+        one = torch.tensor(trainer.evaluator(points, [batch]))
+        trainer.evaluator.candidates_per_forward = len(points)
+        many = torch.tensor(trainer.evaluator(points, [batch]))
+    return many, one
+
+
+def cells(losses: Tensor, expected: Tensor) -> list[str]:
+    """The largest deviation of a loss from what it should be, and in units of their spread."""
+    difference = (losses - expected).abs()
+    return [f"{(difference / expected).max():.1e}", f"{difference.max() / expected.std():.1e}"]
+
+
+def deviation(name: str, **loading: Any) -> list[str]:
+    """How far losses of candidates that share a forward are from those found one by one."""
+    return cells(*losses_of(name, **loading))
+
+
+def print_deviations() -> None:
+    """Print the deviations of all bases."""
     print_header("base", "largest relative deviation of a loss", "of the candidates' spread")
-    formats: dict[str, tuple[BitsAndBytesConfig | None, bool]] = {
-        "float32": (None, False),
-        "nf4": (quantization_config(False, True), False),
-        "nf4 in bfloat16": (quantization_config(False, True, torch.bfloat16), False),
-        "int8": (quantization_config(True, False), False),
-        "int8, outliers": (quantization_config(True, False), True),
-        "int8, outliers, llm_int8_threshold=0": (
-            BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0),
-            True,
-        ),
-    }
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, (quantization, outliers) in formats.items():
-        model = AutoModelForCausalLM.from_pretrained(
-            EMBEDDED / "model", quantization_config=quantization, device_map={"": DEVICE}
-        )
-        if outliers:
-            for layer in model.model.layers:
-                layer.input_layernorm.weight.data[:3] *= 50
-        with tempfile.TemporaryDirectory() as folder:
-            trainer, batch = trainer_on(model, Row("embedded", batch=8, length=26), folder)
-            points = [EPS * Direction.of(seed) for seed in range(16)]
-            trainer.evaluator.candidates_per_forward = 1
-            one = torch.tensor(trainer.evaluator(points, [batch]))
-            trainer.evaluator.candidates_per_forward = len(points)
-            many = torch.tensor(trainer.evaluator(points, [batch]))
-        found[name] = many, one
-    found["nf4 in bfloat16, against nf4"] = found["nf4 in bfloat16"][0], found["nf4"][0]
-    for name, (losses, right) in found.items():
-        off = (losses - right).abs()
-        print_row(name, f"{(off / right).max():.1e}", f"{off.max() / right.std():.1e}")
+    for name, loading in DEVIATIONS.items():
+        print_row(name, *deviation(name, **loading))
+    formats = {name: DEVIATIONS[name] for name in ("nf4 in bfloat16", "nf4")}
+    rounded, expected = (losses_of(name, **loading)[0] for name, loading in formats.items())
+    print_row("nf4 in bfloat16, against nf4", *cells(rounded, expected))
 
 
 def measure(row: Row) -> None:
