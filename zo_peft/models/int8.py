@@ -51,7 +51,9 @@ def matmul(
     parts = [*zip(*(tensor.chunk(groups) for tensor in (rows, own, largest)))]
     outliers = [_quantize(*part, state.threshold, step) for part in parts]
     products = ops.int8_linear_matmul(own, codes)
-    y = torch.empty_like(products, dtype=x.dtype)
+    # In float32 the output takes the place of the products.
+    is_float = x.dtype == torch.float32
+    y = products.view(x.dtype) if is_float else torch.empty_like(products, dtype=x.dtype)
     for to, *some in zip(*(tensor.split(step) for tensor in (y, products, largest))):
         to.copy_(ops.int8_mm_dequant(*some, state.SCB, dtype=x.dtype, bias=bias))
     for to, (part, *_), columns in zip(y.chunk(groups), parts, outliers):
