@@ -48,7 +48,8 @@ def matmul(
     groups = lanes.candidates if len(rows) % lanes.candidates == 0 else 1
     ops, step = torch.ops.bitsandbytes, max(1, CHUNK // max(codes.shape))
     own, largest = torch.empty_like(rows, dtype=torch.int8), torch.empty(len(rows))
-    parts = [*zip(*(tensor.chunk(groups) for tensor in (rows, own, largest)))]
+    inputs = rows.chunk(groups)
+    parts = zip(inputs, own.chunk(groups), largest.chunk(groups))
     outliers = [_quantize(*part, state.threshold, step) for part in parts]
     products = ops.int8_linear_matmul(own, codes)
     # In float32 the output takes the place of the products.
@@ -56,10 +57,10 @@ def matmul(
     y = products.view(x.dtype) if is_float else torch.empty_like(products, dtype=x.dtype)
     for to, *some in zip(*(tensor.split(step) for tensor in (y, products, largest))):
         to.copy_(ops.int8_mm_dequant(*some, state.SCB, dtype=x.dtype, bias=bias))
-    for to, (part, *_), columns in zip(y.chunk(groups), parts, outliers):
+    for to, some_rows, columns in zip(y.chunk(groups), inputs, outliers):
         if len(columns):
             weights = ops.int8_vectorwise_dequant(codes[:, columns].contiguous(), state.SCB)
-            to.addmm_(part[:, columns], weights.to(x.dtype).t())
+            to.addmm_(some_rows[:, columns], weights.to(x.dtype).t())
     return y.view(*x.shape[:-1], -1)
 
 
