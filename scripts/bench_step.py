@@ -4,18 +4,26 @@ Both sides take one GV step (loss weights, slope from the candidates' own losses
 prompts with two label words, from the same kind of model with random weights. The plain loop
 perturbs the adapter in place, evaluates one candidate and one label word at a time, and takes the
 logits of every position. It is timed beside its own bare forwards, and must stay within 1.1 of
-them: a slow loop would prove nothing.
+them: a slow loop would prove nothing. On a CPU two of its candidates are timed, and stand for all.
 
-Both sides take turns in one process, and times are medians. Peak memory above the weights is
-measured in a process for each side: the resident set on a CPU, the allocator's peak on CUDA.
+Bare inference is the base without adapter on all candidates' sequences at once. bitsandbytes has a
+kernel for NF4 on some CPUs that rounds to bfloat16, whatever `bnb_4bit_compute_dtype` says. Rows of
+nf4 compute in float32, so bare inference does without it there; rows of `nf4 in bfloat16` set that
+dtype, and bare inference has the kernel.
+
+Both sides take turns in one process, and times are medians: of the process's CPU seconds on a CPU,
+which other programs disturb less than a clock. Peak memory above the weights is measured in a
+process of its own: the resident set on a CPU, where freed memory goes back at once (`MALLOC`),
+and the allocator's peak on CUDA.
 
     python scripts/bench_step.py                    # the table of docs/benchmarks.md
-    python scripts/bench_step.py --rows "OPT-125M"  # only rows whose names contain this
+    python scripts/bench_step.py --rows int8        # only rows whose names contain this
     python scripts/bench_step.py --deviations       # losses in one forward against one by one
 """
 
 import argparse
 import itertools
+import os
 import statistics
 import sys
 import tempfile
@@ -26,6 +34,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_plan import MALLOC
+from bitsandbytes.nn import Linear4bit
 from measuring import (
     DEVICE,
     IDS,
@@ -45,9 +55,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from zo_peft import Direction, ZOConfig, ZOTrainer
 from zo_peft.core.batch import Batch
 from zo_peft.models.loading import quantization_config
+from zo_peft.models.memory import weight_bytes
 from zo_peft.tools.demo import EMBEDDED
 
 LABEL_TOKENS = (10, 11)
+#: The candidates of the plain loop that are timed.
+LOOP_CANDIDATES = 2 if DEVICE == "cpu" else 8
 EPS = 1e-2
 
 
@@ -56,7 +69,7 @@ class Row:
     """What both sides work on.
 
     Attributes:
-        base: float32, bfloat16, int8 or nf4.
+        base: float32, bfloat16, int8, nf4 or nf4 in bfloat16.
         top: the share of the layers that have an adapter, counted from the top.
         candidates_per_forward: as in `ZOConfig`; None is the default.
         steps: how many are timed.
@@ -69,7 +82,7 @@ class Row:
     candidates: int = 8
     top: float = 1.0
     candidates_per_forward: int | None = None
-    steps: int = 2
+    steps: int = 3
 
     @property
     def name(self) -> str:
@@ -87,8 +100,9 @@ CPU_ROWS = [
     Row("Llama, 128k vocabulary, 4 layers", steps=1),
     Row("OPT-125M", "int8", batch=4),
     Row("OPT-125M", "nf4", batch=4),
-    Row("embedded", "int8", batch=4, length=26, candidates=16, steps=15),
-    Row("embedded", batch=4, length=26, candidates=16, steps=15),
+    Row("OPT-125M", "nf4 in bfloat16", batch=4),
+    Row("embedded", "int8", batch=4, length=26, candidates=16, steps=9),
+    Row("embedded", batch=4, length=26, candidates=16, steps=9),
     Row("OPT-125M", top=0.25),
     Row("OPT-125M", "bfloat16"),
 ]
@@ -106,7 +120,8 @@ def load(row: Row) -> PreTrainedModel:
     if row.base == "bfloat16":
         dtype = torch.bfloat16
     model = AutoModelForCausalLM.from_config(SHAPES[row.shape](), dtype=dtype)
-    quantization = quantization_config(row.base == "int8", row.base == "nf4", dtype)
+    compute = torch.bfloat16 if row.base.endswith("in bfloat16") else dtype
+    quantization = quantization_config(row.base == "int8", row.base.startswith("nf4"), compute)
     if quantization is None:
         return model.to(DEVICE).eval()
     with tempfile.TemporaryDirectory() as folder:
@@ -223,13 +238,15 @@ class PlainLoop:
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """The seconds that one call takes."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+    """The seconds that one call takes; on a CPU those of all its threads together."""
+    if DEVICE == "cpu":
+        start = time.process_time()
+        action()
+        return time.process_time() - start
+    torch.cuda.synchronize()
     start = time.perf_counter()
     action()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -240,7 +257,11 @@ def measure_time(row: Row) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer, batch = trainer_on(load(row), row, folder)
-        plain, base = PlainLoop(trainer, batch, row.candidates), load(row)
+        timed = min(LOOP_CANDIDATES, row.candidates)
+        plain, base = PlainLoop(trainer, batch, timed), load(row)
+        for module in base.modules():
+            if isinstance(module, Linear4bit) and module.compute_dtype == torch.float32:
+                module.support_avx512bf16_for_cpu = False
         prompts = batch["input_ids"].repeat(row.candidates, 1)
         actions = {
             "ours": OurStep(trainer, batch).step,
@@ -254,20 +275,24 @@ def measure_time(row: Row) -> dict[str, float]:
         for _ in range(row.steps):
             for name, action in actions.items():
                 times[name].append(seconds(action))
-    return {name: statistics.median(values) for name, values in times.items()}
+    scales = {"plain": row.candidates / timed, "bare": row.candidates / timed}
+    return {name: statistics.median(t) * scales.get(name, 1) for name, t in times.items()}
 
 
-def measure_memory(row: Row, what: str) -> float:
-    """Peak above what the process held with the weights, MiB."""
+def measure_memory(row: Row) -> dict[str, float]:
+    """Peaks above what the process held with the weights, and the weights themselves, MiB."""
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         trainer, batch = trainer_on(load(row), row, folder)
-        plain = PlainLoop(trainer, batch, row.candidates)
+        plain = PlainLoop(trainer, batch, 1)
         actions = {
             "ours": OurStep(trainer, batch).step,
             "plain": plain.step,
             "inference": lambda: plain.forward(batch["input_ids"]),
         }
-        return peak_above(actions[what])
+        for action in actions.values():
+            action()  # Libraries keep some memory for good when they are first used.
+        peaks = {name: peak_above(action) for name, action in actions.items()}
+        return {**peaks, "weights": weight_bytes(trainer.model) / 2**20}
 
 
 #: The bases whose losses in one forward are compared with those one by one. With outliers, three
@@ -276,6 +301,7 @@ def measure_memory(row: Row, what: str) -> float:
 DEVIATIONS: dict[str, dict[str, Any]] = {
     "float32": {},
     "nf4": {"quantization_config": quantization_config(False, True)},
+    "nf4 in bfloat16": {"quantization_config": quantization_config(False, True, torch.bfloat16)},
     "int8": {"quantization_config": quantization_config(True, False)},
     "int8, outliers": {"quantization_config": quantization_config(True, False)},
     "int8, outliers, llm_int8_threshold=0": {
@@ -284,12 +310,8 @@ DEVIATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def deviation(name: str, **loading: Any) -> list[str]:
-    """How far losses of candidates that share a forward are from those found one by one.
-
-    The weights are the embedded model's. The cells are the largest deviation of a loss, and in
-    units of the candidates' spread.
-    """
+def losses_of(name: str, **loading: Any) -> tuple[Tensor, Tensor]:
+    """The losses of candidates in one forward, and one by one, with the embedded weights."""
     model = AutoModelForCausalLM.from_pretrained(
         EMBEDDED / "model", device_map={"": DEVICE}, **loading
     )
@@ -303,8 +325,18 @@ def deviation(name: str, **loading: Any) -> list[str]:
         one = torch.tensor(trainer.evaluator(points, [batch]))
         trainer.evaluator.candidates_per_forward = len(points)
         many = torch.tensor(trainer.evaluator(points, [batch]))
-    difference = (many - one).abs()
-    return [f"{(difference / one).max():.1e}", f"{difference.max() / one.std():.1e}"]
+    return many, one
+
+
+def cells(losses: Tensor, expected: Tensor) -> list[str]:
+    """The largest deviation of a loss from what it should be, and in units of their spread."""
+    difference = (losses - expected).abs()
+    return [f"{(difference / expected).max():.1e}", f"{difference.max() / expected.std():.1e}"]
+
+
+def deviation(name: str, **loading: Any) -> list[str]:
+    """How far losses of candidates that share a forward are from those found one by one."""
+    return cells(*losses_of(name, **loading))
 
 
 def print_deviations() -> None:
@@ -312,6 +344,9 @@ def print_deviations() -> None:
     print_header("base", "largest relative deviation of a loss", "of the candidates' spread")
     for name, loading in DEVIATIONS.items():
         print_row(name, *deviation(name, **loading))
+    formats = {name: DEVIATIONS[name] for name in ("nf4 in bfloat16", "nf4")}
+    rounded, expected = (losses_of(name, **loading)[0] for name, loading in formats.items())
+    print_row("nf4 in bfloat16, against nf4", *cells(rounded, expected))
 
 
 def measure(row: Row) -> None:
@@ -319,9 +354,7 @@ def measure(row: Row) -> None:
     times = measure_time(row)
     if (loop := times["plain"] / times["bare"]) > 1.1:
         print(f"the plain loop takes {loop:.2f} of its bare forwards", file=sys.stderr)
-    memory = {
-        what: in_a_process(measure_memory, row, what) for what in ("ours", "plain", "inference")
-    }
+    ours, plain, inference, weights = in_a_process(measure_memory, row).values()
     tokens = row.candidates * row.batch * row.length
     plain_tokens = len(LABEL_TOKENS) * row.candidates * row.batch * (row.length + 1)
     print_row(
@@ -331,10 +364,12 @@ def measure(row: Row) -> None:
         f"{times['ours']:.3f} / {times['plain']:.3f}",
         f"**{times['ours'] / times['plain']:.2f}**",
         f"{loop:.2f}",
-        f"{times['base'] / times['ours']:.2f}",
-        f"{memory['ours']:.0f} / {memory['plain']:.0f}",
-        f"**{memory['ours'] / memory['plain']:.2f}**",
-        f"{memory['inference']:.0f}",
+        f"{times['base']:.3f}",
+        f"**{times['base'] / times['ours']:.2f}**",
+        f"{ours:.0f} / {plain:.0f}",
+        f"**{ours / plain:.2f}**",
+        f"{inference:.0f}",
+        f"**{(weights + ours) / (weights + inference):.2f}**",
     )
 
 
@@ -347,6 +382,7 @@ def main() -> None:
     parser.add_argument("--deviations", action="store_true", help="a table of losses instead")
     given = parser.parse_args()
     quiet()
+    os.environ |= MALLOC  # for the processes that measure memory
     if given.deviations:
         print_deviations()
         return
@@ -361,10 +397,12 @@ def main() -> None:
         "seconds",
         "ratio",
         "plain / its bare forwards",
-        "throughput / the base alone",
+        "bare inference, seconds",
+        "throughput / bare inference",
         "peak memory",
         "ratio",
         "plain inference",
+        "peak with the weights / plain inference",
     )
     for row in named_like(CUDA_ROWS if DEVICE == "cuda" else CPU_ROWS, given.rows):
         measure(

@@ -279,12 +279,16 @@ def test_whether_options_may_share_their_prompt_is_found_out(
     assert found == Collator(PAD, is_causal=True, **sharing)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize("quantization", ["int8", "int8 with outliers", "nf4"])
 def test_a_quantized_base_gives_the_losses_of_one_by_one(quantization: str, tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path)
+    base = llama()
+    if quantization == "int8 with outliers":
+        for layer in base.model.layers:
+            layer.input_layernorm.weight.data[:3] *= 3  # near the threshold, so candidates differ
+    base.save_pretrained(tmp_path)
     config = {
-        # No outlier columns: they are picked over the whole batch.
         "int8": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0),
+        "int8 with outliers": BitsAndBytesConfig(load_in_8bit=True),
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     }[quantization]
     for name in ("lora", "ia3", "vera", "unilora", "prefix"):

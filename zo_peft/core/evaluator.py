@@ -146,7 +146,7 @@ class Evaluator:
         rows, scored = batch.rows, batch.scored or batch.rows
         assert not isinstance(self.host.replacements, NotInLanes)
         self.read = lanes.read
-        with lanes.active(self.host.replacements, rows // parts, scored // parts):
+        with lanes.active(self.host.replacements, rows // parts, scored // parts, count):
             return self.objective.losses(self.model, batch.repeated(count)).view(count, -1)
 
     def _alone(self, candidate: Sequence[Direction], batch: Batch) -> Tensor:

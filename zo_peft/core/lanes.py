@@ -30,12 +30,13 @@ class NotInLanes(Exception):
 class Lanes:
     """K values of every tuned parameter: [K, *shape], by parameter.
 
-    `read` are the parameters of which a module has asked for the values.
+    `read` are the parameters of which a module has asked for the values; `candidates` share the
+    forward, and each of them is K / candidates lanes.
     """
 
     def __init__(self, values: Mapping[Tensor, Tensor], count: int) -> None:
         self._values, self.count = values, count
-        self._rows = self._scored = 1
+        self._rows = self._scored = self.candidates = 1
         self.read: set[Tensor] = set()
 
     def of(self, parameter: Tensor) -> Tensor:
@@ -54,15 +55,16 @@ class Lanes:
 
     @contextmanager
     def active(
-        self, replacements: Mapping[str, Replacement], rows: int, scored: int
+        self, replacements: Mapping[str, Replacement], rows: int, scored: int, candidates: int = 1
     ) -> Iterator[None]:
         """Within the context the modules of `find_replacements` work lane by lane.
 
         Args:
             rows: R, the rows of a lane.
             scored: positions of a lane that the model's head sees.
+            candidates: how many share the forward.
         """
-        self._rows, self._scored = rows, scored
+        self._rows, self._scored, self.candidates = rows, scored, candidates
         methods = [
             (module, method, partial(replacement, module, self, name))
             for name, (module, method, replacement) in replacements.items()

@@ -1,11 +1,9 @@
 """How a base's modules read their tuned numbers: at one point, or at many in one forward pass."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import bitsandbytes
 import torch
 import torch.nn.functional as F
 from bitsandbytes.nn import Linear8bitLt
@@ -15,6 +13,7 @@ from zo_peft.core.direction import Direction
 from zo_peft.core.lanes import Lanes, replaced
 from zo_peft.core.low_rank import LowRank, Noise, summed
 from zo_peft.core.noise import SignSums, derive_seed, noise_rows
+from zo_peft.models.int8 import matmul
 from zo_peft.models.numbers import Numbers, Own
 from zo_peft.models.rounding import row_words, uniform_rows
 
@@ -183,7 +182,9 @@ def _add_bias(y: Tensor, site: Site, lanes: BaseLanes) -> Tensor:
 
 def _linear(site: Site, lanes: BaseLanes, x: Tensor) -> Tensor:
     """`x W^T` once for all lanes, plus the low-rank term of each lane (arXiv:2511.16652)."""
-    y = _add_bias(site.forward(x), site, lanes)
+    is_int8 = isinstance(site.module, Linear8bitLt)
+    y = matmul(site.module, lanes, site.name, x) if is_int8 else site.forward(x)
+    y = _add_bias(y, site, lanes)
     if "weight" not in site.own:
         return y
     left, right = (factor.to(x.dtype) for factor in lanes.factors(site.own["weight"]))
@@ -197,7 +198,8 @@ def _int8(site: Site, lanes: BaseLanes, x: Tensor) -> Tensor:
     """int8 codes stay; row scales multiply the output, and low-rank noise is added to it."""
     if "SCB" not in site.own:
         return _linear(site, lanes, x)
-    y = lanes.split(_matmul(site.module, x, site.module.state.CB, None), site.name).flatten(1, -2)
+    y = matmul(site.module, lanes, site.name, x, site.module.state.CB)
+    y = lanes.split(y, site.name).flatten(1, -2)
     y = y * lanes.steps(site.own["SCB"]).exp_()[:, None].to(y.dtype)
     if "bias" in site.own:
         y = y + lanes.values(site.own["bias"])[:, None]
@@ -209,14 +211,7 @@ def _int8(site: Site, lanes: BaseLanes, x: Tensor) -> Tensor:
 def _int8_codes(site: Site, lanes: BaseLanes, x: Tensor) -> Tensor:
     """int8 codes are copied and moved by noise that is rounded stochastically."""
     bias = lanes.copy(site.own["bias"]) if "bias" in site.own else site.module.bias
-    return _matmul(site.module, x, lanes.copy(site.own["weight"]), bias)
-
-
-def _matmul(module: Linear8bitLt, x: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:
-    state = copy.copy(module.state)
-    state.CB, state.is_training = codes, False
-    bias = None if bias is None else bias.to(x.dtype)
-    return bitsandbytes.matmul(x, codes, bias=bias, state=state)
+    return matmul(site.module, lanes, site.name, x, lanes.copy(site.own["weight"]), bias)
 
 
 def _blocks(site: Site, lanes: BaseLanes, x: Tensor) -> Tensor:

@@ -22,10 +22,10 @@ FLOOR_BYTES = 16 << 20
 #: The tokens of one forward pass of a float base on a CPU; with more, activations leave the cache.
 CPU_TOKENS = 1024
 
-#: On a CPU the int8 matmul of bitsandbytes takes so many times the activations, because they are
-#: quantized, multiplied to int32 and scaled in separate tensors. The first number counts freed
-#: tensors that malloc keeps (scripts/bench_step.py), the second does not (scripts/bench_plan.py).
-CPU_INT8_COPIES, CPU_INT8_HELD = 5, 1.5
+#: On a CPU the int8 matmul of bitsandbytes holds so many times the activations, because they are
+#: quantized, multiplied to int32 and scaled in separate tensors (scripts/bench_plan.py). That of
+#: candidates that share a forward pass does not (`zo_peft.models.int8`).
+CPU_INT8_HELD = 1.5
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -50,9 +50,14 @@ def _scales(module: nn.Module) -> list[Tensor]:
 class Fit:
     """How many candidates share a forward pass whose peak memory is near that of plain inference.
 
-    Plain inference holds the weights, and the activations of one layer or the logits of all
-    positions, whichever is more. A candidate holds the activations of one layer or the logits of
-    the scored positions, and its own copy of the adapter. Only shapes and the kind of device count.
+    Plain inference holds the weights, and the activations of one layer and what its weights are
+    dequantized to, or the logits of all positions, whichever is more. A candidate holds the
+    activations of one layer or the logits of the scored positions, and its own copy of the adapter.
+    Only shapes and the kind of device count.
+
+    Attributes:
+        largest: the numbers of the largest quantized layer.
+        scratch: bytes of what it is dequantized to.
 
     Args:
         adapter_numel: the float32 numbers that a candidate holds.
@@ -73,18 +78,25 @@ class Fit:
         offloaded = device is None and any(p.is_meta for p in model.parameters())
         # Streaming the weights of an offloaded base again costs more than leaving the cache.
         self.max_tokens = CPU_TOKENS if is_float and on_cpu and not offloaded else None
-        int8_on_cpu = torch.int8 in dtypes and on_cpu
-        self.copies, self.held = (CPU_INT8_COPIES, CPU_INT8_HELD) if int8_on_cpu else (1, 1.0)
+        self.held = CPU_INT8_HELD if torch.int8 in dtypes and on_cpu else 1.0
+        layers = [m for m in model.modules() if isinstance(m, Linear8bitLt | Linear4bit)]
+        self.largest = max((m.in_features * m.out_features for m in layers), default=0)
+        # Without AVX-512, bitsandbytes multiplies int8 weights as float32.
+        has_int8 = torch.backends.cpu.get_cpu_capability() == "AVX512" or not on_cpu
+        self.scratch = 0 if has_int8 else 4 * self.largest
+        for layer in layers:
+            if isinstance(layer, Linear4bit):
+                self.scratch = self.largest * (layer.compute_dtype or model.dtype).itemsize
 
     def __call__(self, batch: Batch, parts: int = 1) -> int:
         """How many candidates fit, each with `parts` copies of the adapter; at least 1."""
         rows, length = batch["input_ids"].shape
-        layer = self.layer(rows, length, self.copies)
+        layer, alone = (self.layer(rows, length, copies) for copies in (1, self.held))
         vocabulary = self.config.vocab_size if "rows" in batch else 0
-        plain = max(layer, rows * length * vocabulary * self.size)
+        plain = max(self.scratch + alone, rows * length * vocabulary * self.size)
         own = max(layer, self.logits(batch.scored)) + parts * self.adapter
         slack = max((PEAK_RATIO - 1) * (self.weights + plain), FLOOR_BYTES)
-        fit = int((plain + slack) / own)
+        fit = int((plain + slack - self.scratch) / own)
         if self.max_tokens is not None:
             fit = min(fit, self.max_tokens // (rows * length))
         return max(1, fit)

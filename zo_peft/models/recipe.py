@@ -20,6 +20,7 @@ from zo_peft.errors import UserError
 from zo_peft.models.adapters import peft_config_of, tuned_parameters
 from zo_peft.models.hub import AnyModel
 from zo_peft.models.in_place_space import InPlaceSpace
+from zo_peft.models.int8 import base_replacements
 from zo_peft.models.loading import bits_in, check_bits, is_packed, quantization_of
 from zo_peft.models.memory import Fit
 from zo_peft.models.numbers import choose, find_scales, find_weights
@@ -132,7 +133,7 @@ def replacements_of(model: AnyModel, space: Space) -> dict[str, Replacement] | N
     """How the modules with tuned parameters work lane by lane, or which of them cannot."""
     try:
         if isinstance(space, InPlaceSpace):
-            return space.replacements()
-        return find_replacements(model, space.parameters)
+            return base_replacements(model) | space.replacements()
+        return base_replacements(model) | find_replacements(model, space.parameters)
     except NotInLanes as reason:
         return reason

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from zo_peft.core.lanes import replaced
+from zo_peft.models.int8 import base_replacements
 
 
 class _Reached(Exception):
@@ -132,8 +133,8 @@ def compile_frozen_parts(
     """Compile the parts of each layer that own no tuned parameter, in place, and return them.
 
     Where only attention is tuned these are MLPs and norms. Modules of PyTorch itself and single
-    linear layers are left alone, because there is nothing to fuse. `options` are arguments of
-    `torch.compile`.
+    linear layers are left alone, because there is nothing to fuse; so are int8 layers on a CPU,
+    which are other functions in every forward pass. `options` are arguments of `torch.compile`.
     """
     ids = {id(parameter) for parameter in tuned}
     parts = [
@@ -143,6 +144,7 @@ def compile_frozen_parts(
         if not isinstance(part, nn.Linear)
         and not type(part).__module__.startswith("torch.nn.")
         and ids.isdisjoint(id(parameter) for parameter in part.parameters())
+        and not base_replacements(part)
     ]
     for part in parts:
         part.compile(**options)

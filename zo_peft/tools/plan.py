@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import convert_file_size_to_int
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftConfig
 from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
@@ -145,21 +144,13 @@ class Planner:
         return guide
 
     def _measure_layers(self, base: PreTrainedModel) -> None:
-        """Measure what quantized layers need beside their codes."""
-        layers = [m for m in base.modules() if isinstance(m, Linear8bitLt | Linear4bit)]
-        self.quantized, on_cpu = bool(layers), self.device == "cpu"
-        self.largest = max((m.in_features * m.out_features for m in layers), default=0)
+        """Measure what is not quantized; a UserError where a CPU would decode layers wrongly."""
+        self.quantized = self.fit.largest > 0
         # For gradients, PEFT makes float32 of what is not quantized.
         floats = [p for p in base.parameters() if p.is_floating_point()]
-        self.upcast = sum(4 * p.numel() - p.nbytes for p in floats) if layers else 0
-        # Without AVX-512, bitsandbytes multiplies int8 weights as float32.
-        has_int8 = torch.backends.cpu.get_cpu_capability() == "AVX512" or not on_cpu
-        self.scratch = 0 if has_int8 else 4 * self.largest
-        if on_cpu:
+        self.upcast = sum(4 * p.numel() - p.nbytes for p in floats) if self.quantized else 0
+        if self.device == "cpu":
             check_4bit_widths(base, "meta")
-        for layer in layers:
-            if isinstance(layer, Linear4bit):
-                self.scratch = self.largest * (layer.compute_dtype or base.dtype).itemsize
 
     def candidates(self, batch: int, length: int, limit: int | None = None) -> list[int]:
         """How many candidates share a forward pass: in a step, and while zo_eps is chosen.
@@ -204,7 +195,8 @@ class Planner:
         # An adapter is there twice: as it is, and as the model reads it.
         copies = 2 * is_adapter + len(RULES[self.args.update_rule or ""].BUFFERS)
         candidates = 0 if is_adapter and lanes == 1 else lanes * fit.adapter
-        activations = self.scratch + fit.layer(count * batch, length, fit.held)
+        held = fit.held if count == 1 else 1
+        activations = fit.scratch + fit.layer(count * batch, length, held)
         logits = count * fit.logits(self._scored(batch, length))
         noise = NOISE_BYTES * min(CHUNK, self.tuned)
         kept, reading, read = 0, 0, 0
@@ -235,7 +227,7 @@ class Planner:
             batch, length, exact_layers
         )
         kept += 2 * 4 * positions * fit.config.hidden_size
-        layer = self.scratch + fit.layer(batch, length, fit.held)
+        layer = fit.scratch + fit.layer(batch, length, fit.held)
         if not single and exact_layers < guide.layers:
             layer += guide.weights(batch, length, positions // batch)
         # The gradient of the logits is there in float32, too, beside the loss and its gradient.
@@ -250,7 +242,7 @@ class Planner:
         adapter = 4 * 4 * self.tuned  # the adapter, its gradient, and Adam's two moments
         checkpoints = fit.config.num_hidden_layers * batch * length * fit.config.hidden_size * size
         layer = batch * layer_bytes(fit.config, length, size)
-        activations = int(BACKWARD * fit.held * layer) + 2 * self.largest * size
+        activations = int(BACKWARD * fit.held * layer) + 2 * fit.largest * size
         # The gradient of the logits is there in float32, too, beside the loss and its gradient.
         logits = fit.logits(self._scored(batch, length)) * 3 // 2
         return self._memory(
@@ -264,14 +256,14 @@ class Planner:
         """A `Memory`, from what step, update and evaluation hold beside weights and adapter."""
         weights, adapter, *_ = parts
         # The layer that is being quantized is there as it was saved, too.
-        load = self.weights + self.largest * self.fit.size
+        load = self.weights + self.fit.largest * self.fit.size
         held = [load, *(weights + adapter + phase for phase in phases)]
         return Memory(*(*parts, *held, max(held)))
 
     def _evaluation(self, batch: int | None, length: int, size: int) -> int:
         """What an evaluation holds beside weights and adapter, with `size` bytes a number."""
         rows, fit = batch or self.args.per_device_eval_batch_size, self.fit
-        layer = self.scratch + fit.layer(rows, length, fit.held * size / fit.size)
+        layer = fit.scratch + fit.layer(rows, length, fit.held * size / fit.size)
         return max(layer, fit.logits(self._scored(rows, length)))
 
     def _parts(self, batch: int) -> int:
