@@ -5,10 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import bitsandbytes
 import torch
 import torch.nn.functional as F
-from bitsandbytes.nn import Linear8bitLt
 from torch import Tensor, nn
 
 from zo_peft.core.direction import Direction
@@ -16,6 +14,7 @@ from zo_peft.core.lanes import Lanes, replaced
 from zo_peft.core.low_rank import LowRank, Noise, summed
 from zo_peft.core.noise import SignSums, derive_seed, noise_rows
 from zo_peft.models.numbers import Numbers, Own
+from zo_peft.models.quantized import Linear8bitLt, bitsandbytes
 from zo_peft.models.rounding import row_words, uniform_rows
 
 #: Gives some rows of a matrix: float32 [R, width].

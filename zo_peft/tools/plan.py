@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import convert_file_size_to_int
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftConfig
 from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
@@ -34,6 +33,7 @@ from zo_peft.models.guide_memory import GuideMemory
 from zo_peft.models.hub import LOAD_ERRORS, AnyModel, public_name
 from zo_peft.models.loading import check_4bit_widths, meta_base
 from zo_peft.models.memory import Fit, layer_bytes, weight_bytes
+from zo_peft.models.quantized import Linear4bit, Linear8bitLt
 from zo_peft.models.recipe import SPACE_FIELDS, replacements_of, space_of
 from zo_peft.objectives.rewards import generates
 from zo_peft.runs.arguments import DataArguments, ModelArguments

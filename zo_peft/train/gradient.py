@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from bitsandbytes.nn import Linear8bitLt
 from peft import PeftModel, PeftType, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
@@ -15,6 +14,7 @@ from zo_peft.core.space import fill
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import tuned_parameters
 from zo_peft.models.hub import AnyModel
+from zo_peft.models.quantized import Linear8bitLt
 from zo_peft.objectives.rewards import RewardObjective
 from zo_peft.objectives.scoring import AccuracyObjective, BlackBoxObjective
 from zo_peft.train.base import BaseTrainer
