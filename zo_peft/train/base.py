@@ -108,8 +108,7 @@ class BaseTrainer(Trainer):
             train_dataset = list(train_dataset)
         model, tokenizer = self._load(model, args, processing_class, peft_config, train_dataset)
         self.tokenization = _tokenization(model, tokenizer, args, reward_funcs)
-        generates = self.tokenization.generates
-        self.engine = served.check_engine(model, args.engine, generates, args.world_size)
+        self.engine = served.check_engine(model, args.engine, args.world_size)
         if isinstance(objective, scoring.BlackBoxObjective) and train_dataset is None:
             train, evaluation = Features([{"input_ids": [0], "labels": 0, "length": 1}]), None
         else:
@@ -171,7 +170,8 @@ class BaseTrainer(Trainer):
         """The model with its adapter, and the tokenizer; `rows` say how many classes there are."""
         name = model if isinstance(model, str) else model.config.name_or_path
         if isinstance(model, str) and args.engine is not None:
-            model, own = served.load_served(model, args.engine, args.tokenizer_name)
+            source = args.tokenizer_name
+            model, own = served.load_served(model, args.engine, source, **args.servers)
             tokenizer = tokenizer or own
         tokenizer = tokenizer or load_tokenizer(name)
         # Trainer seeds too late for this: a new adapter's values are part of the run.

@@ -171,7 +171,20 @@ class ZOConfig(TrainingArguments):
     engine: EngineName | None = HfArg(
         default=None,
         help="Who computes the base, for which a LoRA is tuned then: llamacpp (the model is a GGUF "
-        "file) or openvino (a folder that optimum-intel exported). Default: PyTorch.",
+        "file), openvino (a folder that optimum-intel exported) or vllm (servers at engine_url; "
+        "the model is their name for it). Default: PyTorch.",
+    )
+    engine_url: list[str] | None = HfArg(
+        default=None, help="For vllm: the addresses of servers that share the candidates."
+    )
+    engine_folder: str | None = HfArg(
+        default=None,
+        help="For vllm: a folder for adapters, which all servers see at the same path. Default: "
+        "one in memory, which servers on this machine see.",
+    )
+    engine_timeout: float = HfArg(
+        default=120.0,
+        help="For vllm: the seconds that an answer may take, and for which no server may answer.",
     )
     tokenizer_name: str | None = HfArg(
         default=None,
@@ -252,6 +265,12 @@ class ZOConfig(TrainingArguments):
         return changed
 
     @property
+    def servers(self) -> dict[str, Any]:
+        """What `load_served` takes of the servers of vllm."""
+        settings = {"folder": self.engine_folder, "timeout": self.engine_timeout}
+        return settings | {"urls": self.engine_url}
+
+    @property
     def strategy_options(self) -> Options:
         """What the strategy depends on beside seeds and eps."""
         return Options(**{f.name: getattr(self, f.name) for f in fields(Options)})
@@ -306,6 +325,7 @@ def run_settings(config: ZOConfig, generates: bool) -> dict[str, Any]:
     # These may contain paths or tokens.
     told = RUN_FIELDS | ZOConfig.__annotations__.keys()
     told -= {"model_init_kwargs", "tokenizer_name", "engine_reference"}
+    told -= {"engine_url", "engine_folder", "engine_timeout"}
     told.remove("num_train_epochs" if config.max_steps > 0 else "max_steps")
     told -= checks.CANDIDATES if config.strategy in checks.GRADIENT else set()
     told -= set() if generates else GENERATION
