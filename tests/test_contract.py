@@ -107,7 +107,9 @@ def test_the_lists_are_complete() -> None:
 def test_trainer_calls_a_hook_as_our_method_takes_it(hook: str) -> None:
     upstream = inspect.signature(getattr(Trainer, hook)).parameters.values()
     given = [p.name for p in upstream if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert given == ["self", *HOOKS[hook].split()]
+    # Before transformers 5.23 repositories took no `private`; our methods have it in any case.
+    assert {"self", *HOOKS[hook].split()} - {*given} <= {"private"}
+    assert given == ["self", *(name for name in HOOKS[hook].split() if name in given)]
     # It is called, or passed to what calls it; `train` and `predict` users call.
     assert hook in attributes(Trainer, ast.Load) | {"train", "predict"}
     for ours in (inspect.signature(vars(owner)[hook]) for owner in OURS if hook in vars(owner)):
@@ -122,10 +124,10 @@ def test_trainer_has_what_our_trainers_use_of_it(name: str) -> None:
     assert name in TRAINER
 
 
-@pytest.mark.parametrize("name", ["activation_checkpointing", "activation_checkpointing_kwargs"])
-def test_trainer_reads_the_arguments_that_the_gradient_trainer_sets(name: str) -> None:
+def test_trainer_reads_the_arguments_that_the_gradient_trainer_sets() -> None:
     read = {ast.unparse(node) for node in nodes(Trainer) if isinstance(node, ast.Attribute)}
-    assert f"args.{name}" in read
+    names = ("args.activation_checkpointing", "args.gradient_checkpointing")
+    assert any({name, f"{name}_kwargs"} <= read for name in names)
 
 
 def test_the_fields_that_zoconfig_defines_anew() -> None:

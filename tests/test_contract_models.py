@@ -16,7 +16,6 @@ from bitsandbytes.functional import QuantState, dequantize_blockwise
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LNTuningConfig, LoraConfig, PeftModel, PeftType, PromptTuningConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners import ia3, lora, tinylora, unilora, vera
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
@@ -107,12 +106,12 @@ def test_nf4_scales() -> None:
 
 #: What a layer of each kind of adapter has for the adapter's name.
 LAYERS = {
-    lora.Linear: "lora_A lora_B scaling lora_bias",
-    vera.Linear: "vera_A vera_B vera_lambda_d vera_lambda_b",
-    unilora.Linear: "unilora_theta_d unilora_indices_A unilora_scales_A "
+    "lora": "lora_A lora_B scaling lora_bias",
+    "vera": "vera_A vera_B vera_lambda_d vera_lambda_b",
+    "unilora": "unilora_theta_d unilora_indices_A unilora_scales_A "
     "unilora_indices_B unilora_scales_B",
-    tinylora.Linear: "tinylora_v _tinylora_v_key tinylora_A tinylora_B tinylora_P",
-    ia3.Linear: "ia3_l",
+    "tinylora": "tinylora_v _tinylora_v_key tinylora_A tinylora_B tinylora_P",
+    "ia3": "ia3_l",
 }
 
 
@@ -123,19 +122,21 @@ def adapted(kind: str, **settings: Any) -> Any:
     return next(m for m in modules if isinstance(m, BaseTunerLayer) and m.active_adapters)
 
 
-@pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.__module__.split(".")[2])
-def test_layers_of_adapters(kind: type) -> None:
-    name = kind.__module__.split(".")[2].upper()
-    layer = adapted(name, **({"feedforward_modules": []} if kind is ia3.Linear else {}))
-    assert type(layer) is kind
+@pytest.mark.parametrize("method", LAYERS)
+def test_layers_of_adapters(method: str) -> None:
+    if method.upper() not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        pytest.skip(f"this version of PEFT has no {method}")
+    layer = adapted(method.upper(), **({"feedforward_modules": []} if method == "ia3" else {}))
+    kind = type(layer)
+    assert f"{kind.__module__}.{kind.__name__}" == f"peft.tuners.{method}.layer.Linear"
     assert layer.active_adapters == ["default"]
     assert not layer.merged
     assert isinstance(layer.base_layer, nn.Linear)
-    for attribute in LAYERS[kind].split():
+    for attribute in LAYERS[method].split():
         assert "default" in getattr(layer, attribute), attribute
-    if kind is tinylora.Linear:
+    if method == "tinylora":
         assert layer._tinylora_v_key["default"] in layer.tinylora_v["default"]
-    if kind is ia3.Linear:
+    if method == "ia3":
         assert not layer.is_feedforward
 
 

@@ -52,6 +52,9 @@ RUN = COMMANDS["train"].arguments
 #: Errors of a disk that is full or may not be written.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
+#: Packages that few commands need, so that they are imported there.
+OPTIONAL = ("bitsandbytes", "datasets", "matplotlib", "pandas", "pyarrow")
+
 
 def usage() -> str:
     """All commands, a line each."""
@@ -121,11 +124,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Within the context, other libraries print errors alone; a notice of ours is a line."""
-    import datasets
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
-    datasets.disable_progress_bars()
+    with contextlib.suppress(ImportError):
+        import datasets
+
+        datasets.disable_progress_bars()
     if sys.stderr.isatty():
         # Downloads and loading take long, and in a terminal a bar does no harm.
         enable_progress_bars()
@@ -158,6 +163,8 @@ def _line(error: Exception, command: Command) -> str:
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         where = Path(error.filename).name if error.filename else "the output folder"
         return f"{where} cannot be written: {error.strerror}{command.goes_on}"
+    if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL:
+        return f'this needs the package {error.name}; pip install "zo_peft[all]" brings it'
     return f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
 
 

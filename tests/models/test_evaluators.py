@@ -18,11 +18,10 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
-    TinyLoraConfig,
-    UniLoraConfig,
     VeraConfig,
     get_peft_model,
 )
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from tiny import PAD, SIZES, VOCABULARY, WIDTH, bert, gpt2, llama, opt
 from torch import Tensor, nn
 from transformers import (
@@ -80,9 +79,13 @@ ADAPTERS: dict[str, PeftConfig] = {
         feedforward_modules=["down_proj"],
     ),
     "vera": VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=8),
-    "unilora": UniLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]),
-    "tinylora": TinyLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]),
 }
+# The lowest version of PEFT does not have these.
+for name in ("UNILORA", "TINYLORA"):
+    if name in PEFT_TYPE_TO_CONFIG_MAPPING:
+        ADAPTERS[name.lower()] = PEFT_TYPE_TO_CONFIG_MAPPING[name](
+            task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]
+        )
 #: Adapters that go one by one, and the module that the warning names.
 NOT_IN_LANES: dict[str, tuple[PeftConfig, str]] = {
     "dora": (LoraConfig(**LORA, use_dora=True), "layers.0.self_attn.q_proj"),
@@ -291,7 +294,7 @@ def test_a_quantized_base_gives_the_losses_of_one_by_one(quantization: str, tmp_
         "int8 with outliers": BitsAndBytesConfig(load_in_8bit=True),
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     }[quantization]
-    for name in ("lora", "ia3", "vera", "unilora", "prefix"):
+    for name in ("lora", "ia3", "vera", *({"unilora"} & ADAPTERS.keys()), "prefix"):
         base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
         for module in base.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -14,7 +14,6 @@ from tiny import MODEL, command_line, examples, make_trainer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, PreTrainedModel
 
-from scripts import reward_tuning
 from zo_peft import Direction, UserError
 from zo_peft.cli import main
 from zo_peft.core.batch import Batch
@@ -27,6 +26,8 @@ from zo_peft.models.recipe import evaluator_of
 from zo_peft.objectives.rewards import CommonNoise, RewardObjective, load_function
 from zo_peft.objectives.scoring import AccuracyObjective, CompletionObjective, SequenceObjective
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS
+
+reward_tuning = pytest.importorskip("scripts.reward_tuning", exc_type=ImportError)
 
 TOKENIZER = AutoTokenizer.from_pretrained(MODEL)
 LORA = LoraConfig(

@@ -261,6 +261,8 @@ def test_every_field_of_its_own_is_documented() -> None:
 def test_refuses_what_makes_no_sense(
     settings: dict[str, Any], parts: list[str], tmp_path: Path
 ) -> None:
+    if not settings.keys() <= ZOConfig.__dataclass_fields__.keys():
+        pytest.skip("this version of transformers has no such argument")
     with pytest.raises(UserError) as caught:
         make(tmp_path, **settings)
     message = str(caught.value)

@@ -81,6 +81,7 @@ def test_checkpointing_changes_no_gradient(base: str, tmp_path: Path) -> None:
     for checkpointed in (True, False):
         tuned = trainer(tmp_path / str(checkpointed), LORA, base, max_steps=3)
         tuned.args.activation_checkpointing = checkpointed
+        tuned.args.gradient_checkpointing = checkpointed
         tuned.train()
         adapters.append(tuned_parameters(tuned.model))
     first, second = adapters

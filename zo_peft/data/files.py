@@ -14,9 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-from pyarrow import parquet
-
 from zo_peft.data.forms import Row
 from zo_peft.errors import Notice, UserError
 
@@ -61,6 +58,9 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def _read_parquet(content: bytes, path: Path) -> list[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
     try:
         table = parquet.read_table(io.BytesIO(content))
     except (pyarrow.ArrowException, OSError) as error:

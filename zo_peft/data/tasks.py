@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import yaml
-from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from zo_peft.data import read_rows
 from zo_peft.data.forms import Row
@@ -254,6 +252,9 @@ def task_rows(name: str, folder: str | None, part: int) -> list[Row]:
 
 def hub_rows(name: str, config: str | None, split: str) -> list[Row]:
     """All rows of a split of a data set of the Hub, or a UserError."""
+    import datasets
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
+
     try:
         return datasets.load_dataset(name, config, split=split).to_list()
     except (*LOAD_ERRORS, RuntimeError, DatasetsError) as error:

@@ -7,15 +7,26 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
-from datasets import Dataset, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from zo_peft.data.forms import FORMS, Form, Row, example_of, fitting_form, form_of, located
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import check_token
 
+try:
+    from datasets import Dataset, IterableDataset, Value
+
+    HAS_DATASETS = True
+except ImportError:
+    HAS_DATASETS = False
+    Dataset = IterableDataset = Value = type("Absent", (), {})
+
 #: Keys of a message that a chat template may leave out, because they only say whose it is.
 NAMES = ("role", "content", "weight", "name", "tool_call_id")
+
+
+class Features(list[Row]):
+    """Tokenized examples in memory, for environments without `datasets`."""
 
 
 @dataclass(frozen=True)
@@ -324,9 +335,11 @@ def spaced(prompt: str, ending: str) -> str:
     return ending if joined else " " + ending
 
 
-def tokenize_dataset(dataset: Any, tokenization: Tokenization) -> Dataset | IterableDataset:
+def tokenize_dataset(dataset: Any, tokenization: Tokenization) -> Any:
     """A data set of examples (or a sequence of dictionaries) as features for `Collator`.
 
+    They come as an `IterableDataset` if the examples did, else as a `Dataset`, or where `datasets`
+    is not installed as `Features`.
     A warning names columns that are not used. A UserError says that the data set is empty, that
     its columns make none of the forms of `zo_peft.data` that the model can use, or that an example
     cannot be used.
@@ -341,6 +354,8 @@ def tokenize_dataset(dataset: Any, tokenization: Tokenization) -> Dataset | Iter
     if isinstance(dataset, list):
         made = [tokenization(row, index) for index, row in enumerate(dataset)]
         names = dict.fromkeys(name for row in made for name in row)
+        if not HAS_DATASETS:
+            return Features({name: row.get(name) for name in names} for row in made)
         try:
             return Dataset.from_dict({name: [row.get(name) for row in made] for name in names})
         except (ValueError, TypeError, OverflowError) as error:
@@ -384,7 +399,7 @@ def classes_of(dataset: Any) -> int:
 
 def is_tokenized(dataset: Any) -> bool:
     """Whether a data set holds features, as `tokenize_dataset` makes them."""
-    if not isinstance(dataset, Dataset | IterableDataset):
+    if not isinstance(dataset, Dataset | IterableDataset | Features):
         return False
     first: Row = next(iter(dataset), {})
     made = "prompt_ids" in first or ("labels" in first and "attention_mask" not in first)

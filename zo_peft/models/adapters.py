@@ -8,7 +8,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import peft
 import torch
 from huggingface_hub import hf_hub_download
@@ -25,6 +24,7 @@ from zo_peft.errors import Notice, UserError
 from zo_peft.models.hub import LOAD_ERRORS, AnyModel, first_line, public_name, reason
 from zo_peft.models.loading import check_4bit_widths, load_config
 from zo_peft.models.peft_layers import check_options
+from zo_peft.models.quantized import Linear4bit
 
 #: The adapters that leave it to the layers of the base to read its weights.
 ON_OFFLOADED = ["LORA", "ADALORA", "IA3", "VERA", "LOHA", "LOKR", "OFT", "BOFT", "FOURIERFT"]
@@ -287,7 +287,7 @@ def prepare(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> None:
         config.pad_token_id = tokenizer.pad_token_id
     check_4bit_widths(model)
     for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit) and module.weight.device.type == "cpu":
+        if isinstance(module, Linear4bit) and module.weight.device.type == "cpu":
             module.support_avx512bf16_for_cpu = False
     if not isinstance(model, PeftModel):
         return

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear8bitLt
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from zo_peft.models.heads import Scored
 from zo_peft.models.peft_layers import is_plain_lora, lora_factors
+from zo_peft.models.quantized import Linear8bitLt
 from zo_peft.models.trunk import first_of, hidden_of
 
 #: The most positions of a row at which errors are taken through the layers.

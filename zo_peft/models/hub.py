@@ -1,14 +1,17 @@
 """Names of models, and why a folder or the Hub did not give one."""
 
+from importlib import import_module
 from pathlib import Path
 
 from huggingface_hub import constants, errors, is_offline_mode
-from huggingface_hub.utils import httpx
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from zo_peft.errors import UserError
+
+#: The client that huggingface_hub reads the Hub with: httpx, or from its version 2 httpx2.
+httpx = import_module(errors.HTTPError.__module__)
 
 #: A base, or one with an adapter.
 AnyModel = PreTrainedModel | PeftModel

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bitsandbytes.nn import Linear8bitLt
 from torch import Tensor, nn
 
 from zo_peft.core.direction import Direction
@@ -15,6 +14,7 @@ from zo_peft.core.low_rank import LowRank, Noise, summed
 from zo_peft.core.noise import SignSums, derive_seed, noise_rows
 from zo_peft.models.int8 import matmul
 from zo_peft.models.numbers import Numbers, Own
+from zo_peft.models.quantized import Linear8bitLt
 from zo_peft.models.rounding import row_words, uniform_rows
 
 #: Gives some rows of a matrix: float32 [R, width].

@@ -2,12 +2,11 @@
 
 import copy
 
-import bitsandbytes
 import torch
-from bitsandbytes.nn import Linear8bitLt
 from torch import Tensor, nn
 
 from zo_peft.core.lanes import Lanes, Replacement
+from zo_peft.models.quantized import Linear8bitLt, bitsandbytes
 
 #: Rows are quantized, and their products scaled, so many numbers at a time: they stay in the cache.
 CHUNK = 1 << 17

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from bitsandbytes.functional import QuantState
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
@@ -28,6 +26,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from zo_peft.errors import UserError
 from zo_peft.models.hub import LOAD_ERRORS, AnyModel, first_line, public_name, reason
+from zo_peft.models.quantized import Linear4bit, Linear8bitLt, QuantState, bitsandbytes
 
 CHATML = Path(__file__).with_name("chatml.jinja")
 
@@ -204,6 +203,8 @@ def _loading(what: str) -> Iterator[None]:
         why = first_line(error)
         if "ignore_mismatched_sizes" in why:
             why = "its weights have other shapes than its config.json says; give those of one model"
+        if bitsandbytes is None and "bitsandbytes" in why:
+            why = 'int8 and NF4 need bitsandbytes; pip install "zo_peft[quantized]" brings it'
         raise UserError(f"{what} cannot be loaded: {why}") from error
 
 

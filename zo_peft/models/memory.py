@@ -6,12 +6,12 @@ from itertools import chain
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
 from zo_peft.core.batch import Batch
 from zo_peft.models.hub import AnyModel
 from zo_peft.models.loading import plain_tensors
+from zo_peft.models.quantized import Linear4bit, Linear8bitLt
 
 #: The peak of a step stays within this many times the peak of plain inference on the same batch ...
 PEAK_RATIO = 1.05

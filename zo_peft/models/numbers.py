@@ -3,13 +3,12 @@
 from collections.abc import Collection, Iterator
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_blockwise
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zo_peft.core.noise import chunk
 from zo_peft.models.adapters import matching
+from zo_peft.models.quantized import Linear4bit, Linear8bitLt, QuantState, dequantize_blockwise
 from zo_peft.models.rounding import round_float
 
 #: Codes of int8 weights lie between minus and plus this.

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, PeftType
-from peft.tuners import ia3, tinylora, unilora, vera
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ def find_replacements(
             return model, "get_prompt", _prompts
         if not isinstance(module, BaseTunerLayer):
             return plain_replacement(module, name)
-        replacement = _LORA if _is_lora(module) else _BY_TYPE.get(type(module))
+        replacement = _LORA if _is_lora(module) else _BY_NAME.get(_name(module))
         if replacement is None or not _is_plain(module):
             raise NotInLanes(f"{name} (a {type(module).__name__} of {type(module).__module__})")
         return module, "forward", replacement
@@ -107,23 +106,28 @@ def _tinylora_factors(layer: Any, lanes: Lanes, adapter: str) -> tuple[Tensor, T
 
 _LORA = partial(_low_rank, _lora_factors)
 
-_BY_TYPE: dict[type[nn.Module], Callable[..., Tensor]] = {
-    vera.Linear: partial(_low_rank, _vera_factors),
-    unilora.Linear: partial(_low_rank, _unilora_factors),
-    tinylora.Linear: partial(_low_rank, _tinylora_factors),
-    **dict.fromkeys((ia3.Linear, ia3.Linear8bitLt, ia3.Linear4bit), _ia3),
+#: By the names of PEFT's classes: some of these exist only in newer versions, or only where the
+#: package that quantizes their layers is installed.
+_BY_NAME: dict[str, Callable[..., Tensor]] = {
+    "vera.layer.Linear": partial(_low_rank, _vera_factors),
+    "unilora.layer.Linear": partial(_low_rank, _unilora_factors),
+    "tinylora.layer.Linear": partial(_low_rank, _tinylora_factors),
+    **dict.fromkeys(("ia3.layer.Linear", "ia3.bnb.Linear8bitLt", "ia3.bnb.Linear4bit"), _ia3),
 }
 
-
-#: LoRA on linear layers, by the names of PEFT's classes: some of these exist only where the package
-#: that quantizes their layers is installed.
+#: LoRA on linear layers.
 _LORAS = {"Linear", "Linear8bitLt", "Linear4bit", "AqlmLoraLinear", "AwqLoraLinear"}
 _LORAS |= {"EetqLoraLinear", "GPTQLoraLinear", "HqqLoraLinear", "TorchaoLoraLinear"}
 
 
+def _name(module: nn.Module) -> str:
+    """The name of a module's class, from the package on that PEFT has its methods in."""
+    return f"{type(module).__module__}.{type(module).__name__}".removeprefix("peft.tuners.")
+
+
 def _is_lora(module: nn.Module) -> bool:
-    kind = type(module)
-    return kind.__name__ in _LORAS and kind.__module__.startswith("peft.tuners.lora.")
+    method, *_, kind = _name(module).split(".")
+    return method == "lora" and kind in _LORAS
 
 
 def is_plain_lora(module: Any) -> bool:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
 from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from zo_peft.core.batch import Batch, Objective
 from zo_peft.core.lanes import replaced
 from zo_peft.data import Tokenization, collator_for, tokenize_dataset
 from zo_peft.data.sampler import EpochSampler
-from zo_peft.data.tokenize import classes_of, is_tokenized
+from zo_peft.data.tokenize import Features, classes_of, is_tokenized
 from zo_peft.engines import served
 from zo_peft.errors import UserError
 from zo_peft.models import adapters
@@ -111,7 +110,7 @@ class BaseTrainer(Trainer):
         self.tokenization = _tokenization(model, tokenizer, args, reward_funcs)
         self.engine = served.check_engine(model, args.engine, args.world_size)
         if isinstance(objective, scoring.BlackBoxObjective) and train_dataset is None:
-            train, evaluation = Dataset.from_list([{"input_ids": [0], "labels": 0}]), None
+            train, evaluation = Features([{"input_ids": [0], "labels": 0, "length": 1}]), None
         else:
             train, evaluation = map(self.features, (train_dataset, eval_dataset))
         chosen = partial(objective_of, self.tokenization, args, reward_funcs)
@@ -308,7 +307,12 @@ class BaseTrainer(Trainer):
     # ---- Batches and evaluation -----------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        sampler = super()._get_train_sampler(train_dataset)
+        data = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(data, Features) and self.args.train_sampling_strategy == "group_by_length":
+            # Trainer reads lengths off a `Dataset` alone.
+            sampler = LengthGroupedSampler(1, lengths=[row["length"] for row in data])
+        else:
+            sampler = super()._get_train_sampler(data)
         if isinstance(sampler, LengthGroupedSampler):
             sampler.batch_size = self._train_batch_size * self.args.gradient_accumulation_steps
             return EpochSampler(sampler, self.args.data_seed or self.args.seed)

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from bitsandbytes.nn import Linear8bitLt
 from peft import PeftModel, PeftType, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
@@ -15,6 +14,7 @@ from zo_peft.core.space import fill
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import tuned_parameters
 from zo_peft.models.hub import AnyModel
+from zo_peft.models.quantized import Linear8bitLt
 from zo_peft.objectives.rewards import RewardObjective
 from zo_peft.objectives.scoring import AccuracyObjective, BlackBoxObjective
 from zo_peft.train.base import BaseTrainer
@@ -82,12 +82,13 @@ class GradientTrainer(BaseTrainer):
             self.args.learning_rate = rates[config.is_prompt_learning]
         # PEFT refuses gradient checkpointing for a prefix.
         if config.peft_type != PeftType.PREFIX_TUNING:
-            # Trainer reads the new names alone; the old ones are only taken over on construction.
-            self.args.activation_checkpointing = True
             # The int8 matmul keeps its input where checkpoints without reentrance cannot drop it;
             # with it, the inputs must require gradients.
             has_int8 = any(isinstance(module, Linear8bitLt) for module in self.model.modules())
-            self.args.activation_checkpointing_kwargs = {"use_reentrant": has_int8}
+            # Trainer reads one pair of these, which depends on its version.
+            for name in ("activation_checkpointing", "gradient_checkpointing"):
+                setattr(self.args, name, True)
+                setattr(self.args, f"{name}_kwargs", {"use_reentrant": has_int8})
             if has_int8:
                 self.model.get_base_model().enable_input_require_grads()
 

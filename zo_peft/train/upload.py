@@ -9,11 +9,10 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import httpx
 from safetensors import SafetensorError, safe_open
 
 from zo_peft.errors import UserError
-from zo_peft.models.hub import public_name
+from zo_peft.models.hub import httpx, public_name
 from zo_peft.train.card import CARD_NAME, for_repository
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")

