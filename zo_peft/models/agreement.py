@@ -89,10 +89,8 @@ def _settle(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch], smooth: 
             if not moved <= 4 * noise:
                 break
     if moved == 0 and smooth:
-        raise UserError(
-            f"nothing that is tuned changes a loss, so nothing would be learned: {name} does not "
-            "use it, or not on the first examples"
-        )
+        why = f"{name} does not use it, or not on the first examples"
+        raise UserError(f"nothing that is tuned changes a loss, so nothing would be learned: {why}")
     if moved == 0 or not math.isfinite(moved):
         return
     tolerance = (0.01 + 8 * relative) * moved + 2 * noise
@@ -100,11 +98,9 @@ def _settle(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch], smooth: 
     if fault and evaluator.one_by_one(NotInLanes(f"{name} ({fault})")):
         fault = _fault(evaluator, points, batch, expected, tolerance)
     if fault:
-        raise UserError(
-            f"examples that share a batch change each other's losses in {name} ({fault}); use "
-            "per_device_train_batch_size=1 and per_device_eval_batch_size=1, with "
-            "gradient_accumulation_steps for larger batches"
-        )
+        why = f"examples that share a batch change each other's losses in {name} ({fault})"
+        advice = "per_device_train_batch_size=1 and per_device_eval_batch_size=1, with "
+        raise UserError(f"{why}; use {advice}gradient_accumulation_steps for larger batches")
 
 
 def _loss(evaluator: Evaluator, point: Direction, batch: Batch) -> Tensor:
@@ -170,10 +166,8 @@ def _check_own_forwards(evaluator: Evaluator, space: InPlaceSpace, batch: Batch)
         _loss(evaluator, LENGTHS[0] * Direction.of(0), batch)
     if reads.outside:
         kinds = sorted({".".join(name.split(".")[-2:]) for name in reads.outside})
-        raise UserError(
-            f"{min(reads.outside)} is read by another module than its own, which would not see a "
-            f"candidate's values; leave it out with tunable='^(?!.*({'|'.join(kinds)})$)'"
-        )
+        why = f"{min(reads.outside)} is read by another module than its own, without its candidates"
+        raise UserError(f"{why}; leave it out with tunable='^(?!.*({'|'.join(kinds)})$)'")
 
 
 def _size(losses: Tensor) -> float:

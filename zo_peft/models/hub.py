@@ -30,7 +30,7 @@ def check_apart(output_dir: str, *sources: str | None) -> None:
     folder = Path(output_dir).resolve()
     if any(source and Path(source).resolve() == folder for source in sources):
         raise UserError(
-            f"--output_dir {output_dir} holds the model, which would be overwritten; give another"
+            f"the model in --output_dir {output_dir} would be overwritten; give another"
         )
 
 

@@ -108,8 +108,8 @@ class BaseTrainer(Trainer):
         if isinstance(train_dataset, Iterator):
             train_dataset = list(train_dataset)
         model, tokenizer = self._load(model, args, processing_class, peft_config, train_dataset)
-        self.tokenization = _tokenization(model, tokenizer, args, reward_funcs)
-        generates = self.tokenization.generates
+        generates = rewards.generates(reward_funcs, args.objective)
+        self.tokenization = _tokenization(model, tokenizer, args, generates)
         self.engine = served.check_engine(model, args.engine, generates, args.world_size)
         if isinstance(objective, scoring.BlackBoxObjective) and train_dataset is None:
             train, evaluation = Dataset.from_list([{"input_ids": [0], "labels": 0}]), None
@@ -124,8 +124,9 @@ class BaseTrainer(Trainer):
         self.objective = objective or chosen(kind_of(train or evaluation))
         # The metric that the evaluation objective puts first.
         self.metric_name = getattr(self.eval_objective, "metric_name", "accuracy")
-        accuracy = partial(scoring.accuracy, name=self.metric_name)
-        own_metrics = getattr(self.eval_objective, "metrics", accuracy)
+        if compute_metrics is None:
+            accuracy = partial(scoring.accuracy, name=self.metric_name)
+            compute_metrics = getattr(self.eval_objective, "metrics", accuracy)
         if data_collator is None:
             several = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
             seen = chain.from_iterable(rows for rows in (train, *several) if rows is not None)
@@ -138,26 +139,25 @@ class BaseTrainer(Trainer):
             # Trainer refuses to back-propagate through a quantized base.
             with replaced([(model, "is_quantized", False)]):
                 super().__init__(
-                    model=model,
-                    args=args,
-                    data_collator=data_collator,
-                    train_dataset=train,
-                    eval_dataset=evaluation,
-                    processing_class=tokenizer,
-                    compute_metrics=compute_metrics or own_metrics,
+                    *(model, args, data_collator, train, evaluation, tokenizer),
+                    compute_metrics=compute_metrics,
                     callbacks=callbacks,
                 )
-        except UserError:
+        except (UserError, torch.OutOfMemoryError):
             raise
-        except Exception as error:
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
             raise UserError(f"transformers refuses the settings: {first_line(error)}") from error
-        self.totals = Totals()
+        #: What counts forward passes and examples; a `ZOTrainer` has an evaluator for it.
+        self.totals = self.spent = Totals()
         self.add_callback(self.totals)
         if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):
             bars = sys.stderr.isatty() and not args.disable_tqdm
             self.add_callback(Progress(lambda: self.forward_passes, self.metric_name, bars))
         if train and getattr(peft_config, "prefix_projection", None) is False:
-            self._start_prefix(train)
+            first = next(iter(train))
+            pool = torch.tensor(first.get("prompt_ids") or first["input_ids"])
+            choice = torch.randint(len(pool), (self.model.active_peft_config.num_virtual_tokens,))
+            adapters.start_prefix_from_tokens(self.model, pool[choice])
         self.summary: dict[str, Any] = {}
         self.ready()
 
@@ -219,10 +219,8 @@ class BaseTrainer(Trainer):
             return dataset
         features = dataset if is_tokenized(dataset) else self.features(dataset)
         if self.evaluated not in (None, kind_of(features)):
-            raise UserError(
-                f"these are examples of {kind_of(features)}, but this trainer evaluates "
-                f"{self.evaluated}; give it an eval_dataset of the other kind when it is made"
-            )
+            why = f"these are examples of {kind_of(features)}, not of {self.evaluated}"
+            raise UserError(f"{why} as the eval_dataset that the trainer was made with")
         return features
 
     def prepare_base(self, model: AnyModel, args: ZOConfig) -> None:
@@ -231,11 +229,15 @@ class BaseTrainer(Trainer):
     def ready(self) -> None:
         """A subclass goes on here, when model, data and objectives are there."""
 
-    def _start_prefix(self, train: Any) -> None:
-        first = next(iter(train))
-        pool = torch.tensor(first.get("prompt_ids") or first["input_ids"])
-        choice = torch.randint(len(pool), (self.model.active_peft_config.num_virtual_tokens,))
-        adapters.start_prefix_from_tokens(self.model, pool[choice])
+    @property
+    def forward_passes(self) -> int:
+        """So far; one is one candidate through one micro-batch, or a third of a backward pass."""
+        return self.spent.forward_passes
+
+    @property
+    def examples_forwarded(self) -> int:
+        """So far; the sum of the examples of all forward passes."""
+        return self.spent.examples_forwarded
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in Trainer; logs of a training run also say what has been spent so far."""
@@ -250,12 +252,7 @@ class BaseTrainer(Trainer):
 
     # ---- The run --------------------------------------------------------------------------------
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in Trainer, but its loss is the mean over all steps of a run that was resumed.
 
         A UserError says that the data gave no batch to make a step on.
@@ -263,7 +260,7 @@ class BaseTrainer(Trainer):
         if self.train_dataset is None:
             raise UserError("there is nothing to train on; give a train_dataset")
         self.totals.clear()
-        result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        result = super().train(*args, **kwargs)
         if not self.state.global_step:
             raise UserError(
                 "no step was made: the training data give no batch, or none that is full "
@@ -414,19 +411,13 @@ def _check_tuned(args: ZOConfig, model: str | AnyModel, peft_config: PeftConfig 
         raise UserError(f"tune={args.tune!r} tunes the base itself; give no adapter or peft_config")
     kinds: Any = type(None) if isinstance(model, PeftModel) else PeftConfig
     if args.tune == "adapter" and not isinstance(peft_config, kinds):
-        raise UserError(
-            "give either a peft_config (such as a LoraConfig), for a new adapter, or a PeftModel"
-        )
+        raise UserError("give either a peft_config (a LoraConfig or another one), or a PeftModel")
 
 
 def _tokenization(
-    model: AnyModel,
-    tokenizer: PreTrainedTokenizerBase,
-    args: ZOConfig,
-    reward_funcs: Sequence[rewards.RewardFunction],
+    model: AnyModel, tokenizer: PreTrainedTokenizerBase, args: ZOConfig, generates: bool
 ) -> Tokenization:
     num_labels = model.config.num_labels if adapters.classifies(model) else None
-    generates = rewards.generates(reward_funcs, args.objective)
     if generates and num_labels is not None:
         raise UserError("rewards are for language models; this model has a head for classes")
     return Tokenization(

@@ -45,10 +45,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file(copies, unfinished)
         unfinished.replace(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path.parent.name}/{path.name} cannot be written: {error}. Earlier checkpoints and "
-            "the journal are safe; make room and go on with --resume_from_checkpoint True"
-        ) from error
+        why = f"{path.parent.name}/{path.name} cannot be written: {error}. Earlier steps are safe;"
+        raise UserError(f"{why} make room and go on with --resume_from_checkpoint True") from error
 
 
 def state_of(tuner: Tuner) -> dict[str, Any]:
@@ -122,10 +120,8 @@ def step_of(folder: str, checksums: Sequence[int] | None = None) -> int:
     with _reading(path):
         step = TrainerState.load_from_json(str(path)).global_step
     if checksums is not None and load_state(folder).get("record") not in checksums[step - 1 : step]:
-        raise UserError(
-            f"{Path(folder).name} belongs to another run than the journal beside it; resume with "
-            "resume_from_checkpoint=True, or from a checkpoint of this run"
-        )
+        advice = "resume with resume_from_checkpoint=True, or from a checkpoint of this run"
+        raise UserError(f"{Path(folder).name} belongs to another run than the journal; {advice}")
     return step
 
 
@@ -151,10 +147,9 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path.parent.name}/{path.name} cannot be read ({type(error).__name__}); resume from "
-            "a checkpoint-N folder that ZOTrainer wrote whole, or with resume_from_checkpoint=True"
-        ) from error
+        why = f"{path.parent.name}/{path.name} cannot be read ({type(error).__name__})"
+        advice = "resume from a whole checkpoint-N folder, or with resume_from_checkpoint=True"
+        raise UserError(f"{why}; {advice}") from error
 
 
 class CheckpointTrainer(BaseTrainer):
@@ -215,10 +210,8 @@ class CheckpointTrainer(BaseTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *_: Any, **__: Any) -> None:
         if load_state(resume_from_checkpoint)["base"] != self.base_hash:
-            raise UserError(
-                f"{Path(resume_from_checkpoint).name} is of another base or another tune; load the "
-                "model that the run started with, quantized in the same way"
-            )
+            why = f"{Path(resume_from_checkpoint).name} is of another base or another tune"
+            raise UserError(f"{why}; load the model of that run, quantized in the same way")
         tensors = load_tensors(Path(resume_from_checkpoint) / TENSORS_NAME)
         self._load_trained({n: t for n, t in tensors.items() if not n.startswith(RULE_PREFIX)})
 
@@ -233,15 +226,14 @@ class CheckpointTrainer(BaseTrainer):
         """Write the states of Python's, numpy's and torch's generators (CPU and CUDA) as JSON."""
         if not self.args.should_save:
             return
-        version, words, gauss = random.getstate()
-        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
         state = {
-            "python": [version, words, gauss],
-            "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
-            "torch": torch.get_rng_state().tolist(),
-            "cuda": [s.tolist() for s in torch.cuda.get_rng_state_all()],
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all(),
         }
-        (Path(output_dir) / RNG_NAME).write_text(json.dumps(state))
+        text = json.dumps(state, default=lambda array: array.tolist())
+        (Path(output_dir) / RNG_NAME).write_text(text)
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         """Set the generators to what was written; devices that are not here are left out."""
@@ -250,8 +242,7 @@ class CheckpointTrainer(BaseTrainer):
         state = load_state(checkpoint_folder, RNG_NAME)
         version, words, gauss = state["python"]
         random.setstate((version, tuple(words), gauss))
-        name, keys, *rest = state["numpy"]
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+        np.random.set_state(tuple(state["numpy"]))
         torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
         for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(torch.tensor(cuda_state, dtype=torch.uint8), device)

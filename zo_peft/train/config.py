@@ -30,9 +30,8 @@ class ZOConfig(TrainingArguments):
 
     learning_rate: float | None = HfArg(
         default=None,
-        help="Step size, as the update rule defines it. Default: from the losses, so that "
-        "all steps of the run, were they random, would move an example's loss by a fraction of "
-        "a nat; for sgd and momentum, which have no natural scale, by adapter type.",
+        help="Step size, as the update rule defines it. Default: from the losses, so that all "
+        "steps, were they random, would move a loss by 0.87 nats; for sgd, momentum by adapter.",
     )
     preset: Preset | None = HfArg(
         default=None,
@@ -59,8 +58,7 @@ class ZOConfig(TrainingArguments):
     )
     exact_layers: int = HfArg(
         default=0,
-        help="guided: back-propagate through so many of the uppermost layers. Below them the error "
-        "at their input takes the place of that at the output. Costs memory and time.",
+        help="guided: back-propagate through so many of the uppermost layers. It takes memory.",
     )
     num_candidates: int | None = HfArg(
         default=None,
@@ -69,9 +67,8 @@ class ZOConfig(TrainingArguments):
     )
     per_example_noise: bool = HfArg(
         default=True,
-        help="Each example of a batch has candidates of its own, so that a forward tries as "
-        "many perturbations as the batch has examples. Where a model cannot work so, all "
-        "examples share their candidates.",
+        help="Each example of a batch has candidates of its own, so that a forward tries as many "
+        "perturbations as there are examples. Where a model cannot work so, they share them.",
     )
     update_rule: str | None = HfArg(
         default=None,

@@ -31,7 +31,13 @@ def results(
         validated: the same on the examples by which checkpoints are chosen.
         evaluated: the data of `before` and `after`.
     """
-    metric, scheduler = f"eval_{trainer.metric_name}", trainer.lr_scheduler
+    metric, scheduler, engine = f"eval_{trainer.metric_name}", trainer.lr_scheduler, trainer.engine
+    # How often adapters were swapped, and the seconds of training in the engine and in all.
+    inside = engine and engine.identity | {
+        "swaps": engine.swaps,
+        "seconds": round(engine.training_inside, 3),
+        "training_seconds": round(engine.training_seconds, 3),
+    }
     return {
         "strategy": trainer.args.strategy,
         "steps": trainer.state.global_step,
@@ -56,19 +62,9 @@ def results(
         "skipped": trainer.faults.skipped,
         "processes": trainer.args.world_size,
         "guide": trainer.guide,
-        "engine": trainer.engine and _of_engine(trainer),
+        "engine": inside,
         "calibrations": [asdict(calibration) for calibration in trainer.calibrations],
         "settings": given(run_settings(trainer.args, trainer.tokenization.generates)),
-    }
-
-
-def _of_engine(trainer: Any) -> dict[str, Any]:
-    """How often adapters were swapped, and the seconds of training in the engine and in all."""
-    return {
-        **trainer.engine.identity,
-        "swaps": trainer.engine.swaps,
-        "seconds": round(trainer.engine.training_inside, 3),
-        "training_seconds": round(trainer.engine.training_seconds, 3),
     }
 
 
@@ -97,9 +93,8 @@ def read_results(name: str) -> dict[str, Any]:
         found = json.loads(content)
         return {**found, "settings": {**found["settings"]}}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(
-            f"{METRICS_NAME} of {public_name(name)} is not what a run writes: {error!r}; remove it"
-        ) from error
+        what = f"{METRICS_NAME} of {public_name(name)}"
+        raise UserError(f"{what} is not what a run writes: {error!r}; remove it") from error
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -65,11 +65,9 @@ class ZOTrainer(CheckpointTrainer):
 
     Attributes:
         tuner: makes the steps (`zo_peft.core.tuner`).
-        space: the numbers that are tuned.
-        tuned_numel: how many they are.
+        space, tuned_numel: the numbers that are tuned, and how many they are.
         evaluator: gives losses at displacements of the space, and counts forward passes.
-        faults: losses and updates so far that were dropped.
-        calibrations: the choices of eps so far.
+        faults, calibrations: what was dropped, and the choices of eps so far.
     """
 
     trains = True
@@ -93,6 +91,7 @@ class ZOTrainer(CheckpointTrainer):
         limit = args.candidates_per_forward
         make = recipe.evaluator_of if self.engine is None else evaluator_of
         self.evaluator = make(model, self.space, self.objective, limit, self.ranks)
+        self.spent = self.evaluator
         if args.torch_compile:
             options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
             compile_frozen_parts(model, self.space.parameters.values(), **options)
@@ -116,20 +115,6 @@ class ZOTrainer(CheckpointTrainer):
             self.args = args = args.changed(max_forward_passes=budget)
         if self.tuner.guided is not None:
             check_first_guided(args, self.tuner.passes(0))
-
-    @property
-    def _budget(self) -> float:
-        return self.args.max_forward_passes or math.inf
-
-    @property
-    def forward_passes(self) -> int:
-        """So far; one is one candidate through one micro-batch."""
-        return self.evaluator.forward_passes
-
-    @property
-    def examples_forwarded(self) -> int:
-        """So far; candidates times examples."""
-        return self.evaluator.examples_forwarded
 
     @property
     def guide(self) -> str | None:
@@ -156,10 +141,8 @@ class ZOTrainer(CheckpointTrainer):
             return PolicyGuide(*settings, objective, args.exact_layers)
         if args.tune == "adapter" and isinstance(objective, DIFFERENTIABLE):
             return ResidualGuide(*settings, objective, args.exact_layers)
-        raise UserError(
-            "strategy='guided' reads the gradient of an adapter off the error at the output; "
-            "it needs tune='adapter' and rewards, or an objective that has a gradient. Use 'gv'"
-        )
+        needs = "needs tune='adapter', and an objective with a gradient or rewards"
+        raise UserError(f"strategy='guided' {needs}; use 'gv'")
 
     def _smooth(self, batches: Sequence[Batch]) -> tuple[Evaluator, Sequence[Batch]]:
         """The likelihood of drawn completions, by which eps is chosen in the place of rewards."""
@@ -176,10 +159,7 @@ class ZOTrainer(CheckpointTrainer):
     # ---- The run and its journal ----------------------------------------------------------------
 
     def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """As in Trainer; every update is in the journal before it is made.
 
@@ -201,7 +181,7 @@ class ZOTrainer(CheckpointTrainer):
         resumed = self._open_journal(resume_from_checkpoint)
         try:
             with self.engine.training() if self.engine else nullcontext():
-                result = super().train(resumed, trial, ignore_keys_for_eval)
+                result = super().train(resumed, *args, **kwargs)
             self.tuner.compare_ranks(self.state.global_step)
             return result
         finally:
@@ -262,10 +242,8 @@ class ZOTrainer(CheckpointTrainer):
             return None
         found, records = read(path)
         if found != header:
-            raise UserError(
-                f"{path.parent.name}/{JOURNAL_NAME} is of another base, adapter or noise; resume "
-                "with the model and the settings of that run, or give another output_dir"
-            )
+            why = f"{whose.name}/{path.name} is of another base, adapter or noise"
+            raise UserError(f"{why}; resume with those of that run, or give another output_dir")
         checksums = [record.checksum for record in records]
         start = checkpoint.last_whole(folder, checksums) if last else str(resume)
         step = 0 if start is None else checkpoint.step_of(start, checksums)
@@ -320,16 +298,18 @@ class ZOTrainer(CheckpointTrainer):
             self.control.should_evaluate |= self.args.eval_strategy == IntervalStrategy.STEPS
         return torch.tensor(estimate.loss, device=self.args.device)
 
+    @property
+    def _budget(self) -> float:
+        return self.args.max_forward_passes or math.inf
+
     def over(self) -> bool:
         """As in `BaseTrainer`; or another step would go beyond the budget of forward passes."""
         return super().over() or self._spent(self.state.global_step)
 
     def _spent(self, step: int) -> bool:
         """Whether the budget leaves too few forward passes for this step."""
-        return (
-            self._budget - self.forward_passes
-            < self.tuner.passes(step) * self.args.gradient_accumulation_steps
-        )
+        next_one = self.tuner.passes(step) * self.args.gradient_accumulation_steps
+        return self._budget - self.forward_passes < next_one
 
     def _advice(self, batches: Sequence[Batch]) -> str:
         """What to do where losses are not finite."""
@@ -353,11 +333,11 @@ class ZOTrainer(CheckpointTrainer):
         return self.optimizer
 
     def _update_rule(self) -> UpdateRule:
-        args, rate = self.args, recipe.sgd_learning_rate(self.model, self.args.tune)
-        if args.update_rule == "momentum":
-            rate *= 1 - args.momentum
-        settings = self._rule_settings()
-        return recipe.rule_of(self.space, **settings, learning_rate=args.learning_rate or rate)
+        rate = recipe.sgd_learning_rate(self.model, self.args.tune)
+        if self.args.update_rule == "momentum":
+            rate *= 1 - self.args.momentum
+        rate = self.args.learning_rate or rate
+        return recipe.rule_of(self.space, **self._rule_settings(), learning_rate=rate)
 
     def _space_settings(self) -> dict[str, Any]:
         return {name: getattr(self.args, name) for name in recipe.SPACE_FIELDS}
@@ -423,14 +403,13 @@ class ZOTrainer(CheckpointTrainer):
         """Examples of a step, all ranks together."""
         return self._train_batch_size * args.gradient_accumulation_steps
 
-    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> Any:
+    def _wrap_model(self, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
         return model
 
-    def _clip_grad_norm(self, model: nn.Module) -> None:
-        return None
+    def _no_norm(self, *_: Any, **__: Any) -> None:
+        """There are no gradients to measure."""
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        return None
+    _clip_grad_norm = _get_grad_norm = _no_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `BaseTrainer`; training logs also say the slope and what goes with it."""
