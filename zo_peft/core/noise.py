@@ -47,6 +47,12 @@ def name_words(name: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
+def counters(blocks: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The counters of some blocks (int64 [C]) of a parameter's numbers, as `philox` takes them."""
+    low, high = (torch.full_like(blocks, word) for word in name_words(name))
+    return blocks & _MASK, blocks >> 32, low, high
+
+
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seeds: Sequence[int]) -> list[Tensor]:
     """Philox4x32-10 of int64 tensors [C] that hold uint32 values; four like them [seeds, C].
 
@@ -94,10 +100,8 @@ def _signs(device: torch.device) -> Tensor:
     return (octets[:, None] >> bits).bitwise_and_(1).float().mul_(2.0).sub_(1.0)
 
 
-def _numbers(
-    blocks: Tensor, low: Tensor, high: Tensor, seeds: Sequence[int], distribution: Distribution
-) -> Tensor:
-    words = philox((blocks & _MASK, blocks >> 32, low, high), seeds)
+def _numbers(blocks: Tensor, name: str, seeds: Sequence[int], distribution: str) -> Tensor:
+    words = philox(counters(blocks, name), seeds)
     if distribution == "gaussian":
         return _gaussian(words)
     # One sign, +1 or -1, for each bit of the words.
@@ -117,8 +121,7 @@ def noise_blocks(
     per_counter = NUMBERS_PER_COUNTER[distribution]
     first = start // per_counter
     blocks = torch.arange(first, -(-stop // per_counter), device=device)
-    low, high = (torch.full_like(blocks, word) for word in name_words(name))
-    numbers = _numbers(blocks, low, high, seeds, distribution)
+    numbers = _numbers(blocks, name, seeds, distribution)
     return numbers[:, start - first * per_counter : stop - first * per_counter]
 
 
@@ -158,8 +161,7 @@ class SignSums:
         ahead = max(stop, min(start + self.AHEAD, self.numel))
         first, last = start // per_counter, -(-ahead // per_counter)
         blocks = torch.arange(first, last, device=self.device)
-        low, high = (torch.full_like(blocks, word) for word in name_words(self.name))
-        self._octets = _octets(philox((blocks & _MASK, blocks >> 32, low, high), self.seeds))
+        self._octets = _octets(philox(counters(blocks, self.name), self.seeds))
         self._first, self._stop = first * per_counter, last * per_counter
 
 
@@ -175,8 +177,7 @@ def noise_rows(
     first = start // per_counter
     span = torch.arange(-(-width // per_counter) + 1, device=rows.device)
     blocks = (first[:, None] + span).flatten()
-    low, high = (torch.full_like(blocks, word) for word in name_words(name))
-    numbers = _numbers(blocks, low, high, [seed], distribution)[0].view(len(rows), -1)
+    numbers = _numbers(blocks, name, [seed], distribution)[0].view(len(rows), -1)
     columns = torch.arange(width, device=rows.device)
     return numbers.gather(1, (start - first * per_counter)[:, None] + columns)
 
@@ -184,10 +185,8 @@ def noise_rows(
 class Layout:
     """Named parameters side by side in one flat buffer, and the noise of any part of it.
 
-    Args:
-        shapes: of each parameter, by name; each starts at a multiple of `ALIGNMENT`, and the
-            padding behind it belongs to no parameter (its noise is never read).
-        device: where the noise is made.
+    Each starts at a multiple of `ALIGNMENT`, and the padding behind it belongs to no parameter (its
+    noise is never read). Noise is made on `device`.
     """
 
     def __init__(

@@ -24,13 +24,10 @@ from zo_peft.models.adapters import name_of, running
 from zo_peft.models.hub import first_line
 from zo_peft.models.in_place_space import InPlaceSpace
 from zo_peft.models.loading import is_packed
-from zo_peft.objectives.scoring import ClassificationObjective, CompletionObjective, OptionObjective
+from zo_peft.objectives.scoring import DIFFERENTIABLE
 
 #: Displacements, of which the first is taken that moves losses well beyond rounding.
 LENGTHS = (1e-2, 1e-1, 1.0)
-
-#: The objectives whose losses change with anything that acts.
-SMOOTH = (CompletionObjective, OptionObjective, ClassificationObjective)
 
 
 class _Counted:
@@ -48,23 +45,15 @@ class _Counted:
 def check(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch]) -> int:
     """Send candidates one by one, with a warning, where a shared forward gives other losses.
 
-    The counts of the evaluator and the generators of random numbers stay as they are.
-
-    Args:
-        batch: one example, or two of different length.
-        alone: each of them as a batch of its own, in its plainest form.
-
-    Returns:
-        The forwards that this took.
-
-    Raises:
-        UserError: the model does not run, examples of a batch change each other's losses, or
-            nothing that is tuned has an effect.
+    `batch` is one example, or two of different length; `alone` has each as a batch of its own, in
+    its plainest form. Counts of the evaluator and generators of random numbers stay as they are.
+    Returns the forwards that this took. A UserError says that the model does not run, that examples
+    of a batch change each other's losses, or that nothing that is tuned has an effect.
     """
     counted = _Counted(evaluator.objective)
     kept = torch.random.fork_rng(range(torch.cuda.device_count()))
     with replaced([(evaluator, "objective", counted)]), kept:
-        _settle(evaluator, batch, [alone[0], alone[-1]], type(counted.inner) in SMOOTH)
+        _settle(evaluator, batch, [alone[0], alone[-1]], type(counted.inner) in DIFFERENTIABLE)
     return counted.forwards
 
 

@@ -29,9 +29,8 @@ def check_apart(output_dir: str, *sources: str | None) -> None:
     """Raise a UserError where an output folder is the folder of a model that is read."""
     folder = Path(output_dir).resolve()
     if any(source and Path(source).resolve() == folder for source in sources):
-        raise UserError(
-            f"the model in --output_dir {output_dir} would be overwritten; give another"
-        )
+        what = f"the model in --output_dir {output_dir}"
+        raise UserError(f"{what} would be overwritten; give another folder")
 
 
 def reason(error: BaseException) -> str:

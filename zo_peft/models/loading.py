@@ -73,12 +73,9 @@ def load_base(
 ) -> PreTrainedModel:
     """The base of this name (a Hub id or a folder), read from safetensors, or a UserError.
 
-    Args:
-        num_labels: classes of a sequence-classification head, or at least so many if the base has
-            one of its own, which is kept; None for a causal language model.
-        tune: what will be tuned; `check_bits` looks at the configuration before weights are read.
-        words: names of the classes of a new head.
-        kwargs: arguments of `from_pretrained`.
+    With `num_labels` it has a head for so many classes, whose names are `words`, or one of its own
+    for more; else it is a causal language model. `check_bits` looks at the configuration before
+    weights are read. `kwargs` are arguments of `from_pretrained`.
     """
     source = {n: kwargs[n] for n in ("revision", "trust_remote_code") if n in kwargs}
     if tune != "adapter":
@@ -141,9 +138,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of this name, or a UserError; by default it pads with the end of a sequence.
 
-    Args:
-        template: a Jinja file, or `chatml`. None: that of the adapter, else the tokenizer's own.
-        adapter: a Hub id or a folder.
+    `template` is a Jinja file, or `chatml`; None: that of the adapter, else the tokenizer's own.
     """
     with _loading(f"the tokenizer of {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
@@ -194,12 +189,9 @@ def meta_base(
 ) -> PreTrainedModel:
     """The base as `load_base` would load it, on the meta device: its tensors hold no bytes.
 
-    A UserError refuses one that was quantized by others than bitsandbytes.
-
-    Args:
-        dtype: that of what is not quantized; auto: as it was saved.
-        quantization: None: as it was saved; False: in floating point in any case.
-        source: `revision` and `trust_remote_code` of `from_pretrained`.
+    A UserError refuses one that was quantized by others than bitsandbytes. `dtype` is that of what
+    is not quantized (auto: as it was saved). With a `quantization` of None it is as it was saved,
+    with False not quantized. `source` is `revision` and `trust_remote_code`.
     """
     config = load_config(name, **source)
     saved = quantization_of(config)

@@ -13,13 +13,12 @@ from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, set_seed
-from transformers.trainer_callback import (
-    EarlyStoppingCallback,
-    ExportableState,
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
+from transformers import (
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    Trainer,
+    set_seed,
+    trainer_callback,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy, PredictionOutput, TrainOutput, has_length
@@ -65,8 +64,7 @@ class BaseTrainer(Trainer):
             of the objective: `accuracy` of options or classes, `token_accuracy` of completions, or
             rewards.
 
-    Raises:
-        UserError: settings, data and model do not go together.
+    A UserError says that settings, data and model do not go together.
     """
 
     args: ZOConfig
@@ -84,7 +82,7 @@ class BaseTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
+        callbacks: list[trainer_callback.TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
         objective: Objective | None = None,
         reward_funcs: Sequence[rewards.RewardFunction] = (),
@@ -107,9 +105,14 @@ class BaseTrainer(Trainer):
             raise UserError(f"train_dataset is several data sets ({parts}); give one of them")
         if isinstance(train_dataset, Iterator):
             train_dataset = list(train_dataset)
-        model, tokenizer = self._load(model, args, processing_class, peft_config, train_dataset)
         generates = rewards.generates(reward_funcs, args.objective)
-        self.tokenization = _tokenization(model, tokenizer, args, generates)
+        model, tokenizer = self._load(model, args, processing_class, peft_config, train_dataset)
+        num_labels = model.config.num_labels if adapters.classifies(model) else None
+        if generates and num_labels is not None:
+            raise UserError("rewards are for language models; this model has a head for classes")
+        longest = adapters.context_length(model, tokenizer), args.max_length
+        told = num_labels, generates, args.max_completion_length, adapters.vocabulary(model)
+        self.tokenization = Tokenization(tokenizer, *longest, *told)
         self.engine = served.check_engine(model, args.engine, generates, args.world_size)
         if isinstance(objective, scoring.BlackBoxObjective) and train_dataset is None:
             train, evaluation = Dataset.from_list([{"input_ids": [0], "labels": 0}]), None
@@ -150,7 +153,8 @@ class BaseTrainer(Trainer):
         #: What counts forward passes and examples; a `ZOTrainer` has an evaluator for it.
         self.totals = self.spent = Totals()
         self.add_callback(self.totals)
-        if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):
+        shown = trainer_callback.ProgressCallback, trainer_callback.PrinterCallback
+        if any(map(self.pop_callback, shown)):
             bars = sys.stderr.isatty() and not args.disable_tqdm
             self.add_callback(Progress(lambda: self.forward_passes, self.metric_name, bars))
         if train and getattr(peft_config, "prefix_projection", None) is False:
@@ -262,15 +266,15 @@ class BaseTrainer(Trainer):
         self.totals.clear()
         result = super().train(*args, **kwargs)
         if not self.state.global_step:
-            raise UserError(
-                "no step was made: the training data give no batch, or none that is full "
-                "(dataloader_drop_last); lower per_device_train_batch_size, or give more data"
-            )
+            why = "the training data give no batch, or none that is full (dataloader_drop_last)"
+            advice = "lower per_device_train_batch_size, or give more data"
+            raise UserError(f"no step was made: {why}; {advice}")
         return result._replace(training_loss=self.totals.train_loss)
 
     def over(self) -> bool:
         """Whether the run has made all its steps, or early stopping has ended it."""
-        stopping = (c for c in self.callback_handler.callbacks if type(c) is EarlyStoppingCallback)
+        early = trainer_callback.EarlyStoppingCallback
+        stopping = (c for c in self.callback_handler.callbacks if type(c) is early)
         return self.state.global_step >= self.state.max_steps or any(
             0 < c.early_stopping_patience <= c.early_stopping_patience_counter for c in stopping
         )
@@ -282,11 +286,14 @@ class BaseTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     def _load_callback_state(self) -> None:
         """Callbacks go on where they were at the checkpoint, with what they are given now."""
         kept = self.state.stateful_callbacks
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ExportableState):
+            if isinstance(callback, trainer_callback.ExportableState):
                 state = kept.setdefault(type(callback).__name__, callback.state())
                 if isinstance(state, dict):
                     vars(callback).update(state["attributes"])
@@ -412,20 +419,3 @@ def _check_tuned(args: ZOConfig, model: str | AnyModel, peft_config: PeftConfig 
     kinds: Any = type(None) if isinstance(model, PeftModel) else PeftConfig
     if args.tune == "adapter" and not isinstance(peft_config, kinds):
         raise UserError("give either a peft_config (a LoraConfig or another one), or a PeftModel")
-
-
-def _tokenization(
-    model: AnyModel, tokenizer: PreTrainedTokenizerBase, args: ZOConfig, generates: bool
-) -> Tokenization:
-    num_labels = model.config.num_labels if adapters.classifies(model) else None
-    if generates and num_labels is not None:
-        raise UserError("rewards are for language models; this model has a head for classes")
-    return Tokenization(
-        tokenizer,
-        adapters.context_length(model, tokenizer),
-        args.max_length,
-        num_labels,
-        generates,
-        args.max_completion_length,
-        adapters.vocabulary(model),
-    )

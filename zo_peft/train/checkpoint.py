@@ -49,41 +49,38 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise UserError(f"{why} make room and go on with --resume_from_checkpoint True") from error
 
 
+def _carried(tuner: Tuner) -> dict[str, tuple[object, Sequence[str]]]:
+    """What a tuner carries from step to step beside tensors: objects, and their attributes."""
+    spent = ("candidates_per_forward", "forward_passes", "examples_forwarded")
+    return {
+        "tuner": (tuner, ("checksum", "parts", "elite")),
+        "eps": (tuner.eps, ("eps",)),
+        "rule": (tuner.rule, tuner.rule.NUMBERS),
+        "backoff": (tuner.backoff, list(vars(tuner.backoff))),
+        "faults": (tuner.faults, list(vars(tuner.faults))),
+        "evaluator": (tuner.evaluator, spent),
+    }
+
+
 def state_of(tuner: Tuner) -> dict[str, Any]:
     """What a tuner carries from step to step, beside tensors: numbers and lists."""
-    return {
-        "record": tuner.checksum,
-        "parts": tuner.parts,
-        "elite": tuner.elite,
-        "zo_eps": tuner.eps.eps,
-        "calibrations": [asdict(calibration) for calibration in tuner.eps.calibrations],
-        "update_rule": {name: getattr(tuner.rule, name) for name in tuner.rule.NUMBERS},
-        "backoff": vars(tuner.backoff),
-        "faults": asdict(tuner.faults),
-        "guided": tuner.guided and tuner.guided.state,
-        "candidates_per_forward": tuner.evaluator.candidates_per_forward,
-        "forward_passes": tuner.evaluator.forward_passes,
-        "examples_forwarded": tuner.evaluator.examples_forwarded,
-    }
+    carried = _carried(tuner).items()
+    state = {name: {n: getattr(whole, n) for n in names} for name, (whole, names) in carried}
+    chosen = [asdict(calibration) for calibration in tuner.eps.calibrations]
+    return {**state, "calibrations": chosen, "guided": tuner.guided and tuner.guided.state}
 
 
 def load_into(tuner: Tuner, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Give a tuner what `state_of` and `remembered` took from it."""
-    tuner.checksum, tuner.parts = state["record"], state["parts"]
-    tuner.elite, tuner.eps.eps = state["elite"], state["zo_eps"]
+    given = tuner.evaluator.candidates_per_forward
+    for name, (whole, _) in _carried(tuner).items():
+        vars(whole).update(state[name])
+    tuner.evaluator.candidates_per_forward = given or tuner.evaluator.candidates_per_forward
     tuner.eps.calibrations[:] = [Calibration(**fields) for fields in state["calibrations"]]
-    vars(tuner.rule).update(state["update_rule"])
-    for name, tensor in remembered(tuner).items():
-        tensor.copy_(tensors[name])
-    vars(tuner.backoff).update(state["backoff"])
-    vars(tuner.faults).update(state["faults"])
     if tuner.guided is not None:
         tuner.guided.state = state["guided"]
-    evaluator = tuner.evaluator
-    if evaluator.candidates_per_forward is None:
-        evaluator.candidates_per_forward = state["candidates_per_forward"]
-    evaluator.forward_passes = state["forward_passes"]
-    evaluator.examples_forwarded = state["examples_forwarded"]
+    for name, tensor in remembered(tuner).items():
+        tensor.copy_(tensors[name])
 
 
 def remembered(tuner: Tuner) -> dict[str, Tensor]:
@@ -110,16 +107,14 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def step_of(folder: str, checksums: Sequence[int] | None = None) -> int:
-    """The step of a checkpoint; a UserError if it is not whole, or of another journal.
-
-    Args:
-        checksums: of the records of its journal; None: it has none.
-    """
+    """The step of a checkpoint; a UserError if it is not whole, or not of these records."""
     # This file is written last.
     path = Path(folder) / TRAINER_STATE_NAME
     with _reading(path):
         step = TrainerState.load_from_json(str(path)).global_step
-    if checksums is not None and load_state(folder).get("record") not in checksums[step - 1 : step]:
+    if checksums is None:
+        return step
+    if load_state(folder).get("tuner", {}).get("checksum") not in checksums[step - 1 : step]:
         advice = "resume with resume_from_checkpoint=True, or from a checkpoint of this run"
         raise UserError(f"{Path(folder).name} belongs to another run than the journal; {advice}")
     return step
@@ -218,9 +213,6 @@ class CheckpointTrainer(BaseTrainer):
     def _load_trained(self, tensors: dict[str, Tensor]) -> None:
         if tensors or self.args.tune != "weights":
             recipe.load_trained(self.model, self.space, tensors)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Write the states of Python's, numpy's and torch's generators (CPU and CUDA) as JSON."""

@@ -42,14 +42,9 @@ Tune = Literal["adapter", "scales", "weights"]
 ObjectiveName = Literal["accuracy", "f1", "exact_match"]
 
 #: What the published algorithms have in common.
-PUBLISHED: dict[str, Any] = {
-    "noise": "gaussian",
-    "per_example_noise": False,
-    "update_rule": "sgd",
-    "lr_scheduler_type": "constant",
-    "train_sampling_strategy": "random",
-}
-
+PUBLISHED: dict[str, Any] = {"noise": "gaussian", "per_example_noise": False}
+PUBLISHED |= {"update_rule": "sgd", "lr_scheduler_type": "constant"}
+PUBLISHED |= {"train_sampling_strategy": "random"}
 PAPER: dict[str, Any] = {"probe": "central", "carry_best": False, **PUBLISHED}
 
 #: What each preset fixes: the algorithms exactly as published (arXiv:2601.04710, arXiv:2305.17333).

@@ -62,10 +62,8 @@ class GradientTrainer(BaseTrainer):
     def ready(self) -> None:
         """Set up checkpointing, and the counts of what is spent."""
         if isinstance(self.objective, AccuracyObjective | BlackBoxObjective | RewardObjective):
-            raise UserError(
-                f"strategy={self.args.strategy!r} needs a gradient, and this objective has none; "
-                "use a forward-only strategy"
-            )
+            why = f"strategy={self.args.strategy!r} needs a gradient, and this objective has none"
+            raise UserError(f"{why}; use a forward-only strategy")
         self.trained = tuned_parameters(self.model, self.args.tunable)
         self.model.requires_grad_(False)
         for parameter in self.trained.values():
@@ -102,9 +100,6 @@ class GradientTrainer(BaseTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *_: Any, **__: Any) -> None:
         fill(self.trained, load_tensors(Path(resume_from_checkpoint) / TRAINED_NAME))
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *_: Any, **__: Any) -> Tensor:
         """The mean of the objective's losses over the micro-batch."""

@@ -26,10 +26,8 @@ def results(
 ) -> dict[str, Any]:
     """The contents of `zo_metrics.json` for a run that has ended, or is under way.
 
-    Args:
-        before, after: what `evaluate` gave before and after training; empty: not measured.
-        validated: the same on the examples by which checkpoints are chosen.
-        evaluated: the data of `before` and `after`.
+    `before` and `after` are what `evaluate` gave on the data `evaluated`, before and after training
+    (empty: not measured), and `validated` on the examples by which checkpoints are chosen.
     """
     metric, scheduler, engine = f"eval_{trainer.metric_name}", trainer.lr_scheduler, trainer.engine
     # How often adapters were swapped, and the seconds of training in the engine and in all.

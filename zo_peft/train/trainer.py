@@ -37,13 +37,8 @@ from zo_peft.models.guide import ResidualGuide, may_read
 from zo_peft.models.in_place_space import InPlaceSpace
 from zo_peft.models.loading import base_hash, identity
 from zo_peft.models.trunk import compile_frozen_parts
+from zo_peft.objectives import scoring
 from zo_peft.objectives.rewards import RewardObjective
-from zo_peft.objectives.scoring import (
-    ClassificationObjective,
-    CompletionObjective,
-    OptionObjective,
-    SequenceObjective,
-)
 from zo_peft.train import checkpoint
 from zo_peft.train.checkpoint import CheckpointTrainer
 from zo_peft.train.checks import GRADIENT, GUIDED, check_first_guided, default_budget
@@ -53,9 +48,6 @@ from zo_peft.train.policy import PolicyGuide, may_draw
 #: How far a random walk of all steps would move the loss of an example, in nats, with the automatic
 #: learning rate (docs/efficiency.md).
 WALK = 0.87
-
-#: The objectives whose losses have a gradient that a guide can read.
-DIFFERENTIABLE = CompletionObjective | OptionObjective | ClassificationObjective
 
 
 class ZOTrainer(CheckpointTrainer):
@@ -129,7 +121,7 @@ class ZOTrainer(CheckpointTrainer):
 
     def _guide_reads(self) -> bool:
         objective = self.objective
-        known = isinstance(objective, DIFFERENTIABLE)
+        known = isinstance(objective, scoring.DIFFERENTIABLE)
         if isinstance(objective, RewardObjective):
             known = may_draw(objective.temperature, self.args)
         return known and may_read(self.model, self.space.parameters)
@@ -139,7 +131,7 @@ class ZOTrainer(CheckpointTrainer):
         settings = self.model, self.space.parameters
         if args.tune == "adapter" and isinstance(objective, RewardObjective):
             return PolicyGuide(*settings, objective, args.exact_layers)
-        if args.tune == "adapter" and isinstance(objective, DIFFERENTIABLE):
+        if args.tune == "adapter" and isinstance(objective, scoring.DIFFERENTIABLE):
             return ResidualGuide(*settings, objective, args.exact_layers)
         needs = "needs tune='adapter', and an objective with a gradient or rewards"
         raise UserError(f"strategy='guided' {needs}; use 'gv'")
@@ -147,7 +139,7 @@ class ZOTrainer(CheckpointTrainer):
     def _smooth(self, batches: Sequence[Batch]) -> tuple[Evaluator, Sequence[Batch]]:
         """The likelihood of drawn completions, by which eps is chosen in the place of rewards."""
         assert isinstance(self.objective, RewardObjective)
-        given = self.model, self.space, SequenceObjective()
+        given = self.model, self.space, scoring.SequenceObjective()
         evaluator = recipe.evaluator_of(*given, ranks=self.ranks)
         draw, pad = self.objective.drawn, self.objective.tokenizer.pad_token_id
         return evaluator, [drawn_batch(batch, draw(self.model, batch), pad) for batch in batches]
@@ -163,14 +155,11 @@ class ZOTrainer(CheckpointTrainer):
     ) -> TrainOutput:
         """As in Trainer; every update is in the journal before it is made.
 
-        Args:
-            resume_from_checkpoint: True: go on from the end of the journal in `output_dir`, if
-                there is one; steps behind the last checkpoint are made again from the journal,
-                without forward passes. The folder of a checkpoint: go on from there; what the
-                journal has behind it is dropped (`zo_journal.old` keeps it).
-
-        Raises:
-            UserError: the journal or the checkpoint is damaged, or of another run.
+        With `resume_from_checkpoint=True`, go on from the end of the journal in `output_dir`, if
+        there is one; steps behind the last checkpoint are made again from the journal, without
+        forward passes. With the folder of a checkpoint, go on from there; what the journal has
+        behind it is dropped (`zo_journal.old` keeps it). A UserError says that the journal or the
+        checkpoint is damaged, or of another run.
         """
         if isinstance(self.space, FlatSpace) and not resume_from_checkpoint:
             self.space.check()
@@ -207,7 +196,7 @@ class ZOTrainer(CheckpointTrainer):
         objective = self.objective
         if isinstance(objective, RewardObjective):
             # Sampled completions differ from batch to batch; the likelihood of given ones does not.
-            objective = CompletionObjective()
+            objective = scoring.CompletionObjective()
             pad = self.processing_class.pad_token_id
             batch, *alone = (drawn_batch(b, [[0, 0]] * b.rows, pad) for b in (batch, *alone))
         with replaced([(self.evaluator, "objective", objective)]):

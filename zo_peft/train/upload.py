@@ -60,14 +60,10 @@ def upload(
     revision: str | None = None,
     token: str | None = None,
 ) -> CommitInfo:
-    """Commit the public files of a folder to a repository that exists.
+    """Commit the public files of a folder to a branch of a repository; a new branch is made.
 
-    Args:
-        revision: a branch, which is made unless it exists; None: main.
-        token: of the Hub; None: the one of the environment or of `hf auth login`.
-
-    Raises:
-        UserError: the Hub refuses, there is nothing to send, or a file holds a token.
+    A UserError says that the Hub refuses, that there is nothing to send, or that a file holds a
+    token. Without `token`, it is that of the environment or of `hf auth login`.
     """
     files = public_files(folder, repo_id, token)
     check_tokens("commit_message", commit_message, token)
