@@ -170,8 +170,8 @@ def save_adapter(model: PeftModel, folder: str) -> None:
     rows = None
     if name:
         with suppress(UserError):
-            rows = load_config(name).get_text_config().vocab_size
-    resized = rows not in (None, vocabulary(model))
+            rows = getattr(load_config(name).get_text_config(), "vocab_size", None)
+    resized = rows not in (None, vocabulary(model) or rows)
     model.save_pretrained(folder, selected_adapters=[active], save_embedding_layers=resized)
     if active != "default":
         # PEFT gives it a folder of its own, in which nobody looks for it.

@@ -223,8 +223,8 @@ class BaseTrainer(Trainer):
             return dataset
         features = dataset if is_tokenized(dataset) else self.features(dataset)
         if self.evaluated not in (None, kind_of(features)):
-            why = f"these are examples of {kind_of(features)}, not of {self.evaluated}"
-            raise UserError(f"{why} as the eval_dataset that the trainer was made with")
+            why = f"these are examples of {kind_of(features)}, but it evaluates {self.evaluated}"
+            raise UserError(f"{why}; make the trainer with an eval_dataset of the other kind")
         return features
 
     def prepare_base(self, model: AnyModel, args: ZOConfig) -> None:
