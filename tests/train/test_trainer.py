@@ -371,7 +371,7 @@ def test_a_given_learning_rate_and_eps_are_used_as_they_are(tmp_path: Path) -> N
 @pytest.mark.parametrize("base", ["int8", "nf4"])
 def test_an_adapter_that_would_do_nothing_is_refused(base: str, tmp_path: Path) -> None:
     unilora = UniLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
-    with pytest.raises(UserError, match="nothing that is tuned changes a loss.* UNILORA"):
+    with pytest.raises(UserError, match=r"nothing that is tuned changes a loss.* UNILORA"):
         make(tmp_path, unilora, model_init_kwargs=BASES[base]).train()
 
 

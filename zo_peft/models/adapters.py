@@ -11,7 +11,6 @@ from typing import Any
 import bitsandbytes
 import peft
 import torch
-from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, PeftType, PromptTuningConfig, TaskType
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zo_peft.errors import Notice, UserError
-from zo_peft.models.hub import LOAD_ERRORS, AnyModel, first_line, public_name, reason
+from zo_peft.models.hub import LOAD_ERRORS, AnyModel, file_of, first_line, public_name, reason
 from zo_peft.models.loading import check_4bit_widths, load_config
 
 #: The adapters that leave it to the layers of the base to read its weights.
@@ -112,11 +111,8 @@ def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) 
     A UserError says why it cannot be found, or does not fit the base.
     """
     try:
-        if not Path(path).is_dir():
-            hf_hub_download(path, SAFETENSORS_WEIGHTS_NAME)
-        elif not (Path(path) / SAFETENSORS_WEIGHTS_NAME).is_file():
-            # PEFT would read a pickle instead.
-            raise FileNotFoundError(f"it holds no {SAFETENSORS_WEIGHTS_NAME}.")
+        # Without it PEFT would read a pickle.
+        file_of(path, SAFETENSORS_WEIGHTS_NAME)
         config = PeftConfig.from_pretrained(path)
         # The name of the base is that of the one that is here.
         config.base_model_name_or_path, config.inference_mode = None, not is_trainable
@@ -191,10 +187,7 @@ def saved_adapter(name: str) -> tuple[PeftConfig, int | None]:
     """An adapter's configuration, and how many classes its head has, if any; or a UserError."""
     try:
         config = PeftConfig.from_pretrained(name)
-        path = Path(name) / SAFETENSORS_WEIGHTS_NAME
-        if not Path(name).is_dir():
-            path = Path(hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME))
-        with safe_open(path, "pt") as file:
+        with safe_open(file_of(name, SAFETENSORS_WEIGHTS_NAME), "pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     except (*LOAD_ERRORS, KeyError, TypeError) as error:
         raise unreadable_adapter(name, error) from error

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from huggingface_hub import constants, errors, is_offline_mode
+from huggingface_hub import constants, errors, hf_hub_download, is_offline_mode
 from huggingface_hub.utils import httpx
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -23,6 +23,15 @@ def public_name(name_or_path: str | None) -> str:
     """The Hub id of a model, or the name of its folder or file without the path to it."""
     path = Path(name_or_path or "base")
     return path.name if path.is_absolute() or path.exists() else path.as_posix()
+
+
+def file_of(name: str, file: str) -> Path:
+    """The path of a file of a folder, or of a repository of the Hub; else one of `LOAD_ERRORS`."""
+    if not Path(name).is_dir():
+        return Path(hf_hub_download(name, file))
+    if not (Path(name) / file).is_file():
+        raise FileNotFoundError(f"it holds no {file}.")
+    return Path(name) / file
 
 
 def check_apart(output_dir: str, *sources: str | None) -> None:

@@ -2,14 +2,13 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
@@ -27,7 +26,7 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 
 from zo_peft.errors import UserError
-from zo_peft.models.hub import LOAD_ERRORS, AnyModel, first_line, public_name, reason
+from zo_peft.models.hub import LOAD_ERRORS, AnyModel, file_of, first_line, public_name, reason
 
 CHATML = Path(__file__).with_name("chatml.jinja")
 
@@ -144,7 +143,10 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    file = CHATML if template == "chatml" else Path(template) if template else _template_of(adapter)
+    file = CHATML if template == "chatml" else Path(template) if template else None
+    if file is None and adapter is not None:
+        with suppress(*LOAD_ERRORS):
+            file = file_of(adapter, "chat_template.jinja")
     try:
         if file is not None:
             tokenizer.chat_template = file.read_text(encoding="utf-8")
@@ -152,17 +154,6 @@ def load_tokenizer(
     except (OSError, ValueError) as error:
         why = f"--chat_template {template} cannot be read: {error}"
         raise UserError(f"{why}; give a Jinja file, or chatml") from None
-
-
-def _template_of(adapter: str | None) -> Path | None:
-    """The file of the chat template that was saved with an adapter, if there is one."""
-    own = "chat_template.jinja"
-    if adapter is None or Path(adapter).is_dir():
-        return next(Path(adapter).glob(own), None) if adapter else None
-    try:
-        return Path(hf_hub_download(adapter, own))
-    except LOAD_ERRORS:
-        return None
 
 
 @contextmanager

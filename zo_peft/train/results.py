@@ -5,11 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
 from transformers.trainer_utils import has_length
 
 from zo_peft.errors import UserError
-from zo_peft.models.hub import LOAD_ERRORS, public_name
+from zo_peft.models.hub import LOAD_ERRORS, file_of, public_name
 from zo_peft.models.memory import peak_memory_bytes
 from zo_peft.train.config import run_settings
 
@@ -82,9 +81,7 @@ def read_results(name: str) -> dict[str, Any]:
     A UserError says that it is there, but is not what a run writes.
     """
     try:
-        path = Path(name) / METRICS_NAME
-        path = path if Path(name).is_dir() else Path(hf_hub_download(name, METRICS_NAME))
-        content = path.read_bytes()
+        content = file_of(name, METRICS_NAME).read_bytes()
     except LOAD_ERRORS:
         return {}
     try:
