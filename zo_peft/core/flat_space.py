@@ -127,10 +127,7 @@ class FlatSpace:
 
     @contextmanager
     def vectors(self, vectors: Sequence[Mapping[str, Tensor]]) -> Iterator[list[int]]:
-        """Within the context evaluations know vectors, each by tensors by name (others: zero).
-
-        Seeds are given that stand for them in directions; those of noise are never negative.
-        """
+        """Within the context (negative) seeds stand for vectors: tensors by name, else zeros."""
         self._vectors = list(vectors)
         try:
             yield [-1 - index for index in range(len(vectors))]

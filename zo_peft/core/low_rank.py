@@ -27,10 +27,7 @@ BASIS_STEPS: dict[Structure, int] = {"eggroll": 1, "subzero": 1000, "lozo": 100}
 
 
 class LowRank:
-    """Noise of that rank, less where a matrix is smaller.
-
-    The factors that seeds share are of `basis_seed`, another one after every `basis_steps` steps.
-    """
+    """Low-rank noise; the factors that seeds share are of `basis_seed`, for `basis_steps` steps."""
 
     def __init__(
         self, rank: int, structure: Structure = "eggroll", distribution: Distribution = "gaussian"

@@ -168,10 +168,7 @@ class SignSums:
 def noise_rows(
     seed: int, name: str, rows: Tensor, width: int, distribution: Distribution = "gaussian"
 ) -> Tensor:
-    """Noise of some rows (int64 [R]) of the matrix `name` of that width: float32 [R, width].
-
-    The numbers that `noise_blocks` has for the flattened matrix.
-    """
+    """Rows (int64 [R]) of a matrix's noise, as `noise_blocks` has it: float32 [R, width]."""
     per_counter = NUMBERS_PER_COUNTER[distribution]
     start = rows * width
     first = start // per_counter

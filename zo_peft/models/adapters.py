@@ -106,10 +106,7 @@ def stand_ins(offloaded: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> Itera
 
 
 def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) -> PeftModel:
-    """Put an adapter from a folder or the Hub on its base; only safetensors are read.
-
-    A UserError says why it cannot be found, or does not fit the base.
-    """
+    """Put an adapter of a folder or the Hub on its base; or a UserError says why it does not fit."""
     try:
         # Without it PEFT would read a pickle.
         file_of(path, SAFETENSORS_WEIGHTS_NAME)
@@ -223,10 +220,7 @@ def merged_model(model: PeftModel) -> PreTrainedModel:
 
 
 def check_saved(model: PeftModel) -> None:
-    """Raise a UserError where tuned parameters are not what saving would keep.
-
-    Those are parameters of the active adapter, each with memory of its own.
-    """
+    """Raise a UserError for tuned parameters that share their memory, or would not be saved."""
     active = model.active_adapter
     if len(model.active_adapters) > 1:
         raise UserError("several adapters are active; choose the one to tune with set_adapter")

@@ -257,10 +257,7 @@ class BaseTrainer(Trainer):
     # ---- The run --------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in Trainer, but its loss is the mean over all steps of a run that was resumed.
-
-        A UserError says that the data gave no batch to make a step on.
-        """
+        """As in Trainer, but its loss is the mean over all steps, also those before it resumed."""
         if self.train_dataset is None:
             raise UserError("there is nothing to train on; give a train_dataset")
         self.totals.clear()

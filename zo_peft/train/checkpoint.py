@@ -34,10 +34,7 @@ RNG_NAME = "zo_rng_state.json"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors by name, in one piece: a reader sees the old file or the new one.
-
-    A UserError says that the disk is full or may not be written.
-    """
+    """Write tensors by name, in one piece: a reader sees the old file or the new one."""
     # The tensors may be views into one buffer, which safetensors refuses.
     copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     unfinished = path.with_name(path.name + ".tmp")

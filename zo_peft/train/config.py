@@ -137,10 +137,7 @@ class ZOConfig(TrainingArguments):
 
     @property
     def forward_passes_per_step(self) -> int:
-        """Forward passes of one step (candidates and probes, times micro-batches).
-
-        A step with gradients counts three for a micro-batch, for a backward pass counts as two.
-        """
+        """Of one step: candidates and probes (with gradients three), times micro-batches."""
         passes = {GUIDED: 1}.get(self.strategy, GRADIENT_PASSES)
         if self.strategy in STRATEGIES:
             passes = sum(STRATEGIES[self.strategy].asks(self.strategy_options))

@@ -177,9 +177,7 @@ class ZOTrainer(CheckpointTrainer):
             self.tuner.journal.close()
 
     def _check_lanes(self) -> None:
-        """See `zo_peft.models.agreement`: on the shortest and the longest of the first examples,
-        with the adapter as it is before any step, so a resumed run decides the same.
-        """
+        """See `zo_peft.models.agreement`; before any step, so a resumed run decides the same."""
         if not getattr(self.objective, "repeatable", False) or self.check_passes:
             return
         self.model.eval()
@@ -262,8 +260,7 @@ class ZOTrainer(CheckpointTrainer):
     def training_step(self, model: nn.Module, inputs: Batch, *_: Any, **__: Any) -> Tensor:
         """Make the whole step on its last micro-batch; returns the loss.
 
-        Raises:
-            NonFiniteLossError: ten updates in a row were skipped; a checkpoint has been saved.
+        After ten skipped updates in a row, a checkpoint is saved, and NonFiniteLossError raised.
         """
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
