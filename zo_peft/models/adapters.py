@@ -106,7 +106,7 @@ def stand_ins(offloaded: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> Itera
 
 
 def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) -> PeftModel:
-    """Put an adapter of a folder or the Hub on its base; or a UserError says why it does not fit."""
+    """Put an adapter (safetensors of a folder or the Hub) on its base, or a UserError says why."""
     try:
         # Without it PEFT would read a pickle.
         file_of(path, SAFETENSORS_WEIGHTS_NAME)

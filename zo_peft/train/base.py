@@ -13,13 +13,8 @@ from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import (
-    EvalPrediction,
-    PreTrainedTokenizerBase,
-    Trainer,
-    set_seed,
-    trainer_callback,
-)
+from transformers import EvalPrediction, Trainer, set_seed, trainer_callback
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy, PredictionOutput, TrainOutput, has_length
 from transformers.utils import PushInProgress

@@ -50,8 +50,8 @@ class PolicyGuide(ResidualGuide):
         exact_layers: int = 0,
     ) -> None:
         if not rewards.temperature:
-            why = "strategy='guided' compares sampled completions, which differ by temperature"
-            raise UserError(f"{why}; give another than temperature=0, or strategy='gv'")
+            why = "strategy='guided' compares sampled completions; at temperature=0 they are alike"
+            raise UserError(f"{why}; give another temperature, or strategy='gv'")
         super().__init__(model, tuned, PolicyObjective(rewards.temperature), exact_layers)
         self.rewards, self.in_nats, self.draws = rewards, SequenceObjective(), COMPLETIONS
         # Completions of a batch count as one forward pass, as those of a candidate do.
