@@ -69,7 +69,7 @@ class Work:
         return random_rows(self.batch_size, self.length)
 
 
-def int8_layer(layer: nn.Linear) -> Linear8bitLt:
+def int8_layer(layer: nn.Linear, device: str) -> Linear8bitLt:
     """A layer of that shape with random int8 codes."""
     quantized = Linear8bitLt(
         layer.in_features,
@@ -79,15 +79,15 @@ def int8_layer(layer: nn.Linear) -> Linear8bitLt:
         threshold=6.0,
         device="meta",
     )
-    codes = torch.randint(-127, 128, layer.weight.shape, dtype=torch.int8)
-    scales = torch.full((layer.out_features,), 0.05)
+    codes = torch.randint(-127, 128, layer.weight.shape, dtype=torch.int8, device=device)
+    scales = torch.full((layer.out_features,), 0.05, device=device)
     quantized.weight = Int8Params(
         codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales
     )
     return quantized
 
 
-def nf4_layer(layer: nn.Linear) -> Linear4bit:
+def nf4_layer(layer: nn.Linear, device: str) -> Linear4bit:
     """A layer of that shape with random NF4 codes."""
     quantized = Linear4bit(
         layer.in_features,
@@ -99,15 +99,15 @@ def nf4_layer(layer: nn.Linear) -> Linear4bit:
     )
     count = layer.weight.numel()
     state = QuantState(
-        absmax=torch.full((count // 64,), 0.05),
+        absmax=torch.full((count // 64,), 0.05, device=device),
         shape=layer.weight.shape,
-        code=get_4bit_type("nf4", "cpu"),
+        code=get_4bit_type("nf4", device),
         blocksize=64,
         quant_type="nf4",
         dtype=torch.bfloat16,
     )
     quantized.weight = Params4bit(
-        torch.randint(0, 256, (count // 2, 1), dtype=torch.uint8),
+        torch.randint(0, 256, (count // 2, 1), dtype=torch.uint8, device=device),
         quant_state=state,
         quant_type="nf4",
         bnb_quantized=True,
@@ -116,7 +116,7 @@ def nf4_layer(layer: nn.Linear) -> Linear4bit:
     return quantized
 
 
-def build(shape: str, base: str) -> PreTrainedModel:
+def build(shape: str, base: str, device: str = "cpu") -> PreTrainedModel:
     """The model with random weights: its layers are quantized, the rest is bfloat16."""
     torch.manual_seed(0)
     with init_empty_weights():
@@ -125,11 +125,12 @@ def build(shape: str, base: str) -> PreTrainedModel:
     for module in model.base_model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
-                setattr(module, name, quantize(child))
+                setattr(module, name, quantize(child, device))
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
-                values = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(0, 0.02)
+                values = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+                values.normal_(0, 0.02)
                 setattr(module, name, nn.Parameter(values, requires_grad=False))
     model.tie_weights()
     return model.eval()

@@ -270,39 +270,48 @@ def measure_memory(row: Row, what: str) -> float:
         return peak_above(actions[what])
 
 
-def print_deviations() -> None:
-    """Print how far losses of candidates that share a forward are from those found one by one.
+#: The bases whose losses in one forward are compared with those one by one. With outliers, three
+#: channels of every layer norm are 50 times as large, so that LLM.int8() finds outlier columns at
+#: its default threshold.
+DEVIATIONS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "nf4": {"quantization_config": quantization_config(False, True)},
+    "int8": {"quantization_config": quantization_config(True, False)},
+    "int8, outliers": {"quantization_config": quantization_config(True, False)},
+    "int8, outliers, llm_int8_threshold=0": {
+        "quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    },
+}
 
-    The weights are the embedded model's. With outliers, three channels of every layer norm are 50
-    times as large, so that LLM.int8() finds outlier columns at its default threshold.
+
+def deviation(name: str, **loading: Any) -> list[str]:
+    """How far losses of candidates that share a forward are from those found one by one.
+
+    The weights are the embedded model's. The cells are the largest deviation of a loss, and in
+    units of the candidates' spread.
     """
+    model = AutoModelForCausalLM.from_pretrained(
+        EMBEDDED / "model", device_map={"": DEVICE}, **loading
+    )
+    if "outliers" in name:
+        for layer in model.model.layers:
+            layer.input_layernorm.weight.data[:3] *= 50
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, batch = trainer_on(model, Row("embedded", batch=8, length=26), folder)
+        points = [EPS * Direction.of(seed) for seed in range(16)]
+        trainer.evaluator.candidates_per_forward = 1
+        one = torch.tensor(trainer.evaluator(points, [batch]))
+        trainer.evaluator.candidates_per_forward = len(points)
+        many = torch.tensor(trainer.evaluator(points, [batch]))
+    difference = (many - one).abs()
+    return [f"{(difference / one).max():.1e}", f"{difference.max() / one.std():.1e}"]
+
+
+def print_deviations() -> None:
+    """Print the deviations of all bases."""
     print_header("base", "largest relative deviation of a loss", "of the candidates' spread")
-    formats: dict[str, tuple[BitsAndBytesConfig | None, bool]] = {
-        "float32": (None, False),
-        "nf4": (quantization_config(False, True), False),
-        "int8": (quantization_config(True, False), False),
-        "int8, outliers": (quantization_config(True, False), True),
-        "int8, outliers, llm_int8_threshold=0": (
-            BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0),
-            True,
-        ),
-    }
-    for name, (quantization, outliers) in formats.items():
-        model = AutoModelForCausalLM.from_pretrained(
-            EMBEDDED / "model", quantization_config=quantization, device_map={"": DEVICE}
-        )
-        if outliers:
-            for layer in model.model.layers:
-                layer.input_layernorm.weight.data[:3] *= 50
-        with tempfile.TemporaryDirectory() as folder:
-            trainer, batch = trainer_on(model, Row("embedded", batch=8, length=26), folder)
-            points = [EPS * Direction.of(seed) for seed in range(16)]
-            trainer.evaluator.candidates_per_forward = 1
-            one = torch.tensor(trainer.evaluator(points, [batch]))
-            trainer.evaluator.candidates_per_forward = len(points)
-            many = torch.tensor(trainer.evaluator(points, [batch]))
-        deviation = (many - one).abs()
-        print_row(name, f"{(deviation / one).max():.1e}", f"{deviation.max() / one.std():.1e}")
+    for name, loading in DEVIATIONS.items():
+        print_row(name, *deviation(name, **loading))
 
 
 def measure(row: Row) -> None:

@@ -72,6 +72,7 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
     "OPT-13B": lambda: _opt(5120, 40, 40),
     "Llama, 128k vocabulary": lambda: _llama(16),
     "Llama, 128k vocabulary, 4 layers": lambda: _llama(4),
+    "Llama 7B, 128k vocabulary": lambda: LlamaConfig(vocab_size=128256),
     "embedded": lambda: LlamaConfig.from_pretrained(EMBEDDED / "model"),
 }
 

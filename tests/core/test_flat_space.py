@@ -15,7 +15,7 @@ from tiny import llama, noise_block
 from torch import Tensor, nn
 
 from zo_peft import Direction, UserError
-from zo_peft.core import low_rank
+from zo_peft.core import noise
 from zo_peft.core.batch import Batch
 from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.flat_space import FlatSpace
@@ -179,14 +179,14 @@ def noise_raises(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def raising(
         self: Layout, seeds: Sequence[int], start: int, stop: int, kind: Distribution
     ) -> Iterator[Tensor]:
-        for noise in noises(self, seeds, start, stop, kind):
+        for numbers in noises(self, seeds, start, stop, kind):
             left[0] -= 1
             if left[0] < 0:
                 raise torch.OutOfMemoryError
-            yield noise
+            yield numbers
 
     monkeypatch.setattr(Layout, "noises", raising)
-    monkeypatch.setattr(low_rank, "CHUNK", 256)
+    monkeypatch.setattr(noise, "CHUNK", 256)
     return lambda n: left.__setitem__(0, n)
 
 

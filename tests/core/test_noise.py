@@ -1,8 +1,12 @@
 """Noise: known answers, an independent Philox and Box-Muller, addressing, and statistics."""
 
+import ctypes
 import hashlib
 import itertools
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +18,13 @@ from scipy import stats
 from tiny import noise_block
 
 from zo_peft.core.noise import (
+    _KERNEL,
     ALIGNMENT,
     Distribution,
     Layout,
     SignSums,
     derive_seed,
+    name_words,
     philox,
 )
 
@@ -313,3 +319,44 @@ def test_sums_of_signs_are_those_of_the_blocks(
     for start in range(0, rows, at_once):
         ends = start * width, min(start + at_once, rows) * width
         assert torch.equal(sums(*ends), whole[slice(*ends)])
+
+
+#: The kernel of GPUs as a function of a C++ compiler, for arrays of counters and one seed.
+IN_C = """
+#include <cmath>
+{kernel}
+extern "C" void fill(int count, const long long *in, long long *out) {{
+    for (int i = 0; i < count; ++i)
+        numbers<long long>(in[4 * i], in[4 * i + 1], in[4 * i + 2], in[4 * i + 3],
+                           out[2 * i], out[2 * i + 1]);
+}}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_the_kernel_of_gpus_makes_the_same_numbers(
+    distribution: Distribution, tmp_path: Path
+) -> None:
+    code = _KERNEL.replace("GAUSSIAN", str(int(distribution == "gaussian")))
+    (tmp_path / "kernel.cpp").write_text(IN_C.format(kernel=code))
+    command = ["g++", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-o"]
+    subprocess.run([*command, tmp_path / "kernel.so", tmp_path / "kernel.cpp"], check=True)
+    seed, name, blocks = 2**62 + 12345, NAMES[0], [0, 1, 7, 2**31, 2**33 + 5]
+    counters = np.array([[block, *name_words(name), seed] for block in blocks], np.int64)
+    out = np.zeros((len(blocks), 2), np.int64)
+    fill = ctypes.CDLL(str(tmp_path / "kernel.so")).fill
+    fill(len(blocks), counters.ctypes.data_as(ctypes.c_void_p), out.ctypes.data_as(ctypes.c_void_p))
+    per_counter = 4 if distribution == "gaussian" else 128
+    expected = np.stack(
+        [
+            noise_block(seed, name, block * per_counter, (block + 1) * per_counter, distribution)
+            for block in blocks
+        ]
+    )
+    if distribution == "gaussian":
+        np.testing.assert_allclose(out.view(np.float32), expected, rtol=2e-6, atol=2e-7)
+    else:
+        octets = out.view(np.uint8)
+        signs = np.unpackbits(octets, axis=1, bitorder="little").astype(np.float32) * 2 - 1
+        np.testing.assert_array_equal(signs, expected)

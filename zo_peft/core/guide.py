@@ -232,7 +232,7 @@ class Guided:
         elif batches[0].share is None:
             parts = parts_of_check(parts, self.evaluator.space.numel)
         loss, scale, gradients, own = self._read(batches, parts)
-        size = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
+        size = _norm(gradients)
         sound, chosen = bool(gradients) and math.isfinite(size), dict[str, Any]()
         if sound and not number:
             self._find_distance(batches, parts)
@@ -433,6 +433,13 @@ def _least_squares(signs: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     free = len(values) - len(slopes)
     variance = (values - signs @ slopes).square().sum() / free if free > 0 else 0.0
     return slopes, variance * torch.linalg.pinv(signs.T @ signs)
+
+
+def _norm(gradients: Gradients) -> float:
+    """The norm of all of them, for which the host waits once."""
+    norms = [gradient.norm().double() for gradient in gradients.values()]
+    one_device = [norm.to(norms[0].device) for norm in norms]
+    return torch.stack(one_device).norm().item() if norms else 0.0
 
 
 def add(sums: Gradients, gradients: Gradients, scale: float) -> None:

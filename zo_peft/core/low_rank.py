@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from zo_peft.core.direction import Direction
-from zo_peft.core.noise import CHUNK, Distribution, Layout, noise_blocks
+from zo_peft.core.noise import Distribution, Layout, chunk, noise_blocks
 
 Structure = Literal["eggroll", "lozo", "subzero"]
 
@@ -123,7 +123,7 @@ def add_directions(
     for row, direction in enumerate(directions):
         for seed, weight in direction.terms:
             rows.setdefault(seed, []).append((row, weight))
-    width = min(CHUNK, layout.numel)
+    width = min(chunk(into.device), layout.numel)
     for start in range(0, layout.numel, width):
         stop = min(start + width, layout.numel)
         part = into[:, start:stop].unbind()
@@ -151,7 +151,7 @@ def summed(
             mine[seed] += weight
     matrix = torch.tensor([list(mine.values()) for mine in weights], device=device)
     sums = torch.zeros(len(directions), stop - start, device=device)
-    at_once = max(1, CHUNK // (stop - start))
+    at_once = max(1, chunk(device) // (stop - start))
     for first in range(0, len(seeds), at_once):
         part = slice(first, first + at_once)
         noise = noise_blocks(seeds[part], name, start, stop, distribution, device)

@@ -9,7 +9,7 @@ under `seed` is a pure function of the three. The generator is Philox4x32-10 (Sa
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -29,10 +29,51 @@ ALIGNMENT = 128
 #: Numbers to make at a time; bounds the scratch memory (about 60 bytes a number) of large adapters.
 CHUNK = 1 << 18
 
-#: Counters at a time, of several seeds where they fit: those of so many gaussian numbers.
-COUNTERS = CHUNK // 4
+#: The same on a GPU, where starting a kernel takes longer than what it does with fewer numbers.
+CUDA_CHUNK = 1 << 21
 
 _MASK = 0xFFFFFFFF
+
+#: `philox` as one kernel, for PyTorch to compile; with `gaussian` also Box-Muller (`_gaussian`).
+#: Without it the pairs of words are the halves of two 64-bit numbers, with it those of floats are.
+_KERNEL = """
+template <typename T> void numbers(T block, T low, T high, T seed, T& first, T& second) {
+    unsigned int c0 = block, c1 = (unsigned long long)block >> 32, c2 = low, c3 = high;
+    unsigned int k0 = seed, k1 = (unsigned long long)seed >> 32;
+    for (int round = 0; round < 10; ++round) {
+        unsigned long long p0 = (unsigned long long)c0 * 0xD2511F53u;
+        unsigned long long p1 = (unsigned long long)c2 * 0xCD9E8D57u;
+        c0 = (unsigned int)(p1 >> 32) ^ c1 ^ k0;
+        c2 = (unsigned int)(p0 >> 32) ^ c3 ^ k1;
+        c1 = (unsigned int)p1;
+        c3 = (unsigned int)p0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    union { unsigned int word[4]; float number[4]; T pair[2]; } out = {{c0, c1, c2, c3}};
+    for (int i = 0; GAUSSIAN && i < 4; i += 2) {
+        float radius = (float)(out.word[i] + 1ull) * 2.3283064365386963e-10f;
+        radius = sqrtf(logf(radius) * -2.0f);
+        float angle = (float)out.word[i + 1] * 1.4629180792671596e-09f;
+        out.number[i] = radius * cosf(angle);
+        out.number[i + 1] = radius * sinf(angle);
+    }
+    first = out.pair[0];
+    second = out.pair[1];
+}
+"""
+
+
+def chunk(device: torch.device) -> int:
+    """How many numbers are made at a time on a device."""
+    return CUDA_CHUNK if device.type == "cuda" else CHUNK
+
+
+@functools.cache
+def _kernel(gaussian: bool) -> Callable[..., Sequence[Tensor]]:
+    """`_KERNEL`, compiled by PyTorch for the GPU at hand when it is first called."""
+    code = _KERNEL.replace("GAUSSIAN", str(int(gaussian)))
+    return torch.cuda.jiterator._create_multi_output_jit_fn(code, num_outputs=2)
 
 
 def derive_seed(*parts: int) -> int:
@@ -47,10 +88,10 @@ def name_words(name: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def counters(blocks: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The counters of some blocks (int64 [C]) of a parameter's numbers, as `philox` takes them."""
-    low, high = (torch.full_like(blocks, word) for word in name_words(name))
-    return blocks & _MASK, blocks >> 32, low, high
+def _keys(seeds: Sequence[int], device: torch.device) -> Tensor:
+    # A copy from pinned memory does not wait for the device.
+    keys = torch.tensor(seeds, dtype=torch.uint64, pin_memory=device.type == "cuda")
+    return keys.view(torch.int64).to(device, non_blocking=True)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seeds: Sequence[int]) -> list[Tensor]:
@@ -59,9 +100,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seeds: Sequence[int])
     The 64-bit products wrap in int64, which leaves all their bits right.
     """
     device = counter[0].device
-    # A copy from pinned memory does not wait for the device.
-    keys = torch.tensor(seeds, dtype=torch.uint64, pin_memory=device.type == "cuda")
-    keys = keys.view(torch.int64).to(device, non_blocking=True)
+    keys = _keys(seeds, device)
     rounds = torch.arange(10, device=device)[:, None, None]
     keys0 = ((keys[:, None] & _MASK) + rounds * 0x9E3779B9) & _MASK
     keys1 = ((keys[:, None] >> 32 & _MASK) + rounds * 0xBB67AE85) & _MASK
@@ -87,10 +126,22 @@ def _gaussian(words: list[Tensor]) -> Tensor:
     return torch.stack(numbers, dim=-1).flatten(1)
 
 
-def _octets(words: list[Tensor]) -> Tensor:
+def _octets(blocks: Tensor, low: Tensor, high: Tensor, seeds: Sequence[int]) -> Tensor:
     """The bytes of C counters' words, lowest first: int32 [seeds, 16 C] in [0, 256)."""
-    # Conversion wraps: the bits stay as they are.
-    return torch.stack([word.int() for word in words], dim=-1).view(torch.uint8).flatten(1).int()
+    if blocks.is_cuda:
+        words = _kernel(False)(blocks, low, high, _keys(seeds, blocks.device)[:, None])
+    else:
+        # Conversion wraps: the bits stay as they are.
+        words = [word.int() for word in philox((blocks & _MASK, blocks >> 32, low, high), seeds)]
+    return torch.stack(words, dim=-1).view(torch.uint8).flatten(1).int()
+
+
+def _gaussians(blocks: Tensor, low: Tensor, high: Tensor, seeds: Sequence[int]) -> Tensor:
+    """The numbers of C counters: float32 [seeds, 4 C]."""
+    if blocks.is_cuda:
+        pairs = _kernel(True)(blocks, low, high, _keys(seeds, blocks.device)[:, None])
+        return torch.stack(pairs, dim=-1).view(torch.float32).flatten(1)
+    return _gaussian(philox((blocks & _MASK, blocks >> 32, low, high), seeds))
 
 
 @functools.cache
@@ -100,12 +151,13 @@ def _signs(device: torch.device) -> Tensor:
     return (octets[:, None] >> bits).bitwise_and_(1).float().mul_(2.0).sub_(1.0)
 
 
-def _numbers(blocks: Tensor, name: str, seeds: Sequence[int], distribution: str) -> Tensor:
-    words = philox(counters(blocks, name), seeds)
+def _numbers(
+    blocks: Tensor, low: Tensor, high: Tensor, seeds: Sequence[int], distribution: Distribution
+) -> Tensor:
     if distribution == "gaussian":
-        return _gaussian(words)
+        return _gaussians(blocks, low, high, seeds)
     # One sign, +1 or -1, for each bit of the words.
-    octets = _octets(words)
+    octets = _octets(blocks, low, high, seeds)
     return _signs(octets.device).index_select(0, octets.flatten()).view(len(octets), -1)
 
 
@@ -121,7 +173,8 @@ def noise_blocks(
     per_counter = NUMBERS_PER_COUNTER[distribution]
     first = start // per_counter
     blocks = torch.arange(first, -(-stop // per_counter), device=device)
-    numbers = _numbers(blocks, name, seeds, distribution)
+    low, high = (torch.full_like(blocks, word) for word in name_words(name))
+    numbers = _numbers(blocks, low, high, seeds, distribution)
     return numbers[:, start - first * per_counter : stop - first * per_counter]
 
 
@@ -161,7 +214,8 @@ class SignSums:
         ahead = max(stop, min(start + self.AHEAD, self.numel))
         first, last = start // per_counter, -(-ahead // per_counter)
         blocks = torch.arange(first, last, device=self.device)
-        self._octets = _octets(philox(counters(blocks, self.name), self.seeds))
+        low, high = (torch.full_like(blocks, word) for word in name_words(self.name))
+        self._octets = _octets(blocks, low, high, self.seeds)
         self._first, self._stop = first * per_counter, last * per_counter
 
 
@@ -174,7 +228,8 @@ def noise_rows(
     first = start // per_counter
     span = torch.arange(-(-width // per_counter) + 1, device=rows.device)
     blocks = (first[:, None] + span).flatten()
-    numbers = _numbers(blocks, name, [seed], distribution)[0].view(len(rows), -1)
+    low, high = (torch.full_like(blocks, word) for word in name_words(name))
+    numbers = _numbers(blocks, low, high, [seed], distribution)[0].view(len(rows), -1)
     columns = torch.arange(width, device=rows.device)
     return numbers.gather(1, (start - first * per_counter)[:, None] + columns)
 
@@ -214,12 +269,14 @@ class Layout:
         index = torch.arange(start, stop, per_counter, device=self._start.device)
         run = index // ALIGNMENT
         blocks = (index - self._start[run]) // per_counter
-        counter = (blocks & _MASK, blocks >> 32, self._low[run], self._high[run])
-        at_once = max(1, COUNTERS // len(blocks))
+        counter = blocks, self._low[run], self._high[run]
+        # The counters of several seeds where they fit: those of so many gaussian numbers.
+        at_once = max(1, chunk(blocks.device) // 4 // len(blocks))
         for first in range(0, len(seeds), at_once):
-            words = philox(counter, seeds[first : first + at_once])
+            some = seeds[first : first + at_once]
             if distribution == "gaussian":
-                yield from _gaussian(words)
+                yield from _gaussians(*counter, some)
             else:
                 signs = _signs(blocks.device)
-                yield from (signs.index_select(0, o).flatten() for o in _octets(words))
+                octets = _octets(*counter, some)
+                yield from (signs.index_select(0, own).flatten() for own in octets)

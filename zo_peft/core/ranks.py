@@ -160,7 +160,7 @@ class Ranks(OneRank):
     def _exchange(self, values: Tensor) -> Tensor:
         self.wire_bytes += values.numel() * values.element_size()
         gathered = values.new_empty(self.count * len(values))
-        distributed.all_gather_single(gathered, values)
+        distributed.all_gather_into_tensor(gathered, values)
         return gathered
 
 

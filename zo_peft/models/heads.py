@@ -39,10 +39,10 @@ class Scored:
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
             self.rows, self.positions = mask.nonzero(as_tuple=True)
         self.count, self.length = batch["input_ids"].shape
-        counts = self.rows.bincount(minlength=self.count)
-        self.single = bool((counts == 1).all())
+        counts = self.rows.bincount(minlength=self.count).tolist()
+        self.single = set(counts) == {1}
         #: How many each row has, where they are equally many.
-        self._each = int(counts[0]) if (counts == counts[0]).all() else None
+        self._each = counts[0] if len(set(counts)) == 1 else None
 
     def of(self, x: Tensor, some: Tensor | slice = slice(None)) -> Tensor:
         """[N, ...] of [B, T, ...], or some of them; virtual tokens stand in front of each row."""

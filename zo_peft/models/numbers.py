@@ -8,7 +8,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from zo_peft.core.noise import CHUNK
+from zo_peft.core.noise import chunk
 from zo_peft.models.adapters import matching
 from zo_peft.models.rounding import round_float
 
@@ -61,7 +61,7 @@ class Numbers:
     def chunks(self) -> Iterator[slice]:
         """All rows, a few at a time, so that scratch memory stays small."""
         count, width = self.matrix.shape
-        rows = max(1, CHUNK // max(1, width))
+        rows = max(1, chunk(self.matrix.device) // max(1, width))
         for start in range(0, count, rows):
             yield slice(start, min(start + rows, count))
 

@@ -7,7 +7,7 @@ unit in the last place are kept on average, which plain rounding loses.
 import torch
 from torch import Tensor
 
-from zo_peft.core.noise import counters, philox
+from zo_peft.core.noise import name_words, philox
 
 
 def round_float(values: Tensor, dtype: torch.dtype, uniforms: Tensor) -> Tensor:
@@ -28,7 +28,8 @@ def round_float(values: Tensor, dtype: torch.dtype, uniforms: Tensor) -> Tensor:
 
 def row_words(seed: int, name: str, rows: Tensor) -> Tensor:
     """Where `uniform_rows` starts some rows (int64 [R]) of `name`: Philox words, int32 [R]."""
-    return philox(counters(rows, f"{name}, rounding"), [seed])[0][0].int()
+    low, high = (torch.full_like(rows, word) for word in name_words(f"{name}, rounding"))
+    return philox((rows & 0xFFFFFFFF, rows >> 32, low, high), [seed])[0][0].int()
 
 
 def uniform_rows(words: Tensor, width: int) -> Tensor:
