@@ -40,7 +40,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         raise UserError(f"{type(model).__name__} already has layers of an adapter; {advice}")
     start = str(getattr(peft_config, "init_lora_weights", None))
     if "_niter_" in start:
-        why = "changes the base by random numbers, which are drawn anew where it is loaded"
+        why = "changes the base by random numbers, which loading the adapter draws anew"
         raise UserError(f"init_lora_weights={start!r} {why}; use 'pissa'")
     if offloaded and kind not in ON_OFFLOADED:
         why = f"{kind} may read weights outside of their layers, and part of the base is offloaded"

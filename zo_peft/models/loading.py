@@ -72,9 +72,9 @@ def load_base(
 ) -> PreTrainedModel:
     """The base of this name (a Hub id or a folder), read from safetensors, or a UserError.
 
-    With `num_labels` it has a head for so many classes, whose names are `words`, or one of its own
-    for more; else it is a causal language model. `check_bits` looks at the configuration before
-    weights are read. `kwargs` are arguments of `from_pretrained`.
+    With `num_labels` it has a head for so many classes, whose names are `words`, or keeps its own
+    for as many or more; else it is a causal language model. `check_bits` looks at the configuration
+    before weights are read. `kwargs` are arguments of `from_pretrained`.
     """
     source = {n: kwargs[n] for n in ("revision", "trust_remote_code") if n in kwargs}
     if tune != "adapter":
@@ -189,7 +189,7 @@ def meta_base(
     method = saved.get("quant_method", "bitsandbytes")
     if not method.startswith("bitsandbytes"):
         advice = "give its base in floating point, or one that bitsandbytes quantized"
-        raise UserError(f"{public_name(name)} was quantized by {method}; {advice} to plan")
+        raise UserError(f"{public_name(name)}, quantized by {method}, is not planned; {advice}")
     auto = AutoModelForSequenceClassification if has_classes else AutoModelForCausalLM
     settings = {"dtype": (config.dtype or "float32") if dtype == "auto" else dtype}
     settings["trust_remote_code"] = source.get("trust_remote_code", False)

@@ -183,11 +183,10 @@ class RewardObjective:
         try:
             values = [float(value) for value in function(**given)]
         except Exception as error:
-            why = f"reward function {name} failed: {type(error).__name__}: {error}; it is called"
-            form = (
-                f"with lists of {count} values for {', '.join(given)}, and returns {count} numbers"
-            )
-            raise UserError(f"{why} {form}") from error
+            why = f"reward function {name} failed: {type(error).__name__}: {error}"
+            given_names = ", ".join(given)
+            form = f"lists of {count} values for {given_names}, and returns {count} numbers"
+            raise UserError(f"{why}; it is called with {form}") from error
         if len(values) != count:
             why = f"reward function {name} returned {len(values)} values for {count} completions"
             raise UserError(f"{why}; return one number for each")

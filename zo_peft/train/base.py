@@ -67,6 +67,8 @@ class BaseTrainer(Trainer):
     trains: ClassVar[bool] = False
     #: Forwards of a check before the first step, which the budget does not count.
     check_passes = 0
+    #: What counts forward passes and examples: the totals, or a `ZOTrainer`'s evaluator.
+    spent: Any
 
     def __init__(
         self,
@@ -145,7 +147,6 @@ class BaseTrainer(Trainer):
             raise
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             raise UserError(f"transformers refuses the settings: {first_line(error)}") from error
-        #: What counts forward passes and examples; a `ZOTrainer` has an evaluator for it.
         self.totals = self.spent = Totals()
         self.add_callback(self.totals)
         shown = trainer_callback.ProgressCallback, trainer_callback.PrinterCallback
