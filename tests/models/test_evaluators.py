@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from zo_peft import Direction
+from zo_peft.core import flat_space
 from zo_peft.core.batch import Batch, Objective
 from zo_peft.core.flat_space import FlatSpace
 from zo_peft.data import Collator, collator_for
@@ -168,6 +169,34 @@ def test_many_in_one_forward_give_the_losses_of_one_by_one(
     assert evaluator.examples_forwarded == len(POINTS) * len(features)
     for name, parameter in tuned_parameters(model).items():
         assert torch.equal(parameter, start[name]), name
+
+
+def test_values_are_made_a_buffer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, features = DATA["options"]
+    made: list[int] = []
+    add = flat_space.add_directions
+
+    def counted_add(into: Tensor, *args: Any) -> None:
+        made.append(into.numel())
+        add(into, *args)
+
+    def found(block: int) -> tuple[list[float], dict[str, Tensor], int]:
+        monkeypatch.setattr(flat_space, "BLOCK", block)
+        torch.manual_seed(0)
+        model = tune(llama(), LoraConfig(task_type="CAUSAL_LM", r=2))
+        space = FlatSpace(tuned_parameters(model))
+        batch = collator_for(model, PAD, objective, examples=features)(features)
+        losses = evaluator_of(model, space, objective, len(POINTS))(POINTS, [batch])
+        space.move(POINTS[0])
+        return losses, space.tensors(), space.lane_numel
+
+    losses, one, whole = found(1 << 19)
+    monkeypatch.setattr(flat_space, "add_directions", counted_add)
+    others, several, held = found(100)
+    assert others == losses
+    assert all(torch.equal(one[name], several[name]) for name in one)
+    assert held < whole / 2
+    assert max(made) < len(POINTS) * whole / 2
 
 
 @pytest.mark.parametrize("adapter", NOT_IN_LANES)

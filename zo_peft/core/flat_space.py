@@ -13,9 +13,13 @@ from zo_peft.core.noise import Layout
 from zo_peft.core.space import fill
 from zo_peft.errors import UserError
 
+#: A space has several buffers where this many numbers are exceeded, so that no more than two of
+#: them are ever made at a time for each of many candidates.
+BLOCK = 1 << 19
+
 
 class _Flat:
-    """The tuned parameters of one device: `theta`, and the `live` copy that the model reads."""
+    """Parameters of one device: `theta`, and the `live` copy that the model reads."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
         self.layout = Layout({name: p.shape for name, p in parameters.items()}, device)
@@ -43,25 +47,32 @@ class FlatSpace:
     def __init__(self, parameters: Mapping[str, nn.Parameter], noise: Noise = "gaussian") -> None:
         if not parameters:
             raise UserError("there is nothing to tune: the adapter has no trainable parameter")
-        by_device: dict[torch.device, dict[str, nn.Parameter]] = {}
+        blocks: list[dict[str, nn.Parameter]] = []
+        held = 0
         for name, parameter in parameters.items():
             if not parameter.is_floating_point():
                 raise UserError(f"{name} is {parameter.dtype}; only floating point can be tuned")
-            by_device.setdefault(parameter.device, {})[name] = parameter
+            held += parameter.numel()
+            on_other = bool(blocks) and _device(blocks[-1]) != parameter.device
+            if not blocks or on_other or held > BLOCK:
+                blocks.append({})
+                held = parameter.numel()
+            blocks[-1][name] = parameter
         self.noise, self.parameters = noise, dict(parameters)
         self.numel = sum(parameter.numel() for parameter in parameters.values())
-        self._flats = [_Flat(group, device) for device, group in by_device.items()]
+        self._flats = [_Flat(block, _device(block)) for block in blocks]
+        self._homes = {p: flat for flat, block in zip(self._flats, blocks) for p in block.values()}
         self._vectors: list[Mapping[str, Tensor]] = []
 
     @property
     def buffers(self) -> list[Tensor]:
-        """`theta`, one flat float32 tensor a device."""
+        """`theta`: flat float32 tensors, each of neighbouring parameters of one device."""
         return [flat.theta for flat in self._flats]
 
     @property
     def lane_numel(self) -> int:
-        """As of `Space`: all numbers, for each candidate has a copy of its own."""
-        return self.numel
+        """As of `Space`: those of the largest buffers, of which two are made at a time."""
+        return sum(sorted(buffer.numel() for buffer in self.buffers)[-2:])
 
     @contextmanager
     def displaced(self, displacement: Direction) -> Iterator[None]:
@@ -75,14 +86,14 @@ class FlatSpace:
             self._restore()
 
     def lanes(self, displacements: Sequence[Direction]) -> Lanes:
-        """As of `Space`."""
-        values: dict[Tensor, Tensor] = {}
-        for flat in self._flats:
-            points = flat.theta.repeat(len(displacements), 1)
-            self._add(flat, points, displacements)
-            views = flat.layout.views(points)
-            values |= {self.parameters[name]: view for name, view in views.items()}
-        return Lanes(values, len(displacements))
+        """As of `Space`; their values are made when the model reads them."""
+        return _Lanes(self, displacements)
+
+    def _values(self, flat: _Flat, displacements: Sequence[Direction]) -> dict[Tensor, Tensor]:
+        points = flat.theta.repeat(len(displacements), 1)
+        self._add(flat, points, displacements)
+        views = flat.layout.views(points)
+        return {self.parameters[name]: view for name, view in views.items()}
 
     def move(self, displacement: Direction, shrink: Mapping[str, float] | None = None) -> None:
         """As of `Space`; an exception leaves all as it was."""
@@ -156,3 +167,28 @@ class FlatSpace:
     def _restore(self) -> None:
         for flat in self._flats:
             flat.live.copy_(flat.theta)
+
+
+class _Lanes(Lanes):
+    """Lanes that hold the values of two buffers: what is read next is mostly of the same ones."""
+
+    def __init__(self, space: FlatSpace, displacements: Sequence[Direction]) -> None:
+        super().__init__({}, len(displacements))
+        self._space, self._displacements = space, displacements
+        self._made: dict[_Flat, dict[Tensor, Tensor]] = {}
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """As of `Lanes`."""
+        flat = self._space._homes.get(parameter)
+        if flat is None:
+            return super().of(parameter)
+        self.read.add(parameter)
+        if flat not in self._made:
+            if len(self._made) == 2:
+                del self._made[next(iter(self._made))]
+            self._made[flat] = self._space._values(flat, self._displacements)
+        return self._made[flat][parameter]
+
+
+def _device(block: Mapping[str, nn.Parameter]) -> torch.device:
+    return next(iter(block.values())).device

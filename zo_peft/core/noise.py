@@ -101,6 +101,9 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seeds: Sequence[int])
     """
     device = counter[0].device
     keys = _keys(seeds, device)
+    if device.type == "cuda":
+        pairs = _kernel(False)(counter[0] | counter[1] << 32, *counter[2:], keys[:, None])
+        return [pair >> shift & _MASK for pair in pairs for shift in (0, 32)]
     rounds = torch.arange(10, device=device)[:, None, None]
     keys0 = ((keys[:, None] & _MASK) + rounds * 0x9E3779B9) & _MASK
     keys1 = ((keys[:, None] >> 32 & _MASK) + rounds * 0xBB67AE85) & _MASK
@@ -126,22 +129,10 @@ def _gaussian(words: list[Tensor]) -> Tensor:
     return torch.stack(numbers, dim=-1).flatten(1)
 
 
-def _octets(blocks: Tensor, low: Tensor, high: Tensor, seeds: Sequence[int]) -> Tensor:
+def _octets(words: list[Tensor]) -> Tensor:
     """The bytes of C counters' words, lowest first: int32 [seeds, 16 C] in [0, 256)."""
-    if blocks.is_cuda:
-        words = _kernel(False)(blocks, low, high, _keys(seeds, blocks.device)[:, None])
-    else:
-        # Conversion wraps: the bits stay as they are.
-        words = [word.int() for word in philox((blocks & _MASK, blocks >> 32, low, high), seeds)]
-    return torch.stack(words, dim=-1).view(torch.uint8).flatten(1).int()
-
-
-def _gaussians(blocks: Tensor, low: Tensor, high: Tensor, seeds: Sequence[int]) -> Tensor:
-    """The numbers of C counters: float32 [seeds, 4 C]."""
-    if blocks.is_cuda:
-        pairs = _kernel(True)(blocks, low, high, _keys(seeds, blocks.device)[:, None])
-        return torch.stack(pairs, dim=-1).view(torch.float32).flatten(1)
-    return _gaussian(philox((blocks & _MASK, blocks >> 32, low, high), seeds))
+    # Conversion wraps: the bits stay as they are.
+    return torch.stack([word.int() for word in words], dim=-1).view(torch.uint8).flatten(1).int()
 
 
 @functools.cache
@@ -151,13 +142,25 @@ def _signs(device: torch.device) -> Tensor:
     return (octets[:, None] >> bits).bitwise_and_(1).float().mul_(2.0).sub_(1.0)
 
 
+def _words(blocks: Tensor, low: Tensor, high: Tensor, seeds: Sequence[int]) -> list[Tensor]:
+    return philox((blocks & _MASK, blocks >> 32, low, high), seeds)
+
+
+def _gaussians(blocks: Tensor, low: Tensor, high: Tensor, seeds: Sequence[int]) -> Tensor:
+    """The numbers of C counters: float32 [seeds, 4 C]."""
+    if blocks.is_cuda:
+        pairs = _kernel(True)(blocks, low, high, _keys(seeds, blocks.device)[:, None])
+        return torch.stack([*pairs], dim=-1).view(torch.float32).flatten(1)
+    return _gaussian(_words(blocks, low, high, seeds))
+
+
 def _numbers(
     blocks: Tensor, low: Tensor, high: Tensor, seeds: Sequence[int], distribution: Distribution
 ) -> Tensor:
     if distribution == "gaussian":
         return _gaussians(blocks, low, high, seeds)
     # One sign, +1 or -1, for each bit of the words.
-    octets = _octets(blocks, low, high, seeds)
+    octets = _octets(_words(blocks, low, high, seeds))
     return _signs(octets.device).index_select(0, octets.flatten()).view(len(octets), -1)
 
 
@@ -215,7 +218,7 @@ class SignSums:
         first, last = start // per_counter, -(-ahead // per_counter)
         blocks = torch.arange(first, last, device=self.device)
         low, high = (torch.full_like(blocks, word) for word in name_words(self.name))
-        self._octets = _octets(blocks, low, high, self.seeds)
+        self._octets = _octets(_words(blocks, low, high, self.seeds))
         self._first, self._stop = first * per_counter, last * per_counter
 
 
@@ -278,5 +281,5 @@ class Layout:
                 yield from _gaussians(*counter, some)
             else:
                 signs = _signs(blocks.device)
-                octets = _octets(*counter, some)
+                octets = _octets(_words(*counter, some))
                 yield from (signs.index_select(0, own).flatten() for own in octets)

@@ -79,7 +79,7 @@ def evaluator_of(
 ) -> Evaluator:
     """An evaluator that asks the engine for many candidates in one call."""
     replacement: Any = (model.get_base_model(), "next_tokens", _next_tokens)
-    each = 4 * space.lane_numel
+    each = 4 * space.numel
     host = Host({"engine": replacement}, lambda batch, parts: max(1, STATES // (each * parts)))
     return Evaluator(model, space, objective, host, candidates_per_forward, ranks)
 
