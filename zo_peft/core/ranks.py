@@ -35,10 +35,6 @@ class OneRank:
     count = batches = divided = 1
     wire_bytes = 0
 
-    def collator(self, collate: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
-        """A collator that makes this rank's share of a whole batch."""
-        return collate
-
     def losses(
         self, points: Sequence[Sequence[Direction]], batch: Batch, evaluate: EvaluateBatch
     ) -> Tensor:
@@ -86,7 +82,7 @@ class Ranks(OneRank):
         return [range(start, stop) for start, stop in pairwise(edges)]
 
     def collator(self, collate: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
-        """As of `OneRank`."""
+        """A collator that makes this rank's share of a whole batch."""
 
         def shared(features: Sequence[Any]) -> Batch:
             share = self.shares(len(features))[self.rank]

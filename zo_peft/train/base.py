@@ -411,4 +411,4 @@ def _check_tuned(args: ZOConfig, model: str | AnyModel, peft_config: PeftConfig 
         raise UserError(f"tune={args.tune!r} tunes the base itself; give no adapter or peft_config")
     kinds: Any = type(None) if isinstance(model, PeftModel) else PeftConfig
     if args.tune == "adapter" and not isinstance(peft_config, kinds):
-        raise UserError("give either a peft_config (a LoraConfig or another one), or a PeftModel")
+        raise UserError("give either a peft_config (such as a LoraConfig), or a PeftModel")

@@ -374,7 +374,7 @@ class ZOTrainer(CheckpointTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Whole batches in the same order on every rank, each of which takes its share of them."""
-        if self.ranks.count == 1:
+        if not isinstance(self.ranks, Ranks):
             return super().get_train_dataloader()
         if not has_length(self.train_dataset) or self.accelerator.dispatch_batches:
             raise UserError("a streamed data set is read by one process; load it, or start one")
