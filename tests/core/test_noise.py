@@ -18,12 +18,12 @@ from scipy import stats
 from tiny import noise_block
 
 from zo_peft.core.noise import (
-    _KERNEL,
     ALIGNMENT,
     Distribution,
     Layout,
     SignSums,
     derive_seed,
+    kernel_code,
     name_words,
     philox,
 )
@@ -338,25 +338,15 @@ extern "C" void fill(int count, const long long *in, long long *out) {{
 def test_the_kernel_of_gpus_makes_the_same_numbers(
     distribution: Distribution, tmp_path: Path
 ) -> None:
-    code = _KERNEL.replace("GAUSSIAN", str(int(distribution == "gaussian")))
+    code = kernel_code("GAUSSIAN" if distribution == "gaussian" else "SIGNS")
     (tmp_path / "kernel.cpp").write_text(IN_C.format(kernel=code))
     command = ["g++", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-o"]
     subprocess.run([*command, tmp_path / "kernel.so", tmp_path / "kernel.cpp"], check=True)
-    seed, name, blocks = 2**62 + 12345, NAMES[0], [0, 1, 7, 2**31, 2**33 + 5]
+    seed, name, blocks = 2**62 + 12345, NAMES[0], [0, 1, 7, 40, 2**31, 2**33 + 5]
     counters = np.array([[block, *name_words(name), seed] for block in blocks], np.int64)
     out = np.zeros((len(blocks), 2), np.int64)
     fill = ctypes.CDLL(str(tmp_path / "kernel.so")).fill
     fill(len(blocks), counters.ctypes.data_as(ctypes.c_void_p), out.ctypes.data_as(ctypes.c_void_p))
-    per_counter = 4 if distribution == "gaussian" else 128
-    expected = np.stack(
-        [
-            noise_block(seed, name, block * per_counter, (block + 1) * per_counter, distribution)
-            for block in blocks
-        ]
-    )
-    if distribution == "gaussian":
-        np.testing.assert_allclose(out.view(np.float32), expected, rtol=2e-6, atol=2e-7)
-    else:
-        octets = out.view(np.uint8)
-        signs = np.unpackbits(octets, axis=1, bitorder="little").astype(np.float32) * 2 - 1
-        np.testing.assert_array_equal(signs, expected)
+    parts = [noise_block(seed, name, 4 * b, 4 * b + 4, distribution) for b in blocks]
+    expected = np.stack([part.numpy() for part in parts])
+    np.testing.assert_allclose(out.view(np.float32), expected, rtol=2e-6, atol=2e-7)

@@ -34,11 +34,13 @@ CUDA_CHUNK = 1 << 21
 
 _MASK = 0xFFFFFFFF
 
-#: `philox` as one kernel, for PyTorch to compile; with `gaussian` also Box-Muller (`_gaussian`).
-#: Without it the pairs of words are the halves of two 64-bit numbers, with it those of floats are.
+#: `philox` and what is made of its words as one kernel, for PyTorch to compile. It gives four
+#: numbers, two in each of its outputs: WORDS themselves, float32 of Box-Muller (GAUSSIAN), or
+#: float32 signs of four bits (SIGNS), of which 32 calls share a counter.
 _KERNEL = """
 template <typename T> void numbers(T block, T low, T high, T seed, T& first, T& second) {
-    unsigned int c0 = block, c1 = (unsigned long long)block >> 32, c2 = low, c3 = high;
+    unsigned long long counter = SIGNS ? block >> 5 : block;
+    unsigned int c0 = counter, c1 = counter >> 32, c2 = low, c3 = high;
     unsigned int k0 = seed, k1 = (unsigned long long)seed >> 32;
     for (int round = 0; round < 10; ++round) {
         unsigned long long p0 = (unsigned long long)c0 * 0xD2511F53u;
@@ -58,6 +60,9 @@ template <typename T> void numbers(T block, T low, T high, T seed, T& first, T& 
         out.number[i] = radius * cosf(angle);
         out.number[i + 1] = radius * sinf(angle);
     }
+    unsigned int bits = out.word[(block & 31) >> 3] >> 4 * (block & 7);
+    for (int i = 0; SIGNS && i < 4; ++i)
+        out.number[i] = bits >> i & 1 ? 1.0f : -1.0f;
     first = out.pair[0];
     second = out.pair[1];
 }
@@ -69,11 +74,17 @@ def chunk(device: torch.device) -> int:
     return CUDA_CHUNK if device.type == "cuda" else CHUNK
 
 
+def kernel_code(kind: str) -> str:
+    """The code of the kernel for WORDS, GAUSSIAN or SIGNS."""
+    return _KERNEL.replace("GAUSSIAN", f"{kind == 'GAUSSIAN':d}").replace(
+        "SIGNS", f"{kind == 'SIGNS':d}"
+    )
+
+
 @functools.cache
-def _kernel(gaussian: bool) -> Callable[..., Sequence[Tensor]]:
-    """`_KERNEL`, compiled by PyTorch for the GPU at hand when it is first called."""
-    code = _KERNEL.replace("GAUSSIAN", str(int(gaussian)))
-    return torch.cuda.jiterator._create_multi_output_jit_fn(code, num_outputs=2)
+def _kernel(kind: str) -> Callable[..., Sequence[Tensor]]:
+    """The kernel, compiled by PyTorch for the GPU at hand when it is first called."""
+    return torch.cuda.jiterator._create_multi_output_jit_fn(kernel_code(kind), num_outputs=2)
 
 
 def derive_seed(*parts: int) -> int:
@@ -102,7 +113,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seeds: Sequence[int])
     device = counter[0].device
     keys = _keys(seeds, device)
     if device.type == "cuda":
-        pairs = _kernel(False)(counter[0] | counter[1] << 32, *counter[2:], keys[:, None])
+        pairs = _kernel("WORDS")(counter[0] | counter[1] << 32, *counter[2:], keys[:, None])
         return [pair >> shift & _MASK for pair in pairs for shift in (0, 32)]
     rounds = torch.arange(10, device=device)[:, None, None]
     keys0 = ((keys[:, None] & _MASK) + rounds * 0x9E3779B9) & _MASK
@@ -129,8 +140,9 @@ def _gaussian(words: list[Tensor]) -> Tensor:
     return torch.stack(numbers, dim=-1).flatten(1)
 
 
-def _octets(words: list[Tensor]) -> Tensor:
+def _octets(blocks: Tensor, low: Tensor, high: Tensor, seeds: Sequence[int]) -> Tensor:
     """The bytes of C counters' words, lowest first: int32 [seeds, 16 C] in [0, 256)."""
+    words = philox((blocks & _MASK, blocks >> 32, low, high), seeds)
     # Conversion wraps: the bits stay as they are.
     return torch.stack([word.int() for word in words], dim=-1).view(torch.uint8).flatten(1).int()
 
@@ -142,26 +154,24 @@ def _signs(device: torch.device) -> Tensor:
     return (octets[:, None] >> bits).bitwise_and_(1).float().mul_(2.0).sub_(1.0)
 
 
-def _words(blocks: Tensor, low: Tensor, high: Tensor, seeds: Sequence[int]) -> list[Tensor]:
-    return philox((blocks & _MASK, blocks >> 32, low, high), seeds)
-
-
-def _gaussians(blocks: Tensor, low: Tensor, high: Tensor, seeds: Sequence[int]) -> Tensor:
-    """The numbers of C counters: float32 [seeds, 4 C]."""
-    if blocks.is_cuda:
-        pairs = _kernel(True)(blocks, low, high, _keys(seeds, blocks.device)[:, None])
-        return torch.stack([*pairs], dim=-1).view(torch.float32).flatten(1)
-    return _gaussian(_words(blocks, low, high, seeds))
-
-
 def _numbers(
     blocks: Tensor, low: Tensor, high: Tensor, seeds: Sequence[int], distribution: Distribution
 ) -> Tensor:
+    """The numbers of C blocks of `per_block`: float32 [seeds, N]."""
+    if blocks.is_cuda:
+        kind = "GAUSSIAN" if distribution == "gaussian" else "SIGNS"
+        pairs = _kernel(kind)(blocks, low, high, _keys(seeds, blocks.device)[:, None])
+        return torch.stack([*pairs], dim=-1).view(torch.float32).flatten(1)
     if distribution == "gaussian":
-        return _gaussians(blocks, low, high, seeds)
+        return _gaussian(philox((blocks & _MASK, blocks >> 32, low, high), seeds))
     # One sign, +1 or -1, for each bit of the words.
-    octets = _octets(_words(blocks, low, high, seeds))
+    octets = _octets(blocks, low, high, seeds)
     return _signs(octets.device).index_select(0, octets.flatten()).view(len(octets), -1)
+
+
+def per_block(distribution: Distribution, device: torch.device) -> int:
+    """How many numbers are made of one block: those of a counter, or four on a GPU."""
+    return 4 if device.type == "cuda" else NUMBERS_PER_COUNTER[distribution]
 
 
 def noise_blocks(
@@ -173,12 +183,12 @@ def noise_blocks(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Numbers `start` to `stop` of parameter `name` (flattened) under each seed: float32 [S, N]."""
-    per_counter = NUMBERS_PER_COUNTER[distribution]
-    first = start // per_counter
-    blocks = torch.arange(first, -(-stop // per_counter), device=device)
+    each = per_block(distribution, torch.device(device))
+    first = start // each
+    blocks = torch.arange(first, -(-stop // each), device=device)
     low, high = (torch.full_like(blocks, word) for word in name_words(name))
     numbers = _numbers(blocks, low, high, seeds, distribution)
-    return numbers[:, start - first * per_counter : stop - first * per_counter]
+    return numbers[:, start - first * each : stop - first * each]
 
 
 class SignSums:
@@ -218,7 +228,7 @@ class SignSums:
         first, last = start // per_counter, -(-ahead // per_counter)
         blocks = torch.arange(first, last, device=self.device)
         low, high = (torch.full_like(blocks, word) for word in name_words(self.name))
-        self._octets = _octets(_words(blocks, low, high, self.seeds))
+        self._octets = _octets(blocks, low, high, self.seeds)
         self._first, self._stop = first * per_counter, last * per_counter
 
 
@@ -226,15 +236,15 @@ def noise_rows(
     seed: int, name: str, rows: Tensor, width: int, distribution: Distribution = "gaussian"
 ) -> Tensor:
     """Rows (int64 [R]) of a matrix's noise, as `noise_blocks` has it: float32 [R, width]."""
-    per_counter = NUMBERS_PER_COUNTER[distribution]
+    each = per_block(distribution, rows.device)
     start = rows * width
-    first = start // per_counter
-    span = torch.arange(-(-width // per_counter) + 1, device=rows.device)
+    first = start // each
+    span = torch.arange(-(-width // each) + 1, device=rows.device)
     blocks = (first[:, None] + span).flatten()
     low, high = (torch.full_like(blocks, word) for word in name_words(name))
     numbers = _numbers(blocks, low, high, [seed], distribution)[0].view(len(rows), -1)
     columns = torch.arange(width, device=rows.device)
-    return numbers.gather(1, (start - first * per_counter)[:, None] + columns)
+    return numbers.gather(1, (start - first * each)[:, None] + columns)
 
 
 class Layout:
@@ -268,18 +278,18 @@ class Layout:
         self, seeds: Sequence[int], start: int, stop: int, distribution: Distribution
     ) -> Iterator[Tensor]:
         """Noise of `flat[start:stop]`, multiples of `ALIGNMENT`, seed by seed: float32 [N]."""
-        per_counter = NUMBERS_PER_COUNTER[distribution]
-        index = torch.arange(start, stop, per_counter, device=self._start.device)
+        each = per_block(distribution, self._start.device)
+        index = torch.arange(start, stop, each, device=self._start.device)
         run = index // ALIGNMENT
-        blocks = (index - self._start[run]) // per_counter
+        blocks = (index - self._start[run]) // each
         counter = blocks, self._low[run], self._high[run]
-        # The counters of several seeds where they fit: those of so many gaussian numbers.
+        # As many seeds at once as fit, in counters of gaussian numbers.
         at_once = max(1, chunk(blocks.device) // 4 // len(blocks))
         for first in range(0, len(seeds), at_once):
             some = seeds[first : first + at_once]
-            if distribution == "gaussian":
-                yield from _gaussians(*counter, some)
+            if distribution == "gaussian" or blocks.is_cuda:
+                yield from _numbers(*counter, some, distribution)
             else:
-                signs = _signs(blocks.device)
-                octets = _octets(_words(*counter, some))
-                yield from (signs.index_select(0, own).flatten() for own in octets)
+                # Signs take 32 times as much as the bytes that they are made of.
+                for octets in _octets(*counter, some):
+                    yield _signs(blocks.device).index_select(0, octets).flatten()
