@@ -107,9 +107,11 @@ class BaseTrainer(Trainer):
         num_labels = model.config.num_labels if adapters.classifies(model) else None
         if generates and num_labels is not None:
             raise UserError("rewards are for language models; this model has a head for classes")
-        longest = adapters.context_length(model, tokenizer), args.max_length
-        told = num_labels, generates, args.max_completion_length, adapters.vocabulary(model)
-        self.tokenization = Tokenization(tokenizer, *longest, *told)
+        context, vocabulary = adapters.context_length(model, tokenizer), adapters.vocabulary(model)
+        most, drawn = args.max_length, args.max_completion_length
+        self.tokenization = Tokenization(
+            tokenizer, context, most, num_labels, generates, drawn, vocabulary
+        )
         self.engine = served.check_engine(model, args.engine, generates, args.world_size)
         if isinstance(objective, scoring.BlackBoxObjective) and train_dataset is None:
             train, evaluation = Dataset.from_list([{"input_ids": [0], "labels": 0}]), None

@@ -73,10 +73,10 @@ def write_model_card(
         pipeline_tag=task,
         base_model=base["name"] if base["on_hub"] else None,
         datasets=dataset and [dataset],
-        metrics=result and [result.metric_type],
+        metrics=[result.metric_type] if result else None,
         tags=["zo_peft"] if merged else ["zo_peft", *made, kind.lower()],
         model_name=title,
-        eval_results=result and [result],
+        eval_results=[result] if result else None,
     )
     card = ModelCard.from_template(
         metadata,

@@ -72,8 +72,9 @@ def upload(
     with hub_errors(repo_id):
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        told = {"commit_message": commit_message, "revision": revision}
-        return api.create_commit(repo_id, operations, **told)
+        return api.create_commit(
+            repo_id, operations, commit_message=commit_message, revision=revision
+        )
 
 
 def public_files(folder: Path, repo_id: str, token: str | None = None) -> dict[str, bytes | Path]:
