@@ -131,7 +131,8 @@ def test_the_parts_add_up(planner: Planner) -> None:
     assert planner.tuned == adapter
     assert memory.weights == codes + scales + biases_and_norms + embeddings
     assert memory.adapter == 4 * adapter * 3
-    assert memory.candidates == 4 * adapter * 2 * 16
+    # Of each lane two buffers, of twelve matrices each, are there at a time.
+    assert memory.candidates == 4 * (2 * 12 * 8 * hidden) * 2 * 16
     assert memory.logits == 2 * 2 * 4 * 16 * vocabulary
     assert memory.activations == 2 * 16 * 512 * 14 * hidden * 2
     assert memory.kept == 0

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from zo_peft.core.batch import Batch, Objective
 from zo_peft.core.direction import Direction
@@ -62,7 +63,8 @@ def low_rank(
         inputs: x there, [N, in].
         a, b: [r, in] and [out, r].
     """
-    return scaling * (errors @ b).T @ inputs, scaling * errors.T @ (inputs @ a.T)
+    errors = scaling * errors
+    return (errors @ b).T @ inputs, errors.T @ (inputs @ a.T)
 
 
 def mixed(
@@ -79,12 +81,11 @@ def mixed(
         a, b: [r, in] and [value heads * width, r]; a value head serves equally many heads in a row.
     """
     _, heads, width = errors.shape
-    shared = heads // (len(b) // width)
+    errors, shared = scaling * errors, heads // (len(b) // width)
     by_head = b.view(-1, width, b.shape[1]).repeat_interleave(shared, dim=0)
     grad_a = torch.einsum("nhw,hwr,nhi->ri", errors, by_head, inputs)
     outer = torch.einsum("nhw,nhr->hwr", errors, inputs @ a.T)
-    grad_b = outer.view(-1, shared, width, b.shape[1]).sum(dim=1).view_as(b)
-    return scaling * grad_a, scaling * grad_b
+    return grad_a, outer.view(-1, shared, width, b.shape[1]).sum(dim=1).view_as(b)
 
 
 def covariance(weights: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -232,7 +233,7 @@ class Guided:
         elif batches[0].share is None:
             parts = parts_of_check(parts, self.evaluator.space.numel)
         loss, scale, gradients, own = self._read(batches, parts)
-        size = _norm(gradients)
+        size = get_total_norm(gradients.values()).item()
         sound, chosen = bool(gradients) and math.isfinite(size), dict[str, Any]()
         if sound and not number:
             self._find_distance(batches, parts)
@@ -433,13 +434,6 @@ def _least_squares(signs: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     free = len(values) - len(slopes)
     variance = (values - signs @ slopes).square().sum() / free if free > 0 else 0.0
     return slopes, variance * torch.linalg.pinv(signs.T @ signs)
-
-
-def _norm(gradients: Gradients) -> float:
-    """The norm of all of them, for which the host waits once."""
-    norms = [gradient.norm().double() for gradient in gradients.values()]
-    one_device = [norm.to(norms[0].device) for norm in norms]
-    return torch.stack(one_device).norm().item() if norms else 0.0
 
 
 def add(sums: Gradients, gradients: Gradients, scale: float) -> None:

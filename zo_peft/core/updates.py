@@ -133,12 +133,13 @@ class Momentum(UpdateRule):
     @contextmanager
     def _known(self, index: int, estimate: Estimate) -> Iterator[Tensor | None]:
         """Which numbers of a buffer an estimate knows, if not all; the others' memory is kept."""
-        if estimate.gradients is None:
+        known = torch.zeros_like(self.space.buffers[index], dtype=torch.bool)
+        views = self.space.views(index, known)
+        if estimate.gradients is None or estimate.gradients.keys() >= views.keys():
             yield None
             return
-        known = torch.zeros_like(self.space.buffers[index], dtype=torch.bool)
-        for name, view in self.space.views(index, known).items():
-            view.fill_(name in estimate.gradients)
+        for name in estimate.gradients.keys() & views.keys():
+            views[name].fill_(True)
         before = {name: flats[index].clone() for name, flats in self.buffers.items()}
         yield known
         for name, flats in self.buffers.items():

@@ -149,7 +149,7 @@ class ResidualGuide:
                 continue
             for parameter, gradient in read(errors_at(module)):
                 if (name := self.names.get(id(parameter))) is not None:
-                    gradients[name] = gradients.get(name, 0.0) + gradient
+                    add(gradients, {name: gradient}, 1.0)
         return gradients
 
 
@@ -306,7 +306,7 @@ class _Pass:
             readings.append(heads.of_values(known.value, self._inputs[known.value]))
         if known.agrees and known.query in self._inputs:
             states = self._inputs[known.query], self._outputs[known.query]
-            readings.append(heads.of_queries(known.query, *states))
+            readings.append(heads.of_queries(known.query, *states, known.scale))
         if known.agrees and prefix:
             readings.append(heads.of_prefix(self.guide.model, index))
         self._inputs, self._outputs = {}, {}

@@ -7,6 +7,7 @@ the heads' outputs they give the gradients of values, queries and prefixes in cl
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Scored:
 
     def of(self, x: Tensor, some: Tensor | slice = slice(None)) -> Tensor:
         """[N, ...] of [B, T, ...], or some of them; virtual tokens stand in front of each row."""
-        return x[self.rows[some], self.positions[some] + x.shape[1] - self.length]
+        return x[self.rows[some], _shifted(self.positions[some], x.shape[1] - self.length)]
 
     def chunks(self) -> list[tuple[slice, Tensor]]:
         """R rows and positions [R, n] in the order of `of`: all rows at once, or one by one."""
@@ -79,8 +80,8 @@ class Attended:
         scores = _grouped(self.query, self.key.transpose(2, 3)).float() * self.scaling
         total = scores.shape[-1]
         if self.last is not None:
-            seen = torch.arange(total, device=scores.device) <= self.last[:, None, :, None]
-            scores = scores.masked_fill(~seen, -torch.inf)
+            later = torch.arange(total, device=scores.device) > self.last[:, None, :, None]
+            scores = scores.masked_fill(later, -torch.inf)
         elif self.mask is not None:
             seen = _at(self.mask, self.where)[..., :total]
             boolean = seen.dtype == torch.bool
@@ -119,11 +120,15 @@ class Heads:
         causal = mask is None and length > 1 and getattr(module, "is_causal", False)
         self.attended: list[Attended] = []
         for rows, positions in scored.chunks():
-            where = positions + length - scored.length
+            where = _shifted(positions, length - scored.length)
             own = None if mask is None else mask.expand(len(query), -1, length, -1)[rows]
-            last = where + total - length if causal else None
+            last = _shifted(where, total - length) if causal else None
             picked = _at(query[rows], where)
             self.attended.append(Attended(rows, picked, key[rows], where, own, last, self.scaling))
+
+    @cached_property
+    def _weights(self) -> list[Tensor]:
+        return [part.weights() for part in self.attended]
 
     def mix(self, x: Tensor) -> Tensor:
         """Sums over S with the weights of each scored position and head: [N, heads, c].
@@ -132,7 +137,7 @@ class Heads:
             x: [B, S, c], or [B, heads, S, c]; it may have fewer heads.
         """
         x = x[:, None] if x.dim() == 3 else x
-        sums = [_grouped(p.weights(), x[p.rows].to(p.query)) for p in self.attended]
+        sums = [_grouped(w, x[p.rows].to(p.query)) for w, p in zip(self._weights, self.attended)]
         return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in sums])
 
     @property
@@ -168,7 +173,7 @@ class Heads:
         """
         attended, heads, scaling, value = self.attended, self.heads, self.scaling, self.value
         if self.scored.single:
-            alone = attended[0].weights()[:, :, 0]
+            alone = self._weights[0][:, :, 0]
             carried = covariance(alone, self._repeated(self.key), self._repeated(value))
             return lambda errors: (
                 scaling * (carried.float() @ errors.view(*carried.shape[:3], 1))[..., 0]
@@ -183,16 +188,22 @@ class Heads:
 
         return carry
 
-    def of_queries(self, module: Any, x: Tensor, made: Tensor) -> Reading:
-        """The gradients of a LoRA on the queries, whose input and output are x and `made`."""
-        carry = self._carry_to_queries()
-        before = self.scored.of(made).unflatten(1, (self.heads, -1))
-        inputs, attended = self.scored.of(x), self.attended
+    def of_queries(self, module: Any, x: Tensor, made: Tensor, scale: float | None) -> Reading:
+        """The gradients of a LoRA on the queries, whose input and output are x and `made`.
+
+        The attention sees `scale` times the output; None: each pair of it is also turned.
+        """
+        carry, inputs, heads = self._carry_to_queries(), self.scored.of(x), self.heads
+        if scale is not None:
+            return lambda errors: lora_gradients(
+                module, low_rank, (scale * carry(errors)).flatten(1), inputs
+            )
+        before, attended = self.scored.of(made), self.attended
 
         def read(errors: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-            after = torch.cat([part.flat for part in attended])
-            own = unrotated(carry(errors), before.float(), after.float()).flatten(1)
-            return lora_gradients(module, low_rank, own, inputs)
+            after = torch.cat([part.flat for part in attended]).float()
+            own = unrotated(carry(errors), before.unflatten(1, (heads, -1)).float(), after)
+            return lora_gradients(module, low_rank, own.flatten(1), inputs)
 
         return read
 
@@ -204,7 +215,7 @@ class Heads:
         """The gradient of a prefix, whose keys and values stand in front of those of the tokens."""
         count = model.active_peft_config.num_virtual_tokens
         parameter = model.prompt_encoder[model.active_adapter].embedding.weight
-        kept = [p.weights()[..., :count].transpose(1, 2).flatten(0, 1) for p in self.attended]
+        kept = [w[..., :count].transpose(1, 2).flatten(0, 1) for w in self._weights]
         weights, outputs = torch.cat(kept), self.outputs
         queries = torch.cat([part.flat for part in self.attended])
         values = self._repeated(self.value[:1, :, :count])[0].clone()
@@ -232,12 +243,14 @@ class Role:
     Attributes:
         agrees: its outputs are those of the weights that are computed here.
         value, query: the LoRAs that make its values and queries, if there are any.
+        scale: what its queries are times the output of `query`; None where they are also turned.
         out: the linear module that its outputs go into.
     """
 
     agrees: bool
     value: nn.Module | None = None
     query: nn.Module | None = None
+    scale: float | None = None
     out: nn.Module | None = None
 
 
@@ -256,8 +269,13 @@ def role_of(module: nn.Module, heads: Heads, output: Tensor, made: dict[nn.Modul
         if y.shape == heads.value.shape and torch.equal(y, heads.value):
             role.value = candidate
         elif y.shape == heads.query.shape and _turned(y, heads.query):
-            role.query = candidate
+            scale = float(heads.query.float().norm() / y.float().norm())
+            role.query, role.scale = candidate, scale if _near(scale * y, heads.query) else None
     return role
+
+
+def _shifted(positions: Tensor, by: int) -> Tensor:
+    return positions + by if by else positions
 
 
 def _at(x: Tensor, positions: Tensor) -> Tensor:
