@@ -71,6 +71,18 @@ SMALLEST = [
         table("evaluator", "PyTorch float32"),
     ),
     form(
+        "gpu_rows",
+        "--dry_run",
+        r"^\| integers of Philox \| 0 of .* differ \|$",
+        r"^\| a replayed run \| largest difference 0.0e\+00 after 20 steps \|$",
+        r"^\| embedded, int8, 2 x 12: guided \|",
+        r"^\| embedded, nf4, 2 x 12: QLoRA, checkpointed \|",
+        table("base", "bfloat16"),
+        r"^\| guided, int8 \| 0.5000 -> 0.9",
+        r"^\| 2, gloo \| .*; adapters equal \|$",
+        table("frozen parts", "embedded, 4 x 48, as they are"),
+    ),
+    form(
         "bench_defaults",
         "--seeds 1 --passes 30 --rows IA3 'rank 2' --learning_rates 1e-2 --data_dir none",
         table("work", "IA3, float32"),
