@@ -205,7 +205,7 @@ def merged_model(model: PeftModel) -> PreTrainedModel:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter in dtypes and ".base_layer." not in name:
             other = name.removeprefix("base_model.model.")
-            why = f"it changes a weight that the base also uses as {other}"
+            why = f"it changes a weight of one layer that the base also uses as {other}"
             raise UserError(f"{kind} cannot be merged: {why}; load it with PEFT")
     # In another dtype PEFT would round the change before it adds it.
     for parameter in dtypes:

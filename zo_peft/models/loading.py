@@ -101,8 +101,9 @@ def _head(config: PreTrainedConfig, num_labels: int, words: Sequence[str]) -> di
             raise UserError(f"{name} has its classes in another order; give --label_words {right}")
         return {}
     if num_labels < 2:
-        why = f"{name} has no head for classes, and a new one needs two or more, not {num_labels}"
-        raise UserError(f"{why}; give all --label_words to train one, or an adapter with it")
+        why = f"{name} has no head for classes, and the labels name {num_labels} of them"
+        advice = "give all --label_words, two or more, to train one, or an adapter with it"
+        raise UserError(f"{why}; {advice}")
     if len(words) != num_labels:
         return {"num_labels": num_labels}
     index = {word: index for index, word in enumerate(words)}
