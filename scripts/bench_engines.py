@@ -2,21 +2,28 @@
 
 The first table is of the same work: 8 LoRAs on 16 prompts each, in CPU seconds, and which share of
 the time is spent around the engine. The second is of runs on the embedded task. Engines whose
-packages are missing are left out; int4 needs nncf.
+packages are missing are left out; int4 needs nncf. vLLM needs an environment of its own, because it
+pins other versions; with its Python, a server is started for the time of the measurements.
 
     python scripts/bench_engines.py
     python scripts/bench_engines.py --size 100M --forward_passes 0
+    python scripts/bench_engines.py --engines --vllm_python /path/to/vllm/environment/bin/python
 """
 
 import argparse
 import contextlib
 import importlib.util
+import os
+import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import torch
 from convert import write_gguf, write_openvino
@@ -48,9 +55,41 @@ ENGINES: dict[Any, tuple[list[str], Callable[..., None], list[str]]] = {
 #: Kinds whose matrices are not rounded.
 FLOAT = {"F32", "f32"}
 
+#: A server of vLLM: what it is started with, where it is, and the seconds until it has started.
+VLLM = "--enable-lora --max-loras 16 --max-lora-rank 8 --max-model-len 256 --dtype float32"
+VLLM += " --enforce-eager --host 127.0.0.1 --port 8193"
+VLLM_ENVIRONMENT = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "1"}
+VLLM_URL, VLLM_STARTS = "http://127.0.0.1:8193", 300
+
 LORA = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
 CANDIDATES, PROMPTS, LENGTH = 8, 16, 32
 MODEL = str(EMBEDDED / "model")
+
+
+@contextlib.contextmanager
+def vllm_server(python: str, model: str) -> Iterator[None]:
+    """Within the context, a server of vLLM has the model."""
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *VLLM.split()]
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    own |= VLLM_ENVIRONMENT
+    # In a session of its own, so that its workers end with it.
+    with subprocess.Popen(command, env=own, stdout=sys.stderr, start_new_session=True) as server:
+        try:
+            end = time.monotonic() + VLLM_STARTS
+            while not _is_up():
+                if server.poll() is not None or time.monotonic() > end:
+                    sys.exit(f"no server has started at {VLLM_URL}; what it says stands above")
+                time.sleep(1)
+            yield
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+
+
+def _is_up() -> bool:
+    try:
+        return urlopen(f"{VLLM_URL}/health").status == 200
+    except (URLError, ConnectionError):
+        return False
 
 
 def llama_100m() -> LlamaForCausalLM:
@@ -86,7 +125,8 @@ def speed(model: Any, bases: dict[tuple[Any, str], str], folder: str) -> None:
     print_header("evaluator", "CPU s", "times PyTorch's speed", "around the engine", "off by, nats")
     print_row("PyTorch float32", f"{ours:.2f}", "1.0", "", "")
     for (engine, kind), path in bases.items():
-        served = get_peft_model(load_served(path, engine, folder)[0], LORA)
+        servers = {"urls": [VLLM_URL], "folder": None, "timeout": 120.0}
+        served = get_peft_model(load_served(path, engine, folder, **servers)[0], LORA)
         for name, parameter in tuned_parameters(served).items():
             parameter.data.copy_(tuned[name])
         space = FlatSpace(tuned_parameters(served))
@@ -94,11 +134,13 @@ def speed(model: Any, bases: dict[tuple[Any, str], str], folder: str) -> None:
         losses, seconds, around = measure(evaluator, batch)
         off = f"{(losses - expected).abs().max():.1e}" if kind in FLOAT else ""
         row = f"{seconds:.2f}", f"{ours / seconds:.1f}", f"{100 * around:.0f}%", off
+        if engine == "vllm":  # Its seconds are those of another process.
+            row = "", "", *row[2:]
         print_row(f"{engine} {kind}", *row)
 
 
 def learn(bases: dict[tuple[Any, str], str], forward_passes: int, folder: Path) -> None:
-    """Print the table of runs on the embedded task, on quantized bases."""
+    """Print the table of runs on the embedded task, on quantized bases or through a server."""
     columns = "forward passes", "accuracy", "adapters put in place", "s in the engine", "s in all"
     print_header("engine", *columns)
     data = DataArguments(
@@ -108,9 +150,10 @@ def learn(bases: dict[tuple[Any, str], str], forward_passes: int, folder: Path) 
         label_words=[LABEL_WORDS],
     )
     for (engine, kind), path in bases.items():
-        if kind in FLOAT:
+        if kind in FLOAT and engine != "vllm":
             continue
         settings = {"engine": engine, "tokenizer_name": MODEL, "engine_reference": MODEL, **SILENT}
+        settings["engine_url"] = [VLLM_URL] if engine == "vllm" else None
         args = ZOConfig(
             str(folder / f"run-{engine}"),
             max_forward_passes=forward_passes,
@@ -132,12 +175,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--size", choices=["embedded", "100M"], default="embedded")
     parser.add_argument("--engines", nargs="*", choices=[*ENGINES], default=[*ENGINES])
+    parser.add_argument("--vllm_python", help="Of the environment of vLLM.")
     parser.add_argument("--forward_passes", type=int, default=400, help="Of a run; 0: no run.")
     given = parser.parse_args()
     quiet()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         folder, bases = Path(scratch), dict[tuple[Any, str], str]()
         small = given.size == "embedded"
         model = AutoModelForCausalLM.from_pretrained(MODEL) if small else llama_100m()
@@ -152,6 +196,9 @@ def main() -> None:
                 path = bases[engine, kind] = str(folder / f"{engine}-{kind}")
                 with contextlib.redirect_stdout(sys.stderr):
                     write(model, Path(path), kind)
+        if given.vllm_python is not None:
+            path = bases["vllm", "f32"] = str(folder / "model")
+            stack.enter_context(vllm_server(given.vllm_python, path))
         speed(model, bases, str(folder / "model"))
         if given.forward_passes and small:
             print()

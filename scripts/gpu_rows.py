@@ -411,9 +411,9 @@ def ranks_run(count: int, steps: int, _: Bases) -> Cells:
         for rank in range(count)
     ]
     answers = [process.communicate(timeout=120) for process in processes]
-    for process, (_, problem) in zip(processes, answers):
+    for process, (_out, errors) in zip(processes, answers):
         if process.returncode:
-            raise RuntimeError(problem.strip().splitlines()[-1])
+            raise RuntimeError(errors.strip().splitlines()[-1])
     taken, adapters = zip(*(json.loads(out.splitlines()[-1]) for out, _ in answers))
     same = "" if count == 1 else f"; adapters {'equal' if len({*adapters}) == 1 else 'DIFFER'}"
     return [f"{max(taken):.4f}{same}"]

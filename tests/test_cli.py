@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import command_line
+from tiny import command_line, evaluate_line
 
 import zo_peft
 from zo_peft import __version__
 from zo_peft.cli import COMMANDS, RUN, main, named
 from zo_peft.objectives.scoring import OptionObjective
+from zo_peft.runs.help import read_by
 from zo_peft.runs.options import parse
 from zo_peft.runs.texts import ENVIRONMENT
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
@@ -61,8 +62,7 @@ def test_train_writes_adapter_card_and_metrics_and_evaluate_agrees(
     files = [p.read_text() for p in out.iterdir() if p.suffix in (".md", ".json")]
     assert not any(str(tmp_path) in text or str(EMBEDDED) in text for text in files)
 
-    evaluate = options(tmp_path, adapter_name_or_path=out, output_dir=None, max_forward_passes=None)
-    assert main(["evaluate", *evaluate, "--json"]) == 0
+    assert main(["evaluate", *evaluate_line(adapter_name_or_path=out), "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
     assert measured["metric"] == printed["metric_after"]
     assert measured["eval_loss"] == pytest.approx(printed["eval_loss_after"], rel=1e-6)
@@ -211,9 +211,8 @@ def test_a_classification_head_trains_and_is_evaluated(
     said = {line.split(":")[0].split("  ")[0] for line in printed.err.splitlines()}
     own = {"note", "train.jsonl", "test.jsonl"}
     assert {line for line in said if not re.fullmatch(r"step \d+", line)} == own
-    assert (
-        main(["evaluate", *options(tmp_path, adapter_name_or_path=tmp_path / "out", **head)]) == 0
-    )
+    argv = evaluate_line(adapter_name_or_path=tmp_path / "out", **head)
+    assert main(["evaluate", *argv]) == 0
     assert f"accuracy {trained['metric_after']:.4f}" in capsys.readouterr().out
 
 
@@ -225,7 +224,7 @@ def test_a_quantized_base_with_a_new_head_is_tuned_and_loaded(
     assert main(["train", *options(tmp_path, **head, **scales), "--json"]) == 0
     trained = json.loads(capsys.readouterr().out)
     given = {"model_name_or_path": tmp_path / "out", "tune": "scales", **head}
-    assert main(["evaluate", *options(tmp_path, **given), "--json"]) == 0
+    assert main(["evaluate", *evaluate_line(**given), "--json"]) == 0
     evaluated = json.loads(capsys.readouterr().out)
     assert evaluated["metric"] == trained["metric_after"]
     assert evaluated["eval_loss"] == pytest.approx(trained["eval_loss_after"], rel=1e-5)
@@ -364,11 +363,32 @@ def test_every_command_has_help_and_what_it_names(
     assert ended.value.code == 0
     printed = capsys.readouterr().out
     known = {f.name for argument in command.arguments for f in fields(named(argument))}
-    assert {name for name in known if f"--{name}" not in printed} == known & HIDDEN
+    read = read_by(command.reads) or known
+    assert read <= known
+    hidden = {name for name in known if not re.search(rf"--{name}(?![\w-])", printed)}
+    assert hidden == (known - read) | (known & HIDDEN)
     assert main([name, "--help"]) == 0
     screen = capsys.readouterr().out.splitlines()
     assert len(screen) <= 60
     assert max(map(len, screen)) <= 80
     shown = {line.split()[0][2:] for line in screen if line.startswith("  --")}
-    assert shown <= known - REFUSED.keys()
-    assert command.groups or shown == known
+    assert shown <= read - REFUSED.keys()
+    assert command.groups or shown == read
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("predict out new.csv --lora_r 8", "--lora_r; see zo-peft predict --help"),
+        ("predict out new.csv --task sst2", "--task (did you mean --task_type?); see zo-peft"),
+        ("evaluate out --train_file a.csv", "--train_file (did you mean --eval_file?); see"),
+        ("merge --learning-rate=1", "--learning-rate=1; see zo-peft merge --help"),
+        ("replay zo_journal --task_type SEQ_CLS", "--task_type; see zo-peft replay --help"),
+    ],
+)
+def test_options_that_a_command_does_not_use_are_refused(
+    given: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(given.split()) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"zo-peft: error: unknown argument {message}")

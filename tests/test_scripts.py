@@ -77,7 +77,7 @@ SMALLEST = [
         r"^\| a replayed run \| largest difference 0.0e\+00 after 20 steps \|$",
         r"^\| embedded, int8, 2 x 12: guided \|",
         r"^\| embedded, nf4, 2 x 12: QLoRA, checkpointed \|",
-        table("base", "bfloat16"),
+        table("base", "float32"),
         r"^\| guided, int8 \| 0.5000 -> 0.9",
         r"^\| 2, gloo \| .*; adapters equal \|$",
         table("frozen parts", "embedded, 4 x 48, as they are"),

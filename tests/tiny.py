@@ -21,8 +21,10 @@ from transformers import (
 )
 
 from zo_peft import GradientTrainer, ZOConfig, ZOTrainer
+from zo_peft.cli import COMMANDS
 from zo_peft.core.noise import noise_blocks
 from zo_peft.data import make_examples, read_rows
+from zo_peft.runs.help import read_by
 from zo_peft.runs.jobs import flags
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
@@ -125,23 +127,31 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
+#: Options of a short run on the embedded model.
+RUN = {
+    "model_name_or_path": MODEL,
+    "lora_target_modules": ["q_proj", "v_proj"],
+    "train_file": EMBEDDED / "train.jsonl",
+    "eval_file": EMBEDDED / "test.jsonl",
+    "prompt_template": TEMPLATE,
+    "label_words": LABEL_WORDS,
+    "zo_eps": 1e-2,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 100,
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
 def command_line(folder: Path, **changes: Any) -> list[str]:
-    """Options of a short run on the embedded model; None removes one, a list has several values."""
-    defaults = {
-        "model_name_or_path": MODEL,
-        "lora_target_modules": ["q_proj", "v_proj"],
-        "train_file": EMBEDDED / "train.jsonl",
-        "eval_file": EMBEDDED / "test.jsonl",
-        "prompt_template": TEMPLATE,
-        "label_words": LABEL_WORDS,
-        "zo_eps": 1e-2,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 100,
-        "output_dir": folder,
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return flags({**defaults, **changes})
+    """The options of `RUN`; None removes one, a list has several values."""
+    return flags({**RUN, "output_dir": folder, **changes})
+
+
+def evaluate_line(**changes: Any) -> list[str]:
+    """The same, of which the options that `evaluate` does not take are left out."""
+    taken = read_by(COMMANDS["evaluate"].reads)
+    return flags({n: value for n, value in (RUN | changes).items() if n in taken})
 
 
 def noise_block(seed: int, *args: Any) -> Tensor:

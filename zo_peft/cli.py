@@ -22,7 +22,7 @@ import yaml
 
 from zo_peft import __version__
 from zo_peft.errors import Notice, UserError
-from zo_peft.runs.help import guess, screen
+from zo_peft.runs.help import guess, read_by, screen
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Command:
     help: str
     job: str
     arguments: Sequence[str] = ()
+    reads: Sequence[str] = ()
     trains: bool = False
     positional: Sequence[str] = ()
     json: str | None = None
@@ -68,7 +69,8 @@ def help_of(name: str, command: Command) -> str:
     more = "Options of zo-peft train" if command.trains else "--config FILE: options in YAML"
     end = f"{more}. --help-all: every option at length.\n"
     end += "--json: print one JSON object. --debug: tracebacks, and what libraries say."
-    return "\n\n".join([*parts, screen(command.arguments, command.groups), end])
+    shown = screen(command.arguments, command.groups, read_by(command.reads))
+    return "\n\n".join([*parts, shown, end])
 
 
 def named(name: str) -> Any:
@@ -124,10 +126,11 @@ def _quiet() -> Iterator[None]:
     from transformers.utils.logging import disable_progress_bar
 
     datasets.disable_progress_bars()
-    disable_progress_bar()
     if sys.stderr.isatty():
-        # Downloads take long, and in a terminal a bar does no harm.
+        # Downloads and loading take long, and in a terminal a bar does no harm.
         enable_progress_bars()
+    else:
+        disable_progress_bar()
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     with warnings.catch_warnings(action="ignore"):
@@ -165,7 +168,8 @@ def _run(name: str, command: Command, argv: Sequence[str]) -> tuple[bool, dict[s
     arguments = [named(argument) for argument in command.arguments]
     defaults = named(command.defaults) if command.defaults else None
     trains = [*map(named, RUN)] if command.trains else []
-    output, parsed = parse(name, arguments, argv, command.positional, trains, defaults)
+    reads = read_by(command.reads)
+    output, parsed = parse(name, arguments, argv, command.positional, trains, defaults, reads)
     # Trainer prints its logs on stdout, where only the result belongs.
     with contextlib.redirect_stdout(sys.stderr):
         return output.json, named(command.job)(*parsed)

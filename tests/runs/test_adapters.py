@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import MODEL, command_line
+from tiny import MODEL, command_line, evaluate_line
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from zo_peft.cli import main
@@ -43,7 +43,8 @@ def zo(files: Path, capsys: pytest.CaptureFixture[str]) -> Lines:
     def run(command: str, folder: Path, code: int = 0, **changes: Any) -> str:
         data = {"train_file": files / "words.jsonl", "eval_file": files / "words.jsonl"}
         short = {"max_steps": 2, "learning_rate": 0.1, "save_strategy": "no"}
-        argv = command_line(folder, **{**data, **short, **changes})
+        given = {**data, **short, **changes}
+        argv = evaluate_line(**given) if command == "evaluate" else command_line(folder, **given)
         capsys.readouterr()
         assert main([command, *argv]) == code
         printed = capsys.readouterr()
@@ -141,7 +142,7 @@ def test_classes_are_those_of_the_head_or_the_words(zo: Lines, files: Path, tmp_
     card = (tmp_path / "words/README.md").read_text()
     assert "num_labels=3, id2label={0: 'bad', 1: 'fine', 2: 'good'}" in card
     argv = ["merge", "--model_name_or_path", MODEL, "--output_dir", str(tmp_path / "merged")]
-    argv += ["--task_type", "SEQ_CLS", "--adapter_name_or_path", str(tmp_path / "words")]
+    argv += ["--adapter_name_or_path", str(tmp_path / "words")]
     assert main(argv) == 0
     names = {0: "bad", 1: "fine", 2: "good"}
     assert AutoConfig.from_pretrained(tmp_path / "merged").id2label == names
@@ -163,7 +164,7 @@ def test_a_new_head_depends_on_the_seed_alone(
     for name in ("first", "second"):
         zo("train", tmp_path / name, **data)
     argv = ["replay", str(tmp_path / "first/zo_journal"), "--model_name_or_path", MODEL]
-    argv += ["--task_type", "SEQ_CLS", "--output_dir", str(tmp_path / "replayed")]
+    argv += ["--output_dir", str(tmp_path / "replayed")]
     assert main(argv) == 0
     file = WEIGHTS if tune == "adapter" else "model.safetensors"
     first, *others = (load_file(tmp_path / n / file) for n in ("first", "second", "replayed"))

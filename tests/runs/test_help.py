@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from zo_peft.cli import COMMANDS, RUN, named
 from zo_peft.runs.arguments import ModelArguments
-from zo_peft.runs.help import ALIASES, guess, screen
+from zo_peft.runs.help import ALIASES, SETS, guess, screen
 from zo_peft.train.checks import REFUSED
 
 OPTIONS = {f.name: f for argument in RUN for f in fields(named(argument))}
@@ -71,6 +71,11 @@ def test_the_groups_show_options_that_are_taken_and_say_their_defaults() -> None
 )
 def test_guesses(word: str, meant: str | None) -> None:
     assert guess(word, OPTIONS) == (f" (did you mean {meant}?)" if meant else "")
+
+
+def test_sets_hold_options_and_have_other_names() -> None:
+    assert not SETS.keys() & OPTIONS.keys()
+    assert {name for options in SETS.values() for name in options} <= OPTIONS.keys()
 
 
 def test_aliases_are_no_options_and_lead_to_some() -> None:

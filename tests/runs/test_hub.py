@@ -22,7 +22,8 @@ LOCAL: dict[str, Any] = {
     "train_file": EMBEDDED / "train.jsonl",
     "eval_file": EMBEDDED / "test.jsonl",
 }
-LOCAL_MODEL: dict[str, Any] = {**LOCAL, "model_name_or_path": EMBEDDED / "model"}
+#: For `evaluate`, which takes no data to train on.
+LOCAL_MODEL = {**LOCAL, "train_file": None, "model_name_or_path": EMBEDDED / "model"}
 
 
 def command(name: str, **changes: Any) -> list[str]:

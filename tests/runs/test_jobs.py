@@ -95,7 +95,7 @@ def test_seeds_are_summed_up_and_presets_and_the_readout_take_part(
     common = {"eval_loss_after": 0.5, "metric_before": 0.5, "eval_loss_before": 0.7, "steps": 1}
     runner = recorded(monkeypatch, *(one | common | {"examples_forwarded": 80} for one in fake))
     monkeypatch.setattr(compare, "plot", lambda *_: None)
-    argv = ["compare", "--strategies", "readout", "paper-mezo", "--max_forward_passes", "20"]
+    argv = ["compare", "--strategies", "ReadOut", "paper-mezo", "--max_forward_passes", "20"]
     (tmp_path / "c.yaml").write_text("prompt_template: '{text} is'\nseed: 7\nseeds: 2\n")
     argv += ["--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path)]
     assert main([*argv, "--json"]) == 0
@@ -211,7 +211,7 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(
 
 def test_an_unknown_strategy_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--strategies", "spsa", "--max_forward_passes", "9"]) == 2
-    told = "strategy 'spsa' is not known; use some of guided, mezo"
+    told = "argument --strategies: invalid choice: 'spsa' (choose from 'guided', 'mezo',"
     assert told in capsys.readouterr().err
 
 

@@ -1,12 +1,13 @@
 """What the command line finds out by itself of a user's own files."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pandas
 import pytest
-from tiny import MODEL, bert, command_line
+from tiny import MODEL, bert, command_line, evaluate_line
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zo_peft import UserError
@@ -122,12 +123,15 @@ def test_a_chat_file_to_a_merged_model(tmp_path: Path, capsys: pytest.CaptureFix
     trained = json.loads(capsys.readouterr().out)
     assert trained["settings"]["chat_template"] == "chatml"
     model = {"model_name_or_path": MODEL, "adapter_name_or_path": tmp_path / "out"}
-    measured = {**file, **model, "output_dir": None, "max_forward_passes": None}
-    assert main(["evaluate", *command_line(tmp_path, **measured), "--json"]) == 0
+    assert main(["evaluate", *evaluate_line(**file, **model), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["eval_loss"] == trained["eval_loss_after"]
-    merge = [f"--{name}={value}" for name, value in model.items()]
-    assert main(["merge", *merge, f"--output_dir={tmp_path / 'merged'}"]) == 0
-    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    # The last of the commands that the run names.
+    _, command, *merge = shlex.split(trained["next"][-1])
+    assert main([command, *merge]) == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out-merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out-merged")
+    # A whole model is not given in the place of an adapter.
+    assert main(["predict", str(tmp_path / "out-merged"), "new.csv"]) == 2
+    assert "give it by --model_name_or_path, and rows by" in capsys.readouterr().err
     text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert text == "<bos><|im_start|>user\nhi<|im_end|>\n"

@@ -61,7 +61,9 @@ class FlatSpace:
         self.noise, self.parameters = noise, dict(parameters)
         self.numel = sum(parameter.numel() for parameter in parameters.values())
         self._flats = [_Flat(block, _device(block)) for block in blocks]
-        self._homes = {p: flat for flat, block in zip(self._flats, blocks) for p in block.values()}
+        self._homes: dict[Tensor, _Flat] = {
+            p: flat for flat, block in zip(self._flats, blocks) for p in block.values()
+        }
         self._vectors: list[Mapping[str, Tensor]] = []
 
     @property

@@ -307,13 +307,26 @@ OTHERS: dict[Form, tuple[Form, Callable[[Row], Row]]] = {
 
 
 def question_of(row: Row) -> Row:
-    """The row in a form of ours without its answer, if it is in one of another program's."""
-    if row.get("conversations") is not None:
-        return {"messages": _turns(row), **({"tools": row["tools"]} if row.get("tools") else {})}
-    if row.get("instruction") is not None:
-        given = {n: row[n] for n in ("instruction", "input", "context") if row.get(n) is not None}
-        return {"prompt": _instruction(given)["prompt"]}
-    return row
+    """What a row asks, without its answer: `prompt`, and what may stand beside it.
+
+    A UserError says that the row has no column that asks.
+    """
+    row = {name: value for name, value in row.items() if value is not None}
+    if "instruction" in row:
+        asked = {"instruction", "input", "context"} & row.keys()
+        return {"prompt": _instruction({name: row[name] for name in asked})["prompt"]}
+    turns = _turns(row) if "conversations" in row else [*row.get("messages", ())]
+    while turns and is_answer(turns[-1]):
+        turns.pop()
+    prompt = row.get("prompt") or turns or row.get("text")
+    if not prompt:
+        raise UserError(f"it has the columns {named(row)}; give a --prompt_template")
+    return {"prompt": prompt, **{n: row[n] for n in ("options", *OPTIONAL) if n in row}}
+
+
+def is_answer(turn: Any) -> bool:
+    """Whether a turn of a conversation is the assistant's."""
+    return isinstance(turn, dict) and turn.get("role") == "assistant"
 
 
 READERS: dict[str, Callable[[Any], Any]] = {

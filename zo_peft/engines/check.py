@@ -21,6 +21,9 @@ from zo_peft.engines.served import rows_of, states_of
 from zo_peft.errors import Notice, UserError
 from zo_peft.models.loading import load_base
 
+#: The places of a sequence, and the tokens, that answers are compared at.
+PLACES, TOKENS = 32, 20
+
 #: How long random adapters are: the first length that moves answers by `MOVED` nats; else the last.
 LENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 MOVED = 0.3
@@ -41,9 +44,11 @@ def check_answers(model: PeftModel, batch: Batch, reference: str | None = None) 
             adapter acts otherwise than in PyTorch.
     """
     base, given = model.get_base_model(), rows_of(batch)
-    # Asked at all places about all tokens of the first of them.
-    tokens = torch.tensor(given[0].ids)
-    rows = [Row(r.ids, [*range(len(r.ids))], tokens.expand(len(r.ids), -1)) for r in given]
+    # Asked at the last places about tokens of the first of them.
+    tokens, rows = torch.tensor(given[0].ids[:TOKENS]), []
+    for row in given:
+        places = [*range(len(row.ids))][-PLACES:]
+        rows.append(Row(row.ids, places, tokens.expand(len(places), -1)))
     _check_swaps(base.engine, _two(base, "", rows), rows)
     if reference is not None:
         _check_effects(model, rows, reference)

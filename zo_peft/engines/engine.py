@@ -15,9 +15,9 @@ from torch import Tensor
 from zo_peft.errors import UserError
 from zo_peft.models.loading import files_hash
 
-#: The engines, and the package that each of them needs.
+#: The engines, and the package that those in this process need.
 PACKAGES = {"llamacpp": "xllamacpp", "openvino": "openvino"}
-EngineName = Literal["llamacpp", "openvino"]
+EngineName = Literal["llamacpp", "openvino", "vllm"]
 
 
 class Matrices(NamedTuple):
@@ -119,9 +119,10 @@ class Engine:
 
 
 def installed() -> dict[str, str | None]:
-    """The version of each engine's package; None where it is not installed."""
+    """The version of each engine's package, None where it is not installed; vLLM is elsewhere."""
     found = {name: [*importlib.metadata.distributions(name=p)] for name, p in PACKAGES.items()}
-    return {name: packages[0].version if packages else None for name, packages in found.items()}
+    versions = {name: packages[0].version if packages else None for name, packages in found.items()}
+    return versions | {"vllm": "any server"}
 
 
 def imported(*packages: str) -> list[Any]:

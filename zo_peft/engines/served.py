@@ -24,6 +24,7 @@ from zo_peft.core.space import Space
 from zo_peft.engines.engine import Answers, Engine, EngineName, Matrices, Row, States
 from zo_peft.engines.llamacpp import LlamaCpp
 from zo_peft.engines.openvino import MODEL_NAME, OpenVino
+from zo_peft.engines.vllm import Vllm
 from zo_peft.errors import UserError
 from zo_peft.models.heads import lora_parameters
 from zo_peft.models.hub import AnyModel
@@ -35,23 +36,26 @@ STATES = 64 << 20
 
 
 def load_served(
-    name: str, engine: EngineName, source: str | None = None, *chat: str | None
+    name: str, engine: EngineName, source: str | None = None, *chat: str | None, **servers: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base that an engine computes, in shapes alone, and its tokenizer.
 
     The base's attribute `engine` answers for it.
 
     Args:
-        name: a GGUF file for llamacpp, a folder for openvino.
+        name: a GGUF file for llamacpp, a folder for openvino; for vllm what servers call the base.
         source: a folder or a Hub id with the configuration and the tokenizer of the model that was
             converted; default: what the file or the folder itself says of them.
         chat: where a chat template comes from, as of `load_tokenizer`.
+        servers: for vllm, `urls`, `folder` and `timeout` of `Vllm`.
 
     Raises:
-        UserError: the engine is not installed, or the file or the configuration cannot be read.
+        UserError: the engine is not installed or does not answer, or the file or the configuration
+            cannot be read.
     """
     path = Path(name)
-    if not (path if engine == "llamacpp" else path / MODEL_NAME).is_file():
+    files = {"llamacpp": path, "openvino": path / MODEL_NAME}
+    if engine in files and not files[engine].is_file():
         what = {"llamacpp": "a GGUF file", "openvino": f"a folder with {MODEL_NAME}"}[engine]
         raise UserError(f"the engine {engine} reads {what}; {name!r} is none")
     if source is None and engine == "llamacpp":
@@ -65,7 +69,12 @@ def load_served(
     base.requires_grad_(False)
     base.forward = _refuse
     base.name_or_path = base.config.name_or_path = source or name
-    base.engine = LlamaCpp(path, config) if engine == "llamacpp" else OpenVino(path)
+    engines: dict[str, Callable[[], Engine]] = {
+        "llamacpp": lambda: LlamaCpp(path, config),
+        "openvino": lambda: OpenVino(path),
+        "vllm": lambda: Vllm(name, **servers),
+    }
+    base.engine = engines[engine]()
     base.next_tokens = partial(_next_tokens, base, Lanes({}, 1), "")
     return base.eval(), tokenizer
 

@@ -15,6 +15,7 @@ from zo_peft.data.tasks import TASKS
 from zo_peft.errors import UserError
 from zo_peft.models.hub import first_line
 from zo_peft.models.loading import load_tokenizer, quantization_config
+from zo_peft.runs.help import SETS
 
 
 @dataclass
@@ -95,12 +96,6 @@ class ModelArguments:
             ) from error
 
 
-#: Options of data that a task brings itself, those that only a task has, or a data set of the Hub.
-OWN = ("train_file", "eval_file", "dataset_name", "prompt_template", "label_column", "label_words")
-OF_A_TASK = ("task_data_dir", "num_train", "num_dev", "num_eval", "shots")
-OF_THE_HUB = ("dataset_config", "dataset_train_split", "dataset_test_split")
-
-
 @dataclass
 class DataArguments:
     """Labelled text from files, from the Hub or of a benchmark, and how it becomes examples."""
@@ -123,7 +118,7 @@ class DataArguments:
         "completions and the data's columns, and returns a number for each completion.",
     )
     train_file: str | None = HfArg(default=None, help="JSON, CSV, TSV or Parquet file to train on.")
-    eval_file: str | None = HfArg(default=None, help="The same, to evaluate on.")
+    eval_file: str | None = HfArg(default=None, help="Such a file to evaluate on, or to answer.")
     dataset_name: str | None = HfArg(default=None, help="A data set on the Hub.")
     dataset_config: str | None = HfArg(default=None, help="The data set's configuration.")
     dataset_train_split: str = HfArg(default="train", help="The data set's split to train on.")
@@ -150,14 +145,15 @@ class DataArguments:
         if self.task is not None and self.task not in TASKS:
             raise UserError(f"task={self.task!r} is not known; use one of {', '.join(TASKS)}")
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
-        unused = [name for name in changed if name in (OWN if self.task else OF_A_TASK)]
-        if unused:
+        others = SETS["own rows" if self.task else "task alone"]
+        if unused := [name for name in changed if name in others]:
             why = "is not used with --task" if self.task else "is only for a --task"
             raise UserError(f"--{unused[0]} {why}; drop one of the two")
         if self.eval_file and self.dataset_test_split:
             raise UserError("give --eval_file or --dataset_test_split, not both")
-        if given := [name for name in changed if name in OF_THE_HUB and not self.dataset_name]:
-            raise UserError(f"--{given[0]} is of a --dataset_name; give one, or drop it")
+        of_the_hub = [name for name in changed if name in SETS["data set of the Hub"]]
+        if of_the_hub and not self.dataset_name:
+            raise UserError(f"--{of_the_hub[0]} is of a --dataset_name; give one, or drop it")
         if self.train_file and self.dataset_name and not self.dataset_test_split:
             raise UserError("give --train_file or --dataset_name, not both")
         if self.prompt_template is not None:

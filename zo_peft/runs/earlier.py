@@ -10,16 +10,11 @@ from zo_peft.data.tasks import TASKS
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import saved_adapter
 from zo_peft.models.hub import public_name
+from zo_peft.runs.help import SETS
 from zo_peft.train.results import read_results
 
 #: The file of a run that says where a base and its tokenizer are. It never goes to the Hub.
 BASE_NAME = "zo_base.txt"
-
-#: Options of an adapter's base, of any rows, of rows of one's own, and of a benchmark task.
-OF_BASE = ("model_revision", "dtype", "load_in_8bit", "load_in_4bit", "tune")
-OF_ROWS = ("task_type", "objective", "max_length", "max_completion_length")
-OF_OWN = ("prompt_template", "label_column", "label_words")
-OF_TASK = ("task", "num_eval")
 
 
 def options_of_run(words: Sequence[str]) -> dict[str, Any]:
@@ -40,10 +35,15 @@ def options_of_run(words: Sequence[str]) -> dict[str, Any]:
     if adapter is not None and Path(adapter).is_file():
         raise UserError(f"{adapter} is a file; give the folder of a run first, and then {adapter}")
     told = read_results(adapter or base).get("settings", {}) if adapter or base else {}
-    names = [*OF_ROWS, *(OF_BASE if adapter else ())]
+    if adapter is not None and told.get("tune") != "scales" and _is_model(Path(adapter)):
+        raise UserError(
+            f"{adapter} holds a whole model, no adapter; give it by --model_name_or_path, and rows "
+            "by --eval_file"
+        )
+    names = [*SETS["told of rows"], *(SETS["told of the base"] if adapter else ())]
     if given.task is None:
         own = given.eval_file or given.dataset_name or "task" not in told
-        names += OF_OWN if own else OF_TASK
+        names += SETS["told of own rows" if own else "told of a task"]
         if own and told.get("task") in TASKS and given.prompt_template is None:
             name, prompt = told["task"], TASKS[told["task"]].prompt
             print(f"the run was of {name}, with prompts such as {prompt!r}", file=sys.stderr)
@@ -63,6 +63,10 @@ def options_of_run(words: Sequence[str]) -> dict[str, Any]:
         tokenizer = known[1] or told.get("tokenizer_name")
         found |= {"engine": told.get("engine"), "tokenizer_name": tokenizer}
     return found
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
 
 
 def note_base(folder: str, *names: str) -> None:

@@ -4,7 +4,7 @@ What options mean is read from the source of their dataclasses: to import these 
 """
 
 import ast
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import wrap
@@ -14,6 +14,7 @@ import yaml
 PACKAGE = Path(__file__).parents[1]
 TABLE = yaml.safe_load(Path(__file__).with_name("options.yaml").read_bytes())
 SETTINGS = yaml.safe_load((PACKAGE / "train" / "settings.yaml").read_bytes())
+SETS = {name: tuple(options.split()) for name, options in TABLE["sets"].items()}
 ALIASES = {alias: name for name, others in TABLE["aliases"].items() for alias in others.split()}
 
 #: The width of the screen, and that of the options' names on it.
@@ -30,12 +31,18 @@ def guess(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {dashes}{names[meant[0]]}?)" if meant else ""
 
 
-def screen(arguments: Sequence[str], groups: Sequence[str]) -> str:
+def read_by(reads: Sequence[str]) -> set[str]:
+    """The options that a command reads: those that are named, and those of sets that are named."""
+    return {name for word in reads for name in SETS.get(word, (word,))}
+
+
+def screen(arguments: Sequence[str], groups: Sequence[str], reads: Collection[str] = ()) -> str:
     """The options of a command with what they mean: those of some groups, or all.
 
     Args:
         arguments: the command's dataclasses, as `module:name`.
         groups: titles of `options.yaml`.
+        reads: the only options that the command reads; empty: all.
     """
     sections = dict(map(_section, arguments))
     if groups:
@@ -44,7 +51,9 @@ def screen(arguments: Sequence[str], groups: Sequence[str]) -> str:
         shown = {title: TABLE["groups"][title].split() for title in groups}
         sections = {title: {n: meanings[n] for n in names} for title, names in shown.items()}
     return "\n\n".join(
-        "\n".join([f"{title}:", *(_line(*option) for option in options.items())])
+        "\n".join(
+            [f"{title}:", *(_line(*o) for o in options.items() if not reads or o[0] in reads)]
+        )
         for title, options in sections.items()
     )
 

@@ -6,7 +6,7 @@ import json
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import chain
@@ -42,23 +42,27 @@ class _Words(argparse.ArgumentParser):
 
 
 class _Parser(HfArgumentParser, _Words):
-    """Takes choices in either case, and hides what is refused."""
+    """Takes choices in either case, and hides what is refused or not read."""
 
-    def __init__(self, name: str, arguments: Sequence[type]) -> None:
+    def __init__(self, name: str, arguments: Sequence[type], reads: Collection[str] = ()) -> None:
         kinds: Any = (OutputArguments, *arguments)
         told: Any = {"prog": f"zo-peft {name}", "usage": "%(prog)s [options]"}
         super().__init__(kinds, **told, allow_abbrev=False, add_help=False)
         self.add_argument("--help-all", "--help_all", action="help", help="Show this.")
+        names = {action.dest for action in self._actions}
+        self.unread = names - {*reads, "json", "help_all"} if reads else set[str]()
+        refused = {n for n in names if any(n == r or n.startswith(f"{r}_") for r in REFUSED)}
         for action in self._actions:
             if action.choices is not None:
                 named = {str(choice).lower(): choice for choice in action.choices}
                 action.type = lambda text, named=named: named.get(text.lower(), text)
-            if any(action.dest == name or action.dest.startswith(f"{name}_") for name in REFUSED):
+            if action.dest in self.unread | refused:
                 action.help = argparse.SUPPRESS
 
     def refuse_unknown(self, words: Iterable[str], more: Iterable[str] = ()) -> None:
         """Refuse the first word that is no option, or one of `more`; say which may be meant."""
-        known = {*self._option_string_actions, "--config", *more}
+        own = self._option_string_actions.items()
+        known = {"--config", *more, *(n for n, action in own if action.dest not in self.unread)}
         for word in words:
             if word.partition("=")[0] not in known:
                 meant = guess(word, (name.lstrip("-") for name in known))
@@ -72,6 +76,7 @@ def parse(
     positional: Sequence[str] = (),
     trains: Sequence[type] = (),
     defaults: Callable[[Sequence[str]], dict[str, Any]] | None = None,
+    reads: Collection[str] = (),
 ) -> tuple[OutputArguments, list[Any]]:
     """The arguments of a command, or a UserError. The command line overrides a `--config` file.
 
@@ -82,11 +87,13 @@ def parse(
             last, as a list of words.
         defaults: takes the options that are given, and returns those of a run, which count where
             none is given. A line on stderr says where others are given.
+        reads: the only options that the command takes; empty: all. Others in a `--config` file,
+            which may be that of a run, are left out, which a line on stderr says.
     """
     for index, argument in enumerate(positional):
         if len(argv) > 2 * index and not argv[2 * index].startswith("-"):
             argv = [*argv[: 2 * index], f"--{argument}", *argv[2 * index :]]
-    parser = _Parser(name, arguments)
+    parser = _Parser(name, arguments, reads)
     of_train = _Parser("train", trains)._option_string_actions if trains else {}
     # As for argparse, what has a space is a value.
     parser.refuse_unknown((w for w in argv if re.match(r"--[^\s=]*(=|$)", w)), of_train)
@@ -107,9 +114,7 @@ def parse(
     return output, filled
 
 
-def _with_file(
-    parser: argparse.ArgumentParser, argv: Sequence[str], more: dict[str, argparse.Action]
-) -> list[str]:
+def _with_file(parser: _Parser, argv: Sequence[str], more: dict[str, argparse.Action]) -> list[str]:
     """The options of a `--config` file, then those of the command line, which override them."""
     file_parser = _Words(parser.prog, add_help=False, allow_abbrev=False)
     file_parser.add_argument("--config")
@@ -129,7 +134,11 @@ def _with_file(
         if option not in actions or option == "help_all":
             meant = guess(str(option), actions)
             raise UserError(f"--config {given.config} has an unknown option {option!r}{meant}")
-        words += _words(option, value, actions[option])
+        if option not in parser.unread:
+            words += _words(option, value, actions[option])
+    if idle := [name for name in options if name in parser.unread]:
+        listed = ", ".join(idle)
+        print(f"{parser.prog} uses none of these in {given.config}: {listed}", file=sys.stderr)
     return words + rest
 
 

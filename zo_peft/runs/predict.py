@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -11,18 +12,18 @@ from typing import Any
 
 from transformers.hf_argparser import HfArg
 
-from zo_peft.data import make_examples, read_rows
+from zo_peft.data import make_examples
 from zo_peft.data.examples import Words, converted, fill_template
-from zo_peft.data.forms import OPTIONAL, Row, named, question_of
-from zo_peft.data.tasks import hub_rows
+from zo_peft.data.forms import Row, question_of
 from zo_peft.errors import UserError
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.runs.run import trainer_of
+from zo_peft.runs.sources import own_rows
 from zo_peft.train.base import BaseTrainer
 from zo_peft.train.config import ZOConfig
 
-#: The columns that are added to the rows.
-ADDED = ("prediction", "probability", "probabilities")
+#: What the columns are called that are added to the rows.
+ADDED = "prediction|probability|probabilities|probability_.*"
 
 
 @dataclass
@@ -42,7 +43,8 @@ def predict(
 
     What the command line does not give is that of the adapter's run. All columns of the rows are
     kept. Added are `prediction` (a label word, a class or a generated text), and of labels
-    `probability` and `probabilities` (by label), rounded to six decimals.
+    `probability` and `probabilities` (by label; in CSV a column `probability_LABEL` for each),
+    rounded to six decimals.
 
     Returns:
         `output_file`, the number of `examples`, and the `rows`, None where a file has them.
@@ -53,13 +55,11 @@ def predict(
     output = None if given.output_file is None else Path(given.output_file)
     if output and (output.suffix.lower() not in (".jsonl", ".csv") or output.is_dir()):
         raise UserError(f"--output_file {output}: give a name that ends in .jsonl or .csv")
-    if data.eval_file is not None:
-        source, rows = Path(data.eval_file).name, read_rows(data.eval_file)
-    elif data.dataset_name is not None and (split := data.dataset_test_split) is not None:
-        source, rows = data.dataset_name, hub_rows(data.dataset_name, data.dataset_config, split)
-    else:
+    found = own_rows(data, data.eval_file, data.dataset_test_split)
+    if found is None:
         raise UserError("nothing to answer; give a file of rows, or --dataset_name and its split")
-    if taken := [name for name in ADDED if any(name in row for row in rows)]:
+    source, rows = found
+    if taken := [name for row in rows for name in row if re.fullmatch(ADDED, name)]:
         raise UserError(f"{source} has a column {taken[0]!r} already; rename it")
     if data.label_words == ["auto"]:
         raise UserError("--label_words auto reads labels, which rows to answer lack; give words")
@@ -102,14 +102,7 @@ def _asked(row: Row, template: str | None, words: Sequence[str], classifies: boo
         return {"text": fill_template(template or "{text}", row)}
     if template is not None:
         return {"prompt": fill_template(template, row), **({"options": [*words]} if words else {})}
-    row = question_of(row)
-    turns = [*(row.get("messages") or ())]
-    while turns and turns[-1]["role"] == "assistant":
-        turns.pop()
-    prompt = next((asked for asked in (row.get("prompt"), turns, row.get("text")) if asked), None)
-    if prompt is None:
-        raise UserError(f"it has the columns {named(row)}; give a --prompt_template")
-    return {"prompt": prompt, **{n: row[n] for n in ("options", *OPTIONAL) if n in row}}
+    return question_of(row)
 
 
 def _labelled(probabilities: Any, labels: Sequence[Any]) -> Row:
@@ -127,12 +120,19 @@ def _write(path: Path, rows: list[Row]) -> None:
         if path.suffix.lower() == ".jsonl":
             file.writelines(_json(row) + "\n" for row in rows)
         else:
-            writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+            table = [_cells(row) for row in rows]
+            writer = csv.DictWriter(file, dict.fromkeys(name for row in table for name in row))
             writer.writeheader()
-            for row in rows:
-                cells = {n: _json(v) if isinstance(v, list | dict) else v for n, v in row.items()}
-                writer.writerow(cells)
+            writer.writerows(table)
     unfinished.replace(path)
+
+
+def _cells(row: Row) -> Row:
+    """A row of a table: a column for the probability of each label, and JSON for other lists."""
+    shares = row.get("probabilities", {})
+    cells = {n: _json(v) if isinstance(v, list | dict) else v for n, v in row.items()}
+    cells.pop("probabilities", None)
+    return cells | {f"probability_{label}": share for label, share in shares.items()}
 
 
 def _json(value: Any) -> str:

@@ -1,6 +1,5 @@
 """The main jobs from start to end: train an adapter, or evaluate one."""
 
-import json
 import re
 import shlex
 import tempfile
@@ -25,8 +24,9 @@ from zo_peft.models.adapters import load_adapter, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
 from zo_peft.models.loading import load_base
 from zo_peft.objectives.rewards import RewardObjective, generates, load_function
-from zo_peft.runs.arguments import OF_THE_HUB, DataArguments, ModelArguments
+from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.runs.earlier import note_base
+from zo_peft.runs.help import SETS
 from zo_peft.runs.jobs import flags
 from zo_peft.runs.sources import evaluation_examples, training_examples
 from zo_peft.scales import load_scales
@@ -36,18 +36,6 @@ from zo_peft.train.config import ZOConfig, run_settings
 from zo_peft.train.gradient import GradientTrainer
 from zo_peft.train.results import METRICS_NAME, given, read_results, results, write_json
 from zo_peft.train.trainer import ZOTrainer
-
-#: The options whose values are names on the Hub or folders, and those that are always paths.
-NAMES = {"model_name_or_path", "adapter_name_or_path", "dataset_name", "tokenizer_name"}
-FILES = {"train_file", "eval_file", "task_data_dir", "chat_template"}
-
-#: Options of a base that PyTorch computes.
-IN_PYTORCH = ["model_revision", "dtype", "load_in_8bit", "load_in_4bit", "device_map"]
-IN_PYTORCH += ["trust_remote_code", "task_type"]
-
-#: Options of a LoRA, and of a benchmark task.
-LORA = {"lora_r", "lora_alpha"}
-TASK = {"num_train", "num_dev", "num_eval"}
 
 
 def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
@@ -84,7 +72,7 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     # The trainer may have chosen another strategy than the default one.
     told = model, data, trainer.args
     if resume is True:
-        _check_same(Path(args.output_dir), trainer.state.global_step, settings(*told))
+        _check_same(args.output_dir, trainer.state.global_step, settings(*told))
     trainer.summary |= {"command": command(*told), "settings": settings(*told)}
     trainer.summary["label_words"] = data.words()
     if data.task is not None and data.task_data_dir is None:
@@ -94,18 +82,21 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         note_base(args.output_dir, *filter(None, (model.model_name_or_path, args.tokenizer_name)))
     trainer.save_model()
     trainer.save_state()
-    return trainer.summary | {"output_dir": args.output_dir, "next": _next(model, data, args)}
+    # Programs for chats load whole models.
+    merges = trainer.form == "messages" and args.tune == "adapter" and args.engine is None
+    merges = merges and not trainer.model.active_peft_config.is_prompt_learning
+    following = _next(*told, merges)
+    return trainer.summary | {"output_dir": args.output_dir, "next": following}
 
 
-def _check_same(folder: Path, steps: int, now: dict[str, Any]) -> None:
+def _check_same(folder: str, steps: int, now: dict[str, Any]) -> None:
     """Raise a UserError where a run that was over before is started again with other settings."""
-    path = folder / METRICS_NAME
-    kept = json.loads(path.read_text()) if path.is_file() else {}
+    kept = read_results(folder)
     was = kept["settings"] if kept.get("steps") == steps else now
     for name in sorted({name for name in {**was, **now} if was.get(name) != now.get(name)}):
         raise UserError(
-            f"{folder.name} holds a run that is over, with {name}={was.get(name)!r}, and now it is "
-            f"{now.get(name)!r}; start it with its own options, or give another --output_dir"
+            f"{Path(folder).name} holds a run that is over, with {name}={was.get(name)!r}, and now "
+            f"it is {now.get(name)!r}; start it with its own options, or give another --output_dir"
         )
 
 
@@ -168,55 +159,51 @@ def _classifies(model: ModelArguments, data: DataArguments) -> bool:
 
 
 def settings(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
-    """All options that were given or chosen. Of a path it has the last part alone."""
-    told = given(_told(model, data, args))
-    return {name: _shown(name, value) for name, value in told.items()}
+    """All options that were given or chosen, as `_told` shows them."""
+    return given(_told(model, data, args))
 
 
 def command(model: ModelArguments, data: DataArguments, args: ZOConfig) -> str:
-    """The command line of such a run, without defaults. Of a path it has the last part alone."""
+    """The command line of such a run, without defaults."""
     defaults = {f.name: f.default for part in (model, data, args) for f in fields(part)}
     told = _told(model, data, args) | {"output_dir": Path(args.output_dir).name}
-    chosen = {name: _shown(name, v) for name, v in told.items() if v != defaults[name]}
+    chosen = {name: value for name, value in told.items() if value != defaults[name]}
     return shlex.join(["zo-peft", "train", *flags(chosen)]).replace("\n", "\\n")
 
 
-def _next(model: ModelArguments, data: DataArguments, args: ZOConfig) -> list[str]:
-    """Commands that use, show and publish what a run made."""
+def _next(model: ModelArguments, data: DataArguments, args: ZOConfig, merges: bool) -> list[str]:
+    """Commands that use, show, publish and, if so, merge what a run made."""
     folder = args.output_dir
     rows = data.eval_file or data.train_file or "new.csv"
     base = args.tune != "adapter"
     answer = flags({"model_name_or_path": folder, "eval_file": rows}) if base else [folder, rows]
-    answer += ["--output_file", "predictions.csv"]
-    answer += ["--trust_remote_code", "True"] if model.trust_remote_code else []
+    trust = flags({"trust_remote_code": model.trust_remote_code or None})
+    answer += ["--output_file", "predictions.csv", *trust]
     repository = f"you/{re.sub('[^A-Za-z0-9._]+', '-', Path(folder).resolve().name)}"
     lines = [["predict", *answer], ["report", folder], ["push", folder, repository]]
+    if merges:
+        names = {"model_name_or_path": model.model_name_or_path, "adapter_name_or_path": folder}
+        lines += [["merge", *flags(names | {"output_dir": f"{folder}-merged"}), *trust]]
     return [shlex.join(["zo-peft", *map(str, line)]) for line in lines]
 
 
 def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
-    """The options that had a say in a run, by name."""
-    idle = {"shots"} | ({*OF_THE_HUB} if data.dataset_name is None else set())
-    idle |= TASK if data.task is None else set()
-    if data.prompt_template is None:
-        idle.add("label_column")
+    """The options that had a say in a run, by name. Of a path it has the last part alone."""
+    idle = set() if data.dataset_name else {*SETS["data set of the Hub"]}
+    idle |= set() if data.task else {*SETS["task alone"]}
+    idle |= set() if data.prompt_template else {"label_column"}
     if args.tune != "adapter" or model.adapter_name_or_path is not None:
-        idle |= {"peft_type", "num_virtual_tokens", "lora_target_modules", *LORA}
+        idle |= {"peft_type", "num_virtual_tokens", "lora_target_modules", *SETS["lora"]}
     else:
         prompts = model.peft_config().is_prompt_learning
         idle.add("lora_target_modules" if prompts else "num_virtual_tokens")
-        idle |= LORA if model.peft_type != "LORA" else set()
+        idle |= set() if model.peft_type == "LORA" else {*SETS["lora"]}
     rewarded = generates(data.reward_funcs, args.objective)
     told = asdict(model) | asdict(data) | run_settings(args, rewarded)
     told["tokenizer_name"] = args.tokenizer_name
+    told |= {name: public_name(told[name]) for name in SETS["names"] if told[name]}
+    told |= {name: Path(told[name]).name for name in SETS["paths"] if told[name]}
     return {name: value for name, value in told.items() if name not in idle}
-
-
-def _shown(name: str, value: Any) -> Any:
-    """An option's value as others may see it, without the folders that lead to a file."""
-    if name in NAMES and value is not None:
-        return public_name(value)
-    return Path(value).name if name in FILES and value is not None else value
 
 
 def trainer_of(
@@ -277,12 +264,13 @@ def _served(
     model: ModelArguments, args: ZOConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A base for which an engine answers, and its tokenizer; or a UserError."""
-    for name in IN_PYTORCH:
+    for name in (*SETS["loading"], "task_type"):
         if getattr(model, name) != getattr(ModelArguments, name):
             raise UserError(f"--{name} is for a base in PyTorch; drop it, or --engine")
     assert args.engine is not None
     chat = model.chat_template, model.adapter_name_or_path
-    return load_served(model.model_name_or_path, args.engine, args.tokenizer_name, *chat)
+    source = args.tokenizer_name
+    return load_served(model.model_name_or_path, args.engine, source, *chat, **args.servers)
 
 
 def load(

@@ -50,19 +50,28 @@ def evaluation_examples(data: DataArguments, classifies: bool, generates: bool) 
     return [with_demonstrations(task, example, shown) for example in made]
 
 
+def own_rows(
+    data: DataArguments, path: str | None, split: str | None
+) -> tuple[str, list[Row]] | None:
+    """The name and the rows of the user's own file, or of a split of the user's own data set."""
+    if path is not None:
+        return Path(path).name, read_rows(path)
+    if data.dataset_name is not None and split is not None:
+        return data.dataset_name, hub_rows(data.dataset_name, data.dataset_config, split)
+    return None
+
+
 def _own_examples(
     data: DataArguments, path: str | None, split: str | None, classifies: bool, generates: bool
 ) -> Examples | None:
-    """Examples of the user's own file, or of a split of the user's own data set.
+    """Examples of the user's own rows.
 
     How the first was understood is said on stderr and written into `data`, to hold for the others.
     """
-    if path is not None:
-        source, rows = Path(path).name, read_rows(path)
-    elif data.dataset_name is not None and split is not None:
-        source, rows = data.dataset_name, hub_rows(data.dataset_name, data.dataset_config, split)
-    else:
+    found = own_rows(data, path, split)
+    if found is None:
         return None
+    source, rows = found
     check_layout(rows, source)
     _find_words(data, rows, classifies, generates)
     template, column, words = data.prompt_template, data.label_column, data.given_words()

@@ -1,6 +1,7 @@
 """What the commands print: the templates of `texts/`, filled in with a command's result."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,8 +17,8 @@ def text(command: str, result: dict[str, Any]) -> str:
 
 
 def number(value: float | None, form: str = ",") -> str:
-    """A number as `format` writes it, nothing for None."""
-    return "" if value is None else format(value, form)
+    """A number as `format` writes it, nothing for None and NaN."""
+    return "" if value is None or math.isnan(value) else format(value, form)
 
 
 def mib(size: int) -> str:

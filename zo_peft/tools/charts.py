@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib import rc_context, rcParams
@@ -23,20 +23,34 @@ SMOOTHED, WINDOW, DRAWN = 1 / 40, 1000, 2000
 #: An axis is logarithmic if its largest value is more than this many times its smallest.
 WIDE = 30.0
 
-#: The panels of the figures `steps` and `faults`: series, label, and what the series is: measured,
-#: and so has noise; set; or a count, of which the panel shows the sum so far.
-PANELS = {
-    "steps": (
-        ("slope", "slope along the direction", "measured"),
-        ("spread", "spread of the candidates' losses, over eps", "measured"),
-        ("eps", "eps", "set"),
-        ("learning_rate", "learning rate, with its back-off", "set"),
-    ),
-    "faults": (
-        ("skipped", "skipped updates, so far", "count"),
-        ("non_finite", "dropped losses, so far", "count"),
-    ),
-}
+
+class Panel(NamedTuple):
+    """What a panel shows.
+
+    Attributes:
+        series: a series of the steps or, if it is evaluated, of the evaluations.
+        kind: measured, and so with noise; set; count, shown as the sum so far; or evaluated.
+        x, unit, across: the series that it is drawn over, in units of so much, and its label.
+    """
+
+    series: str
+    label: str
+    kind: str
+    x: str = "forward_passes"
+    unit: float = 1.0
+    across: str = "forward passes"
+
+
+STEPS = (
+    Panel("slope", "slope along the direction", "measured"),
+    Panel("spread", "spread of the candidates' losses, over eps", "measured"),
+    Panel("eps", "eps", "set"),
+    Panel("learning_rate", "learning rate, with its back-off", "set"),
+)
+FAULTS = (
+    Panel("skipped", "skipped updates, so far", "count"),
+    Panel("non_finite", "dropped losses, so far", "count"),
+)
 
 #: Units of time: the seconds in one, its name, and the shortest run in seconds that it is used for.
 UNITS = ((3600.0, "hours", 7200.0), (60.0, "minutes", 180.0), (1.0, "seconds", 0.0))
@@ -50,64 +64,62 @@ SKIPPED = Line2D([], [], color="black", ls="", marker="x", mew=1.5, label="skipp
 @rc_context(fname=STYLE)
 def draw(runs: Sequence[Run]) -> dict[str, Figure]:
     """Draw the figures that have something to show: loss, metric, steps, faults, by these names."""
-    figures = {"loss": losses(runs)}
-    if _known(runs, "metric", evaluated=True):
-        figures["metric"] = metrics(runs)
-    if known := [panel for panel in PANELS["steps"] if _known(runs, panel[0])]:
-        figures["steps"] = steps(runs, known)
-    if any(run.total(panel[0]) for run in runs for panel in PANELS["faults"]):
-        figures["faults"] = steps(runs, PANELS["faults"])
-    return figures
+    across = _across(runs)
+    metric = plain(runs[0].metric_name) if len({r.metric_name for r in runs}) == 1 else "metric"
+    figures: dict[str, Sequence[Panel]] = {
+        "loss": [Panel("loss", "loss", "measured", *x) for x in across],
+        "metric": [Panel("metric", metric, "evaluated", *x) for x in across],
+        "steps": [panel for panel in STEPS if _known(runs, panel)],
+        "faults": FAULTS if any(run.total(p.series) for run in runs for p in FAULTS) else (),
+    }
+    if not _known(runs, figures["metric"][0]):
+        del figures["metric"]
+    return {name: _figure(runs, panels) for name, panels in figures.items() if panels}
 
 
-def losses(runs: Sequence[Run]) -> Figure:
-    """Draw training losses, their trailing mean and evaluations, over forward passes and time."""
-    figure, across = _across(runs)
-    for axes, x, unit in across:
-        for run, style in zip(runs, styles(len(runs))):
-            found, skipped = run.evaluations, run.steps["skipped"] > 0
-            axes.plot(found[x] / unit, found["loss"], "o", mec="white", color=style["color"])
-            height = smooth(run.steps["loss"]).interpolate(limit_direction="both")[skipped]
-            axes.plot(run.steps[x][skipped] / unit, height, "x", color="black", mew=1.5, zorder=4)
-        _measured(axes, runs, x, unit, "loss")
-        axes.set_ylabel("loss")
-    marks = [EACH_STEP]
-    marks += [EVALUATION] if _known(runs, "loss", evaluated=True) else []
-    marks += [SKIPPED] if any(run.total("skipped") for run in runs) else []
-    return _legend(figure, runs, marks)
+def _figure(runs: Sequence[Run], panels: Sequence[Panel]) -> Figure:
+    """A figure of panels, two in a row, with a legend."""
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(11, 0.7 + 3.5 * rows))
+    for number, panel in enumerate(panels, start=1):
+        labels = {"xlabel": panel.across, "ylabel": panel.label}
+        axes = figure.add_subplot(rows, min(2, len(panels)), number, **labels)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        _draw(axes, panel, runs)
+    first, named = panels[0], zip(runs, styles(len(runs)))
+    marks = [Line2D([], [], label=plain(run.name), **style) for run, style in named]
+    marks += [EACH_STEP] if first.kind == "measured" else []
+    if first.series == "loss":
+        marks += [EVALUATION] if _known(runs, first._replace(kind="evaluated")) else []
+        marks += [SKIPPED] if any(run.total("skipped") for run in runs) else []
+    figure.legend(handles=marks, loc="outside lower center", ncols=6)
+    return figure
 
 
-def metrics(runs: Sequence[Run]) -> Figure:
-    """Draw the metric of each evaluation, over forward passes and time."""
-    figure, across = _across(runs)
-    named = {run.metric_name for run in runs}
-    for axes, x, unit in across:
-        for run, style in zip(runs, styles(len(runs))):
-            found = run.evaluations
-            axes.plot(found[x] / unit, found["metric"], marker="o", mec="white", **style)
-        axes.set_ylabel(plain(runs[0].metric_name) if len(named) == 1 else "metric")
-    return _legend(figure, runs)
-
-
-def steps(runs: Sequence[Run], panels: Sequence[tuple[str, str, str]]) -> Figure:
-    """Draw panels of `PANELS`: what each step measured, set or counted, over forward passes."""
-    figure, grid = _grid(len(panels))
-    for axes, (name, label, kind) in zip(grid, panels):
-        axes.set(xlabel="forward passes", ylabel=label)
-        if kind == "measured":
-            _measured(axes, runs, "forward_passes", 1.0, name)
-            continue
-        for run, style in zip(runs, styles(len(runs))):
-            values = run.steps[name]
-            values = values.fillna(0).cumsum() if kind == "count" else values
-            axes.step(run.steps["forward_passes"], values, where="post", **style)
-        if kind == "count":
-            axes.set_ylim(0, None)
-            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        else:
-            # Eps moves in equal ratios, so its axis is always logarithmic.
-            _scale(axes, [run.steps[name] for run in runs], 1.0 if name == "eps" else WIDE)
-    return _legend(figure, runs, [EACH_STEP] if any(p[2] == "measured" for p in panels) else [])
+def _draw(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
+    name, x, unit = panel.series, panel.x, panel.unit
+    for run, style in zip(runs, styles(len(runs))):
+        steps, evaluations = run.steps, run.evaluations
+        if panel.kind == "evaluated":
+            axes.plot(evaluations[x] / unit, evaluations[name], marker="o", mec="white", **style)
+        elif panel.kind == "count":
+            axes.step(steps[x] / unit, steps[name].fillna(0).cumsum(), where="post", **style)
+        elif panel.kind == "set":
+            axes.step(steps[x] / unit, steps[name], where="post", **style)
+        elif name == "loss":
+            points = evaluations[x] / unit, evaluations[name]
+            axes.plot(*points, "o", mec="white", color=style["color"])
+            skipped = steps["skipped"] > 0
+            height = smooth(steps[name]).interpolate(limit_direction="both")[skipped]
+            axes.plot(steps[x][skipped] / unit, height, "x", color="black", mew=1.5, zorder=4)
+    if panel.kind == "measured":
+        _measured(axes, runs, x, unit, name)
+    elif panel.kind == "count":
+        axes.set_ylim(0, None)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    elif panel.kind == "set":
+        # Eps moves in equal ratios, so its axis is always logarithmic.
+        _scale(axes, [run.steps[name] for run in runs], 1.0 if name == "eps" else WIDE)
 
 
 def smooth(values: pd.Series) -> pd.Series:
@@ -127,32 +139,17 @@ def plain(text: str) -> str:
     return f" {shown}" if shown.startswith("_") else shown
 
 
-def _known(runs: Sequence[Run], name: str, evaluated: bool = False) -> bool:
-    found = (run.evaluations if evaluated else run.steps for run in runs)
-    return any(columns[name].notna().any() for columns in found)
+def _known(runs: Sequence[Run], panel: Panel) -> bool:
+    found = (run.evaluations if panel.kind == "evaluated" else run.steps for run in runs)
+    return any(columns[panel.series].notna().any() for columns in found)
 
 
-def _grid(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, two in a row."""
-    rows = -(-count // 2)
-    figure = Figure(figsize=(11, 0.7 + 3.5 * rows))
-    grid = [figure.add_subplot(rows, min(2, count), index + 1) for index in range(count)]
-    for axes in grid:
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    return figure, grid
-
-
-def _across(runs: Sequence[Run]) -> tuple[Figure, list[tuple[Axes, str, float]]]:
-    """Panels over forward passes and, if known, time; each with its x series and its unit."""
-    panels = [("forward_passes", 1.0, "forward passes")]
-    if _known(runs, "seconds"):
-        longest = pd.Series([run.steps["seconds"].max() for run in runs]).max()
-        unit, name = next(unit for unit in UNITS if longest >= unit[2])[:2]
-        panels.append(("seconds", unit, f"time of training, {name}"))
-    figure, grid = _grid(len(panels))
-    for axes, (_, _, label) in zip(grid, panels):
-        axes.set_xlabel(label)
-    return figure, [(axes, x, unit) for axes, (x, unit, _) in zip(grid, panels)]
+def _across(runs: Sequence[Run]) -> list[tuple[str, float, str]]:
+    """What is drawn over: forward passes and, if known, time; each as a panel's x, unit, across."""
+    longest = pd.Series([run.steps["seconds"].max() for run in runs]).max()
+    times = [(unit, name) for unit, name, shortest in UNITS if longest >= shortest]
+    over_time = [("seconds", unit, f"time of training, {name}") for unit, name in times[:1]]
+    return [("forward_passes", 1.0, "forward passes"), *over_time]
 
 
 def _measured(axes: Axes, runs: Sequence[Run], x: str, unit: float, name: str) -> None:
@@ -177,10 +174,3 @@ def _scale(axes: Axes, series: Sequence[pd.Series], wide: float = WIDE) -> None:
     ends = pd.DataFrame([values.quantile([0.05, 0.95]) for values in series])
     if 0 < wide * ends[0.05].min() < ends[0.95].max():
         axes.set_yscale("log")
-
-
-def _legend(figure: Figure, runs: Sequence[Run], marks: Sequence[Line2D] = ()) -> Figure:
-    named = zip(runs, styles(len(runs)))
-    lines = [Line2D([], [], label=plain(run.name), **style) for run, style in named]
-    figure.legend(handles=[*lines, *marks], loc="outside lower center", ncols=6)
-    return figure

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import pandas as pd
@@ -25,6 +24,9 @@ RESULT_NAME, PLOT_NAME = "comparison.json", "comparison.png"
 MEANS = ["metric_before", "metric_after", "eval_loss_before", "eval_loss_after", "wall_seconds"]
 MEANS += ["steps", "forward_passes", "examples_forwarded", "peak_memory_bytes"]
 
+#: What a strategy of `zo-peft train` may be; other names are presets.
+OF_TRAIN = (GUIDED, *STRATEGIES, *GRADIENT)
+
 #: How many points a line of a run with gradients has, which is drawn from its log.
 POINTS = 100
 
@@ -40,6 +42,7 @@ class CompareArguments:
         default_factory=lambda: [READOUT, "guided", "gv", "greedy", "mezo", "adam"],
         help="Strategies of zo-peft train, adam and sgd with gradients; presets, such as "
         "paper-mezo; or readout, the best linear head on the frozen base.",
+        metadata={"choices": [*dict.fromkeys((*OF_TRAIN, READOUT, *PRESETS))]},
     )
     seeds: int = HfArg(default=1, help="How many seeds, of which the table has mean and deviation.")
     seed: int = HfArg(default=42, help="The first seed.")
@@ -57,13 +60,8 @@ def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
         the numbers of `MEANS` are means of the runs, and `NAME_std` are the standard deviations.
 
     Raises:
-        UserError: a strategy is not known, there is no seed, or a run fails.
+        UserError: there is no seed, an option is of one run, or a run fails.
     """
-    known = (GUIDED, *STRATEGIES, *GRADIENT, READOUT)
-    for name in given.strategies:
-        if name not in known and name not in PRESETS:
-            expected = ", ".join(dict.fromkeys([*known, *PRESETS]))
-            raise UserError(f"strategy {name!r} is not known; use some of {expected}")
     if given.seeds < 1:
         raise UserError(f"seeds={given.seeds}; it must be 1 or more")
     if twice := {"--strategy", "--preset"} & {word.partition("=")[0] for word in options}:
@@ -75,7 +73,7 @@ def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
         for seed in range(first, first + given.seeds):
             own: dict[str, Any] = {"max_forward_passes": budget, "seed": seed}
             if name != READOUT:
-                own["strategy" if name in known else "preset"] = name
+                own["strategy" if name in OF_TRAIN else "preset"] = name
             # The log is all that a run with gradients leaves of its steps.
             every = max(1, budget // GRADIENT_PASSES // POINTS) if name in GRADIENT else None
             argv = [*jobs.flags({"logging_steps": every}), *options, *jobs.flags(own)]
@@ -92,12 +90,8 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One `zo_metrics.json` for the runs of several seeds; see `compare`."""
     if len(runs) == 1:
         return runs[0]
-    found = {**runs[0], "seeds": len(runs)}
-    for key in MEANS:
-        values = [run[key] for run in runs]
-        if None not in values:
-            found |= {key: mean(values), f"{key}_std": stdev(values)}
-    return found
+    known = pd.DataFrame(runs, columns=MEANS, dtype=float).dropna(axis=1)
+    return {**runs[0], "seeds": len(runs), **known.mean(), **known.std().add_suffix("_std")}
 
 
 def plot(folder: Path, result: dict[str, Any], runs: dict[str, list[str]]) -> None:

@@ -31,7 +31,7 @@ from zo_peft.errors import UserError
 from zo_peft.models.adapters import add_adapter, unreadable_adapter
 from zo_peft.models.guide import may_read, rows_at_once
 from zo_peft.models.guide_memory import GuideMemory
-from zo_peft.models.hub import LOAD_ERRORS, AnyModel, public_name
+from zo_peft.models.hub import LOAD_ERRORS, public_name
 from zo_peft.models.loading import check_4bit_widths, meta_base
 from zo_peft.models.memory import Fit, layer_bytes, weight_bytes
 from zo_peft.models.recipe import SPACE_FIELDS, replacements_of, space_of
@@ -69,7 +69,7 @@ class PlanArguments:
 
 @dataclass(frozen=True)
 class Memory:
-    """The bytes of a run: its parts, and all that is held at the peak of each phase.
+    """The bytes of a run: its parts, all that is held at the peak of each phase, and of the run.
 
     `kept` is what stays of layers that a pass has left: checkpoints for gradients, or what a guide
     reads and the graph of exact layers.
@@ -85,11 +85,7 @@ class Memory:
     step: int
     update: int
     evaluate: int
-
-    @property
-    def peak(self) -> int:
-        """The most bytes that are held at any time."""
-        return max(self.load, self.step, self.update, self.evaluate)
+    peak: int
 
 
 @dataclass(eq=False)
@@ -123,8 +119,10 @@ class Planner:
             tuned = add_adapter(base, _peft_config(model)) if args.tune == "adapter" else base
         self.space = space_of(tuned, **{name: getattr(args, name) for name in SPACE_FIELDS})
         # As the trainer chooses.
-        if args.strategy == GUIDED and args.strategy_is_default and not self._is_read(tuned):
-            self.args = args = args.with_candidates()
+        if args.strategy == GUIDED and args.strategy_is_default:
+            draws = not self.generates or may_draw(args.temperature, args)
+            if not (draws and may_read(tuned, self.space.parameters)):
+                self.args = args = args.with_candidates()
         new_tokens = args.max_completion_length if self.generates else 0
         self.fit = Fit(tuned, self.space.lane_numel, new_tokens, self.device)
         self.tuned = self.space.numel
@@ -132,10 +130,6 @@ class Planner:
         self.in_lanes = not isinstance(replacements_of(tuned, self.space), NotInLanes)
         self._measure_layers(base)
         self.guide = self._guide() if args.strategy == GUIDED else None
-
-    def _is_read(self, tuned: AnyModel) -> bool:
-        known = not self.generates or may_draw(self.args.temperature, self.args)
-        return known and may_read(tuned, self.space.parameters)
 
     def _guide(self) -> GuideMemory:
         model, args = self.model, self.args
@@ -271,7 +265,8 @@ class Planner:
         weights, adapter, *_ = parts
         # The layer that is being quantized is there as it was saved, too.
         load = self.weights + self.largest * self.fit.size
-        return Memory(*[*parts, load, *(weights + adapter + phase for phase in phases)])
+        held = [load, *(weights + adapter + phase for phase in phases)]
+        return Memory(*(*parts, *held, max(held)))
 
     def _evaluation(self, batch: int | None, length: int, size: int) -> int:
         """What an evaluation holds beside weights and adapter, with `size` bytes a number."""
@@ -301,8 +296,8 @@ def plan(
     """The memory of a run; with `gpu_memory` also what fits into it.
 
     Returns:
-        The bytes of a `Memory` and its `peak`, as `forward_only` and as `gradients` (None where the
-        base itself is tuned). `gpu_memory` adds `gradients_fit` and, of forward passes, `fits`, the
+        The bytes of a `Memory`, as `forward_only` and as `gradients` (None where the base itself is
+        tuned). `gpu_memory` adds `gradients_fit` and, of forward passes, `fits`, the
         `largest` options that fit (of a guided run `exact_layers`, too), and a `proposal` of
         options that fit, None where none do. Then `least` tells of one example by itself in the
         fewest bits: the `options` of that base, the `peak`, that of a single token
@@ -327,8 +322,8 @@ def plan(
         "max_length": length,
         "candidates_per_forward": planner.candidates(batch, length, args.candidates_per_forward)[0],
         "tuned_parameters": planner.tuned,
-        "forward_only": asdict(memory) | {"peak": memory.peak},
-        "gradients": gradients and asdict(gradients) | {"peak": gradients.peak},
+        "forward_only": asdict(memory),
+        "gradients": gradients and asdict(gradients),
     }
     if total is None:
         return result

@@ -76,7 +76,7 @@ def page(runs: Sequence[Run], charts: dict[str, Path]) -> str:
 
 def row(run: Run) -> dict[str, str]:
     """Say what a run was, spent and reached, by heading; what is not known is empty."""
-    metrics = run.metrics
+    metrics, last = run.metrics, run.steps.ffill().iloc[-1]
     metric = _change(metrics, "metric_before", "metric_after")
     memory = metrics.get("peak_memory_bytes")
     return {
@@ -84,19 +84,14 @@ def row(run: Run) -> dict[str, str]:
         "strategy": metrics.get("strategy", ""),
         "metric": f"{run.metric_name} {metric}" if metric else "",
         "evaluation loss": _change(metrics, "eval_loss_before", "eval_loss_after"),
-        "steps": number(_end(run.steps["step"]), ",.0f"),
-        "forward passes": number(_end(run.steps["forward_passes"]), ",.0f"),
-        "seconds": number(metrics.get("wall_seconds", _end(run.steps["seconds"])), ",.0f"),
+        "steps": number(last["step"], ",.0f"),
+        "forward passes": number(last["forward_passes"], ",.0f"),
+        "seconds": number(metrics.get("wall_seconds", last["seconds"]), ",.0f"),
         "peak MiB": "" if memory is None else mib(memory),
         "skipped updates": number(run.total("skipped"), ",.0f"),
         "dropped losses": number(run.total("non_finite"), ",.0f"),
         "ended": "yes" if metrics else "no",
     }
-
-
-def _end(values: Any) -> float | None:
-    known = values.dropna()
-    return None if known.empty else known.iloc[-1]
 
 
 def _change(metrics: dict[str, Any], before: str, after: str) -> str:

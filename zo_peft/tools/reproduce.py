@@ -24,6 +24,9 @@ RESULT_NAME, TABLE_NAME = "reproduction.json", "reproduction.md"
 #: The model of the published tables, and settings that no result depends on in the mean.
 MODEL, FREE = "opt-13b", ("seed", "task_data_dir")
 
+#: Arguments that are of all runs together.
+OF_SEVERAL_RUNS = ("seeds", "output_dir")
+
 PUBLISHED: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("published.yaml").read_bytes())
 
 
@@ -32,7 +35,7 @@ class ReproduceArguments:
     """The row of the table. All other options are those of `zo-peft train`."""
 
     model_name_or_path: str = HfArg(help="Base model: Hub id or folder.")
-    task: str = HfArg(help=f"One of {', '.join(TASKS)}.")
+    task: str = HfArg(help="The benchmark.", metadata={"choices": [*TASKS]})
     preset: Preset = HfArg(default="paper-gv", help="The method: paper-gv, paper-greedy, mezo, ...")
     peft_type: Literal["LORA", "PREFIX_TUNING"] | None = HfArg(
         default=None, help="The adapter. Default: none, full weights."
@@ -43,34 +46,25 @@ class ReproduceArguments:
     seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="Seeds.")
     output_dir: str = HfArg(default="zo_peft_reproduce", help="Folder of the table and each run.")
 
-    def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise UserError(f"task={self.task!r} is not known; use one of {', '.join(TASKS)}")
-
     @property
     def row(self) -> str:
         """The row of the table: the method, and what is tuned."""
-        method = PUBLISHED["methods"][self.preset]
+        methods = PUBLISHED["methods"]
+        method = methods[self.preset]["name"]
         if self.preset == "paper-gv" and self.low_rank_noise is not None:
-            method = f"{PUBLISHED['methods'][self.low_rank_noise]}-GV"
+            method = f"{methods[self.low_rank_noise]['name']}-GV"
         return f"{method} ({PUBLISHED['kinds'][self.peft_type]['name']})"
 
 
 def settings(given: ReproduceArguments) -> tuple[dict[str, Any], list[float]]:
     """The published options of `zo-peft train`, and the learning rates to try."""
-    kind, guided = PUBLISHED["kinds"][given.peft_type], PUBLISHED["guided"]
-    options, rates = PUBLISHED["common"] | kind["options"], kind["learning_rates"]
-    if given.preset in ("paper-gv", "paper-greedy"):
-        options = options | guided["options"]
-        rates = guided["full_learning_rates"] if given.peft_type is None else rates
-    chosen = {
-        "model_name_or_path": given.model_name_or_path,
-        "task": given.task,
-        "preset": given.preset,
-        "low_rank_noise": given.low_rank_noise,
-        "metric_for_best_model": "f1" if TASKS[given.task].rewards else "accuracy",
-    }
-    return options | chosen, rates
+    kind, method = PUBLISHED["kinds"][given.peft_type], PUBLISHED["methods"][given.preset]
+    own = {name: value for name, value in vars(given).items() if name not in OF_SEVERAL_RUNS}
+    own["metric_for_best_model"] = "f1" if TASKS[given.task].rewards else "accuracy"
+    rates = kind["learning_rates"]
+    if given.peft_type is None:
+        rates = method.get("full_learning_rates", rates)
+    return PUBLISHED["common"] | kind["options"] | method.get("options", {}) | own, rates
 
 
 def reproduce(given: ReproduceArguments, options: list[str]) -> dict[str, Any]:
@@ -135,9 +129,8 @@ def differences(published: dict[str, Any], found: dict[str, Any]) -> dict[str, l
     """
     kinds = ModelArguments, DataArguments, ZOConfig
     theirs = run.settings(*parse("train", kinds, jobs.flags(published))[1])
-    theirs["model_name_or_path"] = MODEL
-    if found["model_name_or_path"].rpartition("/")[2].lower() == MODEL:
-        theirs["model_name_or_path"] = found["model_name_or_path"]
+    model = found["model_name_or_path"]
+    theirs["model_name_or_path"] = model if model.rpartition("/")[2].lower() == MODEL else MODEL
     return {
         name: [found.get(name), theirs.get(name)]
         for name in sorted(found.keys() | theirs.keys())

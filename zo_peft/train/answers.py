@@ -15,7 +15,7 @@ from zo_peft.core.batch import IGNORE_INDEX, Batch, Prediction
 from zo_peft.core.lanes import replaced
 from zo_peft.data import Tokenization, collator_for, tokenize_dataset
 from zo_peft.data.examples import Examples, converted
-from zo_peft.data.forms import OPTIONAL, Row, form_of, question_of
+from zo_peft.data.forms import OPTIONAL, Row, form_of, is_answer, question_of
 from zo_peft.data.tokenize import is_tokenized
 from zo_peft.errors import UserError
 from zo_peft.objectives.rewards import RewardObjective
@@ -51,17 +51,17 @@ def questions(dataset: Any, tokenization: Tokenization) -> Examples | None:
 
 
 def _question(row: Row, classifies: bool) -> Row | None:
-    row = row if form_of(row) else question_of(row)
+    """The row with a label that nothing reads; None if it has an answer, or does not ask."""
     form = form_of(row)
-    kept = {name: row[name] for name in (*OPTIONAL, "prompt") if row.get(name) is not None}
     if classifies:
-        return {**kept, "text": row["text"], "label": 0} if form == ("text",) else None
-    if form == ("messages",):
-        roles = [turn.get("role") for turn in row["messages"] if isinstance(turn, Mapping)]
-        asks = roles and roles[-1] != "assistant"
-        return {**kept, "prompt": row["messages"]} if asks else None
-    options = {} if row.get("options") is None else {"options": row["options"], "label": 0}
-    return {**kept, **options} if form == ("prompt",) else None
+        kept = {name: row[name] for name in (*OPTIONAL, "text") if row.get(name) is not None}
+        return {**kept, "label": 0} if form == ("text",) else None
+    turns = row.get("messages") or [None]
+    asks = form == ("prompt",) or (form == ("messages",) and not is_answer(turns[-1]))
+    if not (asks or (form is None and row.get("instruction") is not None)):
+        return None
+    question = question_of(row)
+    return question | ({"label": 0} if "options" in question else {})
 
 
 def answered(

@@ -174,7 +174,8 @@ class BaseTrainer(Trainer):
         """The model with its adapter, and the tokenizer; `rows` say how many classes there are."""
         name = model if isinstance(model, str) else model.config.name_or_path
         if isinstance(model, str) and args.engine is not None:
-            model, own = served.load_served(model, args.engine, args.tokenizer_name)
+            source = args.tokenizer_name
+            model, own = served.load_served(model, args.engine, source, **args.servers)
             tokenizer = tokenizer or own
         tokenizer = tokenizer or load_tokenizer(name)
         # Trainer seeds too late for this: a new adapter's values are part of the run.

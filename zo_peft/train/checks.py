@@ -87,7 +87,7 @@ OF_GRADIENTS += ["optim_target_modules", "torch_empty_cache_steps"]
 #: Numbers that must not be 0, and those that must be below 1. None may be negative.
 POSITIVE = ["zo_eps", "learning_rate", "max_forward_passes", "max_length", "candidates_per_forward"]
 POSITIVE += ["max_completion_length", "gradient_accumulation_steps", "per_device_train_batch_size"]
-POSITIVE += ["per_device_eval_batch_size", "max_steps", "top_p"]
+POSITIVE += ["per_device_eval_batch_size", "max_steps", "top_p", "engine_timeout"]
 BELOW_ONE = ["momentum", "adam_beta1", "adam_beta2"]
 
 #: What an engine cannot do: the values of a setting, and what to do instead.
@@ -224,6 +224,12 @@ def check_values(config: "ZOConfig") -> None:
     for name in ("tokenizer_name", "engine_reference"):
         if getattr(config, name) is not None and config.engine is None:
             raise UserError(f"{name} has no meaning without an engine; drop it, or give an engine")
+    if (config.engine == "vllm") != bool(config.engine_url):
+        given = f"engine={config.engine!r} with engine_url={config.engine_url!r}"
+        advice = "give engine='vllm' with the addresses of its servers, or neither"
+        raise UserError(f"{given}; {advice}")
+    if config.engine_folder is not None and config.engine != "vllm":
+        raise UserError("engine_folder is for engine='vllm' alone; drop it")
 
 
 def check_candidates(config: "ZOConfig") -> None:

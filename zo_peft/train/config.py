@@ -66,6 +66,9 @@ class ZOConfig(TrainingArguments):
         default=None, help=HELP["model_init_kwargs"]
     )
     engine: EngineName | None = HfArg(default=None, help=HELP["engine"])
+    engine_url: list[str] | None = HfArg(default=None, help=HELP["engine_url"])
+    engine_folder: str | None = HfArg(default=None, help=HELP["engine_folder"])
+    engine_timeout: float = HfArg(default=120.0, help=HELP["engine_timeout"])
     tokenizer_name: str | None = HfArg(default=None, help=HELP["tokenizer_name"])
     engine_reference: str | None = HfArg(default=None, help=HELP["engine_reference"])
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = HfArg(
@@ -131,6 +134,12 @@ class ZOConfig(TrainingArguments):
         return changed
 
     @property
+    def servers(self) -> dict[str, Any]:
+        """What `load_served` takes of the servers of vllm."""
+        settings = {"folder": self.engine_folder, "timeout": self.engine_timeout}
+        return settings | {"urls": self.engine_url}
+
+    @property
     def strategy_options(self) -> Options:
         """What the strategy depends on beside seeds and eps."""
         return Options(**{f.name: getattr(self, f.name) for f in fields(Options)})
@@ -178,6 +187,7 @@ def run_settings(config: ZOConfig, generates: bool) -> dict[str, Any]:
     # These may contain paths or tokens.
     told = RUN_FIELDS | ZOConfig.__annotations__.keys()
     told -= {"model_init_kwargs", "tokenizer_name", "engine_reference"}
+    told -= {"engine_url", "engine_folder", "engine_timeout"}
     told.remove("num_train_epochs" if config.max_steps > 0 else "max_steps")
     told -= checks.CANDIDATES if config.strategy in checks.GRADIENT else set()
     told -= set() if generates else GENERATION

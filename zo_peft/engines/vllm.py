@@ -1,0 +1,226 @@
+"""vLLM servers, here or elsewhere, in their OpenAI-compatible dialect of HTTP.
+
+Each state of an adapter is written to a folder in PEFT's form, from which a server loads it for a
+few prompts. Servers keep what they computed by the name and the folder of an adapter and by the
+request's `cache_salt`, so none of these is ever used for two states.
+"""
+
+import itertools
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from operator import methodcaller
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import torch
+from safetensors.torch import save_file
+
+from zo_peft.engines.engine import Answers, Engine, Row, States
+from zo_peft.engines.servers import ServerFailure, Servers
+from zo_peft.errors import UserError
+from zo_peft.models.hub import public_name
+
+#: Tasks that a server has at a time, each with an adapter of its own, and the prompts of a task.
+AT_ONCE, PROMPTS = 16, 32
+
+#: Tokens that a request may ask about, if a server has its default settings.
+TOKENS = 20
+
+#: By how many nats servers of the same base may differ.
+SAME = 0.3
+
+#: A prompt with the tokens whose log-probabilities are wanted behind it; and these by token, with
+#: the likeliest token.
+Place = tuple[list[int], list[int]]
+Found = tuple[dict[int, float], int]
+
+
+class _NotThereError(ServerFailure):
+    """A server does not know an address or a model."""
+
+
+class Server:
+    """One vLLM server. Whatever it answers is checked.
+
+    Args:
+        url: such as `http://localhost:8000`.
+        base: what the server calls the base.
+        timeout: seconds that an answer may take.
+    """
+
+    def __init__(self, url: str, base: str, timeout: float) -> None:
+        self._url, self._base = url.rstrip("/"), base
+        key = os.environ.get("VLLM_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else None
+        self._client = httpx2.Client(headers=headers, timeout=timeout)
+
+    def __str__(self) -> str:
+        return self._url
+
+    def answer(self, path: Path | None, salt: str, places: Sequence[Place]) -> list[Found]:
+        """The answers at some places, with the adapter in a folder or with none.
+
+        A `ServerFailure` says that another server may answer, a UserError that none will.
+        """
+        if path is None:
+            return self._ask(self._base, salt, places)
+        try:
+            return self._with_adapter(path, salt, places)
+        except _NotThereError:
+            # The server has started again since it loaded the adapter.
+            return self._with_adapter(path, salt, places)
+
+    def _with_adapter(self, path: Path, salt: str, places: Sequence[Place]) -> list[Found]:
+        name = f"zo-peft-{secrets.token_hex(12)}"
+        try:
+            self._post("load_lora_adapter", lora_name=name, lora_path=str(path))
+        except _NotThereError as error:
+            raise UserError(
+                f"{self} does not load an adapter ({error}); start it with --enable-lora and with "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and give an engine_folder that it sees"
+            ) from None
+        found = self._ask(name, salt, places)
+        self._post("unload_lora_adapter", lora_name=name)
+        return found
+
+    def _ask(self, model: str, salt: str, places: Sequence[Place]) -> list[Found]:
+        found: list[Found] = [({}, -1)] * len(places)
+        for indices, tokens in _requests(places):
+            prompts = [places[index][0] for index in indices]
+            # Without `prompt_logprobs`, which have ended whole servers that had a LoRA.
+            body = {"prompt": prompts, "max_tokens": 1, "temperature": 0, "repetition_penalty": 1}
+            body |= {"logprobs": len(tokens), "logprob_token_ids": tokens, "cache_salt": salt}
+            body |= {"return_tokens_as_token_ids": True, "return_token_ids": True}
+            response = self._post("completions", model=model, **body)
+            try:
+                answer = response.json()
+                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+                told = [answer["model"], *(choice["prompt_token_ids"] for choice in choices)]
+                if told != [model, *prompts]:
+                    raise ServerFailure("it answers for another model, or other tokens")
+                for index, choice in zip(indices, choices):
+                    told, (likeliest,) = choice["logprobs"]["top_logprobs"][0], choice["token_ids"]
+                    own = {token: told[f"token_id:{token}"] for token in tokens}
+                    found[index] = found[index][0] | own, likeliest
+            except (LookupError, TypeError, ValueError) as error:
+                message = f"it does not answer as vLLM 0.32 does: {error!r}"
+                raise ServerFailure(message) from None
+        return found
+
+    def _post(self, path: str, **body: Any) -> httpx2.Response:
+        """A response that tells no error."""
+        try:
+            response = self._client.post(f"{self._url}/v1/{path}", json=body)
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise ServerFailure(f"{type(error).__name__}: {error}") from None
+        code, text = response.status_code, " ".join(response.text.split())[:300]
+        told = f"HTTP {code} from /v1/{path}: {text}"
+        if code == 404:
+            raise _NotThereError(told)
+        # Of these, what was asked is no reason.
+        if code >= 500 or code in (408, 429):
+            raise ServerFailure(told)
+        if not response.is_success:
+            raise UserError(f"{self} refuses a request: {told}")
+        return response
+
+
+class Vllm(Engine):
+    """vLLM servers that share the candidates.
+
+    No server tells which weights it has, so the journal knows the base by its name.
+
+    Args:
+        name: what the servers call the base.
+        urls: of one server or several, all of that base.
+        folder: where adapters are written for the servers, which see it at the same path; default:
+            one in memory.
+        timeout: seconds that an answer may take, and for which no server may answer.
+
+    Raises:
+        UserError: a server does not answer, or has another base.
+    """
+
+    def __init__(self, name: str, urls: Sequence[str], folder: str | None, timeout: float) -> None:
+        super().__init__("vllm", [], [])
+        self.identity = {"model": public_name(name), "loaded": "vllm"}
+        if folder is not None and not Path(folder).is_dir():
+            raise UserError(f"engine_folder={folder!r} is no folder; make it, or give another")
+        in_memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+        self._folder = str(Path(folder).absolute()) if folder else in_memory
+        servers = [Server(url, name, timeout) for url in urls]
+        self._servers = Servers(servers, AT_ONCE, timeout)
+        self.forget()
+        tokens, first = [*range(TOKENS)], dict[int, float]()
+        for server in servers:
+            try:
+                [(known, _)] = server.answer(None, next(self._salts), [(tokens, tokens)])
+            except ServerFailure as error:
+                raise UserError(
+                    f"{server} does not answer ({error}); mend that, or leave it out of engine_url"
+                ) from None
+            first = first or known
+            if max(abs(known[token] - first[token]) for token in tokens) > SAME:
+                raise UserError(
+                    f"{server} answers otherwise than {servers[0]}; give servers of one base"
+                )
+
+    def forget(self) -> None:
+        """As of `Engine`: no salt of earlier calls comes again."""
+        self._salts = map(f"{secrets.token_hex(16)}-{{}}".format, itertools.count())
+
+    def answer(self, states: States, rows: Sequence[Sequence[Row]]) -> Answers:
+        """As of `Engine`."""
+        tasks, wanted, path = [], [], None
+        with tempfile.TemporaryDirectory(prefix="zo-peft-", dir=self._folder) as scratch:
+            for index, own in enumerate(rows):
+                if states:
+                    path = Path(scratch, str(index))
+                    _write(path, states, index)
+                salt, places = next(self._salts), [*_places(own)]
+                wanted += [tokens for _, tokens in places]
+                for start in range(0, len(places), PROMPTS):
+                    part = places[start : start + PROMPTS]
+                    tasks.append(methodcaller("answer", path, salt, part))
+            found = [*itertools.chain(*self.timed(self._servers.map, tasks))]
+        self.swaps += len(rows) if states else 0
+        known = [[own[token] for token in tokens] for (own, _), tokens in zip(found, wanted)]
+        return Answers(torch.tensor(known), torch.tensor([likeliest for _, likeliest in found]))
+
+
+def _places(rows: Iterable[Row]) -> Iterator[Place]:
+    """A prompt for each place, which ends there, for a request tells what follows its end."""
+    for row in rows:
+        for position, tokens in zip(row.positions, row.tokens.tolist()):
+            yield row.ids[: position + 1], tokens
+
+
+def _requests(places: Sequence[Place]) -> Iterator[tuple[list[int], list[int]]]:
+    """The indices of places that share a request, and the tokens of all of them."""
+    indices, shared = dict[int, None](), set[int]()
+    for index, (_, wanted) in enumerate(places):
+        for token in wanted:
+            if len(shared | {token}) > TOKENS:
+                yield [*indices], sorted(shared)
+                indices, shared = {}, set()
+            indices[index] = None
+            shared.add(token)
+    yield [*indices], sorted(shared)
+
+
+def _write(path: Path, states: States, index: int) -> None:
+    """One of the states as PEFT saves an adapter; the scaling is in its matrices."""
+    tensors = {}
+    for module, (a, b) in states.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a[index].contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b[index].contiguous()
+    rank = max(a.shape[1] for a, _ in states.values())
+    config: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
+    config |= {"r": rank, "lora_alpha": rank, "target_modules": [*states]}
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, path / "adapter_model.safetensors")
