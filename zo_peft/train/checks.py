@@ -249,6 +249,6 @@ def check_candidates(config: "ZOConfig") -> None:
         sides = "leaves one side of the split empty"
         raise UserError(f"elite_fraction={share} of {count} candidates {sides}")
     if selects and count == 2:
-        why = "learns no more than MeZO in a step, and spends more forward passes"
+        why = "learns no more than MeZO, in more forward passes: its direction is +-(z1 - z2)"
         message = f"{config.strategy} with num_candidates=2 {why}; use 4 or more"
         warnings.warn(message, Notice, stacklevel=4)
