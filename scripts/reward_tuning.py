@@ -5,9 +5,11 @@ completion is 1 where it has a word of praise and no word of blame, else 0. Each
 with the defaults of a strategy, gv unless another is named, and its greedy completions of held-out
 prompts are rewarded as training goes on. The last column says how many times larger the variance of
 the difference of two candidates' rewards would be without common random numbers, at the run's first
-eps (where a run has chosen one).
+eps (where a run has chosen one). With an engine, an adapter is tuned in PyTorch on the float base,
+and beside it with the engine.
 
     python scripts/reward_tuning.py
+    python scripts/reward_tuning.py --engine llamacpp --adapters LoRA
     python scripts/reward_tuning.py --strategy guided --max_forward_passes 600 --points 60 --to_goal
 """
 
@@ -18,6 +20,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ import torch
 from datasets import disable_progress_bars
 from peft import IA3Config, LoraConfig, PeftConfig, TinyLoraConfig, VeraConfig
 from torch import Tensor
-from transformers import BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from zo_peft import Direction, ZOConfig, ZOTrainer
 from zo_peft.core.noise import derive_seed
@@ -125,15 +129,30 @@ class Counted:
         return praises(**given)
 
 
-def make(adapter: str, output_dir: Path, reward: Any = praises, **settings: Any) -> ZOTrainer:
+def engine_settings(engine: str, kind: str | None, url: str | None, folder: Path) -> dict[str, Any]:
+    """The settings of a run with an engine, whose base of this kind is written to the folder."""
+    if engine == "vllm":
+        return {"engine": engine, "engine_url": [url]}
+    convert, path = import_module("convert"), folder / f"base.{engine}"
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    if engine == "llamacpp":
+        convert.write_gguf(model, path, kind or "Q4_0")
+    else:
+        convert.write_openvino(model, path, kind or "int4")
+    return {"base": str(path), "engine": engine, "tokenizer_name": MODEL}
+
+
+def make(
+    adapter: str, output_dir: Path, reward: Any = praises, base: str = MODEL, **settings: Any
+) -> ZOTrainer:
     """A trainer of one of the `ADAPTERS`; evaluations reward greedy completions."""
-    base, config = ADAPTERS[adapter]
+    kind, config = ADAPTERS[adapter]
     tokenizer = load_tokenizer(MODEL)
     return ZOTrainer(
-        MODEL,
+        base,
         ZOConfig(
             str(output_dir),
-            model_init_kwargs=BASES[base],
+            model_init_kwargs=BASES[kind],
             max_completion_length=COMPLETION_TOKENS,
             **{
                 "strategy": "gv",
@@ -186,16 +205,21 @@ def variance_ratio(
 
 
 class Curve(TrainerCallback):
-    """Measures the held-out reward after every so many forward passes; may stop at `GOAL`."""
+    """Measures the held-out reward after every so many forward passes; may stop at `GOAL`.
+
+    `seconds` are the CPU seconds that this has taken.
+    """
 
     def __init__(self, every: int, reward: Counted, to_goal: bool) -> None:
         self.every, self.reward, self.to_goal = every, reward, to_goal
         self.trainer: ZOTrainer | None = None
+        self.seconds = 0.0
         self.points: list[dict[str, float]] = []
 
     def add(self) -> None:
         """Measure one more point."""
         assert self.trainer is not None
+        start = time.process_time()
         self.points.append(
             {
                 "forward_passes": self.trainer.forward_passes,
@@ -203,6 +227,7 @@ class Curve(TrainerCallback):
                 "reward": self.trainer.evaluate()["eval_praises"],
             }
         )
+        self.seconds += time.process_time() - start
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure where so many forward passes have been made since the last point."""
@@ -222,24 +247,32 @@ def row(
     curve.trainer = trainer
     trainer.add_callback(curve)
     curve.add()
-    start = time.perf_counter()
+    start = time.process_time() - curve.seconds
     trainer.train()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start - curve.seconds
     curve.add()
     eps = [calibration.zo_eps for calibration in trainer.calibrations]
     # Rewards differ most where they are neither all 0 nor all 1: before training.
-    fresh = make(adapter, folder, seed=trainer.args.seed, max_steps=1)
+    names = {"base", "engine", "tokenizer_name", "engine_url"} & {*settings}
+    fresh = make(
+        adapter,
+        folder,
+        seed=trainer.args.seed,
+        max_steps=1,
+        **{name: settings[name] for name in names},
+    )
     ratio = variance_ratio(fresh, eps[0], pairs) if eps else None
     reached = (point for point in curve.points if point["reward"] >= GOAL)
     return {
         "adapter": adapter,
         "strategy": trainer.args.strategy,
-        "base": ADAPTERS[adapter][0],
+        "base": trainer.engine.identity["loaded"] if trainer.engine else ADAPTERS[adapter][0],
         "numbers": trainer.tuned_numel,
         "seed": trainer.args.seed,
         "learning_rate": trainer.args.learning_rate,
         "zo_eps": eps,
-        "seconds": round(seconds, 1),
+        "cpu_seconds": round(seconds, 1),
+        "tokens_per_cpu_second": round(reward.tokens / seconds),
         "variance_ratio": ratio,
         "goal": next(reached, None),
         "curve": curve.points,
@@ -272,6 +305,9 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=6, help="how many each curve has")
     parser.add_argument("--pairs", type=int, default=8, help="of candidates, for the variance")
     parser.add_argument("--to_goal", action="store_true", help=f"stop at a reward of {GOAL}")
+    parser.add_argument("--engine", choices=["llamacpp", "openvino", "vllm"], help="LoRA alone")
+    parser.add_argument("--type", help="of the engine's base: F32, f32 ...; default: 4 bits")
+    parser.add_argument("--engine_url", help="for vllm: of a server with the embedded model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/reward_tuning"))
     given = parser.parse_args()
@@ -280,11 +316,15 @@ def main() -> None:
     torch.set_num_threads(1)  # more only wait for each other on models this small
     print(
         f"| adapter | numbers | forward passes: reward | passes (tokens) to {GOAL} | tokens "
-        "| seconds | variance ratio |"
+        "| CPU s | tokens per CPU s | variance ratio |"
     )
-    print("|" + " --- |" * 7)
+    print("|" + " --- |" * 8)
+    bases: list[dict[str, Any]] = [{}]
+    if given.engine:
+        with contextlib.redirect_stdout(sys.stderr):
+            bases.append(engine_settings(given.engine, given.type, given.engine_url, given.out))
     rows = []
-    for adapter in given.adapters:
+    for adapter, base in product(given.adapters, bases):
         with contextlib.redirect_stdout(sys.stderr):
             found = row(
                 adapter,
@@ -296,6 +336,7 @@ def main() -> None:
                 max_forward_passes=given.max_forward_passes,
                 learning_rate=given.learning_rate,
                 seed=given.seed,
+                **base,
             )
         rows.append(found)
         curve = ", ".join(f"{p['forward_passes']:,}: {p['reward']:.2f}" for p in found["curve"])
@@ -304,8 +345,8 @@ def main() -> None:
             goal = "{forward_passes:,} ({generated_tokens:,})".format(**found["goal"])
         print(
             f"| {adapter}, {found['base']} | {found['numbers']:,} | {curve} | {goal} "
-            f"| {found['curve'][-1]['generated_tokens']:,} | {found['seconds']:.0f} "
-            f"| {found['variance_ratio'] or ''} |"
+            f"| {found['curve'][-1]['generated_tokens']:,} | {found['cpu_seconds']:.0f} "
+            f"| {found['tokens_per_cpu_second']:,} | {found['variance_ratio'] or ''} |"
         )
         sys.stdout.flush()
         (given.out / "rewards.json").write_text(json.dumps(rows, indent=2) + "\n")

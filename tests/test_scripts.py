@@ -7,13 +7,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
-from safetensors.torch import load
+from engines.standin import StandIn
+from tiny import MODEL
+from transformers import AutoModelForCausalLM
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -64,6 +64,11 @@ SMALLEST = [
         table("strategy", "mezo"),
         table("what", "plain forward"),
         r"^\| zo_peft, gv \| \d+",
+    ),
+    form(
+        "bench_cluster",
+        "--servers 1 3 --tasks 2 --steps 2 --plot cluster.png",
+        table("servers", "1"),
     ),
     form(
         "bench_engines",
@@ -163,7 +168,11 @@ SMALLEST = [
     form(
         "bench_tune", "--rows 'scales, NF4' --max_forward_passes 40", table("what", "scales, NF4")
     ),
-    form("black_box", "--url URL --max_forward_passes 60 --output_dir tuned", r"^loss \d.* -> \d"),
+    form(
+        "black_box",
+        "--url URL --max_forward_passes 8 --texts 2 --zo_eps 0.03 --output_dir tuned",
+        r"^loss \d.* -> \d",
+    ),
     form(
         "fuzz",
         "--inputs 20",
@@ -185,35 +194,20 @@ SMALLEST = [
         "--adapters TinyLoRA --max_forward_passes 60 --points 1 --pairs 2 --out rewards",
         table("adapter", "TinyLoRA, float32"),
     ),
+    form(
+        "reward_tuning",
+        "--adapters LoRA --engine llamacpp --max_forward_passes 24 --points 1 --pairs 1 --out both",
+        r"^\| LoRA, llamacpp q4_0 \|.*\d.*\|$",
+    ),
 ]
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Serves any adapter; its loss is the sum of the adapter's squares."""
-
-    loss = 0.0
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.path == "/v1/load_lora_adapter":
-            type(self).loss = float(sum(tensor.square().sum() for tensor in load(body).values()))
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps({"loss": self.loss}).encode())
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """The address of a server for `black_box`."""
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    server = StandIn(AutoModelForCausalLM.from_pretrained(MODEL).eval(), MODEL)
+    yield server.url
+    server.stop()
 
 
 def test_every_script_is_run_here() -> None:

@@ -77,12 +77,16 @@ class StandIn(ThreadingHTTPServer):
         self.dead |= "prompt_logprobs" in body
         if self.dead:
             raise Refusal(500, "EngineDeadError")
-        name, tokens = body["model"], body["logprob_token_ids"]
+        name, tokens = body["model"], body.get("logprob_token_ids", [])
         if name != self.name and name not in self.adapters:
             raise Refusal(404, f"The model {name} does not exist")
-        if not len(tokens) == body["logprobs"] <= LOGPROBS or body["max_tokens"] != 1:
+        if not len(tokens) == body.get("logprobs", 0) <= LOGPROBS:
             raise Refusal(400, "so many logprobs are not allowed")
         model = self.adapters.get(name, self.model)
+        if not tokens:
+            answer = {"model": name, "choices": [self.drawn(model, body)]}
+            self.after(answer)
+            return answer
         choices = []
         for index, ids in enumerate(body["prompt"]):
             known = self.known(model, body.get("cache_salt"), ids)
@@ -93,6 +97,23 @@ class StandIn(ThreadingHTTPServer):
         answer = {"model": name, "choices": choices[::-1]}
         self.after(answer)
         return answer
+
+    @torch.no_grad()
+    def drawn(self, model: Any, body: dict[str, Any]) -> dict[str, Any]:
+        """A completion with noise that depends on the seed alone, as vLLM draws it."""
+        [ids], drawn, reason = body["prompt"], [], "length"
+        generator = torch.Generator().manual_seed(body.get("seed", 0))
+        while len(drawn) < body["max_tokens"] and reason == "length":
+            with self.lock:
+                logits = model(torch.tensor([ids + drawn])).logits[0, -1]
+            if body["temperature"]:
+                shares = (logits / body["temperature"]).softmax(-1)
+                logits = shares / torch.empty_like(shares).exponential_(generator=generator)
+            drawn.append(int(logits.argmax()))
+            if drawn[-1] in body["stop_token_ids"]:
+                reason = "stop"
+        told = {"prompt_token_ids": ids, "token_ids": drawn, "finish_reason": reason}
+        return {"index": 0} | told
 
     @torch.no_grad()
     def known(self, model: Any, salt: str | None, ids: list[int]) -> torch.Tensor:

@@ -116,9 +116,8 @@ def test_an_engine_that_keeps_the_wrong_things_is_found(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("llamacpp", True, 1), "rewards need generated completions"),
-        (("llamacpp", False, 2), "an engine answers to one process"),
-        ((None, False, 1), "give the name of its file as the model, with engine"),
+        (("llamacpp", 2), "an engine answers to one process"),
+        ((None, 1), "give the name of its file as the model, with engine"),
     ],
 )
 def test_what_no_engine_does_is_refused(model: PeftModel, given: Any, message: str) -> None:
@@ -146,10 +145,10 @@ def test_an_adapter_that_is_not_tuned_is_looked_at_too(config: Any, message: str
     model = get_peft_model(tiny.llama(), config).requires_grad_(False)
     model.get_base_model().engine = engine = Faultless()
     if message is None:
-        assert check_engine(model, "llamacpp", False, 1) is engine
+        assert check_engine(model, "llamacpp", 1) is engine
     else:
         with pytest.raises(UserError, match=message):
-            check_engine(model, "llamacpp", False, 1)
+            check_engine(model, "llamacpp", 1)
 
 
 def test_a_package_that_is_missing_is_named() -> None:

@@ -39,6 +39,7 @@ from zo_peft.engines.served import load_served
 from zo_peft.errors import Notice, UserError
 from zo_peft.models.adapters import tuned_parameters
 from zo_peft.models.recipe import evaluator_of
+from zo_peft.objectives.rewards import RewardObjective
 from zo_peft.objectives.scoring import CompletionObjective, OptionObjective
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -125,6 +126,34 @@ def test_a_float_engine_has_the_losses_of_pytorch(both: Any, name: str) -> None:
     torch.testing.assert_close(losses, expected, atol=1e-4, rtol=0)
     for mine, theirs in zip(objective.predict(served, batch), objective.predict(own, batch)):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (2.0, 0.9)])
+def test_a_float_engine_completes_prompts_as_pytorch_does(
+    both: Any, temperature: float, top_p: float, monkeypatch: Any
+) -> None:
+    """Greedy and drawn, by candidates of each example or of all, with ends and prompts unlike."""
+    served, own = both
+    for model in both:
+        monkeypatch.setattr(model.generation_config, "eos_token_id", [*range(1, 64, 6)])
+    seen: dict[int, list[Any]] = {}
+
+    def reward(completion_ids: Any, **_: Any) -> list[float]:
+        seen.setdefault(turn, []).extend(completion_ids)
+        return [float(sum(i * id_ for i, id_ in enumerate(ids, 1))) for ids in completion_ids]
+
+    settings = {"max_completion_length": 9, "temperature": temperature, "top_p": top_p, "seed": 3}
+    objective = RewardObjective([reward], AutoTokenizer.from_pretrained(tiny.MODEL), **settings)
+    ids = [[5, 9, 3, 8, 21, 7, 7, 30], [11, 4, 6], [2, 40], [17, 13, 9, 50]]
+    batch = Collator(tiny.PAD)([{"prompt_ids": i, "columns": {"prompt": ""}} for i in ids])
+    plain = evaluator_of(own, FlatSpace(tuned_parameters(own)), objective)
+    for points in ([point[:1] for point in POINTS], [point * 2 for point in POINTS]):
+        losses = []
+        for turn, evaluator in enumerate((in_engine(served, objective), plain)):  # noqa: B007
+            losses.append(evaluator.batch_losses(points, batch))
+        assert torch.equal(*losses)
+    assert seen[0] == seen[1]
+    assert len({*map(len, seen[0])}) > 2
 
 
 def test_the_check_knows_an_adapter_that_acts_otherwise(both: Any, monkeypatch: Any) -> None:
@@ -264,6 +293,32 @@ def test_the_command_line_trains_and_evaluates(
     )
 
 
+def test_rewards_are_trained_from_the_command_line(
+    bases: Any, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """A reward function and a metric, with eps chosen by the run; and its answers."""
+    monkeypatch.chdir(tmp_path)
+    code = "def reward(completion_ids, **_):\n    return [-len(ids) for ids in completion_ids]\n"
+    Path("brevity.py").write_text(code)
+    rows = [{"prompt": f"We ate at the {what}", "answers": ["cafe"]} for what in ("old", "new")]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"train_file": "rows.jsonl", "eval_file": "rows.jsonl", "tokenizer_name": tiny.MODEL}
+    changes |= {"prompt_template": None, "label_words": None, "zo_eps": None, "max_steps": 1}
+    goals = [{"reward_funcs": "brevity:reward"}, {"objective": "f1"}]
+    for (engine, kind), goal in zip(QUANTIZED, goals):
+        changes |= {"engine": engine, "model_name_or_path": bases(engine, kind)}
+        folder = tmp_path / engine
+        options = tiny.command_line(folder, **changes, **goal, max_completion_length=5)
+        capsys.readouterr()
+        assert main(["train", *options, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["steps"] == 1
+        # The likelihood of what was drawn is not a line at the largest that is tried.
+        assert told["calibrations"][0]["zo_eps"] < 0.5
+        assert main(["predict", engine, "rows.jsonl", "--output_file", f"{engine}.jsonl"]) == 0
+        assert len(Path(f"{engine}.jsonl").read_text().splitlines()) == 2
+
+
 REFUSED = [
     ({"engine": "openvino"}, "reads a folder with openvino_model.xml"),
     ({"peft_type": "IA3"}, r"an engine takes plain LORA \(.*\), not .* of a IA3"),
@@ -271,7 +326,6 @@ REFUSED = [
     ({"strategy": "guided"}, "strategy='guided' is not for engine='llamacpp'"),
     ({"strategy": "adam"}, "strategy='adam' is not for engine='llamacpp'"),
     ({"tune": "weights"}, "tune='weights' is not for engine='llamacpp'"),
-    ({"objective": "f1"}, "objective='f1' is not for engine='llamacpp'"),
     ({"engine": None}, "tokenizer_name has no meaning without an engine"),
     ({"model_name_or_path": tiny.MODEL}, "reads a GGUF file"),
     ({"tokenizer_name": None}, "give --tokenizer_name"),

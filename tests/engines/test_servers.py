@@ -93,6 +93,19 @@ def test_a_straggler_is_overtaken_and_its_late_answer_is_dropped() -> None:
     assert servers.map(ask(range(20, 30))) == [n * n for n in range(20, 30)]
 
 
+def test_a_slow_server_gets_no_task_that_others_would_end_before() -> None:
+    slow = Simulated("slow", lambda _: time.sleep(0.4))
+    servers = Servers([slow, Simulated("quick", lambda _: time.sleep(0.002))])
+    servers.map(ask(range(4)))
+    time.sleep(0.5)  # until it has answered, too late
+    asked = [*slow.asked]
+    assert servers.map(ask(range(10))) == [n * n for n in range(10)]
+    assert slow.asked == asked
+    # So many tasks keep the other busy for longer.
+    servers.map(ask(range(800)))
+    assert len(slow.asked) > len(asked)
+
+
 def test_servers_that_never_worked_end_the_call_at_once() -> None:
     servers = Servers([Simulated("one", fails), Simulated("two", fails)])
     with pytest.raises(NoServerLeftError, match=r"none of 2 servers answers .*the line is dead"):

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from zo_peft.cli import main
 from zo_peft.core.flat_space import FlatSpace
+from zo_peft.data.collate import Collator
 from zo_peft.engines import check
 from zo_peft.engines.served import load_served
 from zo_peft.engines.servers import NoServerLeftError
@@ -26,6 +27,7 @@ from zo_peft.engines.vllm import Vllm
 from zo_peft.errors import UserError
 from zo_peft.models.adapters import tuned_parameters
 from zo_peft.models.recipe import evaluator_of
+from zo_peft.objectives.rewards import RewardObjective
 
 
 class Cluster:
@@ -137,6 +139,31 @@ def test_adapters_are_for_a_moment_in_the_folder_that_servers_share(
     assert len({*paths}) == len(paths) > 2
     assert {path.parents[1] for path in paths} == {tmp_path / "shared"}
     assert not [*(tmp_path / "shared").iterdir()]
+
+
+def test_completions_are_pytorchs_and_candidates_share_what_is_drawn(cluster: Cluster) -> None:
+    served = cluster.lora(cluster.start(2))
+    own = filled(get_peft_model(AutoModelForCausalLM.from_pretrained(cluster.name), LORA))
+    ids = [[5, 9, 3, 8, 21, 7, 7, 30], [11, 4, 6], [11, 4, 6]]
+    rows = [{"prompt_ids": i, "columns": {"prompt": ""}} for i in ids]
+    batch = Collator(tiny.PAD)(rows).repeated(2)
+    tokenizer, seen = AutoTokenizer.from_pretrained(tiny.MODEL), list[Any]()
+
+    def reward(completion_ids: Any, **_: Any) -> list[float]:
+        seen.append(completion_ids)
+        return [0.0] * len(completion_ids)
+
+    for model in (served, own):
+        model.generation_config.eos_token_id = [*range(1, 64, 4)]
+        RewardObjective([reward], tokenizer, None, 7, temperature=0.0).losses(model, batch)
+    assert seen[0] == seen[1]
+    assert len({*map(len, seen[0])}) > 1
+    for seed in (1, 2, 1):
+        RewardObjective([reward], tokenizer, None, 7, 2.0, seed=seed).losses(served, batch)
+    *_, first, second, again = seen
+    assert first == again != second
+    assert first[:3] == first[3:]
+    assert first[1] != first[2]  # of the same prompt, in two examples
 
 
 # ---- Faults -------------------------------------------------------------------------------------

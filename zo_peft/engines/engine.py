@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zo_peft.errors import UserError
 from zo_peft.models.loading import files_hash
+from zo_peft.objectives.rewards import CommonNoise
 
 #: The engines, and the package that those in this process need.
 PACKAGES = {"llamacpp": "xllamacpp", "openvino": "openvino"}
@@ -65,6 +66,44 @@ def answers(logits: Tensor, rows: Iterable[Row]) -> Answers:
     return Answers(known.gather(1, torch.cat([row.tokens for row in rows])), known.argmax(dim=-1))
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Attributes:
+        noise: what makes the likeliest token a sample; None: it is the likeliest.
+        examples: the number of examples; prompt i is of example `i % examples`.
+        ends: the tokens that end a completion.
+        longest: the most tokens of a completion.
+    """
+
+    noise: CommonNoise | None
+    examples: int
+    ends: Sequence[int]
+    longest: int
+
+    def complete(
+        self, rows: Iterable[int], ask: Callable[[dict[int, list[int]]], Tensor]
+    ) -> list[list[int]]:
+        """The completions of these prompts, with the tokens that end them.
+
+        `ask` gets what has been drawn so far for those prompts that go on, by their number, and
+        returns the logits of what follows [N, vocabulary].
+        """
+        drawn: dict[int, list[int]] = {row: [] for row in rows}
+        for position in range(self.longest):
+            going = {n: ids for n, ids in drawn.items() if not {*ids[-1:]} & {*self.ends}}
+            if not going:
+                break
+            logits = ask(going)
+            if self.noise:
+                own = [row % self.examples for row in going]
+                logits = self.noise.added(logits, own, self.examples, position)
+            for ids, token in zip(going.values(), logits.argmax(dim=-1).tolist()):
+                ids.append(token)
+        return [*drawn.values()]
+
+
 class Engine:
     """A base that somebody else computes, with adapters that are put in their place for each call.
 
@@ -92,6 +131,12 @@ class Engine:
 
         With empty `states` the base alone answers.
         """
+        raise NotImplementedError
+
+    def generate(
+        self, states: States, prompts: Sequence[Sequence[list[int]]], sampling: Sampling
+    ) -> list[list[int]]:
+        """Completions of the prompts [M][R], those of each m with state m, in their order."""
         raise NotImplementedError
 
     def forget(self) -> None:

@@ -9,16 +9,18 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import c_char_p, c_float, c_int32, c_size_t, c_void_p
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
-from zo_peft.engines.engine import Answers, Engine, Row, States, answers, imported
+from zo_peft.engines.engine import Answers, Engine, Row, Sampling, States, answers, imported
 from zo_peft.errors import UserError
 
 #: The architectures of GGUF whose modules are known, and the modules whose rows a GGUF has in
@@ -52,6 +54,10 @@ RESULTS: dict[Any, str] = {
 
 #: So many words of the parameters of a context are searched; what is behind them are switches.
 SETTINGS = 32
+
+#: The number of a sequence, the position of the first of these tokens, and the positions whose next
+#: tokens are asked about.
+_Part = tuple[int, int, list[int], list[int]]
 
 #: `llama_process` decodes rather than encodes.
 DECODE = 1
@@ -132,6 +138,21 @@ class LlamaCpp(Engine):
             for first in range(0, len(own), SEQUENCES):
                 found.append(self._ask(own[first : first + SEQUENCES]))
         return Answers(*map(torch.cat, zip(*found)))
+
+    def generate(
+        self, states: States, prompts: Sequence[Sequence[list[int]]], sampling: Sampling
+    ) -> list[list[int]]:
+        """As of `Engine`; keys and values are kept while a prompt is completed."""
+        self._grow(max(len(ids) for own in prompts for ids in own) + sampling.longest)
+        found = list[list[int]]()
+        tensors = self._tensors(states)
+        for index, own in enumerate(prompts):
+            self._put({name: tensor[index] for name, tensor in tensors.items()})
+            for first in range(0, len(own), SEQUENCES):
+                some = dict(enumerate(own[first : first + SEQUENCES], start=len(found)))
+                self._clear()
+                found += sampling.complete(some, partial(self._next, some))
+        return found
 
     def forget(self) -> None:
         """As of `Engine`: the space of sequences goes, and `answer` makes another."""
@@ -219,13 +240,32 @@ class LlamaCpp(Engine):
 
     def _ask(self, rows: Sequence[Row]) -> Answers:
         """The answers to a few rows, with nothing kept of others."""
-        library, batch, places = self._library, self._batch, []
+        self._clear()
+        parts = [(number, 0, row.ids, row.positions) for number, row in enumerate(rows)]
+        return answers(self._process(parts), rows)
+
+    def _next(self, prompts: dict[int, list[int]], drawn: dict[int, list[int]]) -> Tensor:
+        """The logits behind what was drawn, of which all but the last tokens have been read."""
+        parts = list[_Part]()
+        for sequence, (number, prompt) in enumerate(prompts.items()):
+            if number in drawn:
+                new = drawn[number][-1:] or prompt
+                last = len(prompt) + len(drawn[number]) - 1
+                parts.append((sequence, last + 1 - len(new), new, [last]))
+        return self._process(parts)
+
+    def _clear(self) -> None:
+        library = self._library
         library.llama_memory_clear(library.llama_get_memory(self._context), False)
+
+    def _process(self, parts: Iterable[_Part]) -> Tensor:
+        """The logits [N, vocabulary] at the asked positions of these parts of sequences."""
+        library, batch, places = self._library, self._batch, []
         library.llama_batch_ext_clear(batch)
         here = c_int32()
-        for sequence, row in enumerate(rows):
-            asked = set(row.positions)
-            for here.value, token in enumerate(row.ids):
+        for sequence, start, ids, positions in parts:
+            asked = set(positions)
+            for here.value, token in enumerate(ids, start):
                 place = library.llama_batch_ext_add_token(batch, sequence, token)
                 taken = library.llama_batch_ext_set_pos(batch, place, ctypes.byref(here))
                 if here.value in asked:
@@ -237,7 +277,7 @@ class LlamaCpp(Engine):
             raise UserError(f"llama.cpp does not answer ({status}); its reason stands above")
         pointers = [library.llama_get_logits_ith(self._context, place) for place in places]
         logits = np.stack([np.ctypeslib.as_array(p, (self._tokens,)) for p in pointers])
-        return answers(torch.from_numpy(logits), rows)
+        return torch.from_numpy(logits)
 
 
 def _library(package: Any) -> ctypes.CDLL:

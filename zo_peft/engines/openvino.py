@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from zo_peft.engines.engine import Answers, Engine, Row, States, answers, imported
+from zo_peft.engines.engine import Answers, Engine, Row, Sampling, States, answers, imported
 from zo_peft.errors import UserError
 
 MODEL_NAME = "openvino_model.xml"
@@ -71,24 +72,43 @@ class OpenVino(Engine):
 
     def answer(self, states: States, rows: Sequence[Sequence[Row]]) -> Answers:
         """As of `Engine`."""
+        flat = [row for own in rows for row in own]
+        places = [(index, place) for index, row in enumerate(flat) for place in row.positions]
+        self.swaps += len(rows)
+        return answers(self._logits(states, [row.ids for row in flat], places), flat)
+
+    def generate(
+        self, states: States, prompts: Sequence[Sequence[list[int]]], sampling: Sampling
+    ) -> list[list[int]]:
+        """As of `Engine`; every token is drawn by another run of the graph over all before it."""
+        flat = [ids for own in prompts for ids in own]
+
+        def ask(drawn: dict[int, list[int]]) -> Tensor:
+            # Prompts that are complete stay, because each state has as many rows as any other.
+            ids = [prompt + drawn.get(number, []) for number, prompt in enumerate(flat)]
+            return self._logits(states, ids, [(number, len(ids[number]) - 1) for number in drawn])
+
+        self.swaps += len(prompts)
+        return sampling.complete(range(len(flat)), ask)
+
+    def _logits(
+        self, states: States, rows: Sequence[list[int]], places: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """The logits [N, vocabulary] at places (row, position) of rows that states have in turn."""
         if self._modules != [*states]:
             self._compile([*states])
-        flat = [row for own in rows for row in own]
-        ids = pad_sequence([torch.tensor(row.ids) for row in flat], batch_first=True)
-        lengths = torch.tensor([len(row.ids) for row in flat])
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows])
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         given = {
             "input_ids": ids,
             "attention_mask": (positions < lengths[:, None]).long(),
             "position_ids": positions,
         }
-        places = [(index, place) for index, row in enumerate(flat) for place in row.positions]
         tensors = [*(given[name] for name in self._inputs), torch.tensor(places)]
         tensors += [matrix for module in states for matrix in states[module]]
         arrays = [tensor.contiguous().numpy() for tensor in tensors]
-        logits = torch.from_numpy(self.timed(self._run, arrays)[0])
-        self.swaps += len(rows)
-        return answers(logits, flat)
+        return torch.from_numpy(self.timed(self._run, arrays)[0])
 
     def _compile(self, modules: list[str]) -> None:
         """Put the LoRA matrices into the graph, and the scored places before its last layer."""

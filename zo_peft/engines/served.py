@@ -2,10 +2,11 @@
 
 It has the modules of a transformers model, so PEFT puts a LoRA on it, and Trainer trains it as any
 other. Its own parameters take no memory, and only the LoRA's are numbers. The objectives ask it for
-`next_tokens`, which the engine answers.
+`next_tokens`, or to `generate`, which the engine answers.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,28 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from zo_peft.core.batch import Batch, Objective
 from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.lanes import Host, Lanes
 from zo_peft.core.ranks import OneRank
 from zo_peft.core.space import Space
-from zo_peft.engines.engine import Answers, Engine, EngineName, Matrices, Row, States
+from zo_peft.engines.engine import (
+    Answers,
+    Engine,
+    EngineName,
+    Matrices,
+    Row,
+    Sampling,
+    States,
+)
 from zo_peft.engines.llamacpp import LlamaCpp
 from zo_peft.engines.openvino import MODEL_NAME, OpenVino
 from zo_peft.engines.vllm import Vllm
@@ -30,6 +45,7 @@ from zo_peft.models.heads import lora_parameters
 from zo_peft.models.hub import AnyModel
 from zo_peft.models.loading import load_config, load_tokenizer
 from zo_peft.models.peft_layers import is_plain_lora
+from zo_peft.objectives.rewards import CommonNoise
 
 #: The most bytes of the states of one call.
 STATES = 64 << 20
@@ -69,13 +85,17 @@ def load_served(
     base.requires_grad_(False)
     base.forward = _refuse
     base.name_or_path = base.config.name_or_path = source or name
+    if source is not None or engine != "llamacpp":
+        with suppress(OSError):  # Not every base has one.
+            base.generation_config = GenerationConfig.from_pretrained(source or name)
     engines: dict[str, Callable[[], Engine]] = {
         "llamacpp": lambda: LlamaCpp(path, config),
         "openvino": lambda: OpenVino(path),
         "vllm": lambda: Vllm(name, **servers),
     }
     base.engine = engines[engine]()
-    base.next_tokens = partial(_next_tokens, base, Lanes({}, 1), "")
+    for method, answer in ANSWERS.items():
+        setattr(base, method, partial(answer, base, Lanes({}, 1), ""))
     return base.eval(), tokenizer
 
 
@@ -87,19 +107,18 @@ def evaluator_of(
     ranks: OneRank | None = None,
 ) -> Evaluator:
     """An evaluator that asks the engine for many candidates in one call."""
-    replacement: Any = (model.get_base_model(), "next_tokens", _next_tokens)
+    base = model.get_base_model()
+    replacements = {method: (base, method, answer) for method, answer in ANSWERS.items()}
     each = 4 * space.numel
-    host = Host({"engine": replacement}, lambda batch, parts: max(1, STATES // (each * parts)))
+    host = Host(replacements, lambda batch, parts: max(1, STATES // (each * parts)))
     return Evaluator(model, space, objective, host, candidates_per_forward, ranks)
 
 
-def check_engine(
-    model: AnyModel, engine: EngineName | None, generates: bool, processes: int
-) -> Engine | None:
+def check_engine(model: AnyModel, engine: EngineName | None, processes: int) -> Engine | None:
     """The engine that answers for a model; None where the model computes by itself.
 
     A UserError says that there is another one than `engine`, or refuses what an engine cannot do:
-    an adapter of which it cannot be given everything, generated completions, several processes.
+    an adapter of which it cannot be given everything, several processes.
     """
     found: Engine | None = getattr(model, "engine", None)
     if (found is None) != (engine is None):
@@ -109,8 +128,6 @@ def check_engine(
         )
     if found is None:
         return None
-    if generates:
-        raise UserError("rewards need generated completions, which engines are not asked for")
     if processes > 1:
         raise UserError("an engine answers to one process; start one, and give it more threads")
     if isinstance(model, PeftModel):
@@ -147,10 +164,32 @@ def _next_tokens(base: Any, lanes: Lanes, _: str, batch: Batch) -> Answers:
     """What follows at the N scored positions of a batch, whose rows belong to lanes in turn."""
     if "segments" in batch:
         raise UserError("an engine takes every option with a prompt of its own")
-    rows = rows_of(batch)
+    return base.engine.answer(states_of(base, lanes), _split(rows_of(batch), lanes))
+
+
+def _generate(base: Any, lanes: Lanes, _: str, **given: Any) -> Tensor:
+    """As `generate` of transformers: prompts with their completions, whose rows lanes have in turn.
+
+    A shorter completion is filled up with the token that ends it.
+    """
+    ids, own, config = (given[n] for n in ("input_ids", "attention_mask", "generation_config"))
+    noise: CommonNoise | None = next(iter(given["logits_processor"]), None)
+    prompts = [row[mask].tolist() for row, mask in zip(ids, own.bool())]
+    examples, ends = len(ids) // (noise.copies if noise else 1), config.eos_token_id or []
+    sampling = Sampling(noise, examples, ends, config.max_new_tokens)
+    drawn = base.engine.generate(states_of(base, lanes), _split(prompts, lanes), sampling)
+    filled = pad_sequence([torch.tensor(row) for row in drawn], True, (ends or [0])[0])
+    return torch.cat([ids, filled], dim=1)
+
+
+#: The methods of a base that its engine answers; they are told of the lanes.
+ANSWERS: dict[str, Callable[..., Any]] = {"next_tokens": _next_tokens, "generate": _generate}
+
+
+def _split(rows: list[Any], lanes: Lanes) -> list[list[Any]]:
+    """The rows of each lane."""
     each = len(rows) // lanes.count
-    split = [rows[start : start + each] for start in range(0, len(rows), each)]
-    return base.engine.answer(states_of(base, lanes), split)
+    return [rows[start : start + each] for start in range(0, len(rows), each)]
 
 
 def rows_of(batch: Batch) -> list[Row]:
@@ -176,4 +215,4 @@ def _from_gguf(load: Callable[..., Any], path: Path, *chat: str | None) -> Any:
 
 
 def _refuse(*_: Any, **__: Any) -> Tensor:
-    raise UserError("the base has no weights here: an engine answers for it, to likelihoods alone")
+    raise UserError("the base has no weights here: an engine answers for it")

@@ -5,7 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -14,8 +14,8 @@ from zo_peft.errors import UserError
 S = TypeVar("S")
 T = TypeVar("T")
 
-#: How many of the last tasks tell how long a task takes.
-KNOWN = 256
+#: How many of the last tasks tell how long a task takes, of all servers and of one.
+KNOWN, OWN = 256, 5
 
 #: Seconds between two looks at what runs.
 LOOK = 0.02
@@ -39,12 +39,19 @@ class _Server:
     failed_at: float = 0.0
     pause: float = 0.0
     reason: str = ""
+    used_at: float = 0.0
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=OWN))
 
     def is_free(self, now: float, at_once: int) -> bool:
         """It may get another task; after a failure and a pause, one alone."""
         if self.failures:
             return not self.busy and now - self.failed_at >= self.pause
         return self.busy < at_once
+
+    def ends_within(self, seconds: float, since: float) -> bool:
+        """It ends a task in so many seconds, for all that has been seen since then."""
+        unknown = not self.seconds or self.used_at < since
+        return unknown or statistics.median(self.seconds) <= seconds
 
 
 @dataclass(eq=False)
@@ -69,10 +76,10 @@ class _Attempt:
 class Servers(Generic[S]):
     """Servers that share the tasks of a call.
 
-    A free server takes the next task. A server that fails is left out, and tried again with one
-    task after a pause that doubles with each failure; its own tasks go to others. When none is
-    waiting any more, a task that runs far longer than others is given to another server, too, and
-    the first answer counts.
+    A free server takes the next task, unless it is so slow that the others would end all that wait
+    before. A server that fails is left out, and tried again with one task after a pause that
+    doubles with each failure; its own tasks go to others. When none is waiting any more, a task
+    that runs far longer than others is given to another server, too, and the first answer counts.
 
     Args:
         servers: whatever the tasks are called with; `str` gives the name in messages.
@@ -140,11 +147,16 @@ class Servers(Generic[S]):
         now = time.monotonic()
         free = [server for server in self._servers if server.is_free(now, self._at_once)]
         free.sort(key=lambda server: server.busy)
+        usual = statistics.median(self._seconds) if self._seconds else 0.0
+        longest = self._patience * usual
         if free and waiting:
-            return waiting.popleft(), free[0]
+            # A slow server would end after all others, if they will soon have nothing to do.
+            left = usual * len(waiting) / (self._at_once * len(self._servers))
+            within, since = max(longest, left), now - self._timeout / 4
+            quick = [server for server in free if server.ends_within(within, since)]
+            return (waiting.popleft(), (quick or free)[0]) if quick or not running else None
         if not free or not self._seconds:
             return None
-        longest = self._patience * statistics.median(self._seconds)
         attempts: dict[int, list[_Attempt]] = {}
         for attempt in running:
             attempts.setdefault(attempt.index, []).append(attempt)
@@ -161,10 +173,11 @@ class Servers(Generic[S]):
         except Empty:
             return
         server, now = attempt.server, time.monotonic()
-        server.busy -= 1
+        server.busy, server.used_at = server.busy - 1, now
         if attempt.error is None:
             server.failures, self._failing_since = 0, None
             self._seconds.append(now - attempt.start)
+            server.seconds.append(now - attempt.start)
         # Of tasks that run at the time of a failure, the first one counts.
         elif isinstance(attempt.error, ServerFailure) and attempt.start >= server.failed_at:
             server.failures += 1

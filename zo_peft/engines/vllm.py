@@ -10,16 +10,19 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import torch
 from safetensors.torch import save_file
 
-from zo_peft.engines.engine import Answers, Engine, Row, States
+from zo_peft.core.noise import derive_seed
+from zo_peft.engines.engine import Answers, Engine, Row, Sampling, States
 from zo_peft.engines.servers import ServerFailure, Servers
 from zo_peft.errors import UserError
 from zo_peft.models.hub import public_name
@@ -37,6 +40,11 @@ SAME = 0.3
 #: the likeliest token.
 Place = tuple[list[int], list[int]]
 Found = tuple[dict[int, float], int]
+
+#: A prompt, and how its completion is drawn, in vLLM's words.
+Prompt = tuple[list[int], dict[str, Any]]
+
+T = TypeVar("T")
 
 
 class _NotThereError(ServerFailure):
@@ -66,15 +74,22 @@ class Server:
 
         A `ServerFailure` says that another server may answer, a UserError that none will.
         """
+        return self._with(path, lambda model: self._ask(model, salt, places))
+
+    def complete(self, path: Path | None, salt: str, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The completions of prompts, with an adapter or none; it raises what `answer` does."""
+        return self._with(path, lambda model: self._draw(model, salt, prompts))
+
+    def _with(self, path: Path | None, ask: Callable[[str], list[T]]) -> list[T]:
         if path is None:
-            return self._ask(self._base, salt, places)
+            return ask(self._base)
         try:
-            return self._with_adapter(path, salt, places)
+            return self._with_adapter(path, ask)
         except _NotThereError:
             # The server has started again since it loaded the adapter.
-            return self._with_adapter(path, salt, places)
+            return self._with_adapter(path, ask)
 
-    def _with_adapter(self, path: Path, salt: str, places: Sequence[Place]) -> list[Found]:
+    def _with_adapter(self, path: Path, ask: Callable[[str], list[T]]) -> list[T]:
         name = f"zo-peft-{secrets.token_hex(12)}"
         try:
             self._post("load_lora_adapter", lora_name=name, lora_path=str(path))
@@ -83,7 +98,7 @@ class Server:
                 f"{self} does not load an adapter ({error}); start it with --enable-lora and with "
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and give an engine_folder that it sees"
             ) from None
-        found = self._ask(name, salt, places)
+        found = ask(name)
         self._post("unload_lora_adapter", lora_name=name)
         return found
 
@@ -92,24 +107,44 @@ class Server:
         for indices, tokens in _requests(places):
             prompts = [places[index][0] for index in indices]
             # Without `prompt_logprobs`, which have ended whole servers that had a LoRA.
-            body = {"prompt": prompts, "max_tokens": 1, "temperature": 0, "repetition_penalty": 1}
-            body |= {"logprobs": len(tokens), "logprob_token_ids": tokens, "cache_salt": salt}
-            body |= {"return_tokens_as_token_ids": True, "return_token_ids": True}
-            response = self._post("completions", model=model, **body)
-            try:
-                answer = response.json()
-                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-                told = [answer["model"], *(choice["prompt_token_ids"] for choice in choices)]
-                if told != [model, *prompts]:
-                    raise ServerFailure("it answers for another model, or other tokens")
-                for index, choice in zip(indices, choices):
-                    told, (likeliest,) = choice["logprobs"]["top_logprobs"][0], choice["token_ids"]
-                    own = {token: told[f"token_id:{token}"] for token in tokens}
-                    found[index] = found[index][0] | own, likeliest
-            except (LookupError, TypeError, ValueError) as error:
-                message = f"it does not answer as vLLM 0.32 does: {error!r}"
-                raise ServerFailure(message) from None
+            body = {"max_tokens": 1, "temperature": 0, "repetition_penalty": 1, "cache_salt": salt}
+            body |= {"logprobs": len(tokens), "logprob_token_ids": tokens}
+            body["return_tokens_as_token_ids"] = True
+            told = self._completions(model, prompts, partial(_known, tokens), **body)
+            for index, (own, likeliest) in zip(indices, told):
+                found[index] = found[index][0] | own, likeliest
         return found
+
+    def _draw(self, model: str, salt: str, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """All at once, each in a request of its own, for a request has one seed."""
+
+        def one(prompt: Prompt) -> list[int]:
+            ids, body = prompt
+            return self._completions(model, [ids], _drawn, cache_salt=salt, **body)[0]
+
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return [*pool.map(one, prompts)]
+
+    def _completions(
+        self,
+        model: str,
+        prompts: list[list[int]],
+        read: Callable[[dict[str, Any]], T],
+        **body: Any,
+    ) -> list[T]:
+        """What is read off the answer to each prompt, which must be of this model."""
+        body |= {"model": model, "prompt": prompts, "return_token_ids": True}
+        response = self._post("completions", **body)
+        try:
+            answer = response.json()
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            told = [answer["model"], *(choice["prompt_token_ids"] for choice in choices)]
+            if told != [model, *prompts]:
+                raise ServerFailure("it answers for another model, or other tokens")
+            return [read(choice) for choice in choices]
+        except (LookupError, TypeError, ValueError) as error:
+            message = f"it does not answer as vLLM 0.32 does: {error!r}"
+            raise ServerFailure(message) from None
 
     def _post(self, path: str, **body: Any) -> httpx2.Response:
         """A response that tells no error."""
@@ -164,7 +199,7 @@ class Vllm(Engine):
                     f"{server} does not answer ({error}); mend that, or leave it out of engine_url"
                 ) from None
             first = first or known
-            if max(abs(known[token] - first[token]) for token in tokens) > SAME:
+            if not all(abs(known[token] - first[token]) <= SAME for token in tokens):
                 raise UserError(
                     f"{server} answers otherwise than {servers[0]}; give servers of one base"
                 )
@@ -175,21 +210,57 @@ class Vllm(Engine):
 
     def answer(self, states: States, rows: Sequence[Sequence[Row]]) -> Answers:
         """As of `Engine`."""
-        tasks, wanted, path = [], [], None
+        places = [[*_places(own)] for own in rows]
+        found = self._map(states, "answer", places)
+        wanted = (tokens for own in places for _, tokens in own)
+        known = [[own[token] for token in tokens] for (own, _), tokens in zip(found, wanted)]
+        return Answers(torch.tensor(known), torch.tensor([likeliest for _, likeliest in found]))
+
+    def generate(
+        self, states: States, prompts: Sequence[Sequence[list[int]]], sampling: Sampling
+    ) -> list[list[int]]:
+        """As of `Engine`; with the seeds that it is given, vLLM draws all states alike."""
+        numbers = itertools.count()
+        asked = [[(ids, _settings(sampling, next(numbers))) for ids in own] for own in prompts]
+        return self._map(states, "complete", asked)
+
+    def _map(self, states: States, method: str, asked: Sequence[Sequence[Any]]) -> list[Any]:
+        """What servers answer to what each state is asked, in its order."""
+        tasks, path = [], None
         with tempfile.TemporaryDirectory(prefix="zo-peft-", dir=self._folder) as scratch:
-            for index, own in enumerate(rows):
+            for index, own in enumerate(asked):
                 if states:
                     path = Path(scratch, str(index))
                     _write(path, states, index)
-                salt, places = next(self._salts), [*_places(own)]
-                wanted += [tokens for _, tokens in places]
-                for start in range(0, len(places), PROMPTS):
-                    part = places[start : start + PROMPTS]
-                    tasks.append(methodcaller("answer", path, salt, part))
+                salt = next(self._salts)
+                for start in range(0, len(own), PROMPTS):
+                    tasks.append(methodcaller(method, path, salt, own[start : start + PROMPTS]))
             found = [*itertools.chain(*self.timed(self._servers.map, tasks))]
-        self.swaps += len(rows) if states else 0
-        known = [[own[token] for token in tokens] for (own, _), tokens in zip(found, wanted)]
-        return Answers(torch.tensor(known), torch.tensor([likeliest for _, likeliest in found]))
+        self.swaps += len(asked) if states else 0
+        return found
+
+
+def _known(tokens: Sequence[int], choice: dict[str, Any]) -> Found:
+    """The log-probabilities that a choice tells of these tokens, and the likeliest token."""
+    told, (likeliest,) = choice["logprobs"]["top_logprobs"][0], choice["token_ids"]
+    return {token: told[f"token_id:{token}"] for token in tokens}, likeliest
+
+
+def _drawn(choice: dict[str, Any]) -> list[int]:
+    """A completion, which has ended by itself or is as long as it may be."""
+    if choice["finish_reason"] not in ("stop", "length"):
+        raise ServerFailure(f"it ends a completion with {choice['finish_reason']!r}")
+    return [int(token) for token in choice["token_ids"]]
+
+
+def _settings(sampling: Sampling, number: int) -> dict[str, Any]:
+    """How the completion of this prompt is drawn; what is not given may be the base's own."""
+    body: dict[str, Any] = {"max_tokens": sampling.longest, "stop_token_ids": [*sampling.ends]}
+    body |= {"ignore_eos": True, "repetition_penalty": 1, "top_k": -1, "min_p": 0, "temperature": 0}
+    if noise := sampling.noise:
+        seed = derive_seed(noise.seed, number % sampling.examples)
+        body |= {"temperature": noise.temperature, "top_p": noise.top_p, "seed": seed}
+    return body
 
 
 def _places(rows: Iterable[Row]) -> Iterator[Place]:

@@ -57,17 +57,24 @@ class CommonNoise(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The scores [copies * B, V] with the same noise [B, V] on each copy."""
-        scores = scores.float() / self.temperature
-        if self.top_p < 1:
-            scores = TopPLogitsWarper(self.top_p)(input_ids, scores)
-        seed = derive_seed(self.seed, self.position)
-        generator = torch.Generator(scores.device).manual_seed(seed)
-        self.position += 1
         rows = len(scores) // self.copies
         first, _, examples = self.share or (0, rows, rows)
+        self.position += 1
+        own = [*range(first, first + rows)] * self.copies
+        return self.added(scores, own, examples, self.position - 1)
+
+    def added(self, scores: Tensor, own: Sequence[int], examples: int, position: int) -> Tensor:
+        """The scores [N, V] with noise, for the token at this position of each completion.
+
+        `own` are the numbers of the rows' examples, of so many `examples` in all.
+        """
+        scores = scores.float() / self.temperature
+        if self.top_p < 1:
+            scores = TopPLogitsWarper(self.top_p)(None, scores)
+        seed = derive_seed(self.seed, position)
+        generator = torch.Generator(scores.device).manual_seed(seed)
         empty = torch.empty(examples, scores.shape[1], device=scores.device)
-        exponential = empty.exponential_(generator=generator)
-        return scores - exponential[first : first + rows].log_().repeat(self.copies, 1)
+        return scores - empty.exponential_(generator=generator)[own].log_()
 
 
 @dataclass(eq=False)
@@ -166,6 +173,8 @@ class RewardObjective:
         config = GenerationConfig(
             max_new_tokens=self.max_completion_length,
             do_sample=False,
+            # Some bases bring a penalty along, and then this would be no sample of their softmax.
+            repetition_penalty=1.0,
             eos_token_id=ends or None,
             pad_token_id=self.tokenizer.pad_token_id,
         )

@@ -112,7 +112,7 @@ class BaseTrainer(Trainer):
         self.tokenization = Tokenization(
             tokenizer, context, most, num_labels, generates, drawn, vocabulary
         )
-        self.engine = served.check_engine(model, args.engine, generates, args.world_size)
+        self.engine = served.check_engine(model, args.engine, args.world_size)
         if isinstance(objective, scoring.BlackBoxObjective) and train_dataset is None:
             train, evaluation = Dataset.from_list([{"input_ids": [0], "labels": 0}]), None
         else:

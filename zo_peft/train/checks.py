@@ -92,9 +92,8 @@ BELOW_ONE = ["momentum", "adam_beta1", "adam_beta2"]
 
 #: What an engine cannot do: the values of a setting, and what to do instead.
 NOT_BY_ENGINES: dict[str, tuple[tuple[Any, ...], str]] = {
-    "strategy": ((GUIDED, *GRADIENT), "an engine tells likelihoods alone; use gv"),
+    "strategy": ((GUIDED, *GRADIENT), "an engine tells nothing of what is inside; use gv"),
     "tune": (("scales", "weights"), "an engine's base stays as it is; tune an adapter"),
-    "objective": (("f1", "exact_match"), "engines do not generate completions for training"),
     "torch_compile": ((True,), "the base is not PyTorch's; drop it"),
 }
 

@@ -81,8 +81,8 @@ class ZOTrainer(CheckpointTrainer):
         if self.ranks.count > 1 and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise UserError("a base on several devices is tuned by one process; drop device_map")
         limit = args.candidates_per_forward
-        make = recipe.evaluator_of if self.engine is None else evaluator_of
-        self.evaluator = make(model, self.space, self.objective, limit, self.ranks)
+        self._evaluator_of = recipe.evaluator_of if self.engine is None else evaluator_of
+        self.evaluator = self._evaluator_of(model, self.space, self.objective, limit, self.ranks)
         self.spent = self.evaluator
         if args.torch_compile:
             options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
@@ -140,7 +140,7 @@ class ZOTrainer(CheckpointTrainer):
         """The likelihood of drawn completions, by which eps is chosen in the place of rewards."""
         assert isinstance(self.objective, RewardObjective)
         given = self.model, self.space, scoring.SequenceObjective()
-        evaluator = recipe.evaluator_of(*given, ranks=self.ranks)
+        evaluator = self._evaluator_of(*given, ranks=self.ranks)
         draw, pad = self.objective.drawn, self.objective.tokenizer.pad_token_id
         return evaluator, [drawn_batch(batch, draw(self.model, batch), pad) for batch in batches]
 
@@ -189,14 +189,14 @@ class ZOTrainer(CheckpointTrainer):
         plain = replace(collate, shares_prompts=False) if isinstance(collate, Collator) else collate
         alone = [self._prepare_inputs(plain([features])) for features in chosen]
         batch = self._prepare_inputs(collate(chosen))
-        if self.engine is not None:
-            check_answers(self.model, batch, self.args.engine_reference)
         objective = self.objective
         if isinstance(objective, RewardObjective):
             # Sampled completions differ from batch to batch; the likelihood of given ones does not.
             objective = scoring.CompletionObjective()
             pad = self.processing_class.pad_token_id
             batch, *alone = (drawn_batch(b, [[0, 0]] * b.rows, pad) for b in (batch, *alone))
+        if self.engine is not None:
+            check_answers(self.model, batch, self.args.engine_reference)
         with replaced([(self.evaluator, "objective", objective)]):
             self.check_passes = check(self.evaluator, batch, alone)
 
