@@ -326,6 +326,8 @@ def test_nothing_that_goes_up_knows_this_machine(name: str, runs: dict[str, Path
         assert not any(private.encode() in content for content in contents), private
     assert "README.md" in files
     assert "zo_metrics.json" in files
+    assert (folder / "zo_base.txt").is_file()
+    assert "zo_base.txt" not in files
 
 
 @pytest.mark.parametrize("name", RUNS)

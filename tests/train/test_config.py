@@ -14,6 +14,7 @@ from zo_peft import UserError, ZOConfig
 from zo_peft.core import eps as calibrate
 from zo_peft.core.strategies import STRATEGIES
 from zo_peft.train.checks import default_budget
+from zo_peft.train.config import HELP
 
 WARNING = "num_candidates=2"
 
@@ -150,6 +151,7 @@ def test_every_field_of_its_own_is_documented() -> None:
     own = [field for field in fields(ZOConfig) if field.name not in inherited]
     assert {"strategy", "zo_eps", "num_candidates", "max_forward_passes"} <= {f.name for f in own}
     assert all(field.metadata["help"].endswith(".") for field in own)
+    assert {*HELP} == ZOConfig.__annotations__.keys() - {"_VALID_DICT_FIELDS"}
 
 
 @pytest.mark.parametrize(

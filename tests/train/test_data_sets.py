@@ -13,6 +13,9 @@ from tiny import LORA, MODEL, SIZES, WIDTH, bert, examples, llama, make_trainer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CanineConfig,
+    CanineForSequenceClassification,
+    CanineTokenizer,
     LlamaForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -171,6 +174,24 @@ def test_token_ids_beyond_the_embedding_are_refused(tmp_path: Path) -> None:
     refused(lambda: trainer(tmp_path, tokenizer), f"token id {rows} is beyond the {rows} rows")
     data = [{"input_ids": [5, rows], "labels": [5, 5]}]
     refused(lambda: trainer(tmp_path, train_dataset=data), "row 1: token id", "resize_token")
+
+
+def test_a_base_without_token_embeddings_classifies(tmp_path: Path) -> None:
+    sizes = {**SIZES, "intermediate_size": WIDTH, "num_hash_buckets": 64, "num_labels": 2}
+    blocks = dict.fromkeys(("local_transformer_stride", "downsampling_rate"), 4)
+    torch.manual_seed(0)
+    base = CanineForSequenceClassification(CanineConfig(**sizes, **blocks)).eval()
+    base.save_pretrained(tmp_path / "base")
+    rows = [{"text": text, "label": n} for n, text in enumerate(("a fine film", "a dull one!"))]
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    given = {"model": str(tmp_path / "base"), "train_dataset": rows, "peft_config": config}
+    run = trainer(tmp_path / "run", CanineTokenizer(), **given)
+    inputs = CanineTokenizer()([row["text"] for row in rows], return_tensors="pt")
+    with torch.no_grad():
+        expected = base(**inputs, labels=torch.tensor([0, 1])).loss.item()
+    assert run.evaluate(rows)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    run.save_model()
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
 def test_positions_that_begin_behind_the_padding_are_not_counted(tmp_path: Path) -> None:

@@ -42,14 +42,11 @@ class Calibration:
 
 
 class EpsChoice:
-    """The eps of a run, given or chosen.
+    """The eps of a run: given, or chosen in the first step and again in a few later ones.
 
-    Args:
-        given: eps; None: it is chosen in the first step, and again in a few later ones.
-        smooth: where losses jump, as rewards do: what gives an evaluator of the likelihood of drawn
-            completions, by which eps is chosen in their place.
-
-    `eps` is 0.0 before the first choice; `calibrations` has the choices so far.
+    Where losses jump, as rewards do, `smooth` gives an evaluator of the likelihood of drawn
+    completions, by which eps is chosen in their place. `eps` is 0.0 before the first choice;
+    `calibrations` has the choices so far.
     """
 
     def __init__(self, given: float | None = None, smooth: Smooth | None = None) -> None:

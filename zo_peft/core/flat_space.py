@@ -40,14 +40,8 @@ class FlatSpace:
     """Parameters of a model, float32; see `Space` for the methods.
 
     The parameters become views into a flat buffer. Evaluations write `theta + displacement` into
-    it and put `theta` back, so `theta` itself changes in moves alone.
-
-    Args:
-        parameters: the tuned parameters by name, floating point. They may lie on several devices.
-        noise: its distribution; or low-rank noise.
-
-    Raises:
-        UserError: a parameter is not floating point, or there is none.
+    it and put `theta` back, so `theta` itself changes in moves alone. Parameters may lie on
+    several devices. A UserError says that one is not floating point, or that there is none.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], noise: Noise = "gaussian") -> None:
@@ -146,11 +140,7 @@ class FlatSpace:
 
     @contextmanager
     def vectors(self, vectors: Sequence[Mapping[str, Tensor]]) -> Iterator[list[int]]:
-        """Within the context evaluations know vectors, each by tensors by name (others: zero).
-
-        Yields:
-            Seeds that stand for them in directions; those of noise are never negative.
-        """
+        """Within the context (negative) seeds stand for vectors: tensors by name, else zeros."""
         self._vectors = list(vectors)
         try:
             yield [-1 - index for index in range(len(vectors))]
@@ -160,13 +150,12 @@ class FlatSpace:
     def check(self) -> None:
         """Raise a UserError where a parameter was changed by others since the space was made."""
         for flat in self._flats:
+            live = flat.layout.views(flat.live)
             for name, view in flat.layout.views(flat.theta).items():
-                now, live = self.parameters[name], flat.live[flat.layout.slices[name]]
-                if now.data_ptr() != live.data_ptr() or not torch.equal(now, view):
-                    raise UserError(
-                        f"{name} was changed after the trainer was built, which would be lost; "
-                        "change it before, and build the trainer then"
-                    )
+                now = self.parameters[name]
+                if now.data_ptr() != live[name].data_ptr() or not torch.equal(now, view):
+                    why = f"{name} was changed after the trainer was built, which would be lost"
+                    raise UserError(f"{why}; change it before, and build the trainer then")
 
     def _add(self, flat: _Flat, into: Tensor, displacements: Sequence[Direction]) -> None:
         noise = [Direction(tuple(t for t in d.terms if t[0] >= 0)) for d in displacements]

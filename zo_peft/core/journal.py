@@ -11,6 +11,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from io import FileIO
 from itertools import count
@@ -40,12 +41,10 @@ class Record:
     Attributes:
         step: of the run, from 0.
         learning_rate, backoff: of the update rule at this step.
-        slope, spread, sensitivity, direction: of the step's `Estimate`.
+        slope, spread, sensitivity, direction, elite: of the step's `Estimate`.
         loss: the mean of its finite losses; infinite where there was none.
-        eps: what it was measured with.
+        eps, basis_seed: what it was measured with; the seed is that of low-rank noise.
         forward_passes, examples_forwarded: of the run so far.
-        elite: seed of the candidate with the lowest loss, if one was selected.
-        basis_seed: of low-rank noise.
         chosen: what was chosen automatically since the last record; how many losses were not
             finite (`non_finite`); why the update was skipped (`skipped`).
     """
@@ -141,12 +140,7 @@ class Follower:
 
 
 class Journal(Follower):
-    """A journal that is being written.
-
-    Args:
-        path: the file. One that is there is kept as `<name>.old`.
-        header: what the run is of.
-    """
+    """A journal that is being written; one that is there is kept as `<name>.old`."""
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         super().__init__()
@@ -157,21 +151,16 @@ class Journal(Follower):
 
     @classmethod
     def resumed(cls, source: Path, path: Path, keep: int | None = None) -> "Journal":
-        """Go on with a journal; a torn last record is cut off.
+        """Go on with a journal, copied where `path` is another one; a torn last record is cut off.
 
-        Args:
-            source: the journal; it is copied where `path` is another one.
-            keep: how many records to go on from; None: all. `<name>.old` keeps more of them.
-
-        Raises:
-            UserError: it cannot be read, is damaged before its end, or has too few records.
+        With `keep`, go on behind so many records; `<name>.old` keeps the others. A UserError says
+        that it cannot be read, is damaged before its end, or has too few records.
         """
         _, start, found = _opened(source)
         records = list(found)
         if len(records) < (keep or 0):
-            raise UserError(
-                f"{source.name} has {len(records)} records, but the checkpoint is of step {keep}"
-            )
+            what = f"{source.name} has {len(records)} records"
+            raise UserError(f"{what}, but the checkpoint is of step {keep}")
         if source != path:
             shutil.copyfile(source, path)
         elif keep is not None and len(records) > keep:
@@ -211,10 +200,9 @@ class Journal(Follower):
         except OSError as error:
             self._file.truncate(self._end)
             self._file.seek(self._end)
-            raise UserError(
-                f"{self.path.name} cannot be written: {error.strerror}. All earlier steps are "
-                "safe; make room and go on with --resume_from_checkpoint True"
-            ) from error
+            why = f"{self.path.name} cannot be written: {error.strerror}. Earlier steps are safe"
+            advice = "make room and go on with --resume_from_checkpoint True"
+            raise UserError(f"{why}; {advice}") from error
         self._end += len(content)
 
 
@@ -238,52 +226,51 @@ def _opened(path: Path) -> tuple[dict[str, Any], int, Iterator[tuple[Record, int
     try:
         file = path.open("rb")
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read: {error.strerror}; give a run's {JOURNAL_NAME}"
-        ) from None
+        why = f"{path} cannot be read: {error.strerror}"
+        raise UserError(f"{why}; give a run's {JOURNAL_NAME}") from None
     if file.read(len(MAGIC)) != MAGIC:
         raise UserError(f"{path.name} is no journal of this version of zo_peft")
-    what = f"the header of {path.name}"
-    try:
-        header = json.loads(_content(file, what) or b"")
+    with _reading(f"the header of {path.name}"):
+        header = json.loads(_content(file) or b"")
         if not isinstance(header, dict):
             raise ValueError("it is no JSON object")
-    except ValueError as error:
-        raise _damaged(what, str(error)) from None
     return header, file.tell(), _records(file, path.name)
 
 
 def _records(file: BinaryIO, name: str) -> Iterator[tuple[Record, int]]:
     with file:
         for number in count():
-            what = f"record {number + 1} of {name}"
-            content = _content(file, what)
-            if content is None:
-                return
-            try:
+            with _reading(f"record {number + 1} of {name}"):
+                content = _content(file)
+                if content is None:
+                    return
                 record = Record.unpack(content)
-            except ValueError as error:
-                raise _damaged(what, str(error)) from None
-            if record.step != number:
-                raise _damaged(what, f"it is of step {record.step}")
+                if record.step != number:
+                    raise ValueError(f"it is of step {record.step}")
             yield record, file.tell()
 
 
-def _content(file: BinaryIO, what: str) -> bytes | None:
+def _content(file: BinaryIO) -> bytes | None:
     """The content of the next frame; None where the file ends before the frame does."""
     start = file.read(_FRAME.size)
     if len(start) < _FRAME.size:
         return None
     length, check, own = _FRAME.unpack(start)
     if crc32(start[:8]) != own or length > LONGEST:
-        raise _damaged(what, "its checksum is wrong")
+        raise ValueError("its checksum is wrong")
     content = file.read(length)
     if len(content) < length:
         return None
     if crc32(content) != check:
-        raise _damaged(what, "its checksum is wrong")
+        raise ValueError("its checksum is wrong")
     return content
 
 
-def _damaged(what: str, why: str) -> UserError:
-    return UserError(f"{what} is damaged: {why}; use an undamaged copy, or start a new run")
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Within the context, a ValueError says what is wrong with that part of a journal."""
+    try:
+        yield
+    except ValueError as error:
+        advice = "use an undamaged copy, or start a new run"
+        raise UserError(f"{what} is damaged: {error}; {advice}") from None

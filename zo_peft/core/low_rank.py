@@ -27,12 +27,7 @@ BASIS_STEPS: dict[Structure, int] = {"eggroll": 1, "subzero": 1000, "lozo": 100}
 
 
 class LowRank:
-    """Noise of that rank, less where a matrix is smaller.
-
-    Attributes:
-        basis_seed: of the factors that seeds share.
-        basis_steps: steps after which a run draws them anew, from another seed.
-    """
+    """Low-rank noise; the factors that seeds share are of `basis_seed`, for `basis_steps` steps."""
 
     def __init__(
         self, rank: int, structure: Structure = "eggroll", distribution: Distribution = "gaussian"
@@ -54,10 +49,8 @@ class LowRank:
             return self._own(directions, name, (rows, columns, rank), device)
         if self.structure == "lozo":
             left = summed(directions, f"{name}, left", 0, rows * rank, self.distribution, device)
-            right = noise_blocks(
-                [self.basis_seed], f"{name}, right", 0, columns * rank, self.distribution, device
-            )
-            return left.view(-1, rows, rank) / math.sqrt(rank), right.view(1, columns, rank)
+            right = self._factor([self.basis_seed], f"{name}, right", columns, rank, device)
+            return left.view(-1, rows, rank) / math.sqrt(rank), right
         core = summed(directions, name, 0, rank * rank, self.distribution, device)
         left = self._basis(f"{name}, left", rows, rank, device)
         right = self._basis(f"{name}, right", columns, rank, device)
@@ -87,12 +80,18 @@ class LowRank:
         padded = [[*d.terms, *[(seeds[0], 0.0)] * (most - len(d.terms))] for d in directions]
         which = torch.tensor([[number[s] for s, _ in terms] for terms in padded], device=device)
         weights = torch.tensor([[w for _, w in terms] for terms in padded], device=device)
-        left = noise_blocks(seeds, f"{name}, left", 0, rows * rank, self.distribution, device)
-        right = noise_blocks(seeds, f"{name}, right", 0, columns * rank, self.distribution, device)
-        weights = weights / math.sqrt(rank)
-        lefts = left.view(-1, rows, rank)[which] * weights[..., None, None]
-        rights = right.view(-1, columns, rank)[which]
-        return _side_by_side(lefts), _side_by_side(rights)
+        left = self._factor(seeds, f"{name}, left", rows, rank, device)[which]
+        left = left * (weights / math.sqrt(rank))[..., None, None]
+        right = self._factor(seeds, f"{name}, right", columns, rank, device)[which]
+        # The terms of a direction stand side by side: [K, T, rows, r] as [K, rows, T * r].
+        return left.transpose(1, 2).flatten(2), right.transpose(1, 2).flatten(2)
+
+    def _factor(
+        self, seeds: Sequence[int], name: str, rows: int, rank: int, device: torch.device
+    ) -> Tensor:
+        """A factor of each seed, float32 [S, rows, rank]."""
+        noise = noise_blocks(seeds, name, 0, rows * rank, self.distribution, device)
+        return noise.view(-1, rows, rank)
 
     def _basis(self, name: str, rows: int, rank: int, device: torch.device) -> Tensor:
         seed, basis = self._orthonormal.get(name, (None, torch.empty(0)))
@@ -158,8 +157,3 @@ def summed(
         noise = noise_blocks(seeds[part], name, start, stop, distribution, device)
         sums.addmm_(matrix[:, part], noise)
     return sums
-
-
-def _side_by_side(factors: Tensor) -> Tensor:
-    """[K, T, rows, r] as [K, rows, T * r]."""
-    return factors.transpose(1, 2).flatten(2)

@@ -235,10 +235,7 @@ class SignSums:
 def noise_rows(
     seed: int, name: str, rows: Tensor, width: int, distribution: Distribution = "gaussian"
 ) -> Tensor:
-    """Noise of some rows (int64 [R]) of the matrix `name` of that width: float32 [R, width].
-
-    The numbers that `noise_blocks` has for the flattened matrix.
-    """
+    """Rows (int64 [R]) of a matrix's noise, as `noise_blocks` has it: float32 [R, width]."""
     each = per_block(distribution, rows.device)
     start = rows * width
     first = start // each
@@ -253,10 +250,8 @@ def noise_rows(
 class Layout:
     """Named parameters side by side in one flat buffer, and the noise of any part of it.
 
-    Args:
-        shapes: of each parameter, by name; each starts at a multiple of `ALIGNMENT`, and the
-            padding behind it belongs to no parameter (its noise is never read).
-        device: where the noise is made.
+    Each starts at a multiple of `ALIGNMENT`, and the padding behind it belongs to no parameter (its
+    noise is never read). Noise is made on `device`.
     """
 
     def __init__(

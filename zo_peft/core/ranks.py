@@ -35,19 +35,13 @@ class OneRank:
     count = batches = divided = 1
     wire_bytes = 0
 
-    def collator(self, collate: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
-        """A collator that makes this rank's share of a whole batch."""
-        return collate
-
     def losses(
         self, points: Sequence[Sequence[Direction]], batch: Batch, evaluate: EvaluateBatch
     ) -> Tensor:
         """The losses [M, examples] of the whole batch, on every rank.
 
-        Args:
-            points: [M][G] for the whole batch; G is 1 or the number of its examples.
-            batch: this rank's share of it, where it has one.
-            evaluate: gives the losses [m, n] of m points on the n examples of a batch.
+        The points [M][G] are for the whole batch, with a G of 1 or the number of its examples;
+        `batch` is this rank's share of it, and `evaluate` gives losses [m, n] of its n examples.
         """
         return evaluate(points, batch)
 
@@ -88,9 +82,7 @@ class Ranks(OneRank):
         return [range(start, stop) for start, stop in pairwise(edges)]
 
     def collator(self, collate: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
-        """As of `OneRank`."""
-        if self.parallel == "candidates":
-            return collate
+        """A collator that makes this rank's share of a whole batch."""
 
         def shared(features: Sequence[Any]) -> Batch:
             share = self.shares(len(features))[self.rank]
@@ -98,7 +90,7 @@ class Ranks(OneRank):
             own = features[share.start : share.stop] or features[:1]
             return Batch({**collate(own), "share": (share.start, share.stop, len(features))})
 
-        return shared
+        return shared if self.parallel == "data" else collate
 
     def losses(
         self, points: Sequence[Sequence[Direction]], batch: Batch, evaluate: EvaluateBatch
@@ -127,12 +119,8 @@ class Ranks(OneRank):
         first, last, _ = batch.share or (0, batch.examples, 0)
         own = [torch.ones(1, device=self.device), *(value.flatten() for value in values)]
         flat = torch.cat([part.to(self.device, torch.float32) for part in own]) * (last - first)
-        count, *sums = (
-            self._exchange(flat)
-            .view(self.count, -1)
-            .sum(dim=0)
-            .split([1, *(value.numel() for value in values)])
-        )
+        total = self._exchange(flat).view(self.count, -1).sum(dim=0)
+        count, *sums = total.split([1, *(value.numel() for value in values)])
         return [(s / count).view_as(value).to(value.device) for s, value in zip(sums, values)]
 
     def least(self, number: int) -> int:
@@ -148,24 +136,19 @@ class Ranks(OneRank):
         usual = max(found, key=found.count)
         if different := [rank for rank, number in enumerate(found) if number != usual]:
             # With two ranks nobody can tell which one is wrong.
-            names = [0, 1] if self.count == 2 else different
-            raise UserError(
-                f"{what} of rank {' and '.join(map(str, names))} differs from that of the others; "
-                "all ranks need the same files, library versions and kind of device. Checkpoints "
-                "and the journal up to the last check are good"
-            )
+            names = " and ".join(map(str, [0, 1] if self.count == 2 else different))
+            why = f"{what} of rank {names} differs from that of the others; all ranks need"
+            good = "Checkpoints and the journal up to the last check are good"
+            raise UserError(f"{why} the same files, library versions and kind of device. {good}")
 
     def _numbers(self, number: int) -> list[int]:
-        mine = torch.tensor([number], dtype=torch.int64, device=self.device)
-        return self._exchange(mine).tolist()
+        return self._exchange(torch.tensor([number], device=self.device)).tolist()
 
     def _gather(self, values: Tensor, sizes: Sequence[int]) -> Iterable[Tensor]:
         """Every rank's values; `sizes` says how many each rank has."""
         if values.numel() != sizes[self.rank]:
-            raise UserError(
-                f"the objective gave {values.numel()} losses for {sizes[self.rank]} candidates and "
-                "examples; several processes need one for each"
-            )
+            what = f"{values.numel()} losses for {sizes[self.rank]} candidates and examples"
+            raise UserError(f"the objective gave {what}; several processes need one for each")
         padded = torch.zeros(max(sizes), dtype=torch.float32, device=self.device)
         padded[: values.numel()] = values.flatten()
         return (row[:size] for row, size in zip(self._exchange(padded).view(self.count, -1), sizes))

@@ -63,9 +63,8 @@ def fill(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     """Copy saved tensors into those of the same names; a UserError where they do not fit."""
     one, other = ({(n, t.shape, t.dtype) for n, t in part.items()} for part in (mine, given))
     if wrong := sorted({name for name, *_ in one ^ other}):
-        raise UserError(
-            f"the saved state does not fit what is tuned here: {wrong[0]} and {len(wrong) - 1} "
-            "more differ in name, shape or dtype. Use model, peft_config, tune, tunable of that run"
-        )
+        why = f"{wrong[0]} and {len(wrong) - 1} more differ in name, shape or dtype"
+        advice = "use model, peft_config, tune, tunable of that run"
+        raise UserError(f"the saved state does not fit what is tuned here: {why}; {advice}")
     for name, tensor in given.items():
         mine[name].detach().copy_(tensor)

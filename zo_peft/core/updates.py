@@ -223,15 +223,9 @@ class Guided(Adam, Normalized):
         return (Normalized if self._from_candidates else Adam)._step(self, index)
 
 
-RULES: dict[str, type[UpdateRule]] = {
-    "sgd": SGD,
-    "momentum": Momentum,
-    "normalized": Normalized,
-    "spectral": Spectral,
-    "adam": Adam,
-    "fzoo": FZOO,
-    "guided": Guided,
-}
+#: The rules by name.
+RULES: dict[str, type[UpdateRule]] = {"sgd": SGD, "momentum": Momentum, "normalized": Normalized}
+RULES |= {"spectral": Spectral, "adam": Adam, "fzoo": FZOO, "guided": Guided}
 
 #: The rules whose step has a root mean square of about 1 at a learning rate of 1, whatever the
 #: gradient, so that a learning rate can be chosen by what such a step does.

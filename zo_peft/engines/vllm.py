@@ -17,7 +17,6 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx2
 import torch
 from safetensors.torch import save_file
 
@@ -25,7 +24,7 @@ from zo_peft.core.noise import derive_seed
 from zo_peft.engines.engine import Answers, Engine, Row, Sampling, States
 from zo_peft.engines.servers import ServerFailure, Servers
 from zo_peft.errors import UserError
-from zo_peft.models.hub import public_name
+from zo_peft.models.hub import httpx, public_name
 
 #: Tasks that a server has at a time, each with an adapter of its own, and the prompts of a task.
 AT_ONCE, PROMPTS = 16, 32
@@ -64,7 +63,7 @@ class Server:
         self._url, self._base = url.rstrip("/"), base
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else None
-        self._client = httpx2.Client(headers=headers, timeout=timeout)
+        self._client = httpx.Client(headers=headers, timeout=timeout)
 
     def __str__(self) -> str:
         return self._url
@@ -146,11 +145,11 @@ class Server:
             message = f"it does not answer as vLLM 0.32 does: {error!r}"
             raise ServerFailure(message) from None
 
-    def _post(self, path: str, **body: Any) -> httpx2.Response:
+    def _post(self, path: str, **body: Any) -> Any:
         """A response that tells no error."""
         try:
             response = self._client.post(f"{self._url}/v1/{path}", json=body)
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerFailure(f"{type(error).__name__}: {error}") from None
         code, text = response.status_code, " ".join(response.text.split())[:300]
         told = f"HTTP {code} from /v1/{path}: {text}"

@@ -10,7 +10,6 @@ from typing import Any
 
 import peft
 import torch
-from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, PeftType, PromptTuningConfig, TaskType
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zo_peft.errors import Notice, UserError
-from zo_peft.models.hub import LOAD_ERRORS, AnyModel, first_line, public_name, reason
+from zo_peft.models.hub import LOAD_ERRORS, AnyModel, file_of, first_line, public_name, reason
 from zo_peft.models.loading import check_4bit_widths, load_config
 from zo_peft.models.peft_layers import check_options
 from zo_peft.models.quantized import Linear4bit
@@ -38,27 +37,22 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """A new adapter as `peft.get_peft_model` makes it; a UserError if it does not fit the base."""
     kind, offloaded = peft_config.peft_type.value, offloaded_parameters(model)
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise UserError(
-            f"{type(model).__name__} already has layers of an adapter, which a new one would be "
-            "put on top of; load the base again, or give the PeftModel and no peft_config"
-        )
+        advice = "load the base again, or give the PeftModel and no peft_config"
+        raise UserError(f"{type(model).__name__} already has layers of an adapter; {advice}")
     start = str(getattr(peft_config, "init_lora_weights", None))
     if "_niter_" in start:
-        raise UserError(
-            f"init_lora_weights={start!r} changes the base by random numbers, which are drawn "
-            "again where the saved adapter is loaded; use 'pissa'"
-        )
+        why = "changes the base by random numbers, which loading the adapter draws anew"
+        raise UserError(f"init_lora_weights={start!r} {why}; use 'pissa'")
     if offloaded and kind not in ON_OFFLOADED:
-        raise UserError(
-            f"{kind} may read weights outside of their layers, and part of the base is offloaded; "
-            f"use one of {', '.join(ON_OFFLOADED)}"
-        )
+        why = f"{kind} may read weights outside of their layers, and part of the base is offloaded"
+        raise UserError(f"{why}; use one of {', '.join(ON_OFFLOADED)}")
+    names = [f".{name}" for name, _ in model.named_modules()]
     given = getattr(peft_config, "target_modules", None)
     try:
-        for name in given if isinstance(given, set | list) else ():
+        for target in given if isinstance(given, set | list) else ():
             # PEFT is content with one name that fits.
-            if not any(f".{module}".endswith(f".{name}") for module, _ in model.named_modules()):
-                raise ValueError(f"no module is named {name}.")
+            if not any(name.endswith(f".{target}") for name in names):
+                raise ValueError(f"no module is named {target}.")
         # PEFT fills default target modules into the configuration that it is given.
         with stand_ins(offloaded):
             adapted = peft.get_peft_model(model, deepcopy(peft_config))
@@ -67,20 +61,17 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     except Exception as error:
         modules = model.named_modules()
         linear = {n.rpartition(".")[2] for n, m in modules if isinstance(m, nn.Linear)}
-        raise UserError(
-            f"{kind} cannot be attached to {type(model).__name__}: {first_line(error)} Its linear "
-            f"layers are: {', '.join(sorted(linear)) or 'none'}; name some as target_modules"
-        ) from error
+        why = f"{kind} cannot be attached to {type(model).__name__}: {first_line(error)}"
+        advice = f"Its linear layers are: {', '.join(sorted(linear)) or 'none'}"
+        raise UserError(f"{why} {advice}; name some as target_modules") from error
     config = adapted.active_peft_config
     if kind == "IA3" and isinstance(config.target_modules, set):
         # PEFT's default names modules that are no targets, and then refuses to load what it saved.
         config.feedforward_modules = config.target_modules.intersection(config.feedforward_modules)
     for name, parameter in adapted.named_parameters() if offloaded else ():
         if parameter.requires_grad and (parameter.is_meta or parameter.isnan().any()):
-            raise UserError(
-                f"{name} starts from weights that are offloaded; keep them on a device "
-                "(device_map), or choose an adapter that starts without them, such as a plain LORA"
-            )
+            advice = "keep them on a device (device_map), or start without them, as a plain LORA"
+            raise UserError(f"{name} starts from weights that are offloaded; {advice}")
     check_options(adapted)
     return adapted
 
@@ -117,16 +108,10 @@ def stand_ins(offloaded: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> Itera
 
 
 def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) -> PeftModel:
-    """Put an adapter from a folder or the Hub on its base; only safetensors are read.
-
-    A UserError says why it cannot be found, or does not fit the base.
-    """
+    """Put an adapter (safetensors of a folder or the Hub) on its base, or a UserError says why."""
     try:
-        if not Path(path).is_dir():
-            hf_hub_download(path, SAFETENSORS_WEIGHTS_NAME)
-        elif not (Path(path) / SAFETENSORS_WEIGHTS_NAME).is_file():
-            # PEFT would read a pickle instead.
-            raise FileNotFoundError(f"it holds no {SAFETENSORS_WEIGHTS_NAME}.")
+        # Without it PEFT would read a pickle.
+        file_of(path, SAFETENSORS_WEIGHTS_NAME)
         config = PeftConfig.from_pretrained(path)
         # The name of the base is that of the one that is here.
         config.base_model_name_or_path, config.inference_mode = None, not is_trainable
@@ -180,8 +165,8 @@ def save_adapter(model: PeftModel, folder: str) -> None:
     rows = None
     if name:
         with suppress(UserError):
-            rows = load_config(name).get_text_config().vocab_size
-    resized = rows not in (None, model.get_input_embeddings().weight.shape[0])
+            rows = getattr(load_config(name).get_text_config(), "vocab_size", None)
+    resized = rows not in (None, vocabulary(model) or rows)
     model.save_pretrained(folder, selected_adapters=[active], save_embedding_layers=resized)
     if active != "default":
         # PEFT gives it a folder of its own, in which nobody looks for it.
@@ -192,20 +177,16 @@ def save_adapter(model: PeftModel, folder: str) -> None:
 
 def unreadable_adapter(path: str, error: BaseException) -> UserError:
     """The error that says why an adapter cannot be loaded."""
-    return UserError(
-        f"adapter {path!r} cannot be loaded: {reason(error)} Give an adapter for this base in "
-        "PEFT's layout (adapter_config.json, adapter_model.safetensors), a folder or a Hub id"
-    )
+    layout = "PEFT's layout (adapter_config.json, adapter_model.safetensors), a folder or a Hub id"
+    why = f"adapter {path!r} cannot be loaded: {reason(error)}"
+    return UserError(f"{why} Give an adapter for this base in {layout}")
 
 
 def saved_adapter(name: str) -> tuple[PeftConfig, int | None]:
     """An adapter's configuration, and how many classes its head has, if any; or a UserError."""
     try:
         config = PeftConfig.from_pretrained(name)
-        path = Path(name) / SAFETENSORS_WEIGHTS_NAME
-        if not Path(name).is_dir():
-            path = Path(hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME))
-        with safe_open(path, "pt") as file:
+        with safe_open(file_of(name, SAFETENSORS_WEIGHTS_NAME), "pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     except (*LOAD_ERRORS, KeyError, TypeError) as error:
         raise unreadable_adapter(name, error) from error
@@ -225,10 +206,9 @@ def merged_model(model: PeftModel) -> PreTrainedModel:
     dtypes = {p: p.dtype for layer in layers for p in layer.parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter in dtypes and ".base_layer." not in name:
-            raise UserError(
-                f"{kind} cannot be merged: it changes a weight of one layer that the base also "
-                f"uses as {name.removeprefix('base_model.model.')}; load it with PEFT"
-            )
+            other = name.removeprefix("base_model.model.")
+            why = f"it changes a weight of one layer that the base also uses as {other}"
+            raise UserError(f"{kind} cannot be merged: {why}; load it with PEFT")
     # In another dtype PEFT would round the change before it adds it.
     for parameter in dtypes:
         parameter.data = parameter.data.float()
@@ -242,10 +222,7 @@ def merged_model(model: PeftModel) -> PreTrainedModel:
 
 
 def check_saved(model: PeftModel) -> None:
-    """Raise a UserError where tuned parameters are not what saving would keep.
-
-    Those are parameters of the active adapter, each with memory of its own.
-    """
+    """Raise a UserError for tuned parameters that share their memory, or would not be saved."""
     active = model.active_adapter
     if len(model.active_adapters) > 1:
         raise UserError("several adapters are active; choose the one to tune with set_adapter")
@@ -255,16 +232,13 @@ def check_saved(model: PeftModel) -> None:
     for name, parameter in tuned_parameters(model).items():
         other = owners.setdefault(parameter.data_ptr(), name)
         if other != name:
-            raise UserError(
-                f"{other} and {name} share their memory, and each would be tuned apart; tie no "
-                "weights that are tuned (ensure_weight_tying=False)"
-            )
+            advice = "tie no weights that are tuned (ensure_weight_tying=False)"
+            raise UserError(f"{other} and {name} share their memory; {advice}")
         learned = model.active_peft_config.is_prompt_learning and name.startswith("prompt_encoder.")
         if parameter.data_ptr() not in saved and not learned:
-            raise UserError(
-                f"{name} would be tuned, but is not saved with the adapter {active!r}; give a "
-                "base of which no weight requires a gradient, and one adapter"
-            )
+            why = f"{name} would be tuned, but is not saved with the adapter {active!r}"
+            advice = "give a base of which no weight requires a gradient, and one adapter"
+            raise UserError(f"{why}; {advice}")
 
 
 def prepare(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -300,10 +274,8 @@ def prepare(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> None:
     dtype, bias = model.get_base_model().dtype, getattr(model.active_peft_config, "bias", "none")
     if bias != "none" and dtype != torch.float32:
         # Layers fail on a float32 bias, or replace it by a rounded one, which nothing would tune.
-        raise UserError(
-            f"bias={bias!r} tunes biases in float32, and the base is in {dtype}; load it with "
-            "dtype='float32', or tune no biases (bias='none')"
-        )
+        advice = "load it with dtype='float32', or tune no biases (bias='none')"
+        raise UserError(f"bias={bias!r} is tuned in float32, and the base is in {dtype}; {advice}")
     for name, module in model.named_modules():
         # These hold float32 copies of base modules, whose inputs and outputs PEFT does not cast.
         if isinstance(module, ModulesToSaveWrapper):
@@ -342,10 +314,8 @@ def matching(names: Collection[str], tunable: str | None) -> set[str]:
     except re.error as error:
         raise UserError(f"tunable={tunable!r} is not a regular expression: {error}") from None
     if not chosen:
-        raise UserError(
-            f"tunable={tunable!r} matches none of the {len(names)} trainable parameters, e.g. "
-            f"{next(iter(names), 'none')}"
-        )
+        known = f"the {len(names)} trainable parameters, e.g. {next(iter(names), 'none')}"
+        raise UserError(f"tunable={tunable!r} matches none of {known}")
     return chosen
 
 
@@ -394,10 +364,9 @@ def running(model: AnyModel) -> Iterator[None]:
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:
-        raise UserError(
-            f"{name_of(model)} does not run on text alone: {type(error).__name__}: "
-            f"{first_line(error)} Choose other target_modules, another peft_type or another base"
-        ) from error
+        why = f"{name_of(model)} does not run on text alone: {type(error).__name__}"
+        advice = "Choose other target_modules, another peft_type or another base"
+        raise UserError(f"{why}: {first_line(error)} {advice}") from error
 
 
 def peft_config_of(model: AnyModel) -> PeftConfig | None:
@@ -407,8 +376,7 @@ def peft_config_of(model: AnyModel) -> PeftConfig | None:
 
 def classifies(model: AnyModel) -> bool:
     """Whether the model has a head for sequence classification instead of one for tokens."""
-    config = peft_config_of(model)
-    if config is None:
+    if (config := peft_config_of(model)) is None:
         return model.get_output_embeddings() is None
     return config.task_type == TaskType.SEQ_CLS
 
@@ -431,14 +399,15 @@ def context_length(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> int |
 
 def vocabulary(model: AnyModel) -> int | None:
     """How many token ids the model's embedding has rows for; None: it has no such embedding."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # Canine hashes characters
+        return None
     return None if weight is None else weight.shape[0]
 
 
 def check_token(token: int, rows: int | None) -> None:
     """Raise a UserError for a token id that an embedding of so many rows does not have."""
     if token < 0 or (rows is not None and token >= rows):
-        raise UserError(
-            f"token id {token} is beyond the {rows} rows of the model's embedding; use the model's "
-            "own tokenizer, pad with one of its tokens, or call resize_token_embeddings"
-        )
+        advice = "use the model's own tokenizer and tokens, or call resize_token_embeddings"
+        raise UserError(f"token id {token} is beyond the {rows} rows of the embedding; {advice}")

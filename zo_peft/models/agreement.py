@@ -24,13 +24,10 @@ from zo_peft.models.adapters import name_of, running
 from zo_peft.models.hub import first_line
 from zo_peft.models.in_place_space import InPlaceSpace
 from zo_peft.models.loading import is_packed
-from zo_peft.objectives.scoring import ClassificationObjective, CompletionObjective, OptionObjective
+from zo_peft.objectives.scoring import DIFFERENTIABLE
 
 #: Displacements, of which the first is taken that moves losses well beyond rounding.
 LENGTHS = (1e-2, 1e-1, 1.0)
-
-#: The objectives whose losses change with anything that acts.
-SMOOTH = (CompletionObjective, OptionObjective, ClassificationObjective)
 
 
 class _Counted:
@@ -48,23 +45,15 @@ class _Counted:
 def check(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch]) -> int:
     """Send candidates one by one, with a warning, where a shared forward gives other losses.
 
-    The counts of the evaluator and the generators of random numbers stay as they are.
-
-    Args:
-        batch: one example, or two of different length.
-        alone: each of them as a batch of its own, in its plainest form.
-
-    Returns:
-        The forwards that this took.
-
-    Raises:
-        UserError: the model does not run, examples of a batch change each other's losses, or
-            nothing that is tuned has an effect.
+    `batch` is one example, or two of different length; `alone` has each as a batch of its own, in
+    its plainest form. Counts of the evaluator and generators of random numbers stay as they are.
+    Returns the forwards that this took. A UserError says that the model does not run, that examples
+    of a batch change each other's losses, or that nothing that is tuned has an effect.
     """
     counted = _Counted(evaluator.objective)
     kept = torch.random.fork_rng(range(torch.cuda.device_count()))
     with replaced([(evaluator, "objective", counted)]), kept:
-        _settle(evaluator, batch, [alone[0], alone[-1]], type(counted.inner) in SMOOTH)
+        _settle(evaluator, batch, [alone[0], alone[-1]], type(counted.inner) in DIFFERENTIABLE)
     return counted.forwards
 
 
@@ -89,10 +78,8 @@ def _settle(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch], smooth: 
             if not moved <= 4 * noise:
                 break
     if moved == 0 and smooth:
-        raise UserError(
-            f"nothing that is tuned changes a loss, so nothing would be learned: {name} does not "
-            "use it, or not on the first examples"
-        )
+        why = f"{name} does not use it, or not on the first examples"
+        raise UserError(f"nothing that is tuned changes a loss, so nothing would be learned: {why}")
     if moved == 0 or not math.isfinite(moved):
         return
     tolerance = (0.01 + 8 * relative) * moved + 2 * noise
@@ -100,11 +87,9 @@ def _settle(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch], smooth: 
     if fault and evaluator.one_by_one(NotInLanes(f"{name} ({fault})")):
         fault = _fault(evaluator, points, batch, expected, tolerance)
     if fault:
-        raise UserError(
-            f"examples that share a batch change each other's losses in {name} ({fault}); use "
-            "per_device_train_batch_size=1 and per_device_eval_batch_size=1, with "
-            "gradient_accumulation_steps for larger batches"
-        )
+        why = f"examples that share a batch change each other's losses in {name} ({fault})"
+        advice = "per_device_train_batch_size=1 and per_device_eval_batch_size=1, with "
+        raise UserError(f"{why}; use {advice}gradient_accumulation_steps for larger batches")
 
 
 def _loss(evaluator: Evaluator, point: Direction, batch: Batch) -> Tensor:
@@ -170,10 +155,8 @@ def _check_own_forwards(evaluator: Evaluator, space: InPlaceSpace, batch: Batch)
         _loss(evaluator, LENGTHS[0] * Direction.of(0), batch)
     if reads.outside:
         kinds = sorted({".".join(name.split(".")[-2:]) for name in reads.outside})
-        raise UserError(
-            f"{min(reads.outside)} is read by another module than its own, which would not see a "
-            f"candidate's values; leave it out with tunable='^(?!.*({'|'.join(kinds)})$)'"
-        )
+        why = f"{min(reads.outside)} is read by another module than its own, without its candidates"
+        raise UserError(f"{why}; leave it out with tunable='^(?!.*({'|'.join(kinds)})$)'")
 
 
 def _size(losses: Tensor) -> float:

@@ -3,7 +3,7 @@
 from importlib import import_module
 from pathlib import Path
 
-from huggingface_hub import constants, errors, is_offline_mode
+from huggingface_hub import constants, errors, hf_hub_download, is_offline_mode
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
@@ -28,13 +28,21 @@ def public_name(name_or_path: str | None) -> str:
     return path.name if path.is_absolute() or path.exists() else path.as_posix()
 
 
+def file_of(name: str, file: str) -> Path:
+    """The path of a file of a folder, or of a repository of the Hub; else one of `LOAD_ERRORS`."""
+    if not Path(name).is_dir():
+        return Path(hf_hub_download(name, file))
+    if not (Path(name) / file).is_file():
+        raise FileNotFoundError(f"it holds no {file}.")
+    return Path(name) / file
+
+
 def check_apart(output_dir: str, *sources: str | None) -> None:
     """Raise a UserError where an output folder is the folder of a model that is read."""
     folder = Path(output_dir).resolve()
     if any(source and Path(source).resolve() == folder for source in sources):
-        raise UserError(
-            f"--output_dir {output_dir} holds the model, which would be overwritten; give another"
-        )
+        what = f"the model in --output_dir {output_dir}"
+        raise UserError(f"{what} would be overwritten; give another folder")
 
 
 def reason(error: BaseException) -> str:

@@ -2,12 +2,11 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
@@ -25,7 +24,7 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 
 from zo_peft.errors import UserError
-from zo_peft.models.hub import LOAD_ERRORS, AnyModel, first_line, public_name, reason
+from zo_peft.models.hub import LOAD_ERRORS, AnyModel, file_of, first_line, public_name, reason
 from zo_peft.models.quantized import Linear4bit, Linear8bitLt, QuantState, bitsandbytes
 
 CHATML = Path(__file__).with_name("chatml.jinja")
@@ -45,13 +44,11 @@ def quantization_config(
         raise UserError("load_in_8bit and load_in_4bit exclude each other; choose one")
     if not (load_in_8bit or load_in_4bit):
         return None
+    skipped = list(SEQ_CLS_HEAD_NAMES) if has_classes else None
+    if load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute_dtype}
-    return BitsAndBytesConfig(
-        load_in_8bit=load_in_8bit,
-        load_in_4bit=load_in_4bit,
-        llm_int8_skip_modules=list(SEQ_CLS_HEAD_NAMES) if has_classes else None,
-        **(nf4 if load_in_4bit else {}),
-    )
+    return BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped, **nf4)
 
 
 def quantization_of(config: PreTrainedConfig) -> dict[str, Any]:
@@ -74,12 +71,9 @@ def load_base(
 ) -> PreTrainedModel:
     """The base of this name (a Hub id or a folder), read from safetensors, or a UserError.
 
-    Args:
-        num_labels: classes of a sequence-classification head, or at least so many if the base has
-            one of its own, which is kept; None for a causal language model.
-        tune: what will be tuned; `check_bits` looks at the configuration before weights are read.
-        words: names of the classes of a new head.
-        kwargs: arguments of `from_pretrained`.
+    With `num_labels` it has a head for so many classes, whose names are `words`, or keeps its own
+    for as many or more; else it is a causal language model. `check_bits` looks at the configuration
+    before weights are read. `kwargs` are arguments of `from_pretrained`.
     """
     source = {n: kwargs[n] for n in ("revision", "trust_remote_code") if n in kwargs}
     if tune != "adapter":
@@ -102,27 +96,21 @@ def _head(config: PreTrainedConfig, num_labels: int, words: Sequence[str]) -> di
     name = public_name(config.name_or_path)
     if any("ForSequenceClassification" in kind for kind in config.architectures or ()):
         if num_labels > config.num_labels:
-            raise UserError(
-                f"the head of {name} has {config.num_labels} classes, and there are {num_labels}; "
-                "correct the labels, or give a base without a head"
-            )
+            why = f"the head of {name} has {config.num_labels} classes, and there are {num_labels}"
+            raise UserError(f"{why}; correct the labels, or give a base without a head")
         own = [str(config.id2label[index]).lower() for index in range(config.num_labels)]
         if (other := [word.lower() for word in words]) != own and sorted(other) == sorted(own):
             right = ",".join(own)
             raise UserError(f"{name} has its classes in another order; give --label_words {right}")
         return {}
     if num_labels < 2:
-        raise UserError(
-            f"{name} has no head for classes, and the labels name {num_labels} of them, where a "
-            "new head needs two or more; give all --label_words to train one, or an adapter with it"
-        )
+        why = f"{name} has no head for classes, and the labels name {num_labels} of them"
+        advice = "give all --label_words, two or more, to train one, or an adapter with it"
+        raise UserError(f"{why}; {advice}")
     if len(words) != num_labels:
         return {"num_labels": num_labels}
-    return {
-        "num_labels": num_labels,
-        "id2label": dict(enumerate(words)),
-        "label2id": {word: index for index, word in enumerate(words)},
-    }
+    index = {word: index for index, word in enumerate(words)}
+    return {"num_labels": num_labels, "id2label": dict(enumerate(words)), "label2id": index}
 
 
 def check_4bit_widths(model: PreTrainedModel, device: str = "cpu") -> None:
@@ -137,11 +125,9 @@ def check_4bit_widths(model: PreTrainedModel, device: str = "cpu") -> None:
             continue
         width, block = layer.in_features, layer.weight.blocksize
         if width % block:
-            raise UserError(
-                f"the 4-bit layer {name} has {width} input features, which is not a multiple of "
-                f"its quantization block size, {block}, and on some CPUs bitsandbytes decodes such "
-                "a layer wrongly; load the base in 8 bit or in floating point, or use a GPU"
-            )
+            why = f"{name} has {width} input features, no multiple of its block size, {block}, and"
+            advice = "load the base in 8 bit or in floating point, or use a GPU"
+            raise UserError(f"{why} some CPUs decode such 4-bit layers wrongly; {advice}")
 
 
 def load_config(name: str, **kwargs: Any) -> PreTrainedConfig:
@@ -155,33 +141,23 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of this name, or a UserError; by default it pads with the end of a sequence.
 
-    Args:
-        template: a Jinja file, or `chatml`. None: that of the adapter, else the tokenizer's own.
-        adapter: a Hub id or a folder.
+    `template` is a Jinja file, or `chatml`; None: that of the adapter, else the tokenizer's own.
     """
     with _loading(f"the tokenizer of {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    file = CHATML if template == "chatml" else Path(template) if template else _template_of(adapter)
-    if file is not None:
-        try:
-            tokenizer.chat_template = file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            what = f"--chat_template {template} cannot be read: {error}"
-            raise UserError(f"{what}; give a Jinja file, or chatml") from None
-    return tokenizer
-
-
-def _template_of(adapter: str | None) -> Path | None:
-    """The file of the chat template that was saved with an adapter, if there is one."""
-    own = "chat_template.jinja"
-    if adapter is None or Path(adapter).is_dir():
-        return next(Path(adapter).glob(own), None) if adapter else None
+    file = CHATML if template == "chatml" else Path(template) if template else None
+    if file is None and adapter is not None:
+        with suppress(*LOAD_ERRORS):
+            file = file_of(adapter, "chat_template.jinja")
     try:
-        return Path(hf_hub_download(adapter, own))
-    except LOAD_ERRORS:
-        return None
+        if file is not None:
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
+        return tokenizer
+    except (OSError, ValueError) as error:
+        why = f"--chat_template {template} cannot be read: {error}"
+        raise UserError(f"{why}; give a Jinja file, or chatml") from None
 
 
 @contextmanager
@@ -192,10 +168,8 @@ def _loading(what: str) -> Iterator[None]:
     except LOAD_ERRORS as error:
         # Users of the command line know no `use_safetensors`.
         why = reason(error).partition(" and thus cannot be loaded with `safetensors`")[0]
-        raise UserError(
-            f"{what} cannot be loaded: {why.rstrip('.')}. Give a folder that holds config.json and "
-            "safetensors, or a model id of the Hub"
-        ) from error
+        advice = "Give a folder that holds config.json and safetensors, or a model id of the Hub"
+        raise UserError(f"{what} cannot be loaded: {why.rstrip('.')}. {advice}") from error
     except torch.OutOfMemoryError:
         raise
     except (ImportError, RuntimeError) as error:
@@ -217,21 +191,16 @@ def meta_base(
 ) -> PreTrainedModel:
     """The base as `load_base` would load it, on the meta device: its tensors hold no bytes.
 
-    A UserError refuses one that was quantized by others than bitsandbytes.
-
-    Args:
-        dtype: that of what is not quantized; auto: as it was saved.
-        quantization: None: as it was saved; False: in floating point in any case.
-        source: `revision` and `trust_remote_code` of `from_pretrained`.
+    A UserError refuses one that was quantized by others than bitsandbytes. `dtype` is that of what
+    is not quantized (auto: as it was saved). With a `quantization` of None it is as it was saved,
+    with False not quantized. `source` is `revision` and `trust_remote_code`.
     """
     config = load_config(name, **source)
     saved = quantization_of(config)
     method = saved.get("quant_method", "bitsandbytes")
     if not method.startswith("bitsandbytes"):
-        raise UserError(
-            f"{public_name(name)} was saved quantized by {method}, which is not planned; give its "
-            "base in floating point, or one that bitsandbytes quantized"
-        )
+        advice = "give its base in floating point, or one that bitsandbytes quantized"
+        raise UserError(f"{public_name(name)}, quantized by {method}, is not planned; {advice}")
     auto = AutoModelForSequenceClassification if has_classes else AutoModelForCausalLM
     settings = {"dtype": (config.dtype or "float32") if dtype == "auto" else dtype}
     settings["trust_remote_code"] = source.get("trust_remote_code", False)
@@ -285,21 +254,16 @@ def is_packed(model: nn.Module) -> bool:
 
 def check_bits(bits: Literal[8, 4] | None, quantized: bool, name: str, tune: str) -> None:
     """Raise a UserError where what bitsandbytes, or another, did to a base bars tuning it."""
+    name = public_name(name)
     if quantized and bits is None:
-        raise UserError(
-            f"tune={tune!r} is for bases in floating point and for those that bitsandbytes "
-            f"quantized, and {public_name(name)} is quantized in another way; tune an adapter"
-        )
+        why = f"tune={tune!r} is for bases in floating point and those of bitsandbytes"
+        raise UserError(f"{why}, and {name} is quantized in another way; tune an adapter")
     if tune == "weights" and bits == 4:
-        raise UserError(
-            "tune='weights' cannot move the codes of a 4-bit base; load it in 8 bit or "
-            "unquantized, or use tune='scales'"
-        )
+        advice = "load it in 8 bit or unquantized, or use tune='scales'"
+        raise UserError(f"tune='weights' cannot move the codes of a 4-bit base; {advice}")
     if tune == "scales" and bits is None:
-        raise UserError(
-            f"tune='scales' needs a quantized base, and {public_name(name)} is not; "
-            "use load_in_8bit or load_in_4bit, or tune='weights'"
-        )
+        advice = "use load_in_8bit or load_in_4bit, or tune='weights'"
+        raise UserError(f"tune='scales' needs a quantized base, and {name} is not; {advice}")
 
 
 def base_hash(model: nn.Module) -> str:

@@ -127,10 +127,7 @@ Owners = dict[str, tuple[nn.Module, Own]]
 
 
 def find_scales(model: PreTrainedModel, unquantized: bool = False) -> Owners:
-    """The scales of every quantized layer; nested ones become float32.
-
-    With `unquantized`, also all float parameters: embeddings, norms, biases, a head.
-    """
+    """The scales (nested ones made float32), with `unquantized` also all float parameters."""
     owners: Owners = {}
     for name, layer in _quantized(model):
         if isinstance(layer, Linear8bitLt):
@@ -143,10 +140,7 @@ def find_scales(model: PreTrainedModel, unquantized: bool = False) -> Owners:
 
 
 def find_weights(model: PreTrainedModel, unquantized: bool = False) -> Owners:
-    """The codes of every int8 layer, with `unquantized` also all float parameters.
-
-    Of a base without quantized layers, all float parameters.
-    """
+    """The codes of int8 layers; with `unquantized`, or if there are none, all float parameters."""
     owners: Owners = {
         name: (layer, {"weight": Int8Codes(f"{name}.weight", layer)})
         for name, layer in _quantized(model)

@@ -67,16 +67,13 @@ def space_of(
 def check_in_place(model: AnyModel, tune: str) -> None:
     """Raise a UserError where a base itself is tuned (`tune`), and part of it is offloaded."""
     if tune != "adapter" and any(parameter.is_meta for parameter in model.parameters()):
-        raise UserError(
-            f"tune={tune!r} changes the base in place, but part of it is offloaded to the CPU or "
-            "the disk; tune an adapter, or load a base that fits (load_in_4bit)"
-        )
+        why = f"tune={tune!r} needs the whole base, but part is offloaded to the CPU or the disk"
+        raise UserError(f"{why}; tune an adapter, or load a base that fits (load_in_4bit)")
 
 
 def sgd_learning_rate(model: AnyModel, tune: str) -> float:
     """The default learning rate of plain SGD: of an adapter's type, or of `tune`."""
-    config = peft_config_of(model)
-    kind = tune if config is None else config.peft_type
+    kind = config.peft_type if (config := peft_config_of(model)) else tune
     return SGD_LEARNING_RATES.get(kind, SGD_LEARNING_RATES[PeftType.LORA])
 
 

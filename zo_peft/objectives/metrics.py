@@ -89,9 +89,7 @@ def answer_reward(
 ) -> Callable[..., list[float]]:
     """A reward function of that name: each completion's best score with one of its `answers`.
 
-    Args:
-        score: how well a text fits one answer.
-        first_line: the text is the completion's first line alone, without white space around it.
+    With `first_line` its first line alone is scored, without white space around it.
     """
 
     def reward(prompts: Any, completions: Any, answers: Any, **columns: Any) -> list[float]:

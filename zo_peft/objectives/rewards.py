@@ -89,16 +89,12 @@ class RewardObjective:
     `columns` (a dictionary for each example), and `copies` if the batch is repeated.
 
     Attributes:
-        reward_funcs: functions to maximise.
+        reward_funcs, reward_weights: functions to maximise, and a weight for each; default: 1.
         tokenizer: the base's tokenizer.
-        reward_weights: a weight for each function; default: 1.
         max_completion_length: the most tokens of a completion.
         temperature, top_p: as in transformers' sampling.
         seed: the sampler's seed, which the trainer sets for each step.
         metric_name: the name of the only function with a weight, or `reward` for the weighted sum.
-
-    Raises:
-        UserError: there are more or fewer weights than functions.
     """
 
     repeatable: ClassVar[bool] = True
@@ -115,9 +111,8 @@ class RewardObjective:
         count = len(self.reward_funcs)
         weights = [1.0] * count if self.reward_weights is None else self.reward_weights
         if len(weights) != count:
-            raise UserError(
-                f"reward_weights has {len(weights)} values; give one for each of {count} functions"
-            )
+            advice = f"give one for each of {count} functions"
+            raise UserError(f"reward_weights has {len(weights)} values; {advice}")
         self.weights = torch.tensor(weights)
         self.names = [_name(function) for function in self.reward_funcs]
         alone = [name for name, weight in zip(self.names, weights) if weight]
@@ -125,12 +120,11 @@ class RewardObjective:
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Minus the weighted rewards, float32, shape [B]."""
-        return self._losses(self.rewards(model, batch, samples=True))
+        return self._judged(batch, self._generate(model, batch, samples=True))[0]
 
     def predict(self, model: nn.Module, batch: Batch) -> Prediction:
         """Losses [B]; each function's rewards [B, K]; zeros [B], because there is no reference."""
-        rewards = self.rewards(model, batch, samples=False)
-        return self._losses(rewards), rewards, batch["labels"]
+        return *self._judged(batch, self._generate(model, batch, samples=False)), batch["labels"]
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """The mean of each function's rewards, and of their weighted sum if several have weight."""
@@ -149,18 +143,14 @@ class RewardObjective:
         drawn = self._generate(model, batch, samples=True)
         return [ids + ends if len(ids) < longest else ids for ids in drawn]
 
-    def rewards(self, model: nn.Module, batch: Batch, samples: bool) -> Tensor:
-        """The rewards of generated completions, which are drawn or greedy, float32 [B, K]."""
-        return self._rewards(batch, self._generate(model, batch, samples))
-
     def losses_of(self, model: nn.Module, batch: Batch, drawn: Sequence[Sequence[int]]) -> Tensor:
         """As `losses`, of completions that `drawn` gave."""
         ends = _ends(model, self.tokenizer)
         ids = [list(takewhile(lambda id_: id_ not in ends, row)) for row in drawn]
-        return self._losses(self._rewards(batch, ids))
+        return self._judged(batch, ids)[0]
 
-    def _rewards(self, batch: Batch, ids: list[list[int]]) -> Tensor:
-        """The rewards [B, K] of completions, whose token ids are without the one that ends them."""
+    def _judged(self, batch: Batch, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Losses [B] and rewards [B, K] of completions, without the tokens that end them."""
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         names = {name: None for columns in batch["columns"] for name in columns}
         columns = {name: [row.get(name) for row in batch["columns"]] for name in names}
@@ -171,10 +161,8 @@ class RewardObjective:
         ]
         given = {"prompts": prompts, "completions": completions, **columns, "completion_ids": ids}
         values = [self._called(function, given) for function in self.reward_funcs]
-        return torch.tensor(values, device=batch["input_ids"].device).T
-
-    def _losses(self, rewards: Tensor) -> Tensor:
-        return -(rewards @ self.weights.to(rewards.device))
+        rewards = torch.tensor(values, device=batch["input_ids"].device).T
+        return -(rewards @ self.weights.to(rewards.device)), rewards
 
     def _generate(self, model: nn.Module, batch: Batch, samples: bool) -> list[list[int]]:
         """The token ids of each completion, without the token that ends it."""
@@ -204,15 +192,13 @@ class RewardObjective:
         try:
             values = [float(value) for value in function(**given)]
         except Exception as error:
-            raise UserError(
-                f"reward function {name} failed: {type(error).__name__}: {error}; it is called "
-                f"with lists of {count} values for {', '.join(given)}, and returns {count} numbers"
-            ) from error
+            why = f"reward function {name} failed: {type(error).__name__}: {error}"
+            given_names = ", ".join(given)
+            form = f"lists of {count} values for {given_names}, and returns {count} numbers"
+            raise UserError(f"{why}; it is called with {form}") from error
         if len(values) != count:
-            raise UserError(
-                f"reward function {name} returned {len(values)} values for {count} completions; "
-                "return one number for each"
-            )
+            why = f"reward function {name} returned {len(values)} values for {count} completions"
+            raise UserError(f"{why}; return one number for each")
         return values
 
 
@@ -224,10 +210,8 @@ def load_function(name: str) -> RewardFunction:
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"reward function {name!r} cannot be loaded: {error}; give module:function, e.g. "
-            "rewards:brevity for `def brevity` in rewards.py"
-        ) from error
+        advice = "give module:function, e.g. rewards:brevity for `def brevity` in rewards.py"
+        raise UserError(f"reward function {name!r} cannot be loaded: {error}; {advice}") from error
 
 
 def _name(function: RewardFunction) -> str:

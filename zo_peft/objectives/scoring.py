@@ -113,10 +113,7 @@ class PolicyObjective(CompletionObjective):
 
     Of sampled completions its gradient is a policy gradient: the better ones become likelier.
 
-    Batch: also `advantages` [B].
-
-    Args:
-        temperature: at which the completions were sampled.
+    They were sampled at `temperature`. Batch: also `advantages` [B].
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
@@ -130,7 +127,30 @@ class PolicyObjective(CompletionObjective):
         return super()._means(nll, batch) * batch["advantages"]
 
 
-class OptionObjective:
+class _Choice:
+    """What objectives have in common of which each example is a choice between K scores."""
+
+    repeatable = True
+
+    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Float32 [B, K]; -inf where an example has fewer than K options."""
+        raise NotImplementedError
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The cross entropy of each example's scores, float32 [B]."""
+        return F.cross_entropy(self.scores(model, batch), batch["labels"], reduction="none")
+
+    def predict(self, model: nn.Module, batch: Batch) -> Prediction:
+        """Losses [B]; the index of the highest score (any right one as `labels`); `labels`."""
+        scores, labels = self.scores(model, batch), batch["labels"]
+        predictions = scores.argmax(dim=-1)
+        if "is_right" in batch:
+            right = batch["is_right"].gather(1, predictions[:, None])[:, 0]
+            predictions = torch.where(right, labels, predictions)
+        return F.cross_entropy(scores, labels, reduction="none"), predictions, labels
+
+
+class OptionObjective(_Choice):
     """Classification by the likelihood of label words (or longer options) after the prompt.
 
     An option's score is the mean log-likelihood of its tokens. The loss is the cross entropy of the
@@ -144,23 +164,8 @@ class OptionObjective:
     and `labels` has the first of them.
     """
 
-    repeatable = True
-
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """One loss per example, float32, shape [B]."""
-        return F.cross_entropy(self.scores(model, batch), batch["labels"], reduction="none")
-
-    def predict(self, model: nn.Module, batch: Batch) -> Prediction:
-        """Losses [B]; the index of the likeliest option (any right one as `labels`); `labels`."""
-        scores, labels = self.scores(model, batch), batch["labels"]
-        predictions = scores.argmax(dim=-1)
-        if "is_right" in batch:
-            right = batch["is_right"].gather(1, predictions[:, None])[:, 0]
-            predictions = torch.where(right, labels, predictions)
-        return F.cross_entropy(scores, labels, reduction="none"), predictions, labels
-
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Log-likelihoods up to a constant of the example, float32 [B, K]; -inf for no option."""
+        """Log-likelihoods up to a constant of the example."""
         if "option_tokens" in batch:
             if ask := getattr(model, "next_tokens", None):
                 return ask(batch).log_probabilities
@@ -170,28 +175,20 @@ class OptionObjective:
         return (-means).masked_fill(~is_option, -torch.inf)
 
 
-class ClassificationObjective:
+class ClassificationObjective(_Choice):
     """The model's own head for sequence classification: the cross entropy of its classes.
 
     Batch: `input_ids`, `attention_mask` [B, L], `labels` [B].
     """
 
-    repeatable = True
-
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """One loss per example, float32, shape [B]."""
-        return self.predict(model, batch)[0]
-
-    def predict(self, model: nn.Module, batch: Batch) -> Prediction:
-        """Losses; the index of the likeliest class; the index of the right one. All [B]."""
-        logits = self.scores(model, batch)
-        losses = F.cross_entropy(logits, batch["labels"], reduction="none")
-        return losses, logits.argmax(dim=-1), batch["labels"]
-
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The logits of the classes, float32 [B, K]."""
+        """The logits of the classes."""
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         return model(**inputs).logits.float()
+
+
+#: The objectives that have a gradient, and whose losses change with anything that acts.
+DIFFERENTIABLE = (CompletionObjective, OptionObjective, ClassificationObjective)
 
 
 class AccuracyObjective:
@@ -215,8 +212,7 @@ class AccuracyObjective:
 class BlackBoxObjective:
     """A function of the adapter alone, without data: for example a server that uses the adapter.
 
-    Args:
-        evaluate: the loss of the adapter's tensors, named as in `adapter_model.safetensors`.
+    `evaluate` gives the loss of its tensors, which are named as in `adapter_model.safetensors`.
     """
 
     def __init__(self, evaluate: Callable[[dict[str, Tensor]], float]) -> None:

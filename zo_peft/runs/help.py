@@ -13,6 +13,7 @@ import yaml
 
 PACKAGE = Path(__file__).parents[1]
 TABLE = yaml.safe_load(Path(__file__).with_name("options.yaml").read_bytes())
+SETTINGS = yaml.safe_load((PACKAGE / "train" / "settings.yaml").read_bytes())
 SETS = {name: tuple(options.split()) for name, options in TABLE["sets"].items()}
 ALIASES = {alias: name for name, others in TABLE["aliases"].items() for alias in others.split()}
 
@@ -78,7 +79,9 @@ def _section(name: str) -> tuple[str, dict[str, str]]:
 def _meaning(given: dict[str | None, ast.expr]) -> str:
     """The first sentence of an `HfArg`'s help, with its default in brackets."""
     texts = (node.value for node in ast.walk(given["help"]) if isinstance(node, ast.Constant))
-    sentence = str(next(texts)).partition(". ")[0].rstrip(".")
+    text = str(next(texts))
+    # A `ZOConfig` says where its help is.
+    sentence = SETTINGS.get(text, text).partition(". ")[0].rstrip(".")
     if not {"default", "default_factory"} & given.keys():
         return f"{sentence} (required)"
     default = getattr(given.get("default"), "value", None)

@@ -12,14 +12,8 @@ from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, set_seed
-from transformers.trainer_callback import (
-    EarlyStoppingCallback,
-    ExportableState,
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-)
+from transformers import EvalPrediction, Trainer, set_seed, trainer_callback
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy, PredictionOutput, TrainOutput, has_length
 from transformers.utils import PushInProgress
@@ -64,8 +58,7 @@ class BaseTrainer(Trainer):
             of the objective: `accuracy` of options or classes, `token_accuracy` of completions, or
             rewards.
 
-    Raises:
-        UserError: settings, data and model do not go together.
+    A UserError says that settings, data and model do not go together.
     """
 
     args: ZOConfig
@@ -73,6 +66,8 @@ class BaseTrainer(Trainer):
     trains: ClassVar[bool] = False
     #: Forwards of a check before the first step, which the budget does not count.
     check_passes = 0
+    #: What counts forward passes and examples: the totals, or a `ZOTrainer`'s evaluator.
+    spent: Any
 
     def __init__(
         self,
@@ -83,7 +78,7 @@ class BaseTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
+        callbacks: list[trainer_callback.TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
         objective: Objective | None = None,
         reward_funcs: Sequence[rewards.RewardFunction] = (),
@@ -106,8 +101,16 @@ class BaseTrainer(Trainer):
             raise UserError(f"train_dataset is several data sets ({parts}); give one of them")
         if isinstance(train_dataset, Iterator):
             train_dataset = list(train_dataset)
+        generates = rewards.generates(reward_funcs, args.objective)
         model, tokenizer = self._load(model, args, processing_class, peft_config, train_dataset)
-        self.tokenization = _tokenization(model, tokenizer, args, reward_funcs)
+        num_labels = model.config.num_labels if adapters.classifies(model) else None
+        if generates and num_labels is not None:
+            raise UserError("rewards are for language models; this model has a head for classes")
+        context, vocabulary = adapters.context_length(model, tokenizer), adapters.vocabulary(model)
+        most, drawn = args.max_length, args.max_completion_length
+        self.tokenization = Tokenization(
+            tokenizer, context, most, num_labels, generates, drawn, vocabulary
+        )
         self.engine = served.check_engine(model, args.engine, args.world_size)
         if isinstance(objective, scoring.BlackBoxObjective) and train_dataset is None:
             train, evaluation = Features([{"input_ids": [0], "labels": 0, "length": 1}]), None
@@ -122,8 +125,9 @@ class BaseTrainer(Trainer):
         self.objective = objective or chosen(kind_of(train or evaluation))
         # The metric that the evaluation objective puts first.
         self.metric_name = getattr(self.eval_objective, "metric_name", "accuracy")
-        accuracy = partial(scoring.accuracy, name=self.metric_name)
-        own_metrics = getattr(self.eval_objective, "metrics", accuracy)
+        if compute_metrics is None:
+            accuracy = partial(scoring.accuracy, name=self.metric_name)
+            compute_metrics = getattr(self.eval_objective, "metrics", accuracy)
         if data_collator is None:
             several = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
             seen = chain.from_iterable(rows for rows in (train, *several) if rows is not None)
@@ -136,26 +140,25 @@ class BaseTrainer(Trainer):
             # Trainer refuses to back-propagate through a quantized base.
             with replaced([(model, "is_quantized", False)]):
                 super().__init__(
-                    model=model,
-                    args=args,
-                    data_collator=data_collator,
-                    train_dataset=train,
-                    eval_dataset=evaluation,
-                    processing_class=tokenizer,
-                    compute_metrics=compute_metrics or own_metrics,
+                    *(model, args, data_collator, train, evaluation, tokenizer),
+                    compute_metrics=compute_metrics,
                     callbacks=callbacks,
                 )
-        except UserError:
+        except (UserError, torch.OutOfMemoryError):
             raise
-        except Exception as error:
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
             raise UserError(f"transformers refuses the settings: {first_line(error)}") from error
-        self.totals = Totals()
+        self.totals = self.spent = Totals()
         self.add_callback(self.totals)
-        if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):
+        shown = trainer_callback.ProgressCallback, trainer_callback.PrinterCallback
+        if any(map(self.pop_callback, shown)):
             bars = sys.stderr.isatty() and not args.disable_tqdm
             self.add_callback(Progress(lambda: self.forward_passes, self.metric_name, bars))
         if train and getattr(peft_config, "prefix_projection", None) is False:
-            self._start_prefix(train)
+            first = next(iter(train))
+            pool = torch.tensor(first.get("prompt_ids") or first["input_ids"])
+            choice = torch.randint(len(pool), (self.model.active_peft_config.num_virtual_tokens,))
+            adapters.start_prefix_from_tokens(self.model, pool[choice])
         self.summary: dict[str, Any] = {}
         self.ready()
 
@@ -218,10 +221,8 @@ class BaseTrainer(Trainer):
             return dataset
         features = dataset if is_tokenized(dataset) else self.features(dataset)
         if self.evaluated not in (None, kind_of(features)):
-            raise UserError(
-                f"these are examples of {kind_of(features)}, but this trainer evaluates "
-                f"{self.evaluated}; give it an eval_dataset of the other kind when it is made"
-            )
+            why = f"these are examples of {kind_of(features)}, but it evaluates {self.evaluated}"
+            raise UserError(f"{why}; make the trainer with an eval_dataset of the other kind")
         return features
 
     def prepare_base(self, model: AnyModel, args: ZOConfig) -> None:
@@ -230,11 +231,15 @@ class BaseTrainer(Trainer):
     def ready(self) -> None:
         """A subclass goes on here, when model, data and objectives are there."""
 
-    def _start_prefix(self, train: Any) -> None:
-        first = next(iter(train))
-        pool = torch.tensor(first.get("prompt_ids") or first["input_ids"])
-        choice = torch.randint(len(pool), (self.model.active_peft_config.num_virtual_tokens,))
-        adapters.start_prefix_from_tokens(self.model, pool[choice])
+    @property
+    def forward_passes(self) -> int:
+        """So far; one is one candidate through one micro-batch, or a third of a backward pass."""
+        return self.spent.forward_passes
+
+    @property
+    def examples_forwarded(self) -> int:
+        """So far; the sum of the examples of all forward passes."""
+        return self.spent.examples_forwarded
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in Trainer; logs of a training run also say what has been spent so far."""
@@ -249,30 +254,22 @@ class BaseTrainer(Trainer):
 
     # ---- The run --------------------------------------------------------------------------------
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """As in Trainer, but its loss is the mean over all steps of a run that was resumed.
-
-        A UserError says that the data gave no batch to make a step on.
-        """
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in Trainer, but its loss is the mean over all steps, also those before it resumed."""
         if self.train_dataset is None:
             raise UserError("there is nothing to train on; give a train_dataset")
         self.totals.clear()
-        result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        result = super().train(*args, **kwargs)
         if not self.state.global_step:
-            raise UserError(
-                "no step was made: the training data give no batch, or none that is full "
-                "(dataloader_drop_last); lower per_device_train_batch_size, or give more data"
-            )
+            why = "the training data give no batch, or none that is full (dataloader_drop_last)"
+            advice = "lower per_device_train_batch_size, or give more data"
+            raise UserError(f"no step was made: {why}; {advice}")
         return result._replace(training_loss=self.totals.train_loss)
 
     def over(self) -> bool:
         """Whether the run has made all its steps, or early stopping has ended it."""
-        stopping = (c for c in self.callback_handler.callbacks if type(c) is EarlyStoppingCallback)
+        early = trainer_callback.EarlyStoppingCallback
+        stopping = (c for c in self.callback_handler.callbacks if type(c) is early)
         return self.state.global_step >= self.state.max_steps or any(
             0 < c.early_stopping_patience <= c.early_stopping_patience_counter for c in stopping
         )
@@ -284,11 +281,14 @@ class BaseTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     def _load_callback_state(self) -> None:
         """Callbacks go on where they were at the checkpoint, with what they are given now."""
         kept = self.state.stateful_callbacks
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ExportableState):
+            if isinstance(callback, trainer_callback.ExportableState):
                 state = kept.setdefault(type(callback).__name__, callback.state())
                 if isinstance(state, dict):
                     vars(callback).update(state["attributes"])
@@ -418,27 +418,4 @@ def _check_tuned(args: ZOConfig, model: str | AnyModel, peft_config: PeftConfig 
         raise UserError(f"tune={args.tune!r} tunes the base itself; give no adapter or peft_config")
     kinds: Any = type(None) if isinstance(model, PeftModel) else PeftConfig
     if args.tune == "adapter" and not isinstance(peft_config, kinds):
-        raise UserError(
-            "give either a peft_config (such as a LoraConfig), for a new adapter, or a PeftModel"
-        )
-
-
-def _tokenization(
-    model: AnyModel,
-    tokenizer: PreTrainedTokenizerBase,
-    args: ZOConfig,
-    reward_funcs: Sequence[rewards.RewardFunction],
-) -> Tokenization:
-    num_labels = model.config.num_labels if adapters.classifies(model) else None
-    generates = rewards.generates(reward_funcs, args.objective)
-    if generates and num_labels is not None:
-        raise UserError("rewards are for language models; this model has a head for classes")
-    return Tokenization(
-        tokenizer,
-        adapters.context_length(model, tokenizer),
-        args.max_length,
-        num_labels,
-        generates,
-        args.max_completion_length,
-        adapters.vocabulary(model),
-    )
+        raise UserError("give either a peft_config (such as a LoraConfig), or a PeftModel")

@@ -11,7 +11,6 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig
-from transformers import PreTrainedConfig
 
 from zo_peft.data.tasks import TASKS
 from zo_peft.models.adapters import classifies, peft_config_of
@@ -42,10 +41,8 @@ def write_model_card(
 ) -> None:
     """Write `README.md` into `folder`; the Hub searches its metadata.
 
-    Args:
-        tune: adapter, scales or weights.
-        summary: the contents of `zo_metrics.json`; what it lacks is left out.
-        merged: the name of the adapter that was merged into the model, which was measured before.
+    `summary` is what `zo_metrics.json` holds; what it lacks is left out. `merged` is the name of
+    the adapter that was merged into the model, which was measured before.
     """
     settings, value = summary.get("settings", {}), summary.get("metric_after")
     config, title = peft_config_of(model), Path(folder).resolve().name
@@ -53,12 +50,13 @@ def write_model_card(
     gradients = summary.get("strategy") in GRADIENT
     made = [] if gradients else ["zeroth-order"]
     num_labels = model.config.num_labels if classifies(model) else None
+    names = model.config.id2label if num_labels else {}
     task = "text-generation" if num_labels is None else "text-classification"
     base = _base(model, settings)
     named, dataset = settings.get("dataset_name", ""), summary.get("dataset")
     if dataset is None and _on_hub(named, CARD_NAME, repo_type="dataset"):
         dataset = named
-    results = None
+    result = None
     if value is not None and math.isfinite(value) and merged is None:
         result = EvalResult(
             task_type=task,
@@ -69,17 +67,16 @@ def write_model_card(
             metric_type=summary["metric_name"],
             metric_value=value,
         )
-        results = [result]
     metadata = ModelCardData(
         license="unknown",
         library_name="transformers" if config is None else "peft",
         pipeline_tag=task,
         base_model=base["name"] if base["on_hub"] else None,
         datasets=dataset and [dataset],
-        metrics=[summary["metric_name"]] if results else None,
+        metrics=[result.metric_type] if result else None,
         tags=["zo_peft"] if merged else ["zo_peft", *made, kind.lower()],
         model_name=title,
-        eval_results=results,
+        eval_results=[result] if result else None,
     )
     card = ModelCard.from_template(
         metadata,
@@ -93,7 +90,7 @@ def write_model_card(
         gradients=gradients,
         dataset=dataset,
         num_labels=num_labels,
-        names=num_labels and _names(model.config),
+        names=names if names != {index: f"LABEL_{index}" for index in names} else None,
         quantization=quantization_of(model.config),
         config=config and _chosen(config),
         question=_question(summary, num_labels),
@@ -125,12 +122,6 @@ def _question(summary: dict[str, Any], num_labels: int | None) -> dict[str, Any]
     space = "" if template and template[-1].isspace() else " "
     spaced = [space + word.strip() for word in words or ("one option", "another option")]
     return {"form": form, "template": template, "row": row, "words": spaced}
-
-
-def _names(config: PreTrainedConfig) -> dict[int, str] | None:
-    """The names of the classes, where they were given any."""
-    names = config.id2label
-    return None if names == {index: f"LABEL_{index}" for index in names} else names
 
 
 def for_repository(text: str, repo_id: str) -> str:

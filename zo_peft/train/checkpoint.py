@@ -34,10 +34,7 @@ RNG_NAME = "zo_rng_state.json"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors by name, in one piece: a reader sees the old file or the new one.
-
-    A UserError says that the disk is full or may not be written.
-    """
+    """Write tensors by name, in one piece: a reader sees the old file or the new one."""
     # The tensors may be views into one buffer, which safetensors refuses.
     copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     unfinished = path.with_name(path.name + ".tmp")
@@ -45,47 +42,42 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file(copies, unfinished)
         unfinished.replace(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path.parent.name}/{path.name} cannot be written: {error}. Earlier checkpoints and "
-            "the journal are safe; make room and go on with --resume_from_checkpoint True"
-        ) from error
+        why = f"{path.parent.name}/{path.name} cannot be written: {error}. Earlier steps are safe;"
+        raise UserError(f"{why} make room and go on with --resume_from_checkpoint True") from error
+
+
+def _carried(tuner: Tuner) -> dict[str, tuple[object, Sequence[str]]]:
+    """What a tuner carries from step to step beside tensors: objects, and their attributes."""
+    spent = ("candidates_per_forward", "forward_passes", "examples_forwarded")
+    return {
+        "tuner": (tuner, ("checksum", "parts", "elite")),
+        "eps": (tuner.eps, ("eps",)),
+        "rule": (tuner.rule, tuner.rule.NUMBERS),
+        "backoff": (tuner.backoff, list(vars(tuner.backoff))),
+        "faults": (tuner.faults, list(vars(tuner.faults))),
+        "evaluator": (tuner.evaluator, spent),
+    }
 
 
 def state_of(tuner: Tuner) -> dict[str, Any]:
     """What a tuner carries from step to step, beside tensors: numbers and lists."""
-    return {
-        "record": tuner.checksum,
-        "parts": tuner.parts,
-        "elite": tuner.elite,
-        "zo_eps": tuner.eps.eps,
-        "calibrations": [asdict(calibration) for calibration in tuner.eps.calibrations],
-        "update_rule": {name: getattr(tuner.rule, name) for name in tuner.rule.NUMBERS},
-        "backoff": vars(tuner.backoff),
-        "faults": asdict(tuner.faults),
-        "guided": tuner.guided and tuner.guided.state,
-        "candidates_per_forward": tuner.evaluator.candidates_per_forward,
-        "forward_passes": tuner.evaluator.forward_passes,
-        "examples_forwarded": tuner.evaluator.examples_forwarded,
-    }
+    carried = _carried(tuner).items()
+    state = {name: {n: getattr(whole, n) for n in names} for name, (whole, names) in carried}
+    chosen = [asdict(calibration) for calibration in tuner.eps.calibrations]
+    return {**state, "calibrations": chosen, "guided": tuner.guided and tuner.guided.state}
 
 
 def load_into(tuner: Tuner, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Give a tuner what `state_of` and `remembered` took from it."""
-    tuner.checksum, tuner.parts = state["record"], state["parts"]
-    tuner.elite, tuner.eps.eps = state["elite"], state["zo_eps"]
+    given = tuner.evaluator.candidates_per_forward
+    for name, (whole, _) in _carried(tuner).items():
+        vars(whole).update(state[name])
+    tuner.evaluator.candidates_per_forward = given or tuner.evaluator.candidates_per_forward
     tuner.eps.calibrations[:] = [Calibration(**fields) for fields in state["calibrations"]]
-    vars(tuner.rule).update(state["update_rule"])
-    for name, tensor in remembered(tuner).items():
-        tensor.copy_(tensors[name])
-    vars(tuner.backoff).update(state["backoff"])
-    vars(tuner.faults).update(state["faults"])
     if tuner.guided is not None:
         tuner.guided.state = state["guided"]
-    evaluator = tuner.evaluator
-    if evaluator.candidates_per_forward is None:
-        evaluator.candidates_per_forward = state["candidates_per_forward"]
-    evaluator.forward_passes = state["forward_passes"]
-    evaluator.examples_forwarded = state["examples_forwarded"]
+    for name, tensor in remembered(tuner).items():
+        tensor.copy_(tensors[name])
 
 
 def remembered(tuner: Tuner) -> dict[str, Tensor]:
@@ -112,20 +104,16 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def step_of(folder: str, checksums: Sequence[int] | None = None) -> int:
-    """The step of a checkpoint; a UserError if it is not whole, or of another journal.
-
-    Args:
-        checksums: of the records of its journal; None: it has none.
-    """
+    """The step of a checkpoint; a UserError if it is not whole, or not of these records."""
     # This file is written last.
     path = Path(folder) / TRAINER_STATE_NAME
     with _reading(path):
         step = TrainerState.load_from_json(str(path)).global_step
-    if checksums is not None and load_state(folder).get("record") not in checksums[step - 1 : step]:
-        raise UserError(
-            f"{Path(folder).name} belongs to another run than the journal beside it; resume with "
-            "resume_from_checkpoint=True, or from a checkpoint of this run"
-        )
+    if checksums is None:
+        return step
+    if load_state(folder).get("tuner", {}).get("checksum") not in checksums[step - 1 : step]:
+        advice = "resume with resume_from_checkpoint=True, or from a checkpoint of this run"
+        raise UserError(f"{Path(folder).name} belongs to another run than the journal; {advice}")
     return step
 
 
@@ -151,10 +139,9 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path.parent.name}/{path.name} cannot be read ({type(error).__name__}); resume from "
-            "a checkpoint-N folder that ZOTrainer wrote whole, or with resume_from_checkpoint=True"
-        ) from error
+        why = f"{path.parent.name}/{path.name} cannot be read ({type(error).__name__})"
+        advice = "resume from a whole checkpoint-N folder, or with resume_from_checkpoint=True"
+        raise UserError(f"{why}; {advice}") from error
 
 
 class CheckpointTrainer(BaseTrainer):
@@ -215,10 +202,8 @@ class CheckpointTrainer(BaseTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *_: Any, **__: Any) -> None:
         if load_state(resume_from_checkpoint)["base"] != self.base_hash:
-            raise UserError(
-                f"{Path(resume_from_checkpoint).name} is of another base or another tune; load the "
-                "model that the run started with, quantized in the same way"
-            )
+            why = f"{Path(resume_from_checkpoint).name} is of another base or another tune"
+            raise UserError(f"{why}; load the model of that run, quantized in the same way")
         tensors = load_tensors(Path(resume_from_checkpoint) / TENSORS_NAME)
         self._load_trained({n: t for n, t in tensors.items() if not n.startswith(RULE_PREFIX)})
 
@@ -226,22 +211,18 @@ class CheckpointTrainer(BaseTrainer):
         if tensors or self.args.tune != "weights":
             recipe.load_trained(self.model, self.space, tensors)
 
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
     def _save_rng_state(self, output_dir: str) -> None:
         """Write the states of Python's, numpy's and torch's generators (CPU and CUDA) as JSON."""
         if not self.args.should_save:
             return
-        version, words, gauss = random.getstate()
-        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
         state = {
-            "python": [version, words, gauss],
-            "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
-            "torch": torch.get_rng_state().tolist(),
-            "cuda": [s.tolist() for s in torch.cuda.get_rng_state_all()],
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all(),
         }
-        (Path(output_dir) / RNG_NAME).write_text(json.dumps(state))
+        text = json.dumps(state, default=lambda array: array.tolist())
+        (Path(output_dir) / RNG_NAME).write_text(text)
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         """Set the generators to what was written; devices that are not here are left out."""
@@ -250,8 +231,7 @@ class CheckpointTrainer(BaseTrainer):
         state = load_state(checkpoint_folder, RNG_NAME)
         version, words, gauss = state["python"]
         random.setstate((version, tuple(words), gauss))
-        name, keys, *rest = state["numpy"]
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+        np.random.set_state(tuple(state["numpy"]))
         torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
         for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(torch.tensor(cuda_state, dtype=torch.uint8), device)

@@ -42,14 +42,9 @@ Tune = Literal["adapter", "scales", "weights"]
 ObjectiveName = Literal["accuracy", "f1", "exact_match"]
 
 #: What the published algorithms have in common.
-PUBLISHED: dict[str, Any] = {
-    "noise": "gaussian",
-    "per_example_noise": False,
-    "update_rule": "sgd",
-    "lr_scheduler_type": "constant",
-    "train_sampling_strategy": "random",
-}
-
+PUBLISHED: dict[str, Any] = {"noise": "gaussian", "per_example_noise": False}
+PUBLISHED |= {"update_rule": "sgd", "lr_scheduler_type": "constant"}
+PUBLISHED |= {"train_sampling_strategy": "random"}
 PAPER: dict[str, Any] = {"probe": "central", "carry_best": False, **PUBLISHED}
 
 #: What each preset fixes: the algorithms exactly as published (arXiv:2601.04710, arXiv:2305.17333).
@@ -161,10 +156,9 @@ def apply_preset(config: "ZOConfig") -> None:
     """Set what the preset fixes, and refuse what contradicts it."""
     if config.preset is None:
         return
-    defaults = {f.name: f.default for f in fields(config)}
     for name, value in PRESETS[config.preset].items():
         given = getattr(config, name)
-        if given not in (value, defaults[name]):
+        if given not in (value, getattr(type(config), name)):
             raise UserError(f"preset={config.preset!r} fixes {name}={value!r}, not {given!r}")
         setattr(config, name, value)
 
@@ -175,8 +169,7 @@ def default_strategy(config: "ZOConfig") -> str:
         return GUIDED
     if config.engine is not None:
         return "gv"
-    defaults = {f.name: f.default for f in fields(config)}
-    given = any(getattr(config, name) != defaults[name] for name in OF_CANDIDATES)
+    given = any(getattr(config, name) != getattr(type(config), name) for name in OF_CANDIDATES)
     short = FIRST_GUIDED * config.gradient_accumulation_steps
     few = config.max_forward_passes is not None and config.max_forward_passes < short
     other = config.tune != "adapter" or config.objective == "accuracy"
@@ -200,12 +193,8 @@ def check_first_guided(config: "ZOConfig", passes: int) -> None:
 def choose_noise(config: "ZOConfig") -> None:
     """Full noise, unless low-rank noise is asked for or weights are tuned in our own way."""
     if config.noise_rank is None:
-        if config.low_rank_noise is None and (
-            config.tune != "weights" or config.preset is not None
-        ):
-            config.noise_rank = 0
-        else:
-            config.noise_rank = RANKS[config.low_rank_noise or "eggroll"]
+        low = config.low_rank_noise or (config.tune == "weights" and config.preset is None)
+        config.noise_rank = RANKS[config.low_rank_noise or "eggroll"] if low else 0
     if config.noise_rank == 0 and config.low_rank_noise is not None:
         raise UserError(f"low_rank_noise={config.low_rank_noise!r} needs a noise_rank of 1 or more")
     if config.noise_rank and config.low_rank_noise is None:
@@ -218,13 +207,13 @@ def check_values(config: "ZOConfig") -> None:
         raise UserError(f"num_train_epochs={config.num_train_epochs}; it must be positive")
     if config.top_p > 1:
         raise UserError(f"top_p={config.top_p}; it must be above 0 and at most 1")
+    if config.load_best_model_at_end and config.save_only_model:
+        raise UserError("load_best_model_at_end needs whole checkpoints; drop save_only_model")
     if config.exact_layers and config.strategy != GUIDED:
         raise UserError(f"exact_layers={config.exact_layers} is for strategy='guided' alone")
     if config.strategy == GUIDED and config.update_rule in ALONG_CANDIDATES:
-        raise UserError(
-            f"update_rule={config.update_rule!r} moves along candidates; with strategy='guided' "
-            "use guided, adam, normalized, spectral or momentum"
-        )
+        why = f"update_rule={config.update_rule!r} moves along candidates; with strategy='guided'"
+        raise UserError(f"{why} use guided, adam, normalized, spectral or momentum")
     if config.tune_unquantized and config.tune == "adapter":
         raise UserError("tune_unquantized=True has no meaning for tune='adapter'")
     if config.engine is not None:
@@ -235,41 +224,30 @@ def check_values(config: "ZOConfig") -> None:
         if getattr(config, name) is not None and config.engine is None:
             raise UserError(f"{name} has no meaning without an engine; drop it, or give an engine")
     if (config.engine == "vllm") != bool(config.engine_url):
-        raise UserError(
-            f"engine={config.engine!r} with engine_url={config.engine_url!r}; give engine='vllm' "
-            "with the addresses of its servers, or neither"
-        )
+        given = f"engine={config.engine!r} with engine_url={config.engine_url!r}"
+        advice = "give engine='vllm' with the addresses of its servers, or neither"
+        raise UserError(f"{given}; {advice}")
     if config.engine_folder is not None and config.engine != "vllm":
         raise UserError("engine_folder is for engine='vllm' alone; drop it")
-    if config.load_best_model_at_end and config.save_only_model:
-        raise UserError("load_best_model_at_end needs whole checkpoints; drop save_only_model")
 
 
 def check_candidates(config: "ZOConfig") -> None:
     """Refuse a number of candidates that leaves the strategy nothing to compare."""
-    strategy = "gv" if config.strategy == GUIDED else config.strategy
+    strategy, count = "gv" if config.strategy == GUIDED else config.strategy, config.num_candidates
     selects = strategy in STRATEGIES and STRATEGIES[strategy].selects
-    assert config.num_candidates is not None
-    if config.num_candidates < (2 if selects else 1):
-        raise UserError(
-            f"num_candidates={config.num_candidates} leaves {config.strategy} nothing to compare; "
-            "use 4 or more"
-        )
+    assert count is not None
+    if count < (2 if selects else 1):
+        why = f"num_candidates={count} leaves {config.strategy} nothing to compare"
+        raise UserError(f"{why}; use 4 or more")
     if config.carry_best and not selects:
         raise UserError(f"carry_best=True has no meaning for strategy={config.strategy!r}")
     if config.carry_best and config.per_example_noise:
         raise UserError("carry_best=True needs per_example_noise=False: one best candidate a step")
-    split = strategy == "gv" and config.weighting == "split"
-    if split and not 0 < int(config.elite_fraction * config.num_candidates) < config.num_candidates:
-        raise UserError(
-            f"elite_fraction={config.elite_fraction} of {config.num_candidates} candidates leaves "
-            "one side of the split empty"
-        )
-    if selects and config.num_candidates == 2:
-        warnings.warn(
-            f"{config.strategy} with num_candidates=2 learns no more than MeZO per step and spends "
-            "more forward passes: with two candidates the direction is +-(z1 - z2), whichever is "
-            "better (docs/how-it-works.md). Use num_candidates of 4 or more.",
-            Notice,
-            stacklevel=4,
-        )
+    split, share = strategy == "gv" and config.weighting == "split", config.elite_fraction
+    if split and not 0 < int(share * count) < count:
+        sides = "leaves one side of the split empty"
+        raise UserError(f"elite_fraction={share} of {count} candidates {sides}")
+    if selects and count == 2:
+        why = "learns no more than MeZO, in more forward passes: its direction is +-(z1 - z2)"
+        message = f"{config.strategy} with num_candidates=2 {why}; use 4 or more"
+        warnings.warn(message, Notice, stacklevel=4)

@@ -3,9 +3,11 @@
 import copy
 import os
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+import yaml
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
@@ -20,195 +22,62 @@ from zo_peft.errors import UserError
 from zo_peft.train import checks
 from zo_peft.train.checks import GRADIENT_PASSES, GUIDED, ObjectiveName, Preset, Tune
 
+#: What each setting means, by name.
+HELP: dict[str, str] = yaml.safe_load(Path(__file__).with_name("settings.yaml").read_bytes())
+
 
 @dataclass
 class ZOConfig(TrainingArguments):
     """Arguments of a `ZOTrainer`: those of `transformers.TrainingArguments`, and these.
 
-    Raises:
-        UserError: values that make no sense together; nothing has been loaded or written by then.
+    A UserError refuses values that make no sense together, before anything is loaded or written.
     """
 
-    learning_rate: float | None = HfArg(
-        default=None,
-        help="Step size, as the update rule defines it. Default: from the losses, so that "
-        "all steps of the run, were they random, would move an example's loss by a fraction of "
-        "a nat; for sgd and momentum, which have no natural scale, by adapter type.",
-    )
-    preset: Preset | None = HfArg(
-        default=None,
-        help="paper-gv, paper-greedy, mezo, subzero or lozo. A published algorithm, exactly; "
-        "paper-mezo is another name of mezo.",
-    )
-    tune: Tune = HfArg(
-        default="adapter",
-        help="adapter, scales or weights. Scales are those of an int8 or NF4 base; weights those "
-        "of one that is int8 or not quantized.",
-    )
-    tune_unquantized: bool = HfArg(
-        default=False,
-        help="With tune=scales or weights on a quantized base: also the tensors that are "
-        "not quantized (embeddings, norms, biases, head).",
-    )
-    strategy: str = HfArg(
-        default=None,
-        help="guided, gv, greedy, mezo, n-spsa, adam or sgd. guided reads a direction off each "
-        f"forward pass, and checks it with candidates; {', '.join(STRATEGIES)} find it from "
-        "candidates alone; adam and sgd are baselines that back-propagate. Default: guided for an "
-        "adapter of which it can read something and a loss that has a gradient; gv for all else, "
-        "and where options of candidates are given.",
-    )
-    exact_layers: int = HfArg(
-        default=0,
-        help="guided: back-propagate through so many of the uppermost layers. Below them the error "
-        "at their input takes the place of that at the output. Costs memory and time.",
-    )
-    num_candidates: int | None = HfArg(
-        default=None,
-        help="Candidates a step (M in the paper); for n-spsa, directions a step. Default: 4 "
-        "where each example has its own noise and a batch at least 4 examples, else 8.",
-    )
-    per_example_noise: bool = HfArg(
-        default=True,
-        help="Each example of a batch has candidates of its own, so that a forward tries as "
-        "many perturbations as the batch has examples. Where a model cannot work so, all "
-        "examples share their candidates.",
-    )
-    update_rule: str | None = HfArg(
-        default=None,
-        help="How the estimate moves what is tuned: sgd, momentum, normalized (momentum, "
-        "each tensor's step at unit length), spectral (the same, orthogonalized), adam or fzoo "
-        "(steps of like length, no memory). Default: normalized; fzoo for tune=weights; for "
-        "strategy=guided guided (adam for what is read, normalized for candidates).",
-    )
-    momentum: float = HfArg(default=0.9, help="Of all update rules but sgd and fzoo; in [0, 1).")
-    objective: ObjectiveName | None = HfArg(
-        default=None,
-        help="accuracy, f1 or exact_match: no gradient needed. The last two, as SQuAD's, are of "
-        "generated completions. Default: cross entropy.",
-    )
-    reward_weights: list[float] | None = HfArg(
-        default=None, help="Weights of the reward functions. Default: 1 each."
-    )
-    max_completion_length: int = HfArg(default=64, help="The most tokens of a generated text.")
-    temperature: float = HfArg(
-        default=1.0,
-        help="At which completions are sampled in training, with random numbers that all "
-        "candidates of a step share; 0: greedy, as in evaluation.",
-    )
-    top_p: float = HfArg(default=1.0, help="Sample from the likeliest tokens of this probability.")
-    elite_fraction: float = HfArg(
-        default=0.5, help="gv with weighting=split: share of the low-loss candidates (alpha)."
-    )
-    weighting: Weighting = HfArg(
-        default="loss",
-        help="gv: 'split' (mean of the low-loss minus mean of the high-loss candidates, as "
-        "published) or 'loss' (each candidate by the mean loss minus its own).",
-    )
-    probe: Probe = HfArg(
-        default="reuse",
-        help="greedy, gv: 'central' (two more forward passes along the direction, as "
-        "published) or 'reuse' (the slope from losses that are already known).",
-    )
-    carry_best: bool = HfArg(
-        default=False, help="greedy, gv: evaluate the last step's best candidate again."
-    )
-    candidates_per_forward: int | None = HfArg(
-        default=None,
-        help="The most candidates in one forward. Default: as many as keep the peak memory "
-        "within 1.05 of plain inference on the same batch, from shapes.",
-    )
-    parallel: Parallel = HfArg(
-        default="data",
-        help="With several processes, what each evaluates: data (all candidates on its own "
-        "part of the batch, per_device_train_batch_size examples) or candidates (its own "
-        "candidates on the same batch).",
-    )
-    zo_eps: float | None = HfArg(
-        default=None,
-        help="Scale of the perturbations (epsilon). Default: the largest for which losses "
-        "are near a line and above rounding, measured at the start and as training goes on.",
-    )
-    noise: Distribution = HfArg(
-        default="rademacher",
-        help="Distribution of the candidates: gaussian, or rademacher (signs; cheaper).",
-    )
-    noise_rank: int | None = HfArg(
-        default=None,
-        help="Rank of the noise of matrices; 0: full noise. Default: full, and for "
-        "tune=weights 1 (24 for subzero, 2 for lozo).",
-    )
-    low_rank_noise: Structure | None = HfArg(
-        default=None,
-        help="Kind of low-rank noise: eggroll (two factors for each seed), subzero or lozo "
-        "(a basis that is kept for 1000 or 100 steps).",
-    )
-    warmup_steps: float = HfArg(
-        default=0.02, help="As in transformers: steps, or below 1 their share of the run."
-    )
-    tunable: str | None = HfArg(
-        default=None,
-        help="Regular expression, searched in parameter names: tune only these of the "
-        "adapter's parameters, e.g. 'lora_B'. Default: all that PEFT made trainable.",
-    )
-    num_train_epochs: float | None = HfArg(
-        default=None,
-        help="Times over the data. Default: 3 with gradients, else max_forward_passes.",
-    )
-    max_forward_passes: int | None = HfArg(
-        default=None,
-        help="The budget, chosen from the data unless it, max_steps or num_train_epochs is given. "
-        "The run stops after so many forward passes, each of one candidate through one "
-        "micro-batch. With max_steps, the smaller budget counts.",
-    )
-    max_length: int | None = HfArg(
-        default=None,
-        help="Cut prompts from the left to fit this many tokens. Default: prompts that do "
-        "not fit the model's context are an error.",
-    )
+    learning_rate: float | None = HfArg(default=None, help=HELP["learning_rate"])
+    preset: Preset | None = HfArg(default=None, help=HELP["preset"])
+    tune: Tune = HfArg(default="adapter", help=HELP["tune"])
+    tune_unquantized: bool = HfArg(default=False, help=HELP["tune_unquantized"])
+    strategy: str = HfArg(default=None, help=HELP["strategy"])
+    exact_layers: int = HfArg(default=0, help=HELP["exact_layers"])
+    num_candidates: int | None = HfArg(default=None, help=HELP["num_candidates"])
+    per_example_noise: bool = HfArg(default=True, help=HELP["per_example_noise"])
+    update_rule: str | None = HfArg(default=None, help=HELP["update_rule"])
+    momentum: float = HfArg(default=0.9, help=HELP["momentum"])
+    objective: ObjectiveName | None = HfArg(default=None, help=HELP["objective"])
+    reward_weights: list[float] | None = HfArg(default=None, help=HELP["reward_weights"])
+    max_completion_length: int = HfArg(default=64, help=HELP["max_completion_length"])
+    temperature: float = HfArg(default=1.0, help=HELP["temperature"])
+    top_p: float = HfArg(default=1.0, help=HELP["top_p"])
+    elite_fraction: float = HfArg(default=0.5, help=HELP["elite_fraction"])
+    weighting: Weighting = HfArg(default="loss", help=HELP["weighting"])
+    probe: Probe = HfArg(default="reuse", help=HELP["probe"])
+    carry_best: bool = HfArg(default=False, help=HELP["carry_best"])
+    candidates_per_forward: int | None = HfArg(default=None, help=HELP["candidates_per_forward"])
+    parallel: Parallel = HfArg(default="data", help=HELP["parallel"])
+    zo_eps: float | None = HfArg(default=None, help=HELP["zo_eps"])
+    noise: Distribution = HfArg(default="rademacher", help=HELP["noise"])
+    noise_rank: int | None = HfArg(default=None, help=HELP["noise_rank"])
+    low_rank_noise: Structure | None = HfArg(default=None, help=HELP["low_rank_noise"])
+    warmup_steps: float = HfArg(default=0.02, help=HELP["warmup_steps"])
+    tunable: str | None = HfArg(default=None, help=HELP["tunable"])
+    num_train_epochs: float | None = HfArg(default=None, help=HELP["num_train_epochs"])
+    max_forward_passes: int | None = HfArg(default=None, help=HELP["max_forward_passes"])
+    max_length: int | None = HfArg(default=None, help=HELP["max_length"])
     model_init_kwargs: dict[str, Any] | str | None = HfArg(
-        default=None, help="Keyword arguments for from_pretrained when the model is a name."
+        default=None, help=HELP["model_init_kwargs"]
     )
-    engine: EngineName | None = HfArg(
-        default=None,
-        help="Who computes the base, for which a LoRA is tuned then: llamacpp (the model is a GGUF "
-        "file), openvino (a folder that optimum-intel exported) or vllm (servers at engine_url; "
-        "the model is their name for it). Default: PyTorch.",
-    )
-    engine_url: list[str] | None = HfArg(
-        default=None, help="For vllm: the addresses of servers that share the candidates."
-    )
-    engine_folder: str | None = HfArg(
-        default=None,
-        help="For vllm: a folder for adapters, which all servers see at the same path. Default: "
-        "one in memory, which servers on this machine see.",
-    )
-    engine_timeout: float = HfArg(
-        default=120.0,
-        help="For vllm: the seconds that an answer may take, and for which no server may answer.",
-    )
-    tokenizer_name: str | None = HfArg(
-        default=None,
-        help="With an engine: the folder or Hub id of the model that was converted, for its "
-        "configuration and its tokenizer. Default: what the file or the folder says.",
-    )
-    engine_reference: str | None = HfArg(
-        default=None,
-        help="With an engine: the float model, a folder or Hub id. Before the first step it is "
-        "loaded in PyTorch, and adapters must act there as in the engine. Default: none.",
-    )
+    engine: EngineName | None = HfArg(default=None, help=HELP["engine"])
+    engine_url: list[str] | None = HfArg(default=None, help=HELP["engine_url"])
+    engine_folder: str | None = HfArg(default=None, help=HELP["engine_folder"])
+    engine_timeout: float = HfArg(default=120.0, help=HELP["engine_timeout"])
+    tokenizer_name: str | None = HfArg(default=None, help=HELP["tokenizer_name"])
+    engine_reference: str | None = HfArg(default=None, help=HELP["engine_reference"])
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = HfArg(
-        default="group_by_length",
-        help="As in transformers; examples of like length share a batch by default.",
+        default="group_by_length", help=HELP["train_sampling_strategy"]
     )
-    logging_steps: float = HfArg(
-        default=0.025, help="Log every so many steps. Below 1: a share of the run."
-    )
+    logging_steps: float = HfArg(default=0.025, help=HELP["logging_steps"])
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "model_init_kwargs",
-    ]
+    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self) -> None:
         checks.check_fields(self)
@@ -286,10 +155,7 @@ class ZOConfig(TrainingArguments):
 
     @property
     def forward_passes_per_step(self) -> int:
-        """Forward passes of one step (candidates and probes, times micro-batches).
-
-        A step with gradients counts three for a micro-batch, for a backward pass counts as two.
-        """
+        """Of one step: candidates and probes (with gradients three), times micro-batches."""
         passes = {GUIDED: 1}.get(self.strategy, GRADIENT_PASSES)
         if self.strategy in STRATEGIES:
             passes = sum(STRATEGIES[self.strategy].asks(self.strategy_options))
@@ -326,11 +192,7 @@ GENERATION = {"reward_weights", "max_completion_length", "temperature", "top_p"}
 
 
 def run_settings(config: ZOConfig, generates: bool) -> dict[str, Any]:
-    """What of a configuration decides about a run's result, by name, as given or chosen.
-
-    Args:
-        generates: the run has generated completions.
-    """
+    """What of a configuration decides about the result of a run, which `generates` texts or not."""
     # These may contain paths or tokens.
     told = RUN_FIELDS | ZOConfig.__annotations__.keys()
     told -= {"model_init_kwargs", "tokenizer_name", "engine_reference"}

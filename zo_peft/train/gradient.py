@@ -40,13 +40,13 @@ class GradientTrainer(BaseTrainer):
     Its checkpoints are those of the stock Trainer, and hold what is trained. A UserError says that
     the objective has no gradient, or that the base itself would be tuned.
 
-    Attributes:
-        trained: what is trained, by name.
-        forward_passes: so far; a micro-batch counts as three, for a backward pass counts as two.
-        examples_forwarded: so far, counted in the same way.
+    A micro-batch counts as three forward passes, for a backward pass counts as two. `trained` is
+    what is trained, by name.
     """
 
     trains = True
+    #: What only steps with candidates have.
+    faults, calibrations, guide = Faults(), (), None
 
     def prepare_base(self, model: AnyModel, args: ZOConfig) -> None:
         """Refuse what has no baseline, and let PEFT prepare a quantized base."""
@@ -62,21 +62,16 @@ class GradientTrainer(BaseTrainer):
     def ready(self) -> None:
         """Set up checkpointing, and the counts of what is spent."""
         if isinstance(self.objective, AccuracyObjective | BlackBoxObjective | RewardObjective):
-            raise UserError(
-                f"strategy={self.args.strategy!r} needs a gradient, and this objective has none; "
-                "use a forward-only strategy"
-            )
-        # The objective takes means, so the Trainer has to average over micro-batches.
-        self.model_accepts_loss_kwargs = False
+            why = f"strategy={self.args.strategy!r} needs a gradient, and this objective has none"
+            raise UserError(f"{why}; use a forward-only strategy")
         self.trained = tuned_parameters(self.model, self.args.tunable)
         self.model.requires_grad_(False)
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
         self.tuned_numel = sum(parameter.numel() for parameter in self.trained.values())
-        self.calibrations: list[Any] = []
-        self.guide = None
-        self.faults = Faults()
         config = self.model.active_peft_config
+        # The objective takes means, so the Trainer has to average over micro-batches.
+        self.model_accepts_loss_kwargs = False
         self.args.optim, *rates = OPTIMIZERS[self.args.strategy]
         if self.args.learning_rate is None:
             self.args.learning_rate = rates[config.is_prompt_learning]
@@ -92,26 +87,13 @@ class GradientTrainer(BaseTrainer):
             if has_int8:
                 self.model.get_base_model().enable_input_require_grads()
 
-    @property
-    def forward_passes(self) -> int:
-        """So far; a micro-batch counts as three, because a backward pass counts as two."""
-        return self.totals.forward_passes
-
-    @property
-    def examples_forwarded(self) -> int:
-        """So far, counted in the same way."""
-        return self.totals.examples_forwarded
-
     def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """As in Trainer; with True a run begins where there is no checkpoint to go on from."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole(Path(self.args.output_dir))
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -119,9 +101,6 @@ class GradientTrainer(BaseTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *_: Any, **__: Any) -> None:
         fill(self.trained, load_tensors(Path(resume_from_checkpoint) / TRAINED_NAME))
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *_: Any, **__: Any) -> Tensor:
         """The mean of the objective's losses over the micro-batch."""

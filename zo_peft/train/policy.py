@@ -42,10 +42,8 @@ def may_draw(temperature: float, config: ZOConfig) -> bool:
 class PolicyGuide(ResidualGuide):
     """Draws completions of a step's prompts, has them rewarded, and reads policy gradients.
 
-    Its losses are minus the rewards. A batch has a completion of each prompt.
-
-    Raises:
-        UserError: the completions of a prompt would all be the same.
+    Its losses are minus the rewards. A batch has a completion of each prompt. A UserError says that
+    the completions of a prompt would all be the same.
     """
 
     def __init__(
@@ -56,10 +54,8 @@ class PolicyGuide(ResidualGuide):
         exact_layers: int = 0,
     ) -> None:
         if not rewards.temperature:
-            raise UserError(
-                "strategy='guided' compares completions that are sampled, which temperature=0 does "
-                "not do; give another temperature, or strategy='gv'"
-            )
+            why = "strategy='guided' compares sampled completions; at temperature=0 they are alike"
+            raise UserError(f"{why}; give another temperature, or strategy='gv'")
         super().__init__(model, tuned, PolicyObjective(rewards.temperature), exact_layers)
         self.rewards, self.in_nats, self.draws = rewards, SequenceObjective(), COMPLETIONS
         self.most, self.alike = -math.inf, 0

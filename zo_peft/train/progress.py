@@ -14,11 +14,9 @@ from transformers.trainer_callback import ExportableState, ProgressCallback
 class Totals(TrainerCallback, ExportableState):
     """What a run has taken and seen so far; checkpoints keep it, so that it covers the whole run.
 
-    Attributes:
-        earlier: seconds of training, evaluations included, in processes before this one. Time
-            after the last checkpoint of a killed process is not counted.
-        losses, steps: the sum of the steps' finite losses, and how many they are.
-        forward_passes, examples_forwarded: of a run with gradients; any other has an evaluator.
+    It counts the steps with finite losses, the sum of these, seconds of training (evaluations
+    included, also in processes before this one, up to their last checkpoints), and what a run with
+    gradients has spent.
     """
 
     def __init__(self) -> None:
@@ -59,12 +57,8 @@ class Totals(TrainerCallback, ExportableState):
 class Progress(ProgressCallback):
     """What is seen of a run, on stderr: bars in a terminal, elsewhere a line for each log.
 
-    The bar and the time left count towards `max_forward_passes` where it is given, else steps.
-
-    Args:
-        forward_passes: how many there have been so far.
-        metric: the name of the metric that is shown, without `eval_`.
-        bars: whether there is a terminal for them.
+    The bar and the time left count towards `max_forward_passes` where it is given, else steps. The
+    metric is named without `eval_`.
     """
 
     def __init__(self, forward_passes: Callable[[], int], metric: str, bars: bool) -> None:

@@ -5,11 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
 from transformers.trainer_utils import has_length
 
 from zo_peft.errors import UserError
-from zo_peft.models.hub import LOAD_ERRORS, public_name
+from zo_peft.models.hub import LOAD_ERRORS, file_of, public_name
 from zo_peft.models.memory import peak_memory_bytes
 from zo_peft.train.config import run_settings
 
@@ -26,12 +25,16 @@ def results(
 ) -> dict[str, Any]:
     """The contents of `zo_metrics.json` for a run that has ended, or is under way.
 
-    Args:
-        before, after: what `evaluate` gave before and after training; empty: not measured.
-        validated: the same on the examples by which checkpoints are chosen.
-        evaluated: the data of `before` and `after`.
+    `before` and `after` are what `evaluate` gave on the data `evaluated`, before and after training
+    (empty: not measured), and `validated` on the examples by which checkpoints are chosen.
     """
-    metric, scheduler = f"eval_{trainer.metric_name}", trainer.lr_scheduler
+    metric, scheduler, engine = f"eval_{trainer.metric_name}", trainer.lr_scheduler, trainer.engine
+    # How often adapters were swapped, and the seconds of training in the engine and in all.
+    inside = engine and engine.identity | {
+        "swaps": engine.swaps,
+        "seconds": round(engine.training_inside, 3),
+        "training_seconds": round(engine.training_seconds, 3),
+    }
     return {
         "strategy": trainer.args.strategy,
         "steps": trainer.state.global_step,
@@ -56,19 +59,9 @@ def results(
         "skipped": trainer.faults.skipped,
         "processes": trainer.args.world_size,
         "guide": trainer.guide,
-        "engine": trainer.engine and _of_engine(trainer),
+        "engine": inside,
         "calibrations": [asdict(calibration) for calibration in trainer.calibrations],
         "settings": given(run_settings(trainer.args, trainer.tokenization.generates)),
-    }
-
-
-def _of_engine(trainer: Any) -> dict[str, Any]:
-    """How often adapters were swapped, and the seconds of training in the engine and in all."""
-    return {
-        **trainer.engine.identity,
-        "swaps": trainer.engine.swaps,
-        "seconds": round(trainer.engine.training_inside, 3),
-        "training_seconds": round(trainer.engine.training_seconds, 3),
     }
 
 
@@ -88,18 +81,15 @@ def read_results(name: str) -> dict[str, Any]:
     A UserError says that it is there, but is not what a run writes.
     """
     try:
-        path = Path(name) / METRICS_NAME
-        path = path if Path(name).is_dir() else Path(hf_hub_download(name, METRICS_NAME))
-        content = path.read_bytes()
+        content = file_of(name, METRICS_NAME).read_bytes()
     except LOAD_ERRORS:
         return {}
     try:
         found = json.loads(content)
         return {**found, "settings": {**found["settings"]}}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(
-            f"{METRICS_NAME} of {public_name(name)} is not what a run writes: {error!r}; remove it"
-        ) from error
+        what = f"{METRICS_NAME} of {public_name(name)}"
+        raise UserError(f"{what} is not what a run writes: {error!r}; remove it") from error
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -37,13 +37,8 @@ from zo_peft.models.guide import ResidualGuide, may_read
 from zo_peft.models.in_place_space import InPlaceSpace
 from zo_peft.models.loading import base_hash, identity
 from zo_peft.models.trunk import compile_frozen_parts
+from zo_peft.objectives import scoring
 from zo_peft.objectives.rewards import RewardObjective
-from zo_peft.objectives.scoring import (
-    ClassificationObjective,
-    CompletionObjective,
-    OptionObjective,
-    SequenceObjective,
-)
 from zo_peft.train import checkpoint
 from zo_peft.train.checkpoint import CheckpointTrainer
 from zo_peft.train.checks import GRADIENT, GUIDED, check_first_guided, default_budget
@@ -54,9 +49,6 @@ from zo_peft.train.policy import PolicyGuide, may_draw
 #: learning rate (docs/efficiency.md).
 WALK = 0.87
 
-#: The objectives whose losses have a gradient that a guide can read.
-DIFFERENTIABLE = CompletionObjective | OptionObjective | ClassificationObjective
-
 
 class ZOTrainer(CheckpointTrainer):
     """Tunes a PEFT adapter or the base with forward passes only; else a `transformers.Trainer`.
@@ -65,11 +57,9 @@ class ZOTrainer(CheckpointTrainer):
 
     Attributes:
         tuner: makes the steps (`zo_peft.core.tuner`).
-        space: the numbers that are tuned.
-        tuned_numel: how many they are.
+        space, tuned_numel: the numbers that are tuned, and how many they are.
         evaluator: gives losses at displacements of the space, and counts forward passes.
-        faults: losses and updates so far that were dropped.
-        calibrations: the choices of eps so far.
+        faults, calibrations: what was dropped, and the choices of eps so far.
     """
 
     trains = True
@@ -93,6 +83,7 @@ class ZOTrainer(CheckpointTrainer):
         limit = args.candidates_per_forward
         self._evaluator_of = recipe.evaluator_of if self.engine is None else evaluator_of
         self.evaluator = self._evaluator_of(model, self.space, self.objective, limit, self.ranks)
+        self.spent = self.evaluator
         if args.torch_compile:
             options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
             compile_frozen_parts(model, self.space.parameters.values(), **options)
@@ -118,20 +109,6 @@ class ZOTrainer(CheckpointTrainer):
             check_first_guided(args, self.tuner.passes(0))
 
     @property
-    def _budget(self) -> float:
-        return self.args.max_forward_passes or math.inf
-
-    @property
-    def forward_passes(self) -> int:
-        """So far; one is one candidate through one micro-batch."""
-        return self.evaluator.forward_passes
-
-    @property
-    def examples_forwarded(self) -> int:
-        """So far; candidates times examples."""
-        return self.evaluator.examples_forwarded
-
-    @property
     def guide(self) -> str | None:
         """What the guide reads and how far it is followed, in one line; None without one."""
         return None if self.tuner.guided is None else self.tuner.guided.told
@@ -144,7 +121,7 @@ class ZOTrainer(CheckpointTrainer):
 
     def _guide_reads(self) -> bool:
         objective = self.objective
-        known = isinstance(objective, DIFFERENTIABLE)
+        known = isinstance(objective, scoring.DIFFERENTIABLE)
         if isinstance(objective, RewardObjective):
             known = may_draw(objective.temperature, self.args)
         return known and may_read(self.model, self.space.parameters)
@@ -154,17 +131,15 @@ class ZOTrainer(CheckpointTrainer):
         settings = self.model, self.space.parameters
         if args.tune == "adapter" and isinstance(objective, RewardObjective):
             return PolicyGuide(*settings, objective, args.exact_layers)
-        if args.tune == "adapter" and isinstance(objective, DIFFERENTIABLE):
+        if args.tune == "adapter" and isinstance(objective, scoring.DIFFERENTIABLE):
             return ResidualGuide(*settings, objective, args.exact_layers)
-        raise UserError(
-            "strategy='guided' reads the gradient of an adapter off the error at the output; "
-            "it needs tune='adapter' and rewards, or an objective that has a gradient. Use 'gv'"
-        )
+        needs = "needs tune='adapter', and an objective with a gradient or rewards"
+        raise UserError(f"strategy='guided' {needs}; use 'gv'")
 
     def _smooth(self, batches: Sequence[Batch]) -> tuple[Evaluator, Sequence[Batch]]:
         """The likelihood of drawn completions, by which eps is chosen in the place of rewards."""
         assert isinstance(self.objective, RewardObjective)
-        given = self.model, self.space, SequenceObjective()
+        given = self.model, self.space, scoring.SequenceObjective()
         evaluator = self._evaluator_of(*given, ranks=self.ranks)
         draw, pad = self.objective.drawn, self.objective.tokenizer.pad_token_id
         return evaluator, [drawn_batch(batch, draw(self.model, batch), pad) for batch in batches]
@@ -176,21 +151,15 @@ class ZOTrainer(CheckpointTrainer):
     # ---- The run and its journal ----------------------------------------------------------------
 
     def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """As in Trainer; every update is in the journal before it is made.
 
-        Args:
-            resume_from_checkpoint: True: go on from the end of the journal in `output_dir`, if
-                there is one; steps behind the last checkpoint are made again from the journal,
-                without forward passes. The folder of a checkpoint: go on from there; what the
-                journal has behind it is dropped (`zo_journal.old` keeps it).
-
-        Raises:
-            UserError: the journal or the checkpoint is damaged, or of another run.
+        With `resume_from_checkpoint=True`, go on from the end of the journal in `output_dir`, if
+        there is one; steps behind the last checkpoint are made again from the journal, without
+        forward passes. With the folder of a checkpoint, go on from there; what the journal has
+        behind it is dropped (`zo_journal.old` keeps it). A UserError says that the journal or the
+        checkpoint is damaged, or of another run.
         """
         if isinstance(self.space, FlatSpace) and not resume_from_checkpoint:
             self.space.check()
@@ -201,16 +170,14 @@ class ZOTrainer(CheckpointTrainer):
         resumed = self._open_journal(resume_from_checkpoint)
         try:
             with self.engine.training() if self.engine else nullcontext():
-                result = super().train(resumed, trial, ignore_keys_for_eval)
+                result = super().train(resumed, *args, **kwargs)
             self.tuner.compare_ranks(self.state.global_step)
             return result
         finally:
             self.tuner.journal.close()
 
     def _check_lanes(self) -> None:
-        """See `zo_peft.models.agreement`: on the shortest and the longest of the first examples,
-        with the adapter as it is before any step, so a resumed run decides the same.
-        """
+        """See `zo_peft.models.agreement`; before any step, so a resumed run decides the same."""
         if not getattr(self.objective, "repeatable", False) or self.check_passes:
             return
         self.model.eval()
@@ -225,7 +192,7 @@ class ZOTrainer(CheckpointTrainer):
         objective = self.objective
         if isinstance(objective, RewardObjective):
             # Sampled completions differ from batch to batch; the likelihood of given ones does not.
-            objective = CompletionObjective()
+            objective = scoring.CompletionObjective()
             pad = self.processing_class.pad_token_id
             batch, *alone = (drawn_batch(b, [[0, 0]] * b.rows, pad) for b in (batch, *alone))
         if self.engine is not None:
@@ -262,10 +229,8 @@ class ZOTrainer(CheckpointTrainer):
             return None
         found, records = read(path)
         if found != header:
-            raise UserError(
-                f"{path.parent.name}/{JOURNAL_NAME} is of another base, adapter or noise; resume "
-                "with the model and the settings of that run, or give another output_dir"
-            )
+            why = f"{whose.name}/{path.name} is of another base, adapter or noise"
+            raise UserError(f"{why}; resume with those of that run, or give another output_dir")
         checksums = [record.checksum for record in records]
         start = checkpoint.last_whole(folder, checksums) if last else str(resume)
         step = 0 if start is None else checkpoint.step_of(start, checksums)
@@ -295,8 +260,7 @@ class ZOTrainer(CheckpointTrainer):
     def training_step(self, model: nn.Module, inputs: Batch, *_: Any, **__: Any) -> Tensor:
         """Make the whole step on its last micro-batch; returns the loss.
 
-        Raises:
-            NonFiniteLossError: ten updates in a row were skipped; a checkpoint has been saved.
+        After ten skipped updates in a row, a checkpoint is saved, and NonFiniteLossError raised.
         """
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
@@ -320,16 +284,18 @@ class ZOTrainer(CheckpointTrainer):
             self.control.should_evaluate |= self.args.eval_strategy == IntervalStrategy.STEPS
         return torch.tensor(estimate.loss, device=self.args.device)
 
+    @property
+    def _budget(self) -> float:
+        return self.args.max_forward_passes or math.inf
+
     def over(self) -> bool:
         """As in `BaseTrainer`; or another step would go beyond the budget of forward passes."""
         return super().over() or self._spent(self.state.global_step)
 
     def _spent(self, step: int) -> bool:
         """Whether the budget leaves too few forward passes for this step."""
-        return (
-            self._budget - self.forward_passes
-            < self.tuner.passes(step) * self.args.gradient_accumulation_steps
-        )
+        next_one = self.tuner.passes(step) * self.args.gradient_accumulation_steps
+        return self._budget - self.forward_passes < next_one
 
     def _advice(self, batches: Sequence[Batch]) -> str:
         """What to do where losses are not finite."""
@@ -353,11 +319,11 @@ class ZOTrainer(CheckpointTrainer):
         return self.optimizer
 
     def _update_rule(self) -> UpdateRule:
-        args, rate = self.args, recipe.sgd_learning_rate(self.model, self.args.tune)
-        if args.update_rule == "momentum":
-            rate *= 1 - args.momentum
-        settings = self._rule_settings()
-        return recipe.rule_of(self.space, **settings, learning_rate=args.learning_rate or rate)
+        rate = recipe.sgd_learning_rate(self.model, self.args.tune)
+        if self.args.update_rule == "momentum":
+            rate *= 1 - self.args.momentum
+        rate = self.args.learning_rate or rate
+        return recipe.rule_of(self.space, **self._rule_settings(), learning_rate=rate)
 
     def _space_settings(self) -> dict[str, Any]:
         return {name: getattr(self.args, name) for name in recipe.SPACE_FIELDS}
@@ -408,7 +374,7 @@ class ZOTrainer(CheckpointTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Whole batches in the same order on every rank, each of which takes its share of them."""
-        if self.ranks.count == 1:
+        if not isinstance(self.ranks, Ranks):
             return super().get_train_dataloader()
         if not has_length(self.train_dataset) or self.accelerator.dispatch_batches:
             raise UserError("a streamed data set is read by one process; load it, or start one")
@@ -423,14 +389,13 @@ class ZOTrainer(CheckpointTrainer):
         """Examples of a step, all ranks together."""
         return self._train_batch_size * args.gradient_accumulation_steps
 
-    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> Any:
+    def _wrap_model(self, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
         return model
 
-    def _clip_grad_norm(self, model: nn.Module) -> None:
-        return None
+    def _no_norm(self, *_: Any, **__: Any) -> None:
+        """There are no gradients to measure."""
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        return None
+    _clip_grad_norm = _get_grad_norm = _no_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `BaseTrainer`; training logs also say the slope and what goes with it."""

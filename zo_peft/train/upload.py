@@ -31,6 +31,12 @@ VOCABULARY = (
 PLACES = ("name_or_path", "_file", "_dir", "_path")
 HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
+#: What answers of the Hub mean.
+REMEDIES = {
+    401: "the Hub does not know the token, or there is none; `hf auth login`, or set HF_TOKEN",
+    403: "this token may not write there; give a name of your own, or a token that may",
+}
+
 
 def create_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
     """Make a repository unless it exists, and return its whole name.
@@ -41,10 +47,8 @@ def create_repository(repo_id: str, private: bool | None = None, token: str | No
     with hub_errors(repo_id):
         made = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(made).private:
-            raise UserError(
-                f"{made} is there already and is public; make it private in its settings on the "
-                "Hub, or give another name"
-            )
+            advice = "make it private in its settings on the Hub, or give another name"
+            raise UserError(f"{made} is there already and is public; {advice}")
     return made
 
 
@@ -55,14 +59,10 @@ def upload(
     revision: str | None = None,
     token: str | None = None,
 ) -> CommitInfo:
-    """Commit the public files of a folder to a repository that exists.
+    """Commit the public files of a folder to a branch of a repository; a new branch is made.
 
-    Args:
-        revision: a branch, which is made unless it exists; None: main.
-        token: of the Hub; None: the one of the environment or of `hf auth login`.
-
-    Raises:
-        UserError: the Hub refuses, there is nothing to send, or a file holds a token.
+    A UserError says that the Hub refuses, that there is nothing to send, or that a file holds a
+    token. Without `token`, it is that of the environment or of `hf auth login`.
     """
     files = public_files(folder, repo_id, token)
     check_tokens("commit_message", commit_message, token)
@@ -88,10 +88,8 @@ def public_files(folder: Path, repo_id: str, token: str | None = None) -> dict[s
     elif any(re.fullmatch(r"model.*\.safetensors", name) for name in present):
         weights, configs = MODEL_WEIGHTS, MODEL
     else:
-        raise UserError(
-            f"{folder.name} holds no adapter ({' and '.join(ADAPTER)}) and no model in "
-            "safetensors; give the output folder of a run"
-        )
+        what = f"no adapter ({' and '.join(ADAPTER)}) and no model in safetensors"
+        raise UserError(f"{folder.name} holds {what}; give the output folder of a run")
     allowed = re.compile(f"{weights}|{configs}|{SETTINGS}|{re.escape(CARD_NAME)}|{VOCABULARY}")
     files: dict[str, bytes | Path] = {}
     for name in sorted(filter(allowed.fullmatch, present)):
@@ -155,9 +153,6 @@ def _refusal(error: BaseException) -> str:
         return f"{constants.ENDPOINT} cannot be reached; check the network and HF_ENDPOINT"
     if not isinstance(error, HfHubHTTPError):
         return " ".join(str(error).split())
-    remedies = {
-        401: "the Hub does not know the token, or there is none; `hf auth login`, or set HF_TOKEN",
-        403: "this token may not write there; give a name of your own, or a token that may",
-    }
-    status, said = error.response.status_code, error.server_message or ""
-    return remedies.get(status) or " ".join(f"the Hub answers {status}. {said}".split())
+    if (status := error.response.status_code) in REMEDIES:
+        return REMEDIES[status]
+    return " ".join(f"the Hub answers {status}. {error.server_message or ''}".split())
