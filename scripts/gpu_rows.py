@@ -261,7 +261,11 @@ def our_step(work: Work, bases: Bases, **settings: Any) -> Cells:
         found["plain"] = plain_forward(trainer, batch)
         found["seconds"] = timed(step, found, times=2)
         passes = trainer.forward_passes
-        found["waits"] = waits(step)
+        if "tune" in settings:
+            # A profile of the noise of a whole base would take minutes.
+            step()
+        else:
+            found["waits"] = waits(step)
         found["passes"] = trainer.forward_passes - passes
     return told(work, bases, found)
 
