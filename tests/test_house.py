@@ -78,9 +78,9 @@ def lines(*paths: Path) -> int:
 @pytest.mark.parametrize(
     ("what", "paths", "most"),
     [
-        ("the story of a step", STORY, 1_465),
-        ("the core", [*(PACKAGE / "core").glob("*.py")], 3_000),
-        ("the package", MODULES, 15_500),
+        ("the story of a step", STORY, 1_485),
+        ("the core", [*(PACKAGE / "core").glob("*.py")], 3_060),
+        ("the package", MODULES, 16_050),
     ],
 )
 def test_it_stays_small(what: str, paths: list[Path], most: int) -> None:

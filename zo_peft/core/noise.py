@@ -174,6 +174,11 @@ def per_block(distribution: Distribution, device: torch.device) -> int:
     return 4 if device.type == "cuda" else NUMBERS_PER_COUNTER[distribution]
 
 
+def _counter(blocks: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    low, high = (torch.full_like(blocks, word) for word in name_words(name))
+    return blocks, low, high
+
+
 def noise_blocks(
     seeds: Sequence[int],
     name: str,
@@ -186,8 +191,7 @@ def noise_blocks(
     each = per_block(distribution, torch.device(device))
     first = start // each
     blocks = torch.arange(first, -(-stop // each), device=device)
-    low, high = (torch.full_like(blocks, word) for word in name_words(name))
-    numbers = _numbers(blocks, low, high, seeds, distribution)
+    numbers = _numbers(*_counter(blocks, name), seeds, distribution)
     return numbers[:, start - first * each : stop - first * each]
 
 
@@ -227,8 +231,7 @@ class SignSums:
         ahead = max(stop, min(start + self.AHEAD, self.numel))
         first, last = start // per_counter, -(-ahead // per_counter)
         blocks = torch.arange(first, last, device=self.device)
-        low, high = (torch.full_like(blocks, word) for word in name_words(self.name))
-        self._octets = _octets(blocks, low, high, self.seeds)
+        self._octets = _octets(*_counter(blocks, self.name), self.seeds)
         self._first, self._stop = first * per_counter, last * per_counter
 
 
@@ -241,8 +244,7 @@ def noise_rows(
     first = start // each
     span = torch.arange(-(-width // each) + 1, device=rows.device)
     blocks = (first[:, None] + span).flatten()
-    low, high = (torch.full_like(blocks, word) for word in name_words(name))
-    numbers = _numbers(blocks, low, high, [seed], distribution)[0].view(len(rows), -1)
+    numbers = _numbers(*_counter(blocks, name), [seed], distribution)[0].view(len(rows), -1)
     columns = torch.arange(width, device=rows.device)
     return numbers.gather(1, (start - first * each)[:, None] + columns)
 
