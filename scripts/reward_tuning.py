@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import peft
 import torch
 from datasets import disable_progress_bars
-from peft import IA3Config, LoraConfig, PeftConfig, TinyLoraConfig, VeraConfig
+from peft import IA3Config, LoraConfig, PeftConfig, VeraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
@@ -65,7 +66,7 @@ ADAPTERS: dict[str, tuple[str, Callable[[], PeftConfig]]] = {
     ),
     "TinyLoRA": (
         "float32",
-        lambda: TinyLoraConfig(
+        lambda: peft.TinyLoraConfig(
             task_type="CAUSAL_LM", r=2, u=13, weight_tying=1.0, target_modules=ALL_LINEAR
         ),
     ),

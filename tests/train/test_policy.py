@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import assert_same, theta
 
+from scripts import reward_tuning
 from zo_peft import UserError, ZOTrainer
 from zo_peft.core.batch import Batch
 from zo_peft.core.lanes import replaced
@@ -18,9 +19,6 @@ from zo_peft.core.noise import derive_seed
 from zo_peft.errors import Notice
 from zo_peft.objectives.scoring import CompletionObjective
 from zo_peft.train.policy import COMPLETIONS, PolicyGuide
-
-# It tunes a TinyLoRA, which the lowest version of PEFT does not have.
-reward_tuning = pytest.importorskip("scripts.reward_tuning", exc_type=ImportError)
 
 #: Queries cannot be read where rows have many scored positions, so candidates tune them.
 make = partial(reward_tuning.make, "LoRA", strategy="guided", seed=3)

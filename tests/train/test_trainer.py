@@ -21,7 +21,6 @@ from peft import (
     PrefixTuningConfig,
     PromptTuningConfig,
 )
-from peft.tuners.lora.config import KasaConfig
 from tiny import (
     BASES,
     LORA,
@@ -375,7 +374,8 @@ def test_an_adapter_that_would_do_nothing_is_refused(base: str, tmp_path: Path) 
     unilora = method.UniLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     with pytest.raises(UserError, match="UNILORA does nothing on a quantized base"):
         make(tmp_path, unilora, model_init_kwargs=BASES[base])
-    kasa = LoraConfig(task_type="CAUSAL_LM", kasa_config=KasaConfig(), target_modules=["q_proj"])
+    options = pytest.importorskip("peft.tuners.lora.config").KasaConfig()
+    kasa = LoraConfig(task_type="CAUSAL_LM", kasa_config=options, target_modules=["q_proj"])
     with pytest.raises(UserError, match="kasa_config does nothing on a quantized base"):
         make(tmp_path, kasa, model_init_kwargs=BASES[base])
 
