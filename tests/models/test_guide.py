@@ -185,6 +185,20 @@ def test_reads_the_gradient_where_rows_have_several_scored_positions(
     assert_near(found, gradients(model, objective, given), ".0.", 1e-5)
 
 
+def test_a_first_pass_of_single_tokens_tells_nothing_of_rotations() -> None:
+    model = adapted(silenced(llama(), WRITERS["llama"]), QUERY_VALUE)
+    given = batch()
+    alone = {
+        "input_ids": given["input_ids"][:, -1:],
+        "attention_mask": given["attention_mask"][:, -1:],
+        "positions": torch.zeros_like(given["positions"]),
+    }
+    guide = ResidualGuide(model, tuned_parameters(model), OptionObjective())
+    guide.read(Batch({**given, **alone}))
+    (found,) = guide.read(given)[1]
+    assert_near(found, gradients(model, OptionObjective(), given), ".0.", 1e-5)
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_few_rows_at_a_time_have_the_same_gradient(
     rows: int, monkeypatch: pytest.MonkeyPatch

@@ -42,6 +42,7 @@ class FlatSpace:
     The parameters become views into a flat buffer. Evaluations write `theta + displacement` into
     it and put `theta` back, so `theta` itself changes in moves alone. Parameters may lie on
     several devices. A UserError says that one is not floating point, or that there is none.
+    `held` is of how many buffers lanes keep the values.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], noise: Noise = "gaussian") -> None:
@@ -58,7 +59,7 @@ class FlatSpace:
                 blocks.append({})
                 held = parameter.numel()
             blocks[-1][name] = parameter
-        self.noise, self.parameters = noise, dict(parameters)
+        self.noise, self.parameters, self.held = noise, dict(parameters), 2
         self.numel = sum(parameter.numel() for parameter in parameters.values())
         self._flats = [_Flat(block, _device(block)) for block in blocks]
         self._homes: dict[Tensor, _Flat] = {
@@ -73,8 +74,8 @@ class FlatSpace:
 
     @property
     def lane_numel(self) -> int:
-        """As of `Space`: those of the largest buffers, of which two are made at a time."""
-        return sum(sorted(buffer.numel() for buffer in self.buffers)[-2:])
+        """As of `Space`: those of the largest buffers, of which `held` are there at a time."""
+        return sum(sorted(buffer.numel() for buffer in self.buffers)[-self.held :])
 
     @contextmanager
     def displaced(self, displacement: Direction) -> Iterator[None]:
@@ -172,7 +173,7 @@ class FlatSpace:
 
 
 class _Lanes(Lanes):
-    """Lanes that hold the values of two buffers: what is read next is mostly of the same ones."""
+    """Lanes that hold the values of few buffers: what is read next is mostly of the same ones."""
 
     def __init__(self, space: FlatSpace, displacements: Sequence[Direction]) -> None:
         super().__init__({}, len(displacements))
@@ -186,7 +187,7 @@ class _Lanes(Lanes):
             return super().of(parameter)
         self.read.add(parameter)
         if flat not in self._made:
-            if len(self._made) == 2:
+            if len(self._made) == self._space.held:
                 del self._made[next(iter(self._made))]
             self._made[flat] = self._space._values(flat, self._displacements)
         return self._made[flat][parameter]

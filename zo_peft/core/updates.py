@@ -133,13 +133,14 @@ class Momentum(UpdateRule):
     @contextmanager
     def _known(self, index: int, estimate: Estimate) -> Iterator[Tensor | None]:
         """Which numbers of a buffer an estimate knows, if not all; the others' memory is kept."""
-        known = torch.zeros_like(self.space.buffers[index], dtype=torch.bool)
-        views = self.space.views(index, known)
-        if estimate.gradients is None or estimate.gradients.keys() >= views.keys():
+        buffer = self.space.buffers[index]
+        names = self.space.views(index, buffer).keys()
+        if estimate.gradients is None or estimate.gradients.keys() >= names:
             yield None
             return
-        for name in estimate.gradients.keys() & views.keys():
-            views[name].fill_(True)
+        known = torch.zeros_like(buffer, dtype=torch.bool)
+        for name, view in self.space.views(index, known).items():
+            view.fill_(name in estimate.gradients)
         before = {name: flats[index].clone() for name, flats in self.buffers.items()}
         yield known
         for name, flats in self.buffers.items():

@@ -155,7 +155,7 @@ def _check_own_forwards(evaluator: Evaluator, space: InPlaceSpace, batch: Batch)
         _loss(evaluator, LENGTHS[0] * Direction.of(0), batch)
     if reads.outside:
         kinds = sorted({".".join(name.split(".")[-2:]) for name in reads.outside})
-        why = f"{min(reads.outside)} is read by another module than its own, without its candidates"
+        why = f"{min(reads.outside)} is also read by another module, which would not see candidates"
         raise UserError(f"{why}; leave it out with tunable='^(?!.*({'|'.join(kinds)})$)'")
 
 

@@ -76,7 +76,7 @@ class Attended:
     scaling: float
 
     def weights(self) -> Tensor:
-        """[R, heads, n, S], computed anew each time: kept, they would be most of all that is."""
+        """[R, heads, n, S], computed anew where it is read: kept until then, they would be most."""
         scores = _grouped(self.query, self.key.transpose(2, 3)).float() * self.scaling
         total = scores.shape[-1]
         if self.last is not None:
@@ -270,7 +270,9 @@ def role_of(module: nn.Module, heads: Heads, output: Tensor, made: dict[nn.Modul
             role.value = candidate
         elif y.shape == heads.query.shape and _turned(y, heads.query):
             scale = float(heads.query.float().norm() / y.float().norm())
-            role.query, role.scale = candidate, scale if _near(scale * y, heads.query) else None
+            # A single token is not turned, whatever the attention does with others.
+            same = y.shape[2] > 1 and _near(scale * y, heads.query)
+            role.query, role.scale = candidate, scale if same else None
     return role
 
 

@@ -156,7 +156,7 @@ def load_tokenizer(
             tokenizer.chat_template = file.read_text(encoding="utf-8")
         return tokenizer
     except (OSError, ValueError) as error:
-        why = f"--chat_template {template} cannot be read: {error}"
+        why = f"the chat template {template or file} cannot be read: {error}"
         raise UserError(f"{why}; give a Jinja file, or chatml") from None
 
 

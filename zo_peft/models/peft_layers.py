@@ -152,8 +152,10 @@ def check_options(model: PeftModel) -> None:
     if not all(tensor.is_floating_point() for tensor in scales):
         raise UserError("UNILORA does nothing on a quantized base; use VERA, IA3 or LORA")
     config = model.active_peft_config
-    variants = [field.name for field in fields(config) if field.metadata.get("is_lora_variant")]
-    asked = [name for name in variants if getattr(config, name)]
+    marked = [field.name for field in fields(config) if field.metadata.get("is_lora_variant")]
+    # The lowest version of PEFT marks none.
+    variants = marked or ["use_dora", "alora_invocation_tokens", "arrow_config"]
+    asked = [name for name in variants if getattr(config, name, None)]
     if asked and not any(getattr(module, "lora_variant", None) for module in model.modules()):
         raise UserError(
             f"{asked[0]} does nothing on a quantized base; load it in floating point, or drop it"

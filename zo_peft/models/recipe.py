@@ -119,11 +119,19 @@ def evaluator_of(
     head = model.get_output_embeddings()
     host = Host(
         replacements_of(model, space),
-        Fit(model, space.lane_numel, new_tokens),
+        fit_of(model, space, new_tokens),
         Trunk(model, space.parameters.values()).reused if repeats else nullcontext,
         head is not None and any(id(parameter) in tuned for parameter in head.parameters()),
     )
     return Evaluator(model, space, objective, host, candidates_per_forward, ranks)
+
+
+def fit_of(model: AnyModel, space: Space, new_tokens: int, device: str | None = None) -> Fit:
+    """How many candidates share a forward pass; the arguments are those of `Fit`."""
+    if new_tokens and isinstance(space, FlatSpace):
+        # Each new token reads all values again.
+        space.held = len(space.buffers)
+    return Fit(model, space.lane_numel, new_tokens, device)
 
 
 def replacements_of(model: AnyModel, space: Space) -> dict[str, Replacement] | NotInLanes:

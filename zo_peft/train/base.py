@@ -146,7 +146,7 @@ class BaseTrainer(Trainer):
                 )
         except (UserError, torch.OutOfMemoryError):
             raise
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
+        except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"transformers refuses the settings: {first_line(error)}") from error
         self.totals = self.spent = Totals()
         self.add_callback(self.totals)

@@ -120,7 +120,8 @@ class ZOConfig(TrainingArguments):
                 num_workers=self.dataloader_num_workers,
                 prefetch_factor=self.dataloader_prefetch_factor,
                 persistent_workers=self.dataloader_persistent_workers,
-                multiprocessing_context=self.dataloader_multiprocessing_context,
+                # Not all versions of transformers that are accepted have this setting.
+                multiprocessing_context=getattr(self, "dataloader_multiprocessing_context", None),
             )
         except Exception as error:
             raise UserError(f"the settings are refused: {error}") from error

@@ -7,6 +7,7 @@ REINFORCE with the baseline of GRPO (arXiv:2402.03300) and RLOO (arXiv:2402.1474
 
 import math
 import warnings
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -58,7 +59,7 @@ class PolicyGuide(ResidualGuide):
             raise UserError(f"{why}; give another temperature, or strategy='gv'")
         super().__init__(model, tuned, PolicyObjective(rewards.temperature), exact_layers)
         self.rewards, self.in_nats, self.draws = rewards, SequenceObjective(), COMPLETIONS
-        self.most, self.alike = -math.inf, 0
+        self.most, self.alike, self.earned = -math.inf, 0, deque[float](maxlen=LOST)
         # Completions of a batch count as one forward pass, as those of a candidate do.
         self.passes += 1
 
@@ -74,11 +75,14 @@ class PolicyGuide(ResidualGuide):
 
     def _notice_lost(self, drawn: Sequence[Batch]) -> None:
         """Say it once where all completions have earned the same for long, and less than before."""
-        reward = -torch.cat([batch["losses"] for batch in drawn]).mean().item()
-        self.most = max(self.most, reward)
+        self.earned.append(-torch.cat([batch["losses"] for batch in drawn]).mean().item())
+        reward = sum(self.earned) / len(self.earned)
+        # Means of many steps: the best one of single steps is above what was ever reached.
+        self.most = max(self.most, reward) if len(self.earned) == LOST else self.most
         alike = not any(batch["advantages"].any() for batch in drawn)
         self.alike = self.alike + 1 if alike else 0
-        if self.alike == LOST and not math.isclose(reward, self.most, rel_tol=1e-5):
+        lost = reward < self.most and not math.isclose(reward, self.most, rel_tol=1e-5)
+        if self.alike == LOST and lost:
             warnings.warn(
                 f"for {LOST} steps all completions of a prompt have earned the same, {reward:.3g} "
                 f"in the mean after {self.most:.3g} before, and nothing is learned from that; "
