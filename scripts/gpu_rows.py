@@ -519,7 +519,10 @@ def main() -> None:
         child(given.child)
         return
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    device += ", dry run" if given.dry_run else ""
     known = json.loads(given.output.read_text()) if given.output.exists() else {}
+    if known.get("device", device) != device:
+        parser.error(f"{given.output} has rows of {known['device']}; give another --output")
     stop, bases = time.monotonic() + 60 * given.minutes, Bases()
     rows = [row for row in all_rows(given.dry_run) if row[0] in given.tables]
     for table, name, make in rows:

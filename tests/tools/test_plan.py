@@ -304,7 +304,7 @@ def test_a_base_of_another_quantization_is_refused(
     OPTConfig(num_hidden_layers=1, quantization_config=saved).save_pretrained(tmp_path)
     for asked in ([], ["--load_in_8bit", "True"]):
         assert main(["plan", "--model_name_or_path", str(tmp_path), *asked]) == 2
-        assert f"{tmp_path.name} was saved quantized by gptq" in capsys.readouterr().err
+        assert f"{tmp_path.name}, quantized by gptq, is not planned" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])

@@ -126,7 +126,7 @@ def test_a_run_that_has_lost_its_reward_says_so_once(
     lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("zo_peft.train.policy.LOST", 2)
-    earned = iter([0.9 if lost else 0.3] * COMPLETIONS + [0.3] * 4 * COMPLETIONS)
+    earned = iter([0.9 if lost else 0.3] * 2 * COMPLETIONS + [0.3] * 4 * COMPLETIONS)
 
     def reward(completions: Sequence[str], **_: Any) -> list[float]:
         return [next(earned)] * len(completions)
@@ -135,7 +135,7 @@ def test_a_run_that_has_lost_its_reward_says_so_once(
     prompts = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", Notice)
-        for _ in range(5):
+        for _ in range(6):
             guide_of(trainer).drawn([prompts])
     told = [str(warning.message) for warning in told if warning.category is Notice]
     assert len(told) == lost

@@ -165,9 +165,14 @@ class Engine:
 
 def installed() -> dict[str, str | None]:
     """The version of each engine's package, None where it is not installed; vLLM is elsewhere."""
-    found = {name: [*importlib.metadata.distributions(name=p)] for name, p in PACKAGES.items()}
-    versions = {name: packages[0].version if packages else None for name, packages in found.items()}
+    versions = {name: version_of(package) for name, package in PACKAGES.items()}
     return versions | {"vllm": "any server"}
+
+
+def version_of(package: str) -> str | None:
+    """The version of a package, None where it is not installed."""
+    found = [*importlib.metadata.distributions(name=package)]
+    return found[0].version if found else None
 
 
 def imported(*packages: str) -> list[Any]:

@@ -162,7 +162,7 @@ class Servers(Generic[S]):
             attempts.setdefault(attempt.index, []).append(attempt)
         for index, own in attempts.items():
             others = [s for s in free if s not in [attempt.server for attempt in own]]
-            if others and now - own[-1].start > longest:
+            if len(own) == 1 and others and now - own[0].start > longest:
                 return index, others[0]
         return None
 

@@ -8,16 +8,18 @@ request's `cache_salt`, so none of these is ever used for two states.
 import itertools
 import json
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from zo_peft.core.noise import derive_seed
@@ -61,12 +63,16 @@ class Server:
 
     def __init__(self, url: str, base: str, timeout: float) -> None:
         self._url, self._base = url.rstrip("/"), base
-        key = os.environ.get("VLLM_API_KEY")
+        key = os.environ.get("VLLM_API_KEY", "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UserError("VLLM_API_KEY has characters that no header may have; set it again")
         headers = {"Authorization": f"Bearer {key}"} if key else None
-        self._client = httpx.Client(headers=headers, timeout=timeout)
+        # All prompts of all tasks go at once; that they wait for each other is no server's fault.
+        limits = httpx.Limits(max_connections=None)
+        self._client = httpx.Client(headers=headers, timeout=timeout, limits=limits)
 
     def __str__(self) -> str:
-        return self._url
+        return re.sub("//[^/@]*@", "//", self._url)
 
     def answer(self, path: Path | None, salt: str, places: Sequence[Place]) -> list[Found]:
         """The answers at some places, with the adapter in a folder or with none.
@@ -121,8 +127,9 @@ class Server:
             ids, body = prompt
             return self._completions(model, [ids], _drawn, cache_salt=salt, **body)[0]
 
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            return [*pool.map(one, prompts)]
+        # A thread that hangs must not keep the process from ending, as those of an executor do.
+        with ThreadPool(len(prompts)) as pool:
+            return pool.map(one, prompts)
 
     def _completions(
         self,
@@ -293,4 +300,8 @@ def _write(path: Path, states: States, index: int) -> None:
     config |= {"r": rank, "lora_alpha": rank, "target_modules": [*states]}
     path.mkdir()
     (path / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, path / "adapter_model.safetensors")
+    try:
+        save_file(tensors, path / "adapter_model.safetensors")
+    except SafetensorError as error:
+        why = f"an adapter cannot be written to {path.parents[1]}: {error}"
+        raise UserError(f"{why}; give an engine_folder with more space") from None

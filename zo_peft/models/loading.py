@@ -207,6 +207,8 @@ def meta_base(
     with _loading(f"model {name!r}"), torch.device("meta"):
         base = auto.from_config(config, **settings)
         if quantization or (saved and quantization is None):
+            if bitsandbytes is None:
+                raise ImportError("bitsandbytes is not installed")
             _quantize(base, quantization or saved)
     return base.requires_grad_(False)
 

@@ -22,8 +22,9 @@ from zo_peft.runs.sources import own_rows
 from zo_peft.train.base import BaseTrainer
 from zo_peft.train.config import ZOConfig
 
-#: What the columns are called that are added to the rows.
-ADDED = "prediction|probability|probabilities|probability_.*"
+#: What the columns are called that are added to the rows, and to those of a CSV file.
+ADDED = "prediction|probability|probabilities"
+ADDED_TO_CSV = f"{ADDED}|probability_.*"
 
 
 @dataclass
@@ -59,7 +60,8 @@ def predict(
     if found is None:
         raise UserError("nothing to answer; give a file of rows, or --dataset_name and its split")
     source, rows = found
-    if taken := [name for row in rows for name in row if re.fullmatch(ADDED, name)]:
+    added = ADDED_TO_CSV if output and output.suffix.lower() == ".csv" else ADDED
+    if taken := [name for row in rows for name in row if re.fullmatch(added, name)]:
         raise UserError(f"{source} has a column {taken[0]!r} already; rename it")
     if data.label_words == ["auto"]:
         raise UserError("--label_words auto reads labels, which rows to answer lack; give words")

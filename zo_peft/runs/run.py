@@ -178,7 +178,8 @@ def _next(model: ModelArguments, data: DataArguments, args: ZOConfig, merges: bo
     base = args.tune != "adapter"
     answer = flags({"model_name_or_path": folder, "eval_file": rows}) if base else [folder, rows]
     trust = flags({"trust_remote_code": model.trust_remote_code or None})
-    answer += ["--output_file", "predictions.csv", *trust]
+    servers = flags({"engine_url": args.engine_url})
+    answer += ["--output_file", "predictions.csv", *servers, *trust]
     repository = f"you/{re.sub('[^A-Za-z0-9._]+', '-', Path(folder).resolve().name)}"
     lines = [["predict", *answer], ["report", folder], ["push", folder, repository]]
     if merges:

@@ -91,7 +91,9 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if len(runs) == 1:
         return runs[0]
     known = pd.DataFrame(runs, columns=MEANS, dtype=float).dropna(axis=1)
-    return {**runs[0], "seeds": len(runs), **known.mean(), **known.std().add_suffix("_std")}
+    # A mean of the runs that did not diverge would flatter a strategy.
+    unknown, spread = dict.fromkeys(MEANS), known.std().add_suffix("_std")
+    return {**runs[0], "seeds": len(runs), **unknown, **known.mean(), **spread}
 
 
 def plot(folder: Path, result: dict[str, Any], runs: dict[str, list[str]]) -> None:

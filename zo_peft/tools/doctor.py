@@ -1,6 +1,5 @@
 """`zo-peft doctor`: try on a tiny model what this machine can do."""
 
-import importlib.metadata
 import platform
 import re
 import subprocess
@@ -15,7 +14,7 @@ import torch
 import yaml
 
 from zo_peft import __version__
-from zo_peft.engines.engine import installed
+from zo_peft.engines.engine import installed, version_of
 from zo_peft.runs import jobs
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
 
@@ -53,8 +52,8 @@ def doctor() -> dict[str, Any]:
         checks[name] = {"works": error is None}
         if error is not None:
             checks[name] |= {"error": public(error), "fix": check["fix"]}
-    versions = {"python": platform.python_version(), "zo_peft": __version__}
-    versions |= {package: importlib.metadata.version(package) for package in TABLE["packages"]}
+    versions: dict[str, str | None] = {"python": platform.python_version(), "zo_peft": __version__}
+    versions |= {package: version_of(package) for package in TABLE["packages"]}
     found = {"versions": versions, "engines": installed(), "devices": _devices()}
     return found | {"checks": checks}
 

@@ -33,6 +33,7 @@ from zo_peft.models.guide_memory import GuideMemory
 from zo_peft.models.hub import LOAD_ERRORS, public_name
 from zo_peft.models.loading import check_4bit_widths, meta_base
 from zo_peft.models.memory import layer_bytes, weight_bytes
+from zo_peft.models.quantized import bitsandbytes
 from zo_peft.models.recipe import SPACE_FIELDS, fit_of, replacements_of, space_of
 from zo_peft.objectives.rewards import generates
 from zo_peft.runs.arguments import DataArguments, ModelArguments
@@ -412,6 +413,8 @@ def _proposal(planner: Planner, length: int, room: int) -> tuple[Options | None,
 def _fewer_bits(planner: Planner) -> list[Options]:
     """Options of the base: as asked for, then in 8 and in 4 bits where these are fewer."""
     options: list[Options] = [{}]
+    if bitsandbytes is None:
+        return options
     if not planner.quantized:
         options += [{"load_in_8bit": True}, {"load_in_4bit": True}]
     if planner.model.load_in_8bit:

@@ -227,8 +227,9 @@ def check_values(config: "ZOConfig") -> None:
         given = f"engine={config.engine!r} with engine_url={config.engine_url!r}"
         advice = "give engine='vllm' with the addresses of its servers, or neither"
         raise UserError(f"{given}; {advice}")
-    if config.engine_folder is not None and config.engine != "vllm":
-        raise UserError("engine_folder is for engine='vllm' alone; drop it")
+    for name in ("engine_folder", "engine_timeout"):
+        if getattr(config, name) != getattr(type(config), name) and config.engine != "vllm":
+            raise UserError(f"{name} is for engine='vllm' alone; drop it")
 
 
 def check_candidates(config: "ZOConfig") -> None:

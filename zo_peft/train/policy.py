@@ -59,7 +59,8 @@ class PolicyGuide(ResidualGuide):
             raise UserError(f"{why}; give another temperature, or strategy='gv'")
         super().__init__(model, tuned, PolicyObjective(rewards.temperature), exact_layers)
         self.rewards, self.in_nats, self.draws = rewards, SequenceObjective(), COMPLETIONS
-        self.most, self.alike, self.earned = -math.inf, 0, deque[float](maxlen=LOST)
+        self.most, self.alike, self.told = -math.inf, 0, False
+        self.earned = deque[float](maxlen=LOST)
         # Completions of a batch count as one forward pass, as those of a candidate do.
         self.passes += 1
 
@@ -76,15 +77,16 @@ class PolicyGuide(ResidualGuide):
     def _notice_lost(self, drawn: Sequence[Batch]) -> None:
         """Say it once where all completions have earned the same for long, and less than before."""
         self.earned.append(-torch.cat([batch["losses"] for batch in drawn]).mean().item())
-        reward = sum(self.earned) / len(self.earned)
-        # Means of many steps: the best one of single steps is above what was ever reached.
-        self.most = max(self.most, reward) if len(self.earned) == LOST else self.most
+        mean = sum(self.earned) / len(self.earned)
+        # Of means of many steps: the best one of single steps is above what was ever reached.
+        self.most = max(self.most, mean) if len(self.earned) == LOST else self.most
         alike = not any(batch["advantages"].any() for batch in drawn)
         self.alike = self.alike + 1 if alike else 0
-        lost = reward < self.most and not math.isclose(reward, self.most, rel_tol=1e-5)
-        if self.alike == LOST and lost:
+        lost = self.alike >= LOST and max(self.earned) < self.most
+        if lost and not math.isclose(max(self.earned), self.most, rel_tol=1e-5) and not self.told:
+            self.told = True
             warnings.warn(
-                f"for {LOST} steps all completions of a prompt have earned the same, {reward:.3g} "
+                f"for {LOST} steps all completions of a prompt have earned the same, {mean:.3g} "
                 f"in the mean after {self.most:.3g} before, and nothing is learned from that; "
                 "resume from an earlier checkpoint or start again, with a smaller learning_rate",
                 Notice,
