@@ -80,7 +80,7 @@ def lines(*paths: Path) -> int:
     [
         ("the story of a step", STORY, 1_485),
         ("the core", [*(PACKAGE / "core").glob("*.py")], 3_060),
-        ("the package", MODULES, 16_050),
+        ("the package", MODULES, 16_100),
     ],
 )
 def test_it_stays_small(what: str, paths: list[Path], most: int) -> None:
