@@ -16,5 +16,14 @@ if [ ! -e .venv-lowest/ready ]; then
     touch .venv-lowest/ready
 fi
 export HF_HUB_OFFLINE=1
-.venv-lowest/bin/python -m pytest --numprocesses auto --ignore tests/engines --ignore tests/test_docs.py \
+# What cannot pass there (docs/install.md says why).
+cannot=(
+    tests/models/test_agreement.py::test_biases_beside_half_precision_are_refused
+    tests/models/test_agreement.py::test_weights_that_another_module_reads_are_refused_where_the_base_is_tuned
+    tests/models/test_offload.py::test_an_offloaded_base_is_tuned_as_one_in_memory
+    tests/runs/test_hub.py::test_a_server_that_is_down_is_named_in_one_line
+    tests/test_contract_models.py::test_variants_of_lora_are_told_apart
+    tests/tools/test_export.py::test_cards_pass_the_hubs_own_validation
+)
+.venv-lowest/bin/python -m pytest --numprocesses auto "${cannot[@]/#/--deselect=}" --ignore tests/engines --ignore tests/test_docs.py \
     --ignore tests/test_house.py --ignore tests/test_scripts.py --ignore tests/test_wheel.py "$@"
