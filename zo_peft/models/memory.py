@@ -53,8 +53,8 @@ class Fit:
     Plain inference holds the weights, and the activations of one layer and what its weights are
     dequantized to, or the logits of all positions, whichever is more. A candidate holds the
     activations of one layer or the logits of the scored positions, and its own values of what is
-    tuned, of large adapters those of a few layers at a time.
-    Only shapes and the kind of device count.
+    tuned, of large adapters those of a few layers at a time. Only shapes and the kind of device
+    count.
 
     Attributes:
         largest: the numbers of the largest quantized layer.
