@@ -466,7 +466,7 @@ def test_weights_that_another_module_reads_are_refused_where_the_base_is_tuned(
 ) -> None:
     """Mamba's mixer takes the weights of its convolution, which it does not call."""
     trainer = make_trainer(tmp_path, None, model=mamba(), tune="weights", max_steps=1)
-    with pytest.raises(UserError, match=r"mixer\.conv1d\.weight is read by another") as error:
+    with pytest.raises(UserError, match=r"mixer\.conv1d\.weight is also read by another") as error:
         trainer.train()
     tunable = str(error.value).partition("tunable='")[2].rstrip("'")
     trainer = make_trainer(
