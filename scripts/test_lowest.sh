@@ -24,6 +24,7 @@ cannot=(
     tests/runs/test_hub.py::test_a_server_that_is_down_is_named_in_one_line
     tests/test_contract_models.py::test_variants_of_lora_are_told_apart
     tests/tools/test_export.py::test_cards_pass_the_hubs_own_validation
+    tests/objectives/test_rewards.py::test_thirteen_numbers_learn_a_reward_without_a_gradient
 )
-.venv-lowest/bin/python -m pytest --numprocesses auto "${cannot[@]/#/--deselect=}" --ignore tests/engines --ignore tests/test_docs.py \
+.venv-lowest/bin/python -m pytest --numprocesses auto "${cannot[@]/#/--deselect=}" -k "not tinylora" --ignore tests/engines --ignore tests/test_docs.py \
     --ignore tests/test_house.py --ignore tests/test_scripts.py --ignore tests/test_wheel.py "$@"
