@@ -148,8 +148,8 @@ class Bases:
             forward = partial(self(work), logits_to_keep=work.scored + 1, use_cache=False)
             many = work.ids.repeat(CANDIDATES, 1)
             with torch.no_grad():
-                one, all_ = (timed(partial(forward, input_ids=x), {}) for x in (work.ids, many))
-            self._plain[work] = one, min(one / work.batch, all_ / len(many))
+                one, every = (timed(partial(forward, input_ids=x), {}) for x in (work.ids, many))
+            self._plain[work] = one, min(one / work.batch, every / len(many))
         return self._plain[work]
 
 

@@ -13,8 +13,8 @@ from zo_peft.core.noise import Layout
 from zo_peft.core.space import fill
 from zo_peft.errors import UserError
 
-#: A space has several buffers where this many numbers are exceeded, so that no more than two of
-#: them are ever made at a time for each of many candidates.
+#: A buffer has at most so many numbers, or those of one parameter: candidates hold the values of
+#: few buffers at a time.
 BLOCK = 1 << 19
 
 
@@ -49,15 +49,15 @@ class FlatSpace:
         if not parameters:
             raise UserError("there is nothing to tune: the adapter has no trainable parameter")
         blocks: list[dict[str, nn.Parameter]] = []
-        held = 0
+        size = 0
         for name, parameter in parameters.items():
             if not parameter.is_floating_point():
                 raise UserError(f"{name} is {parameter.dtype}; only floating point can be tuned")
-            held += parameter.numel()
+            size += parameter.numel()
             on_other = bool(blocks) and _device(blocks[-1]) != parameter.device
-            if not blocks or on_other or held > BLOCK:
+            if not blocks or on_other or size > BLOCK:
                 blocks.append({})
-                held = parameter.numel()
+                size = parameter.numel()
             blocks[-1][name] = parameter
         self.noise, self.parameters, self.held = noise, dict(parameters), 2
         self.numel = sum(parameter.numel() for parameter in parameters.values())

@@ -3,7 +3,7 @@
 import statistics
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -79,7 +79,7 @@ class Servers(Generic[S]):
     A free server takes the next task, unless it is so slow that the others would end all that wait
     before. A server that fails is left out, and tried again with one task after a pause that
     doubles with each failure; its own tasks go to others. When none is waiting any more, a task
-    that runs far longer than others is given to another server, too, and the first answer counts.
+    that runs far longer than others is given to a second server, too, and the first answer counts.
 
     Args:
         servers: whatever the tasks are called with; `str` gives the name in messages.
@@ -157,13 +157,11 @@ class Servers(Generic[S]):
             return (waiting.popleft(), (quick or free)[0]) if quick or not running else None
         if not free or not self._seconds:
             return None
-        attempts: dict[int, list[_Attempt]] = {}
+        attempts = Counter(attempt.index for attempt in running)
         for attempt in running:
-            attempts.setdefault(attempt.index, []).append(attempt)
-        for index, own in attempts.items():
-            others = [s for s in free if s not in [attempt.server for attempt in own]]
-            if len(own) == 1 and others and now - own[0].start > longest:
-                return index, others[0]
+            others = [server for server in free if server is not attempt.server]
+            if attempts[attempt.index] == 1 and others and now - attempt.start > longest:
+                return attempt.index, others[0]
         return None
 
     def _look(self) -> Iterator[_Attempt]:

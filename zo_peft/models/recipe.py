@@ -127,7 +127,10 @@ def evaluator_of(
 
 
 def fit_of(model: AnyModel, space: Space, new_tokens: int, device: str | None = None) -> Fit:
-    """How many candidates share a forward pass; the arguments are those of `Fit`."""
+    """How many candidates share a forward pass, which sets what the space's lanes hold.
+
+    The arguments are those of `Fit`.
+    """
     if new_tokens and isinstance(space, FlatSpace):
         # Each new token reads all values again.
         space.held = len(space.buffers)
