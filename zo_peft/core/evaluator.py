@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zo_peft.core.batch import Batch, Objective
 from zo_peft.core.direction import Direction
 from zo_peft.core.lanes import Host, NotInLanes
-from zo_peft.core.ranks import OneRank
+from zo_peft.core.ranks import Ranks
 from zo_peft.core.space import Space
 from zo_peft.errors import Notice
 
@@ -55,10 +55,10 @@ class Evaluator:
         objective: Objective,
         host: Host | None = None,
         candidates_per_forward: int | None = None,
-        ranks: OneRank | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.space, self.objective = model, space, objective
-        self.host, self.ranks = host or Host.of_module(model, space.parameters), ranks or OneRank()
+        self.host, self.ranks = host or Host.of_module(model, space.parameters), ranks or Ranks()
         self.candidates_per_forward = candidates_per_forward
         self.forward_passes, self.examples_forwarded, self._in_lanes = 0, 0, True
         self.read = set[Tensor]()

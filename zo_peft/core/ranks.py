@@ -14,6 +14,7 @@ from zo_peft.core.direction import Direction
 from zo_peft.errors import UserError
 
 Parallel = Literal["data", "candidates"]
+CPU = torch.device("cpu")
 
 #: All processes compare what is tuned after every so many steps.
 CHECK_STEPS = 100
@@ -22,8 +23,13 @@ CHECK_STEPS = 100
 EvaluateBatch = Callable[[Sequence[Sequence[Direction]], Batch], Tensor]
 
 
-class OneRank:
-    """A process that works alone: it evaluates everything, and agrees with itself.
+class Ranks:
+    """This process among those that `torchrun` or `accelerate launch` started; or it works alone.
+
+    Every rank draws the same directions from the same seeds and gets the same losses, so each makes
+    the same step by itself; losses of examples are all that is exchanged, in float32 as they were
+    computed. What a rank evaluates: with `data` every displacement on its own part of the batch;
+    with `candidates` its own displacements on the whole batch; without `parallel` everything.
 
     Attributes:
         count: the number of processes.
@@ -32,47 +38,10 @@ class OneRank:
         wire_bytes: bytes that this rank has handed to collective operations so far.
     """
 
-    count = batches = divided = 1
-    wire_bytes = 0
-
-    def losses(
-        self, points: Sequence[Sequence[Direction]], batch: Batch, evaluate: EvaluateBatch
-    ) -> Tensor:
-        """The losses [M, examples] of the whole batch, on every rank.
-
-        The points [M][G] are for the whole batch, with a G of 1 or the number of its examples;
-        `batch` is this rank's share of it, and `evaluate` gives losses [m, n] of its n examples.
-        """
-        return evaluate(points, batch)
-
-    def parts(self, parts: int) -> int:
-        """The parts that a batch can have on all ranks, where on this one it can have so many."""
-        return parts
-
-    def mean(self, values: Sequence[Tensor], batch: Batch) -> list[Tensor]:
-        """Means over the examples of the whole batch, where each rank has those over its own."""
-        return list(values)
-
-    def least(self, number: int) -> int:
-        """The smallest of the ranks' numbers (64 bits); each rank waits for all others."""
-        return number
-
-    def check(self, what: str, *content: Tensor | Any) -> None:
-        """Stop all ranks, with a UserError, where one holds other tensors or JSON than most."""
-
-
-class Ranks(OneRank):
-    """This process among those that `torchrun` or `accelerate launch` started.
-
-    Every rank draws the same directions from the same seeds and gets the same losses, so each makes
-    the same step by itself; losses of examples are all that is exchanged, in float32 as they were
-    computed. What a rank evaluates: with `data` every displacement on its own part of the batch;
-    with `candidates` its own displacements on the whole batch.
-    """
-
-    def __init__(self, parallel: Parallel, device: torch.device) -> None:
-        self.parallel, self.device = parallel, device
-        self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
+    def __init__(self, parallel: Parallel | None = None, device: torch.device = CPU) -> None:
+        self.parallel, self.device, self.wire_bytes = parallel, device, 0
+        self.rank = distributed.get_rank() if parallel else 0
+        self.count = distributed.get_world_size() if parallel else 1
         self.batches = self.count if parallel == "data" else 1
         self.divided = self.count if parallel == "candidates" else 1
 
@@ -95,7 +64,14 @@ class Ranks(OneRank):
     def losses(
         self, points: Sequence[Sequence[Direction]], batch: Batch, evaluate: EvaluateBatch
     ) -> Tensor:
-        """As of `OneRank`: this rank computes its rows or columns of [M, examples]."""
+        """The losses [M, examples] of the whole batch, on every rank.
+
+        The points [M][G] are for the whole batch, with a G of 1 or the number of its examples;
+        `batch` is this rank's share of it, and `evaluate` gives losses [m, n] of its n examples.
+        Each rank computes its rows or its columns.
+        """
+        if self.count == 1:
+            return evaluate(points, batch)
         examples, rows = batch.examples, self.parallel == "candidates"
         shares = self.shares(len(points) if rows else examples)
         own = slice(shares[self.rank].start, shares[self.rank].stop)
@@ -111,11 +87,16 @@ class Ranks(OneRank):
         return torch.cat([part.view(len(points), -1) for part in parts], dim=1)
 
     def parts(self, parts: int) -> int:
-        """As of `OneRank`: what all ranks can do, where each sees other examples."""
+        """The parts that a batch can have on all ranks, where on this one it can have so many."""
         return parts if self.parallel == "candidates" else self.least(parts)
 
     def mean(self, values: Sequence[Tensor], batch: Batch) -> list[Tensor]:
-        """As of `OneRank`: every rank adds up the same numbers in the same order."""
+        """Means over the examples of the whole batch, where each rank has those over its own.
+
+        Every rank adds up the same numbers in the same order.
+        """
+        if self.count == 1:
+            return list(values)
         first, last, _ = batch.share or (0, batch.examples, 0)
         own = [torch.ones(1, device=self.device), *(value.flatten() for value in values)]
         flat = torch.cat([part.to(self.device, torch.float32) for part in own]) * (last - first)
@@ -124,11 +105,16 @@ class Ranks(OneRank):
         return [(s / count).view_as(value).to(value.device) for s, value in zip(sums, values)]
 
     def least(self, number: int) -> int:
-        """As of `OneRank`."""
-        return min(self._numbers(number))
+        """The smallest of the ranks' numbers (64 bits); each rank waits for all others."""
+        return number if self.count == 1 else min(self._numbers(number))
 
     def check(self, what: str, *content: Tensor | Any) -> None:
-        """As of `OneRank`: the ranks compare hashes of eight bytes."""
+        """Stop all ranks, with a UserError, where one holds other tensors or JSON than most.
+
+        They compare hashes of eight bytes.
+        """
+        if self.count == 1:
+            return
         digest = hashlib.blake2b(digest_size=8)
         for part in content:
             digest.update(_bytes(part))

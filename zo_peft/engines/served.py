@@ -26,7 +26,7 @@ from transformers import (
 from zo_peft.core.batch import Batch, Objective
 from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.lanes import Host, Lanes
-from zo_peft.core.ranks import OneRank
+from zo_peft.core.ranks import Ranks
 from zo_peft.core.space import Space
 from zo_peft.engines.engine import (
     Answers,
@@ -104,7 +104,7 @@ def evaluator_of(
     space: Space,
     objective: Objective,
     candidates_per_forward: int | None = None,
-    ranks: OneRank | None = None,
+    ranks: Ranks | None = None,
 ) -> Evaluator:
     """An evaluator that asks the engine for many candidates in one call."""
     base = model.get_base_model()

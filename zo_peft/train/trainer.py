@@ -24,7 +24,7 @@ from zo_peft.core.flat_space import FlatSpace
 from zo_peft.core.journal import INITIAL_NAME, JOURNAL_NAME, Follower, Journal, read
 from zo_peft.core.lanes import replaced
 from zo_peft.core.noise import GENERATOR, derive_seed
-from zo_peft.core.ranks import OneRank, Ranks
+from zo_peft.core.ranks import Ranks
 from zo_peft.core.tuner import Tuner
 from zo_peft.core.updates import AUTOMATIC, UpdateRule
 from zo_peft.data.collate import Collator, drawn_batch
@@ -76,7 +76,7 @@ class ZOTrainer(CheckpointTrainer):
         self.tuned_numel = self.space.numel
         if args.strategy == GUIDED and args.strategy_is_default and not self._guide_reads():
             self.args = args = args.with_candidates()
-        self.ranks = Ranks(args.parallel, args.device) if args.world_size > 1 else OneRank()
+        self.ranks = Ranks(args.parallel if args.world_size > 1 else None, args.device)
         self._train_batch_size *= self.ranks.batches
         if self.ranks.count > 1 and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise UserError("a base on several devices is tuned by one process; drop device_map")
@@ -374,7 +374,7 @@ class ZOTrainer(CheckpointTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Whole batches in the same order on every rank, each of which takes its share of them."""
-        if not isinstance(self.ranks, Ranks):
+        if self.ranks.count == 1:
             return super().get_train_dataloader()
         if not has_length(self.train_dataset) or self.accelerator.dispatch_batches:
             raise UserError("a streamed data set is read by one process; load it, or start one")
