@@ -28,7 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -185,6 +185,14 @@ class OurStep:
         self.tuner.step([self.batch], next(self.numbers))
 
 
+def perturb(parameters: Iterable[Tensor], seed: int, scale: float) -> None:
+    """Add the seed's noise times the scale to parameters in place, as MeZO's code does."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    for parameter in parameters:
+        noise = torch.randn(parameter.shape, generator=generator, device=DEVICE)
+        parameter.data.add_(noise, alpha=scale)
+
+
 class PlainLoop:
     """GV on a plain PEFT model, as the published pseudo code has it."""
 
@@ -197,13 +205,6 @@ class PlainLoop:
             torch.cat([prompts, torch.full_like(prompts[:, :1], token)], dim=1)
             for token in LABEL_TOKENS
         ]
-
-    def perturb(self, seed: int, scale: float) -> None:
-        """Add the seed's noise times the scale, in place."""
-        generator = torch.Generator(DEVICE).manual_seed(seed)
-        for parameter in self.parameters:
-            noise = torch.randn(parameter.shape, generator=generator, device=DEVICE)
-            parameter.data.add_(noise, alpha=scale)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits of all positions."""
@@ -222,12 +223,12 @@ class PlainLoop:
         """Evaluate all candidates, and move along the guiding vector that their losses give."""
         losses = []
         for seed in range(self.candidates):
-            self.perturb(seed, EPS)
+            perturb(self.parameters, seed, EPS)
             losses.append(self.loss())
-            self.perturb(seed, -EPS)
+            perturb(self.parameters, seed, -EPS)
         mean = sum(losses) / len(losses)
         for seed, loss in enumerate(losses):
-            self.perturb(seed, 1e-9 * (mean - loss))
+            perturb(self.parameters, seed, 1e-9 * (mean - loss))
 
     @torch.no_grad()
     def bare_forwards(self) -> None:

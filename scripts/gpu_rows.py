@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from bench_memory import build
-from bench_step import deviation, seconds
+from bench_step import deviation, perturb, seconds
 from measuring import (
     DEVICE,
     SHAPES,
@@ -300,22 +300,16 @@ def mezo_loop(work: Work, bases: Bases) -> Cells:
     with trainer_on(work, base, strategy="gv", zo_eps=EPS) as trainer, torch.no_grad():
         tuned = [p for p in trainer.model.parameters() if p.requires_grad]
 
-        def perturb(scale: float) -> None:
-            generator = torch.Generator(DEVICE).manual_seed(0)
-            for parameter in tuned:
-                noise = torch.randn(parameter.shape, generator=generator, device=DEVICE)
-                parameter.data.add_(noise, alpha=scale)
-
         def loss() -> float:
             logits = trainer.model(input_ids=work.ids, use_cache=False).logits[:, :-1]
             return cross_entropy(logits.flatten(0, 1).float(), labels.flatten()).item()
 
         def step() -> None:
-            perturb(EPS)
+            perturb(tuned, 0, EPS)
             plus = loss()
-            perturb(-2 * EPS)
+            perturb(tuned, 0, -2 * EPS)
             slope = (plus - loss()) / (2 * EPS)
-            perturb(EPS - 1e-6 * slope)
+            perturb(tuned, 0, EPS - 1e-6 * slope)
 
         (batch,) = trainer.get_train_dataloader()
         found["plain"] = plain_forward(trainer, batch)

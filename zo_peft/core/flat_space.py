@@ -77,6 +77,10 @@ class FlatSpace:
         """As of `Space`: those of the largest buffers, of which `held` are there at a time."""
         return sum(sorted(buffer.numel() for buffer in self.buffers)[-self.held :])
 
+    def keep_values(self) -> None:
+        """As of `Space`: those of all buffers."""
+        self.held = len(self.buffers)
+
     @contextmanager
     def displaced(self, displacement: Direction) -> Iterator[None]:
         """As of `Space`."""

@@ -55,6 +55,9 @@ class InPlaceSpace:
             for n in self._by_index
         )
 
+    def keep_values(self) -> None:
+        """As of `Space`: each layer makes its own anew, because all together are too many."""
+
     def replacements(self) -> dict[str, Replacement]:
         """How each module that owns tuned numbers works lane by lane; or `NotInLanes`."""
         for name, (module, _, site) in self._sites.items():

@@ -13,7 +13,7 @@ from zo_peft.core.flat_space import FlatSpace
 from zo_peft.core.lanes import Host, NotInLanes, Replacement
 from zo_peft.core.low_rank import LowRank, Structure
 from zo_peft.core.noise import Distribution
-from zo_peft.core.ranks import OneRank
+from zo_peft.core.ranks import Ranks
 from zo_peft.core.space import Space
 from zo_peft.core.updates import RULES, UpdateRule
 from zo_peft.errors import UserError
@@ -110,31 +110,22 @@ def evaluator_of(
     space: Space,
     objective: Objective,
     candidates_per_forward: int | None = None,
-    ranks: OneRank | None = None,
+    ranks: Ranks | None = None,
 ) -> Evaluator:
     """An evaluator that knows how this model works lane by lane and how many lanes fit."""
     new_tokens = getattr(objective, "max_completion_length", 0)
     repeats = getattr(objective, "repeatable", False) and not new_tokens
     tuned = set(map(id, space.parameters.values()))
+    if new_tokens:
+        space.keep_values()
     head = model.get_output_embeddings()
     host = Host(
         replacements_of(model, space),
-        fit_of(model, space, new_tokens),
+        Fit(model, space.lane_numel, new_tokens),
         Trunk(model, space.parameters.values()).reused if repeats else nullcontext,
         head is not None and any(id(parameter) in tuned for parameter in head.parameters()),
     )
     return Evaluator(model, space, objective, host, candidates_per_forward, ranks)
-
-
-def fit_of(model: AnyModel, space: Space, new_tokens: int, device: str | None = None) -> Fit:
-    """How many candidates share a forward pass, which sets what the space's lanes hold.
-
-    The arguments are those of `Fit`.
-    """
-    if new_tokens and isinstance(space, FlatSpace):
-        # Each new token reads all values again.
-        space.held = len(space.buffers)
-    return Fit(model, space.lane_numel, new_tokens, device)
 
 
 def replacements_of(model: AnyModel, space: Space) -> dict[str, Replacement] | NotInLanes:

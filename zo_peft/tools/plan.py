@@ -32,9 +32,9 @@ from zo_peft.models.guide import may_read, rows_at_once
 from zo_peft.models.guide_memory import GuideMemory
 from zo_peft.models.hub import LOAD_ERRORS, public_name
 from zo_peft.models.loading import check_4bit_widths, meta_base
-from zo_peft.models.memory import layer_bytes, weight_bytes
+from zo_peft.models.memory import Fit, layer_bytes, weight_bytes
 from zo_peft.models.quantized import bitsandbytes
-from zo_peft.models.recipe import SPACE_FIELDS, fit_of, replacements_of, space_of
+from zo_peft.models.recipe import SPACE_FIELDS, replacements_of, space_of
 from zo_peft.objectives.rewards import generates
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.train.checks import GUIDED
@@ -124,7 +124,9 @@ class Planner:
             if not (draws and may_read(tuned, self.space.parameters)):
                 self.args = args = args.with_candidates()
         new_tokens = args.max_completion_length if self.generates else 0
-        self.fit = fit_of(tuned, self.space, new_tokens, self.device)
+        if new_tokens:
+            self.space.keep_values()
+        self.fit = Fit(tuned, self.space.lane_numel, new_tokens, self.device)
         self.tuned = self.space.numel
         self.positions: int | None = getattr(self.fit.config, "max_position_embeddings", None)
         self.in_lanes = not isinstance(replacements_of(tuned, self.space), NotInLanes)
