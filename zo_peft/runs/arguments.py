@@ -2,9 +2,11 @@
 
 import re
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
@@ -12,45 +14,35 @@ from transformers.hf_argparser import HfArg
 
 from zo_peft.data.examples import Words, options_of, read_words, write_words
 from zo_peft.data.tasks import TASKS
-from zo_peft.errors import UserError
-from zo_peft.models.hub import first_line
+from zo_peft.errors import UserError, explained
 from zo_peft.models.loading import load_tokenizer, quantization_config
 from zo_peft.runs.help import SETS
+
+#: What each option means, by name.
+HELP: dict[str, str] = yaml.safe_load(Path(__file__).with_name("arguments.yaml").read_bytes())
 
 
 @dataclass
 class ModelArguments:
     """The base and the adapter."""
 
-    model_name_or_path: str = HfArg(help="The base: a Hub id or a folder.")
-    model_revision: str = HfArg(default="main", help="Branch, tag or commit of a base on the Hub.")
+    model_name_or_path: str = HfArg(help=HELP["model_name_or_path"])
+    model_revision: str = HfArg(default="main", help=HELP["model_revision"])
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
-        default="auto", help="The base's dtype. auto is the one that it was saved in."
+        default="auto", help=HELP["dtype"]
     )
-    load_in_8bit: bool = HfArg(default=False, help="Quantize the base to int8 with bitsandbytes.")
-    load_in_4bit: bool = HfArg(default=False, help="Quantize the base to NF4 with bitsandbytes.")
-    device_map: str | None = HfArg(
-        default=None, help="As in transformers, for example auto for several devices."
-    )
-    trust_remote_code: bool = HfArg(default=False, help="Run the Python code of a Hub model.")
-    chat_template: str | None = HfArg(
-        default=None,
-        help="How messages become text: a Jinja file, or chatml. Default: the adapter's, or "
-        "the tokenizer's own.",
-    )
-    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = HfArg(
-        default="CAUSAL_LM", help="SEQ_CLS: a head for classes. The base may be an encoder."
-    )
-    adapter_name_or_path: str | None = HfArg(default=None, help="An adapter to evaluate or tune.")
-    peft_type: str = HfArg(default="LORA", help="LORA, PREFIX_TUNING, IA3. All of PEFT's types.")
-    lora_r: int = HfArg(default=8, help="LoRA's rank.")
-    lora_alpha: int = HfArg(default=16, help="LoRA's alpha.")
-    lora_target_modules: list[str] | None = HfArg(
-        default=None,
-        help="Names, all-linear or a regular expression. Names of modules may stand in a list with "
-        "commas. Default: those that PEFT adapts in such a model.",
-    )
-    num_virtual_tokens: int = HfArg(default=5, help="Length of the prefix or of the soft prompt.")
+    load_in_8bit: bool = HfArg(default=False, help=HELP["load_in_8bit"])
+    load_in_4bit: bool = HfArg(default=False, help=HELP["load_in_4bit"])
+    device_map: str | None = HfArg(default=None, help=HELP["device_map"])
+    trust_remote_code: bool = HfArg(default=False, help=HELP["trust_remote_code"])
+    chat_template: str | None = HfArg(default=None, help=HELP["chat_template"])
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = HfArg(default="CAUSAL_LM", help=HELP["task_type"])
+    adapter_name_or_path: str | None = HfArg(default=None, help=HELP["adapter_name_or_path"])
+    peft_type: str = HfArg(default="LORA", help=HELP["peft_type"])
+    lora_r: int = HfArg(default=8, help=HELP["lora_r"])
+    lora_alpha: int = HfArg(default=16, help=HELP["lora_alpha"])
+    lora_target_modules: list[str] | None = HfArg(default=None, help=HELP["lora_target_modules"])
+    num_virtual_tokens: int = HfArg(default=5, help=HELP["num_virtual_tokens"])
 
     def __post_init__(self) -> None:
         self.peft_type = self.peft_type.upper()
@@ -87,13 +79,10 @@ class ModelArguments:
         if self.peft_type == "LORA":
             chosen |= {"r": self.lora_r, "lora_alpha": self.lora_alpha}
         taken = {f.name: chosen[f.name] for f in fields(config_class) if f.name in chosen}
-        try:
+        what = f"peft_type={self.peft_type!r} needs settings that the command line does not have"
+        errors, advice = (TypeError, ValueError, ImportError), "give a peft_config in Python"
+        with explained(what, *errors, advice=advice):
             return config_class(task_type=self.task_type, **taken)
-        except (TypeError, ValueError, ImportError) as error:
-            raise UserError(
-                f"peft_type={self.peft_type!r} needs settings that the command line does not have: "
-                f"{first_line(error)} Give a peft_config in Python"
-            ) from error
 
 
 @dataclass
@@ -103,38 +92,21 @@ class DataArguments:
     task: str | None = HfArg(
         default=None, help=f"A benchmark of the paper, as sst2. There are {', '.join(TASKS)}."
     )
-    task_data_dir: str | None = HfArg(
-        default=None, help="The task's data, as released or as JSON lines. Default: from the Hub."
-    )
-    num_train: int = HfArg(default=1000, help="How many of a task's examples to train on.")
-    num_dev: int | None = HfArg(
-        default=None, help="The same, to validate on. Default: 500, or 100 for cb and copa."
-    )
-    num_eval: int = HfArg(default=1000, help="How many of a task's test examples to evaluate on.")
-    shots: int = HfArg(default=0, help="evaluate: answered examples before each prompt.")
-    reward_funcs: list[str] | None = HfArg(
-        default=None,
-        help="Rewards of completions, as module:function. They are maximised. Each takes prompts, "
-        "completions and the data's columns, and returns a number for each completion.",
-    )
-    train_file: str | None = HfArg(default=None, help="JSON, CSV, TSV or Parquet file to train on.")
-    eval_file: str | None = HfArg(default=None, help="Such a file to evaluate on, or to answer.")
-    dataset_name: str | None = HfArg(default=None, help="A data set on the Hub.")
-    dataset_config: str | None = HfArg(default=None, help="The data set's configuration.")
-    dataset_train_split: str = HfArg(default="train", help="The data set's split to train on.")
-    dataset_test_split: str | None = HfArg(default=None, help="Its split to evaluate on.")
-    prompt_template: str | None = HfArg(
-        default=None, help="The prompt, with {column} for a row's values. \\n is a new line."
-    )
-    label_column: str | None = HfArg(
-        default=None, help="Column of the label, or of the completion. Default: label."
-    )
-    label_words: list[str] | None = HfArg(
-        default=None,
-        help="Words in label order: terrible,great. Or label=word for each, or JSON. auto: the "
-        "labels themselves, the default where they are texts that repeat. none: the label column "
-        "is text to complete.",
-    )
+    task_data_dir: str | None = HfArg(default=None, help=HELP["task_data_dir"])
+    num_train: int = HfArg(default=1000, help=HELP["num_train"])
+    num_dev: int | None = HfArg(default=None, help=HELP["num_dev"])
+    num_eval: int = HfArg(default=1000, help=HELP["num_eval"])
+    shots: int = HfArg(default=0, help=HELP["shots"])
+    reward_funcs: list[str] | None = HfArg(default=None, help=HELP["reward_funcs"])
+    train_file: str | None = HfArg(default=None, help=HELP["train_file"])
+    eval_file: str | None = HfArg(default=None, help=HELP["eval_file"])
+    dataset_name: str | None = HfArg(default=None, help=HELP["dataset_name"])
+    dataset_config: str | None = HfArg(default=None, help=HELP["dataset_config"])
+    dataset_train_split: str = HfArg(default="train", help=HELP["dataset_train_split"])
+    dataset_test_split: str | None = HfArg(default=None, help=HELP["dataset_test_split"])
+    prompt_template: str | None = HfArg(default=None, help=HELP["prompt_template"])
+    label_column: str | None = HfArg(default=None, help=HELP["label_column"])
+    label_words: list[str] | None = HfArg(default=None, help=HELP["label_words"])
 
     def __post_init__(self) -> None:
         self.task = self.task and self.task.lower()

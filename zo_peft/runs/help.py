@@ -13,7 +13,8 @@ import yaml
 
 PACKAGE = Path(__file__).parents[1]
 TABLE = yaml.safe_load(Path(__file__).with_name("options.yaml").read_bytes())
-SETTINGS = yaml.safe_load((PACKAGE / "train" / "settings.yaml").read_bytes())
+FILES = PACKAGE / "train" / "settings.yaml", PACKAGE / "runs" / "arguments.yaml"
+SETTINGS = {n: text for file in FILES for n, text in yaml.safe_load(file.read_bytes()).items()}
 SETS = {name: tuple(options.split()) for name, options in TABLE["sets"].items()}
 ALIASES = {alias: name for name, others in TABLE["aliases"].items() for alias in others.split()}
 
@@ -80,7 +81,7 @@ def _meaning(given: dict[str | None, ast.expr]) -> str:
     """The first sentence of an `HfArg`'s help, with its default in brackets."""
     texts = (node.value for node in ast.walk(given["help"]) if isinstance(node, ast.Constant))
     text = str(next(texts))
-    # A `ZOConfig` says where its help is.
+    # The dataclasses of a run say where their help is.
     sentence = SETTINGS.get(text, text).partition(". ")[0].rstrip(".")
     if not {"default", "default_factory"} & given.keys():
         return f"{sentence} (required)"
