@@ -42,6 +42,7 @@ def test_a_wheel_holds_the_package_and_its_model_and_nothing_else(wheel: Path) -
     assert {"zo_peft/py.typed", "zo_peft/embedded/model/model.safetensors"} <= names
     kinds = {Path(name).suffix for name in package}
     assert kinds <= {
+        ".cuh",
         ".py",
         ".typed",
         ".jinja",

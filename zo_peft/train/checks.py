@@ -5,9 +5,11 @@ import reprlib
 import warnings
 from dataclasses import fields
 from os import PathLike
+from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from zo_peft.core.guide import CHECK_PASSES, FIRST_PASSES
@@ -18,6 +20,8 @@ from zo_peft.errors import Notice, UserError
 
 if TYPE_CHECKING:
     from zo_peft.train.config import ZOConfig
+
+FOLDER = Path(__file__).parent
 
 #: The strategies that back-propagate, as baselines (`zo_peft.GradientTrainer`).
 GRADIENT = ("adam", "sgd")
@@ -41,44 +45,14 @@ Preset = Literal["paper-gv", "paper-greedy", "paper-mezo", "mezo", "subzero", "l
 Tune = Literal["adapter", "scales", "weights"]
 ObjectiveName = Literal["accuracy", "f1", "exact_match"]
 
-#: What the published algorithms have in common.
-PUBLISHED: dict[str, Any] = {"noise": "gaussian", "per_example_noise": False}
-PUBLISHED |= {"update_rule": "sgd", "lr_scheduler_type": "constant"}
-PUBLISHED |= {"train_sampling_strategy": "random"}
-PAPER: dict[str, Any] = {"probe": "central", "carry_best": False, **PUBLISHED}
-
-#: What each preset fixes: the algorithms exactly as published (arXiv:2601.04710, arXiv:2305.17333).
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper-gv": {"strategy": "gv", "elite_fraction": 0.5, "weighting": "split", **PAPER},
-    "paper-greedy": {"strategy": "greedy", **PAPER},
-    "paper-mezo": {"strategy": "mezo", **PUBLISHED},
-    "mezo": {"strategy": "mezo", **PUBLISHED},
-    "subzero": {"strategy": "mezo", "low_rank_noise": "subzero", **PUBLISHED},
-    "lozo": {"strategy": "mezo", "low_rank_noise": "lozo", **PUBLISHED},
-}
+#: What each preset fixes.
+PRESETS: dict[str, dict[str, Any]] = yaml.safe_load((FOLDER / "presets.yaml").read_bytes())
 
 #: Rank of each kind of low-rank noise, unless given.
 RANKS: dict[Structure, int] = {"eggroll": 1, "subzero": 24, "lozo": 2}
 
 #: TrainingArguments that act through gradients, or cast the model, and why each is refused.
-REFUSED = {
-    "fp16": "autocast is for backward passes; load the model with dtype='float16' instead",
-    "bf16": "autocast is for backward passes; load the model with dtype='bfloat16' instead",
-    "fp16_full_eval": "the dtype belongs to the model; load it with dtype='float16' instead",
-    "bf16_full_eval": "the dtype belongs to the model; load it with dtype='bfloat16' instead",
-    "gradient_checkpointing": "without a backward pass no activation is kept",
-    "activation_checkpointing": "without a backward pass no activation is kept",
-    "neftune_noise_alpha": "it acts in training mode; candidates are compared in eval mode",
-    "label_smoothing_factor": "the losses of zo_peft are plain cross entropies",
-    "deepspeed": "there are no gradients or optimizer states to shard",
-    "fsdp": "there are no gradients or optimizer states to shard; use device_map",
-    "auto_find_batch_size": "lower per_device_train_batch_size, raise gradient_accumulation_steps",
-    "optim": "choose an update_rule instead",
-    "use_liger_kernel": "its kernels save memory in backward passes",
-    "length_column_name": "lengths are counted in tokens",
-    "prediction_loss_only": "evaluation is for the metric, too",
-    "eval_do_concat_batches": "a metric is one of all batches",
-}
+REFUSED: dict[str, str] = yaml.safe_load((FOLDER / "refused.yaml").read_bytes())
 
 #: TrainingArguments that shape steps of strategies with gradients, and of no other.
 OF_GRADIENTS = ["adam_beta1", "adam_epsilon", "max_grad_norm", "optim_args"]
