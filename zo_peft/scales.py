@@ -6,7 +6,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from zo_peft.errors import UserError
+from zo_peft.errors import UserError, explained
 from zo_peft.models.in_place_space import InPlaceSpace
 from zo_peft.models.loading import base_hash
 from zo_peft.models.numbers import find_scales, named
@@ -26,16 +26,11 @@ def load_scales(model: PreTrainedModel, folder: str) -> None:
     Raises:
         UserError: the file cannot be read, or belongs to another base; then nothing is changed.
     """
-    path = Path(folder) / SCALES_NAME
-    try:
-        with safe_open(path, "pt") as file:
-            base = (file.metadata() or {}).get("base")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path.parent.name}/{SCALES_NAME} cannot be read ({type(error).__name__}); give a "
-            "folder that tune=scales wrote"
-        ) from error
+    path, advice = Path(folder) / SCALES_NAME, "give a folder that tune=scales wrote"
+    what = f"{path.parent.name}/{SCALES_NAME} cannot be read"
+    with explained(what, OSError, SafetensorError, advice=advice), safe_open(path, "pt") as file:
+        base = (file.metadata() or {}).get("base")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if base != base_hash(model):
         raise UserError(
             f"the scales in {path.parent.name} are of another base; load the model that they were "

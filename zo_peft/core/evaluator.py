@@ -132,7 +132,10 @@ class Evaluator:
                 except torch.OutOfMemoryError:
                     if len(wave) == 1:
                         raise
-                    self._halve(len(wave))
+                    half = self.candidates_per_forward = len(wave) // 2
+                    message = f"{len(wave)} candidates do not fit into the GPU's memory at once"
+                    message += f"; going on with candidates_per_forward={half}"
+                    warnings.warn(message, Notice, stacklevel=2)
         return torch.cat(losses)
 
     def _wave_losses(self, points: Sequence[Sequence[Direction]], batch: Batch) -> Tensor:
@@ -170,12 +173,6 @@ class Evaluator:
         message = f"candidates are evaluated one by one: {reason} cannot work on several at once"
         warnings.warn(message, Notice, stacklevel=2)
         return True
-
-    def _halve(self, size: int) -> None:
-        self.candidates_per_forward = size // 2
-        message = f"{size} candidates do not fit into the GPU's memory at once; going on with "
-        message += f"candidates_per_forward={size // 2}"
-        warnings.warn(message, Notice, stacklevel=2)
 
 
 def wave_size(count: int, limit: int) -> int:

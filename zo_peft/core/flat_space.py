@@ -10,7 +10,7 @@ from zo_peft.core.direction import Direction
 from zo_peft.core.lanes import Lanes
 from zo_peft.core.low_rank import Noise, add_directions
 from zo_peft.core.noise import Layout
-from zo_peft.core.space import fill
+from zo_peft.core.space import Space
 from zo_peft.errors import UserError
 
 #: A buffer has at most so many numbers, or those of one parameter: candidates hold the values of
@@ -21,7 +21,8 @@ BLOCK = 1 << 19
 class _Flat:
     """Parameters of one device: `theta`, and the `live` copy that the model reads."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        device = next(iter(parameters.values())).device
         self.layout = Layout({name: p.shape for name, p in parameters.items()}, device)
         self.theta = torch.zeros(self.layout.numel, device=device)
         for name, view in self.layout.views(self.theta).items():
@@ -36,7 +37,7 @@ class _Flat:
             buffer[self.layout.slices[name]] *= factors[name]
 
 
-class FlatSpace:
+class FlatSpace(Space):
     """Parameters of a model, float32; see `Space` for the methods.
 
     The parameters become views into a flat buffer. Evaluations write `theta + displacement` into
@@ -49,19 +50,18 @@ class FlatSpace:
         if not parameters:
             raise UserError("there is nothing to tune: the adapter has no trainable parameter")
         blocks: list[dict[str, nn.Parameter]] = []
-        size = 0
+        size, device = 0, None
         for name, parameter in parameters.items():
             if not parameter.is_floating_point():
                 raise UserError(f"{name} is {parameter.dtype}; only floating point can be tuned")
             size += parameter.numel()
-            on_other = bool(blocks) and _device(blocks[-1]) != parameter.device
-            if not blocks or on_other or size > BLOCK:
+            if parameter.device != device or size > BLOCK:
                 blocks.append({})
-                size = parameter.numel()
+                size, device = parameter.numel(), parameter.device
             blocks[-1][name] = parameter
         self.noise, self.parameters, self.held = noise, dict(parameters), 2
         self.numel = sum(parameter.numel() for parameter in parameters.values())
-        self._flats = [_Flat(block, _device(block)) for block in blocks]
+        self._flats = [_Flat(block) for block in blocks]
         self._homes: dict[Tensor, _Flat] = {
             p: flat for flat, block in zip(self._flats, blocks) for p in block.values()
         }
@@ -140,7 +140,7 @@ class FlatSpace:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """As of `Space`."""
-        fill(self.tensors(), tensors)
+        super().load(tensors)
         self._restore()
 
     @contextmanager
@@ -195,7 +195,3 @@ class _Lanes(Lanes):
                 del self._made[next(iter(self._made))]
             self._made[flat] = self._space._values(flat, self._displacements)
         return self._made[flat][parameter]
-
-
-def _device(block: Mapping[str, nn.Parameter]) -> torch.device:
-    return next(iter(block.values())).device

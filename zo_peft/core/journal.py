@@ -11,7 +11,6 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from io import FileIO
 from itertools import count
@@ -21,7 +20,7 @@ from zlib import crc32
 
 from zo_peft.core.direction import Direction
 from zo_peft.core.strategies import Estimate
-from zo_peft.errors import UserError
+from zo_peft.errors import UserError, explained
 
 JOURNAL_NAME, INITIAL_NAME = "zo_journal", "zo_initial.safetensors"
 MAGIC = b"zo_peft journal 1\n"
@@ -29,6 +28,8 @@ MAGIC = b"zo_peft journal 1\n"
 _FRAME = struct.Struct("<III")
 _NUMBERS = struct.Struct("<Q7dQQQQII")
 _NO_SEED = 2**64 - 1
+
+DAMAGED = "use an undamaged copy, or start a new run"
 
 #: Bytes of the longest frame that is read: a header, or a record of about a million seeds.
 LONGEST = 1 << 24
@@ -130,13 +131,12 @@ class Follower:
         return self._past.get(step)
 
     def append(self, record: Record) -> None:
-        """Do nothing: another process writes the record."""
+        """Do nothing, as `sync` and `close`: another process writes the records."""
 
-    def sync(self) -> None:
-        """Do nothing."""
+    def sync(self) -> None:  # noqa: D102
+        pass
 
-    def close(self) -> None:
-        """Do nothing."""
+    close = sync
 
 
 class Journal(Follower):
@@ -223,14 +223,11 @@ def read(path: Path) -> tuple[dict[str, Any], Iterator[Record]]:
 
 def _opened(path: Path) -> tuple[dict[str, Any], int, Iterator[tuple[Record, int]]]:
     """The header and where it ends, and each record and where it ends, in bytes."""
-    try:
+    with explained(f"{path} cannot be read", OSError, advice=f"give a run's {JOURNAL_NAME}"):
         file = path.open("rb")
-    except OSError as error:
-        why = f"{path} cannot be read: {error.strerror}"
-        raise UserError(f"{why}; give a run's {JOURNAL_NAME}") from None
     if file.read(len(MAGIC)) != MAGIC:
         raise UserError(f"{path.name} is no journal of this version of zo_peft")
-    with _reading(f"the header of {path.name}"):
+    with explained(f"the header of {path.name} is damaged", ValueError, advice=DAMAGED):
         header = json.loads(_content(file) or b"")
         if not isinstance(header, dict):
             raise ValueError("it is no JSON object")
@@ -240,7 +237,7 @@ def _opened(path: Path) -> tuple[dict[str, Any], int, Iterator[tuple[Record, int
 def _records(file: BinaryIO, name: str) -> Iterator[tuple[Record, int]]:
     with file:
         for number in count():
-            with _reading(f"record {number + 1} of {name}"):
+            with explained(f"record {number + 1} of {name} is damaged", ValueError, advice=DAMAGED):
                 content = _content(file)
                 if content is None:
                     return
@@ -264,13 +261,3 @@ def _content(file: BinaryIO) -> bytes | None:
     if crc32(content) != check:
         raise ValueError("its checksum is wrong")
     return content
-
-
-@contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Within the context, a ValueError says what is wrong with that part of a journal."""
-    try:
-        yield
-    except ValueError as error:
-        advice = "use an undamaged copy, or start a new run"
-        raise UserError(f"{what} is damaged: {error}; {advice}") from None

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -81,7 +81,13 @@ class Ranks:
             points = [candidate[own] for candidate in points]
         losses = evaluate(points, batch) if shares[self.rank] else torch.empty(0)
         sizes = [len(share) * (examples if rows else len(points)) for share in shares]
-        parts = self._gather(losses, sizes)
+        if losses.numel() != sizes[self.rank]:
+            what = f"{losses.numel()} losses for {sizes[self.rank]} candidates and examples"
+            raise UserError(f"the objective gave {what}; several processes need one for each")
+        padded = torch.zeros(max(sizes), dtype=torch.float32, device=self.device)
+        padded[: losses.numel()] = losses.flatten()
+        gathered = self._exchange(padded).view(self.count, -1)
+        parts = [row[:size] for row, size in zip(gathered, sizes)]
         if rows:
             return torch.cat([part.view(-1, examples) for part in parts])
         return torch.cat([part.view(len(points), -1) for part in parts], dim=1)
@@ -129,15 +135,6 @@ class Ranks:
 
     def _numbers(self, number: int) -> list[int]:
         return self._exchange(torch.tensor([number], device=self.device)).tolist()
-
-    def _gather(self, values: Tensor, sizes: Sequence[int]) -> Iterable[Tensor]:
-        """Every rank's values; `sizes` says how many each rank has."""
-        if values.numel() != sizes[self.rank]:
-            what = f"{values.numel()} losses for {sizes[self.rank]} candidates and examples"
-            raise UserError(f"the objective gave {what}; several processes need one for each")
-        padded = torch.zeros(max(sizes), dtype=torch.float32, device=self.device)
-        padded[: values.numel()] = values.flatten()
-        return (row[:size] for row, size in zip(self._exchange(padded).view(self.count, -1), sizes))
 
     def _exchange(self, values: Tensor) -> Tensor:
         self.wire_bytes += values.numel() * values.element_size()

@@ -63,6 +63,7 @@ class Space(Protocol):
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Set `theta` from tensors by name; a UserError refuses others, and changes nothing."""
+        fill(self.tensors(), tensors)
 
 
 def fill(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

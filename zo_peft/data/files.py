@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_peft.data.forms import Row
-from zo_peft.errors import Notice, UserError
+from zo_peft.errors import Notice, UserError, explained
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -45,12 +45,10 @@ def read_rows(path: str | Path) -> list[Row]:
             f"{path.name} is of an unknown kind; unpack it, or convert it to {', '.join(readers)}, "
             f'of a spreadsheet by python -c "import pandas; {code}"'
         )
-    try:
+    errors, advice = (OSError, EOFError, zlib.error), "check the path and the file"
+    with explained(f"{path} cannot be read", *errors, advice=advice):
         content = path.read_bytes()
         content = gzip.decompress(content) if is_packed else content
-    except (OSError, EOFError, zlib.error) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read: {why}; check the path and the file") from None
     rows = readers[kind](content, path)
     if not rows:
         raise UserError(f"{path.name} has no rows; it must hold at least one example")
@@ -61,12 +59,9 @@ def _read_parquet(content: bytes, path: Path) -> list[Row]:
     import pyarrow
     from pyarrow import parquet
 
-    try:
-        table = parquet.read_table(io.BytesIO(content))
-    except (pyarrow.ArrowException, OSError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"{path.name} cannot be read as Parquet: {why}; save it anew") from None
-    return table.to_pylist()
+    what, errors = f"{path.name} cannot be read as Parquet", (pyarrow.ArrowException, OSError)
+    with explained(what, *errors, advice="save it anew"):
+        return parquet.read_table(io.BytesIO(content)).to_pylist()
 
 
 def _text(content: bytes, path: Path) -> str:

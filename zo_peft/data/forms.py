@@ -244,7 +244,7 @@ def _message(value: Any) -> Row:
 
 
 def _conversation(row: Row) -> Row:
-    """list[Row]; the turns behind the last one of the assistant teach nothing, and are left out."""
+    """Messages; the turns behind the last one of the assistant teach nothing, and are left out."""
     turns = _turns(row)
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()

@@ -15,7 +15,7 @@ import yaml
 from zo_peft.data import read_rows
 from zo_peft.data.forms import Row
 from zo_peft.data.tokenize import spaced
-from zo_peft.errors import UserError
+from zo_peft.errors import UserError, explained
 from zo_peft.models.hub import LOAD_ERRORS, reason
 from zo_peft.objectives import metrics
 from zo_peft.objectives.rewards import RewardFunction
@@ -244,10 +244,9 @@ def task_rows(name: str, folder: str | None, part: int) -> list[Row]:
     rows = read_rows(found)
     if task.flatten is None or task.flatten[0] in rows[0]:
         return rows
-    try:
+    what = f"{found.name} is not laid out as {name}'s release"
+    with explained(what, KeyError, TypeError, AttributeError):
         return [flat for row in rows for flat in task.flatten[1](row)]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{found.name} is not laid out as {name}'s release: {error!r}") from None
 
 
 def hub_rows(name: str, config: str | None, split: str) -> list[Row]:

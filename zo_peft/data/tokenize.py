@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from zo_peft.data.forms import FORMS, Form, Row, example_of, fitting_form, form_of, located
-from zo_peft.errors import UserError
+from zo_peft.errors import UserError, explained
 from zo_peft.models.adapters import check_token
 
 try:
@@ -250,13 +250,11 @@ class Tokenization:
                 "the tokenizer has no chat template; set one (--chat_template chatml, or a file), "
                 "or write texts as prompt + completion"
             )
-        try:
+        # A template is a program: what it may raise is as open as with any other.
+        with explained("the chat template refuses it", Exception):
             return self.tokenizer.apply_chat_template(
                 messages, tools=tools or None, tokenize=False, **kwargs
             )
-        # A template is a program: what it may raise is as open as with any other.
-        except Exception as error:
-            raise UserError(f"the chat template refuses it: {error}") from error
 
     def _located(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids without special tokens, and where each begins and ends in the text."""
@@ -356,11 +354,9 @@ def tokenize_dataset(dataset: Any, tokenization: Tokenization) -> Any:
         names = dict.fromkeys(name for row in made for name in row)
         if not HAS_DATASETS:
             return Features({name: row.get(name) for name in names} for row in made)
-        try:
+        kinds = f"{source or 'the data set'} has a column with values of several kinds"
+        with explained(kinds, ValueError, TypeError, OverflowError):
             return Dataset.from_dict({name: [row.get(name) for row in made] for name in names})
-        except (ValueError, TypeError, OverflowError) as error:
-            kinds = f"{source or 'the data set'} has a column with values of several kinds"
-            raise UserError(f"{kinds}: {error}") from None
     columns = dataset.column_names or list(first)
     return dataset.map(tokenization, with_indices=True, remove_columns=columns)
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zo_peft.errors import Notice, UserError
+from zo_peft.errors import Notice, UserError, explained
 from zo_peft.models.hub import LOAD_ERRORS, AnyModel, file_of, first_line, public_name, reason
 from zo_peft.models.loading import check_4bit_widths, load_config
 from zo_peft.models.peft_layers import check_options
@@ -109,10 +109,9 @@ def stand_ins(offloaded: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> Itera
 
 def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) -> PeftModel:
     """Put an adapter (safetensors of a folder or the Hub) on its base, or a UserError says why."""
+    # Without safetensors, PEFT would read a pickle.
+    config, _ = saved_adapter(path)
     try:
-        # Without it PEFT would read a pickle.
-        file_of(path, SAFETENSORS_WEIGHTS_NAME)
-        config = PeftConfig.from_pretrained(path)
         # The name of the base is that of the one that is here.
         config.base_model_name_or_path, config.inference_mode = None, not is_trainable
         adapted = add_adapter(model, _tunable(config) if is_trainable else config)
@@ -212,10 +211,9 @@ def merged_model(model: PeftModel) -> PreTrainedModel:
     # In another dtype PEFT would round the change before it adds it.
     for parameter in dtypes:
         parameter.data = parameter.data.float()
-    try:
+    errors = AttributeError, NotImplementedError, RuntimeError, ValueError
+    with explained(f"{kind} cannot be merged", *errors, advice="load it with PEFT"):
         merged = model.merge_and_unload(safe_merge=True)
-    except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise UserError(f"{kind} cannot be merged: {error}; load it with PEFT") from error
     for parameter, dtype in dtypes.items():
         parameter.data = parameter.data.to(dtype)
     return merged
@@ -309,10 +307,8 @@ def matching(names: Collection[str], tunable: str | None) -> set[str]:
     """
     if tunable is None:
         return set(names)
-    try:
+    with explained(f"tunable={tunable!r} is not a regular expression", re.error):
         chosen = {name for name in names if re.search(tunable, name)}
-    except re.error as error:
-        raise UserError(f"tunable={tunable!r} is not a regular expression: {error}") from None
     if not chosen:
         known = f"the {len(names)} trainable parameters, e.g. {next(iter(names), 'none')}"
         raise UserError(f"tunable={tunable!r} matches none of {known}")

@@ -16,13 +16,13 @@ from zo_peft.core.direction import Direction
 from zo_peft.core.lanes import NotInLanes, Replacement
 from zo_peft.core.low_rank import LowRank, Noise
 from zo_peft.core.noise import derive_seed
-from zo_peft.core.space import fill
+from zo_peft.core.space import Space
 from zo_peft.models import in_place_layers as layers
 from zo_peft.models.in_place_layers import BaseLanes, direction_rows
 from zo_peft.models.numbers import Numbers, Owners
 
 
-class InPlaceSpace:
+class InPlaceSpace(Space):
     """Numbers of a base that are tuned where they lie; see `Space` for the methods.
 
     Args:
@@ -129,7 +129,3 @@ class InPlaceSpace:
     def tensors(self) -> dict[str, Tensor]:
         """As of `Space`: the tensors of the model itself, each in its own dtype."""
         return {name: numbers.stored for name, numbers in self.numbers.items()}
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """As of `Space`."""
-        fill(self.tensors(), tensors)

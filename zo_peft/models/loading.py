@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.quantizers import AutoHfQuantizer
 
-from zo_peft.errors import UserError
+from zo_peft.errors import UserError, explained
 from zo_peft.models.hub import LOAD_ERRORS, AnyModel, file_of, first_line, public_name, reason
 from zo_peft.models.quantized import Linear4bit, Linear8bitLt, QuantState, bitsandbytes
 
@@ -139,25 +139,21 @@ def load_config(name: str, **kwargs: Any) -> PreTrainedConfig:
 def load_tokenizer(
     name: str, template: str | None = None, adapter: str | None = None, **kwargs: Any
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of this name, or a UserError; by default it pads with the end of a sequence.
+    """The tokenizer of this name, or a UserError.
 
     `template` is a Jinja file, or `chatml`; None: that of the adapter, else the tokenizer's own.
     """
     with _loading(f"the tokenizer of {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     file = CHATML if template == "chatml" else Path(template) if template else None
     if file is None and adapter is not None:
         with suppress(*LOAD_ERRORS):
             file = file_of(adapter, "chat_template.jinja")
-    try:
+    what, advice = f"the chat template {template or file}", "give a Jinja file, or chatml"
+    with explained(f"{what} cannot be read", OSError, ValueError, advice=advice):
         if file is not None:
             tokenizer.chat_template = file.read_text(encoding="utf-8")
-        return tokenizer
-    except (OSError, ValueError) as error:
-        why = f"the chat template {template or file} cannot be read: {error}"
-        raise UserError(f"{why}; give a Jinja file, or chatml") from None
+    return tokenizer
 
 
 @contextmanager

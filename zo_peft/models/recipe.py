@@ -1,10 +1,9 @@
 """The parts of a run that depend on its settings and its model: space, evaluator, update rule."""
 
-import json
 from contextlib import nullcontext
 from typing import Any
 
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from torch import Tensor
 
 from zo_peft.core.batch import Objective
@@ -17,7 +16,7 @@ from zo_peft.core.ranks import Ranks
 from zo_peft.core.space import Space
 from zo_peft.core.updates import RULES, UpdateRule
 from zo_peft.errors import UserError
-from zo_peft.models.adapters import peft_config_of, tuned_parameters
+from zo_peft.models.adapters import tuned_parameters
 from zo_peft.models.hub import AnyModel
 from zo_peft.models.in_place_space import InPlaceSpace
 from zo_peft.models.int8 import base_replacements
@@ -29,17 +28,6 @@ from zo_peft.models.trunk import Trunk
 
 #: The fields of `ZOConfig` that decide what is tuned: the arguments of `space_of`.
 SPACE_FIELDS = ("tune", "tune_unquantized", "tunable", "noise", "noise_rank", "low_rank_noise")
-
-#: Learning rates of plain SGD by adapter type (docs/efficiency.md), LORA's for any other type; and
-#: those of scales and weights.
-SGD_LEARNING_RATES: dict[str, float] = {
-    PeftType.LORA: 1e-3,
-    PeftType.PREFIX_TUNING: 1.0,
-    PeftType.PROMPT_TUNING: 1.0,
-    PeftType.IA3: 1e-1,
-    "scales": 1e-3,
-    "weights": 1e-6,
-}
 
 
 def space_of(
@@ -71,12 +59,6 @@ def check_in_place(model: AnyModel, tune: str) -> None:
         raise UserError(f"{why}; tune an adapter, or load a base that fits (load_in_4bit)")
 
 
-def sgd_learning_rate(model: AnyModel, tune: str) -> float:
-    """The default learning rate of plain SGD: of an adapter's type, or of `tune`."""
-    kind = config.peft_type if (config := peft_config_of(model)) else tune
-    return SGD_LEARNING_RATES.get(kind, SGD_LEARNING_RATES[PeftType.LORA])
-
-
 def rule_of(
     space: Space, update_rule: str, learning_rate: float = 0.0, **settings: Any
 ) -> UpdateRule:
@@ -97,12 +79,6 @@ def load_trained(model: AnyModel, space: Space, tensors: dict[str, Tensor]) -> N
     space.load({name: tensor for name, tensor in tensors.items() if name not in others})
     for name, parameter in others.items():
         parameter.data.copy_(tensors[name])
-
-
-def adapter_settings(model: AnyModel) -> dict[str, Any] | None:
-    """The configuration of the adapter in the types of JSON; None without an adapter."""
-    config = peft_config_of(model)
-    return config and json.loads(json.dumps(config.to_dict(), default=sorted))
 
 
 def evaluator_of(

@@ -16,7 +16,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, TopPLo
 
 from zo_peft.core.batch import Batch, Prediction
 from zo_peft.core.noise import derive_seed
-from zo_peft.errors import UserError
+from zo_peft.errors import UserError, explained
 from zo_peft.objectives import metrics
 
 #: `reward(prompts, completions, **columns) -> list[float]`, as for TRL's trainers. It is called
@@ -207,11 +207,10 @@ def load_function(name: str) -> RewardFunction:
     module, _, function = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    try:
+    what, errors = f"reward function {name!r} cannot be loaded", (ImportError, AttributeError)
+    advice = "give module:function, e.g. rewards:brevity for `def brevity` in rewards.py"
+    with explained(what, *errors, ValueError, advice=advice):
         return getattr(importlib.import_module(module), function)
-    except (ImportError, ValueError, AttributeError) as error:
-        advice = "give module:function, e.g. rewards:brevity for `def brevity` in rewards.py"
-        raise UserError(f"reward function {name!r} cannot be loaded: {error}; {advice}") from error
 
 
 def _name(function: RewardFunction) -> str:

@@ -17,7 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from zo_peft.errors import UserError
+from zo_peft.errors import UserError, explained
 from zo_peft.runs.help import guess
 from zo_peft.train.checks import REFUSED
 
@@ -143,11 +143,8 @@ def _with_file(parser: _Parser, argv: Sequence[str], more: dict[str, argparse.Ac
 
 
 def _read_options(path: str) -> dict[Any, Any]:
-    try:
+    with explained(f"--config {path} cannot be read as YAML", OSError, ValueError, yaml.YAMLError):
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"--config {path} cannot be read as YAML: {first}") from None
     if not isinstance(options, dict):
         raise UserError(f"--config {path} must hold options, one `name: value` a line")
     return options

@@ -10,12 +10,10 @@ from zo_peft.data.tasks import TASKS, hub_rows, sample, task_rows, train_parts, 
 from zo_peft.errors import UserError
 from zo_peft.runs.arguments import DataArguments
 
-Examples = list[Row]
-
 
 def training_examples(
     data: DataArguments, classifies: bool, generates: bool, seed: int
-) -> tuple[Examples, Examples | None]:
+) -> tuple[list[Row], list[Row] | None]:
     """Examples to train on and, for a benchmark task, examples to validate on; or a UserError.
 
     Args:
@@ -35,7 +33,7 @@ def training_examples(
     return converted(data.task, train, trained), converted(data.task, dev, evaluated)
 
 
-def evaluation_examples(data: DataArguments, classifies: bool, generates: bool) -> Examples | None:
+def evaluation_examples(data: DataArguments, classifies: bool, generates: bool) -> list[Row] | None:
     """Examples to evaluate on, or None if there are none; those of a task are its test examples."""
     if data.task is None:
         return _own_examples(data, data.eval_file, data.dataset_test_split, classifies, generates)
@@ -63,7 +61,7 @@ def own_rows(
 
 def _own_examples(
     data: DataArguments, path: str | None, split: str | None, classifies: bool, generates: bool
-) -> Examples | None:
+) -> list[Row] | None:
     """Examples of the user's own rows.
 
     How the first was understood is said on stderr and written into `data`, to hold for the others.

@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from zo_peft.core.journal import JOURNAL_NAME, read
-from zo_peft.errors import UserError
+from zo_peft.errors import UserError, explained
 from zo_peft.train.results import METRICS_NAME
 
 
@@ -116,10 +116,8 @@ def _log(folder: Path, ended: bool) -> list[dict[str, Any]]:
 
 def _json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, an empty one if there is no file."""
-    try:
+    with explained(f"{path.parent.name}/{path.name} is not readable JSON", ValueError):
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path.parent.name}/{path.name} is not readable JSON: {error}") from None
 
 
 def _columns(rows: Sequence[dict[str, Any]], **keys: str) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
-from zo_peft.errors import UserError
+from zo_peft.errors import UserError, explained
 from zo_peft.models.adapters import load_adapter, merged_model, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
 from zo_peft.runs.arguments import ModelArguments
@@ -89,7 +89,5 @@ def _dequantized(base: PreTrainedModel, name: str, wanted: bool) -> PreTrainedMo
             "give --dequantize to merge in floating point into the weights that the codes stand "
             "for, or merge into the base as it was before it was quantized"
         )
-    try:
+    with explained(f"{public_name(name)} cannot be merged into", NotImplementedError):
         return base.dequantize(torch.float32)
-    except NotImplementedError as error:
-        raise UserError(f"{public_name(name)} cannot be merged into: {error}") from error

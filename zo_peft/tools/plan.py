@@ -27,10 +27,10 @@ from zo_peft.core.noise import CHUNK
 from zo_peft.core.strategies import STRATEGIES
 from zo_peft.core.updates import RULES
 from zo_peft.errors import UserError
-from zo_peft.models.adapters import add_adapter, unreadable_adapter
+from zo_peft.models.adapters import add_adapter, saved_adapter
 from zo_peft.models.guide import may_read, rows_at_once
 from zo_peft.models.guide_memory import GuideMemory
-from zo_peft.models.hub import LOAD_ERRORS, public_name
+from zo_peft.models.hub import public_name
 from zo_peft.models.loading import check_4bit_widths, meta_base
 from zo_peft.models.memory import Fit, layer_bytes, weight_bytes
 from zo_peft.models.quantized import bitsandbytes
@@ -277,12 +277,8 @@ class Planner:
 
 
 def _peft_config(model: ModelArguments) -> PeftConfig:
-    if model.adapter_name_or_path is None:
-        return model.peft_config()
-    try:
-        return PeftConfig.from_pretrained(model.adapter_name_or_path)
-    except LOAD_ERRORS as error:
-        raise unreadable_adapter(model.adapter_name_or_path, error) from error
+    own = model.adapter_name_or_path
+    return model.peft_config() if own is None else saved_adapter(own)[0]
 
 
 def plan(

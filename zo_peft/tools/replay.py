@@ -18,7 +18,7 @@ from transformers.hf_argparser import HfArg
 from zo_peft.core.journal import INITIAL_NAME, read
 from zo_peft.core.noise import GENERATOR
 from zo_peft.core.tuner import move
-from zo_peft.errors import UserError
+from zo_peft.errors import UserError, explained
 from zo_peft.models.adapters import add_adapter, prepare
 from zo_peft.models.hub import check_apart
 from zo_peft.models.in_place_space import InPlaceSpace
@@ -55,11 +55,9 @@ def replay(model: ModelArguments, given: ReplayArguments) -> dict[str, Any]:
     Raises:
         UserError: the journal is damaged or belongs to another base; nothing has been written then.
     """
-    try:
+    what = f"{Path(given.journal).name} is not of this version of zo_peft"
+    with explained(what, KeyError, TypeError, AttributeError):
         return _replayed(model, given)
-    except (KeyError, TypeError, AttributeError) as error:
-        name = Path(given.journal).name
-        raise UserError(f"{name} is not of this version of zo_peft: {error!r}") from error
 
 
 def _replayed(arguments: ModelArguments, given: ReplayArguments) -> dict[str, Any]:

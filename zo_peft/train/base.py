@@ -146,7 +146,8 @@ class BaseTrainer(Trainer):
                 )
         except (UserError, torch.OutOfMemoryError):
             raise
-        except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        # A logger whose package is not installed raises a RuntimeError.
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
             raise UserError(f"transformers refuses the settings: {first_line(error)}") from error
         self.totals = self.spent = Totals()
         self.add_callback(self.totals)

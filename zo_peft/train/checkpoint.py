@@ -1,9 +1,9 @@
 """What a checkpoint holds beside the adapter, as safetensors and JSON; nothing is pickled."""
 
-import contextlib
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from zo_peft.core.eps import Calibration
 from zo_peft.core.space import Space
 from zo_peft.core.tuner import Tuner
-from zo_peft.errors import UserError
+from zo_peft.errors import UserError, explained
 from zo_peft.models import recipe
 from zo_peft.models.in_place_space import InPlaceSpace
 from zo_peft.scales import save_scales
@@ -38,12 +38,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # The tensors may be views into one buffer, which safetensors refuses.
     copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     unfinished = path.with_name(path.name + ".tmp")
-    try:
+    what = f"{path.parent.name}/{path.name} cannot be written"
+    advice = "earlier steps are safe: make room and go on with --resume_from_checkpoint True"
+    with explained(what, OSError, SafetensorError, advice=advice):
         save_file(copies, unfinished)
         unfinished.replace(path)
-    except (OSError, SafetensorError) as error:
-        why = f"{path.parent.name}/{path.name} cannot be written: {error}. Earlier steps are safe;"
-        raise UserError(f"{why} make room and go on with --resume_from_checkpoint True") from error
 
 
 def _carried(tuner: Tuner) -> dict[str, tuple[object, Sequence[str]]]:
@@ -121,7 +120,7 @@ def last_whole(folder: Path, checksums: Sequence[int] | None = None) -> str | No
     """The last checkpoint in a folder for which `step_of` gives a step; None without one."""
     found: dict[int, str] = {}
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        with contextlib.suppress(UserError):
+        with suppress(UserError):
             found[step_of(str(path), checksums)] = str(path)
     return found[max(found)] if found else None
 
@@ -133,15 +132,11 @@ def load_state(folder: str, name: str = STATE_NAME) -> dict[str, Any]:
         return json.loads(path.read_text())
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path) -> AbstractContextManager[None]:
     """Within the context, a file that is missing or damaged is a UserError."""
-    try:
-        yield
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
-        why = f"{path.parent.name}/{path.name} cannot be read ({type(error).__name__})"
-        advice = "resume from a whole checkpoint-N folder, or with resume_from_checkpoint=True"
-        raise UserError(f"{why}; {advice}") from error
+    errors = OSError, SafetensorError, ValueError, TypeError
+    advice = "resume from a whole checkpoint-N folder, or with resume_from_checkpoint=True"
+    return explained(f"{path.parent.name}/{path.name} cannot be read", *errors, advice=advice)
 
 
 class CheckpointTrainer(BaseTrainer):

@@ -18,7 +18,7 @@ from zo_peft.core.noise import Distribution
 from zo_peft.core.ranks import Parallel
 from zo_peft.core.strategies import STRATEGIES, Options, Probe, Weighting
 from zo_peft.engines.engine import EngineName
-from zo_peft.errors import UserError
+from zo_peft.errors import UserError, explained
 from zo_peft.train import checks
 from zo_peft.train.checks import GRADIENT_PASSES, GUIDED, ObjectiveName, Preset, Tune
 
@@ -112,7 +112,7 @@ class ZOConfig(TrainingArguments):
             # Else accelerate takes processes for unrelated ones, and all would write the same
             # files. And of an engine's model, nothing but the LoRA is here.
             self.use_cpu = True
-        try:
+        with explained("the settings are refused", Exception):
             super().__post_init__()
             # What transformers does not check, PyTorch says where it gets it.
             DataLoader(
@@ -123,8 +123,6 @@ class ZOConfig(TrainingArguments):
                 # Not all versions of transformers that are accepted have this setting.
                 multiprocessing_context=getattr(self, "dataloader_multiprocessing_context", None),
             )
-        except Exception as error:
-            raise UserError(f"the settings are refused: {error}") from error
         for name in ("lr_scheduler_kwargs", "model_init_kwargs"):
             if isinstance(value := getattr(self, name), str):
                 raise UserError(f"{name}={value!r}; give a JSON object")

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.trainer_utils import has_length
 
-from zo_peft.errors import UserError
+from zo_peft.errors import explained
 from zo_peft.models.hub import LOAD_ERRORS, file_of, public_name
 from zo_peft.models.memory import peak_memory_bytes
 from zo_peft.train.config import run_settings
@@ -84,12 +84,10 @@ def read_results(name: str) -> dict[str, Any]:
         content = file_of(name, METRICS_NAME).read_bytes()
     except LOAD_ERRORS:
         return {}
-    try:
+    what = f"{METRICS_NAME} of {public_name(name)} is not what a run writes"
+    with explained(what, ValueError, TypeError, KeyError, advice="remove it"):
         found = json.loads(content)
         return {**found, "settings": {**found["settings"]}}
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        what = f"{METRICS_NAME} of {public_name(name)}"
-        raise UserError(f"{what} is not what a run writes: {error!r}; remove it") from error
 
 
 def write_json(path: Path, content: Any) -> None:

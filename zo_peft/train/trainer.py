@@ -1,5 +1,6 @@
 """`ZOTrainer`: transformers' Trainer, with a `Tuner` that makes the steps."""
 
+import json
 import math
 import shutil
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -30,8 +32,9 @@ from zo_peft.core.updates import AUTOMATIC, UpdateRule
 from zo_peft.data.collate import Collator, drawn_batch
 from zo_peft.engines.check import check_answers
 from zo_peft.engines.served import evaluator_of
-from zo_peft.errors import NonFiniteLossError, UserError
+from zo_peft.errors import NonFiniteLossError, UserError, explained
 from zo_peft.models import recipe
+from zo_peft.models.adapters import peft_config_of
 from zo_peft.models.agreement import check
 from zo_peft.models.guide import ResidualGuide, may_read
 from zo_peft.models.in_place_space import InPlaceSpace
@@ -48,6 +51,18 @@ from zo_peft.train.policy import PolicyGuide, may_draw
 #: How far a random walk of all steps would move the loss of an example, in nats, with the automatic
 #: learning rate (docs/efficiency.md).
 WALK = 0.87
+
+
+#: Learning rates of plain SGD by adapter type (docs/efficiency.md), LORA's for any other type; and
+#: those of scales and weights.
+SGD_LEARNING_RATES: dict[str, float] = {
+    PeftType.LORA: 1e-3,
+    PeftType.PREFIX_TUNING: 1.0,
+    PeftType.PROMPT_TUNING: 1.0,
+    PeftType.IA3: 1e-1,
+    "scales": 1e-3,
+    "weights": 1e-6,
+}
 
 
 class ZOTrainer(CheckpointTrainer):
@@ -203,10 +218,11 @@ class ZOTrainer(CheckpointTrainer):
     def _open_journal(self, resume: str | bool | None) -> str | None:
         """Start a journal or take one up; returns the checkpoint to go on from."""
         folder = Path(self.args.output_dir).resolve()
+        config = peft_config_of(self.model)
         header = {
             "base": identity(self.model),
             "num_labels": self.tokenization.num_labels,
-            "adapter": recipe.adapter_settings(self.model),
+            "adapter": config and json.loads(json.dumps(config.to_dict(), default=sorted)),
             "seed": self.args.seed,
             "generator": GENERATOR,
             "space": self._space_settings(),
@@ -319,7 +335,9 @@ class ZOTrainer(CheckpointTrainer):
         return self.optimizer
 
     def _update_rule(self) -> UpdateRule:
-        rate = recipe.sgd_learning_rate(self.model, self.args.tune)
+        config = peft_config_of(self.model)
+        kind = config.peft_type if config else self.args.tune
+        rate = SGD_LEARNING_RATES.get(kind, SGD_LEARNING_RATES[PeftType.LORA])
         if self.args.update_rule == "momentum":
             rate *= 1 - self.args.momentum
         rate = self.args.learning_rate or rate
@@ -355,10 +373,8 @@ class ZOTrainer(CheckpointTrainer):
             kept = rule.momentum if rule.BUFFERS else 0.0
             independent = num_training_steps * (1 + kept) / (1 - kept)
             rule.param_groups[0]["lr"] = WALK / math.sqrt(independent)
-        try:
+        with explained("lr_scheduler_kwargs do not fit", TypeError, ValueError):
             scheduler = super().create_scheduler(num_training_steps, optimizer)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"lr_scheduler_kwargs do not fit: {error}") from error
         if guided is not None and math.isfinite(self._budget):
             # Steps take one forward pass or several; the schedule follows the passes.
             scheduler.lr_lambdas = [

@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, ge
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 
-from zo_peft.errors import UserError
+from zo_peft.errors import UserError, explained
 from zo_peft.models.hub import httpx, public_name
 from zo_peft.train.card import CARD_NAME, for_repository
 
@@ -93,10 +93,9 @@ def public_files(folder: Path, repo_id: str, token: str | None = None) -> dict[s
     allowed = re.compile(f"{weights}|{configs}|{SETTINGS}|{re.escape(CARD_NAME)}|{VOCABULARY}")
     files: dict[str, bytes | Path] = {}
     for name in sorted(filter(allowed.fullmatch, present)):
-        try:
+        errors, advice = (OSError, ValueError, SafetensorError), "save the run again"
+        with explained(f"{name} cannot be read", *errors, advice=advice):
             files[name], text = _content(folder / name, repo_id)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{name} cannot be read: {error}; save the run again") from error
         check_tokens(name, text, token)
     return files
 
