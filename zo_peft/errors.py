@@ -20,13 +20,19 @@ class NonFiniteLossError(UserError):
 def explained(what: str, *kinds: type[Exception], advice: str = "") -> Iterator[None]:
     """Within the context, an error of these kinds becomes a UserError: `what: why; advice`.
 
-    Why is the first line of the error's message; a UserError stays as it is.
+    A UserError, and one that says that memory is full, stays as it is.
     """
     try:
         yield
-    except UserError:
-        raise
     except kinds as error:
-        why = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
-        end = f"; {advice}" if advice else ""
-        raise UserError(f"{what}: {why or type(error).__name__}{end}") from error
+        if isinstance(error, UserError) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{what}: {why}{'; ' * bool(advice)}{advice}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message (with what a colon announces), without a full stop."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    # PyTorch's message begins with a headline.
+    return " ".join([first, *rest[:1]] if first.endswith(":") else [first]).strip().rstrip(".")

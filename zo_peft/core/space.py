@@ -35,10 +35,7 @@ class Space(Protocol):
         """How many float32 numbers a candidate holds while it is evaluated."""
 
     def keep_values(self) -> None:
-        """Let lanes keep the values that they make: a forward, as of generation, reads them again.
-
-        Then `lane_numel` may be more.
-        """
+        """Let lanes keep what they make, which generation reads again; `lane_numel` may be more."""
 
     def displaced(self, displacement: Direction) -> AbstractContextManager[None]:
         """Within the context the model is at `theta + displacement`; after it, at `theta` again."""

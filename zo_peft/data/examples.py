@@ -169,7 +169,7 @@ def read_words(given: Sequence[str]) -> Words:
     """
     words: Any = list(given)
     if len(words) == 1:
-        with suppress(json.JSONDecodeError, RecursionError):
+        with suppress(json.JSONDecodeError):
             if isinstance(read := json.loads(words[0]), list | dict):
                 return checked_words(read)
         words = next(csv.reader(words, skipinitialspace=True), [])

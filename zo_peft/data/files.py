@@ -102,7 +102,7 @@ def _read_json(content: bytes, path: Path) -> list[Row]:
             found = value if isinstance(value, list) else [value]
             if not all(isinstance(row, dict) for row in found):
                 raise ValueError("it is no object of columns")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             line = text.count("\n", 0, place) + 1
             raise UserError(
                 f"{path.name}, line {line} is not JSON: {error}; write one object after another, "

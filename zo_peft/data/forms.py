@@ -283,7 +283,7 @@ def _mask(value: Any) -> list[int]:
 def _tools(value: Any) -> list[Any]:
     try:
         value = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
+    except ValueError:
         raise UserError("it is text that is no JSON; write a list of tools") from None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise UserError(f"{reprlib.repr(value)} must be a list of tools")
@@ -306,12 +306,14 @@ OTHERS: dict[Form, tuple[Form, Callable[[Row], Row]]] = {
 }
 
 
-def question_of(row: Row) -> Row:
-    """What a row asks, without its answer: `prompt`, and what may stand beside it.
+def question_of(row: Row, classifies: bool = False) -> Row:
+    """What a row asks, without its answer: `prompt` (of a head `text`), and what may stand beside.
 
-    A UserError says that the row has no column that asks.
+    A UserError or a KeyError says that the row has no column that asks.
     """
     row = {name: value for name, value in row.items() if value is not None}
+    if classifies:
+        return {"text": row["text"], **{name: row[name] for name in OPTIONAL if name in row}}
     if "instruction" in row:
         asked = {"instruction", "input", "context"} & row.keys()
         return {"prompt": _instruction({name: row[name] for name in asked})["prompt"]}
@@ -353,8 +355,6 @@ def read(name: str, value: Any, reader: Callable[[Any], Any]) -> Any:
     """What a reader makes of a column's value; its UserError then begins with the column."""
     try:
         return reader(value)
-    except RecursionError:
-        raise UserError(f"column {name!r}: its lists are nested too deep") from None
     except UserError as error:
         raise UserError(f"column {name!r}: {error}") from None
 

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zo_peft.errors import Notice, UserError, explained
-from zo_peft.models.hub import LOAD_ERRORS, AnyModel, file_of, first_line, public_name, reason
+from zo_peft.models.hub import LOAD_ERRORS, AnyModel, file_of, public_name, reason
 from zo_peft.models.loading import check_4bit_widths, load_config
 from zo_peft.models.peft_layers import check_options
 from zo_peft.models.quantized import Linear4bit
@@ -46,24 +46,20 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     if offloaded and kind not in ON_OFFLOADED:
         why = f"{kind} may read weights outside of their layers, and part of the base is offloaded"
         raise UserError(f"{why}; use one of {', '.join(ON_OFFLOADED)}")
-    names = [f".{name}" for name, _ in model.named_modules()]
+    modules = dict(model.named_modules())
+    linear = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear)}
+    known = ", ".join(sorted(linear)) or "none"
+    advice = f"its linear layers are: {known}; name some as target_modules"
     given = getattr(peft_config, "target_modules", None)
-    try:
+    what = f"{kind} cannot be attached to {type(model).__name__}"
+    with explained(what, Exception, advice=advice):
         for target in given if isinstance(given, set | list) else ():
             # PEFT is content with one name that fits.
-            if not any(name.endswith(f".{target}") for name in names):
-                raise ValueError(f"no module is named {target}.")
+            if not any(f".{name}".endswith(f".{target}") for name in modules):
+                raise ValueError(f"no module is named {target}")
         # PEFT fills default target modules into the configuration that it is given.
         with stand_ins(offloaded):
             adapted = peft.get_peft_model(model, deepcopy(peft_config))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        modules = model.named_modules()
-        linear = {n.rpartition(".")[2] for n, m in modules if isinstance(m, nn.Linear)}
-        why = f"{kind} cannot be attached to {type(model).__name__}: {first_line(error)}"
-        advice = f"Its linear layers are: {', '.join(sorted(linear)) or 'none'}"
-        raise UserError(f"{why} {advice}; name some as target_modules") from error
     config = adapted.active_peft_config
     if kind == "IA3" and isinstance(config.target_modules, set):
         # PEFT's default names modules that are no targets, and then refuses to load what it saved.
@@ -349,20 +345,13 @@ def name_of(model: AnyModel) -> str:
     return f"{type(model.get_base_model()).__name__} with {config.peft_type.value}"
 
 
-@contextmanager
-def running(model: AnyModel) -> Iterator[None]:
+def running(model: AnyModel) -> AbstractContextManager[None]:
     """Within the context, what a first forward raises becomes a UserError that names the model.
 
     PEFT attaches adapters to modules that they cannot work in, and some need inputs of their own.
     """
-    try:
-        yield
-    except (torch.OutOfMemoryError, UserError):
-        raise
-    except Exception as error:
-        why = f"{name_of(model)} does not run on text alone: {type(error).__name__}"
-        advice = "Choose other target_modules, another peft_type or another base"
-        raise UserError(f"{why}: {first_line(error)} {advice}") from error
+    advice = "choose other target_modules, another peft_type or another base"
+    return explained(f"{name_of(model)} does not run on text alone", Exception, advice=advice)
 
 
 def peft_config_of(model: AnyModel) -> PeftConfig | None:

@@ -19,9 +19,8 @@ from zo_peft.core.direction import Direction
 from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.flat_space import FlatSpace
 from zo_peft.core.lanes import NotInLanes, replaced
-from zo_peft.errors import UserError
+from zo_peft.errors import UserError, first_line
 from zo_peft.models.adapters import name_of, running
-from zo_peft.models.hub import first_line
 from zo_peft.models.in_place_space import InPlaceSpace
 from zo_peft.models.loading import is_packed
 from zo_peft.objectives.scoring import DIFFERENTIABLE

@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from zo_peft.errors import UserError
+from zo_peft.errors import UserError, first_line
 
 #: The client that huggingface_hub reads the Hub with: httpx, or from its version 2 httpx2.
 httpx = import_module(errors.HTTPError.__module__)
@@ -60,12 +60,4 @@ def reason(error: BaseException) -> str:
         if isinstance(cause, errors.RemoteEntryNotFoundError):
             return f"it holds no {cause.response.url.path.rpartition('/')[2]}."
         cause = cause.__cause__
-    return first_line(error)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message (with what a colon announces), with a full stop."""
-    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
-    # PyTorch's message begins with a headline.
-    line = " ".join([first, *rest[:1]] if first.endswith(":") else [first]).strip()
-    return line if line.endswith(".") else line + "."
+    return f"{first_line(error)}."

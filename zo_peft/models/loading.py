@@ -23,8 +23,8 @@ from transformers import (
 )
 from transformers.quantizers import AutoHfQuantizer
 
-from zo_peft.errors import UserError, explained
-from zo_peft.models.hub import LOAD_ERRORS, AnyModel, file_of, first_line, public_name, reason
+from zo_peft.errors import UserError, explained, first_line
+from zo_peft.models.hub import LOAD_ERRORS, AnyModel, file_of, public_name, reason
 from zo_peft.models.quantized import Linear4bit, Linear8bitLt, QuantState, bitsandbytes
 
 CHATML = Path(__file__).with_name("chatml.jinja")

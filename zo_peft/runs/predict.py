@@ -100,11 +100,12 @@ def _titles(given: Words | None, words: Sequence[str]) -> dict[str, str]:
 
 def _asked(row: Row, template: str | None, words: Sequence[str], classifies: bool) -> Row:
     """The example that a row is, without its answer if it has one."""
+    if template is None:
+        return question_of(row, classifies)
+    text = fill_template(template, row)
     if classifies:
-        return {"text": fill_template(template or "{text}", row)}
-    if template is not None:
-        return {"prompt": fill_template(template, row), **({"options": [*words]} if words else {})}
-    return question_of(row)
+        return {"text": text}
+    return {"prompt": text, **({"options": [*words]} if words else {})}
 
 
 def _labelled(probabilities: Any, labels: Sequence[Any]) -> Row:

@@ -15,7 +15,7 @@ from zo_peft.core.batch import IGNORE_INDEX, Batch, Prediction
 from zo_peft.core.lanes import replaced
 from zo_peft.data import Tokenization, collator_for, tokenize_dataset
 from zo_peft.data.examples import Examples, converted
-from zo_peft.data.forms import OPTIONAL, Row, form_of, is_answer, question_of
+from zo_peft.data.forms import Row, form_of, is_answer, question_of
 from zo_peft.data.tokenize import is_tokenized, unformatted
 from zo_peft.errors import UserError
 from zo_peft.objectives.rewards import RewardObjective
@@ -53,17 +53,16 @@ def questions(dataset: Any, tokenization: Tokenization) -> Examples | None:
 
 def _question(row: Row, classifies: bool) -> Row | None:
     """The row with a label that nothing reads; None if it has an answer, or does not ask."""
-    form = form_of(row)
-    if classifies:
-        kept = {name: row[name] for name in (*OPTIONAL, "text") if row.get(name) is not None}
-        return {**kept, "label": 0} if form == ("text",) else None
-    turns = row.get("messages")
-    is_open = isinstance(turns, list) and not (turns and is_answer(turns[-1]))
-    asks = form == ("prompt",) or (form == ("messages",) and is_open)
-    if not (asks or (form is None and row.get("instruction") is not None)):
+    form, turns = form_of(row), row.get("messages")
+    asks = form == (("text",) if classifies else ("prompt",))
+    if not classifies and form == ("messages",):
+        asks = isinstance(turns, list) and not (turns and is_answer(turns[-1]))
+    elif not classifies and form is None:
+        asks = row.get("instruction") is not None
+    if not asks:
         return None
-    question = question_of(row)
-    return question | ({"label": 0} if "options" in question else {})
+    question = question_of(row, classifies)
+    return question | ({"label": 0} if classifies or "options" in question else {})
 
 
 def answered(

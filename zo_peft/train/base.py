@@ -24,9 +24,9 @@ from zo_peft.data import Tokenization, collator_for, tokenize_dataset
 from zo_peft.data.sampler import EpochSampler
 from zo_peft.data.tokenize import Features, classes_of, is_tokenized
 from zo_peft.engines import served
-from zo_peft.errors import UserError
+from zo_peft.errors import UserError, explained
 from zo_peft.models import adapters
-from zo_peft.models.hub import AnyModel, first_line
+from zo_peft.models.hub import AnyModel
 from zo_peft.models.loading import load_base, load_tokenizer
 from zo_peft.objectives import rewards, scoring
 from zo_peft.train.answers import answered, is_chat, questions
@@ -136,19 +136,16 @@ class BaseTrainer(Trainer):
             data_collator = collator_for(model, tokenizer.pad_token_id, *goals, examples=seen)
         if args.objective == "accuracy":
             self.objective = scoring.AccuracyObjective(self.objective)
-        try:
-            # Trainer refuses to back-propagate through a quantized base.
-            with replaced([(model, "is_quantized", False)]):
-                super().__init__(
-                    *(model, args, data_collator, train, evaluation, tokenizer),
-                    compute_metrics=compute_metrics,
-                    callbacks=callbacks,
-                )
-        except (UserError, torch.OutOfMemoryError):
-            raise
         # A logger whose package is not installed raises a RuntimeError.
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"transformers refuses the settings: {first_line(error)}") from error
+        refusals = ImportError, OSError, RuntimeError, ValueError
+        refused = explained("transformers refuses the settings", *refusals)
+        # Trainer refuses to back-propagate through a quantized base.
+        with refused, replaced([(model, "is_quantized", False)]):
+            super().__init__(
+                *(model, args, data_collator, train, evaluation, tokenizer),
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+            )
         self.totals = self.spent = Totals()
         self.add_callback(self.totals)
         shown = trainer_callback.ProgressCallback, trainer_callback.PrinterCallback
