@@ -23,8 +23,7 @@ def save_scales(folder: str, space: InPlaceSpace, base: str) -> None:
 def load_scales(model: PreTrainedModel, folder: str) -> None:
     """Set the scales of a base that was just loaded to those that were saved in `folder`.
 
-    Raises:
-        UserError: the file cannot be read, or belongs to another base; then nothing is changed.
+    A UserError says that the file cannot be read, or is of another base; nothing is changed then.
     """
     path, advice = Path(folder) / SCALES_NAME, "give a folder that tune=scales wrote"
     what = f"{path.parent.name}/{SCALES_NAME} cannot be read"

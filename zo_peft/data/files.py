@@ -27,8 +27,7 @@ def read_rows(path: str | Path) -> list[Row]:
     files quotes are ordinary characters, as in GLUE's files, unless they are a table only with
     quotes as in CSV files. Text is UTF-8, UTF-16 with its mark, or cp1252, which a warning says.
 
-    Raises:
-        UserError: the file is missing, empty or of another kind, or a line cannot be read.
+    A UserError says that the file is missing, empty or of another kind, or a line cannot be read.
     """
     path = Path(path)
     readers: dict[str, Callable[[bytes, Path], list[Row]]] = {

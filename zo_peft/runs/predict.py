@@ -47,11 +47,8 @@ def predict(
     `probability` and `probabilities` (by label; in CSV a column `probability_LABEL` for each),
     rounded to six decimals.
 
-    Returns:
-        `output_file`, the number of `examples`, and the `rows`, None where a file has them.
-
-    Raises:
-        UserError: rows cannot be answered, or not be written; nothing has been written then.
+    Returns `output_file`, the number of `examples`, and the `rows`, None where a file has them. A
+    UserError says that rows cannot be answered, or not be written; nothing has been written then.
     """
     output = None if given.output_file is None else Path(given.output_file)
     if output and (output.suffix.lower() not in (".jsonl", ".csv") or output.is_dir()):

@@ -41,17 +41,13 @@ from zo_peft.train.trainer import ZOTrainer
 def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
     """Tune an adapter and write it to `args.output_dir`, with a card and `zo_metrics.json`.
 
-    Returns:
-        The contents of `zo_metrics.json`, `output_dir`, and the commands that may come `next`, one
-        by one. `wall_seconds` counts from the start of the process.
-        With them count the seconds of training in earlier processes of the run.
-        `peak_memory_bytes` is the process's resident set on a CPU, and the allocator's peak on
-        CUDA. `train_loss` is the mean over the run's steps. The values of evaluation are None if
-        there is no evaluation data. For a benchmark task they are of its test examples, and
-        `metric_dev` is of its validation examples, on which checkpoints and settings are chosen.
-
-    Raises:
-        UserError: something in the arguments cannot work; then no adapter has been written.
+    Returns the contents of `zo_metrics.json`, `output_dir`, and the commands that may come `next`,
+    one by one. `wall_seconds` counts from the start of the process. With them count the seconds of
+    training in earlier processes of the run. `peak_memory_bytes` is the process's resident set on a
+    CPU, and the allocator's peak on CUDA. `train_loss` is the mean over the run's steps. The values
+    of evaluation are None if there is no evaluation data. For a benchmark task they are of its test
+    examples, and `metric_dev` is of its validation examples, on which checkpoints and settings are
+    chosen. A UserError says that something in the arguments cannot work; no adapter is written.
     """
     if args.chooses_folder:
         source = Path(data.task or data.train_file or data.dataset_name or "data").stem

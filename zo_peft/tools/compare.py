@@ -55,12 +55,9 @@ def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
     Beside the result, `output_dir` gets `comparison.png` and a folder for each run. A run that is
     there already is not made again. `options` are of `zo-peft train`, for all runs.
 
-    Returns:
-        The contents of `comparison.json`: by strategy, its `zo_metrics.json`. With several seeds,
-        the numbers of `MEANS` are means of the runs, and `NAME_std` are the standard deviations.
-
-    Raises:
-        UserError: there is no seed, an option is of one run, or a run fails.
+    Returns the contents of `comparison.json`: by strategy, its `zo_metrics.json`. With several
+    seeds, the numbers of `MEANS` are means of the runs, and `NAME_std` are the standard deviations.
+    A UserError says that there is no seed, an option is of one run, or a run fails.
     """
     if given.seeds < 1:
         raise UserError(f"seeds={given.seeds}; it must be 1 or more")

@@ -38,12 +38,9 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
     tokenizer, the figures of the adapter's run, and a card. Of `model`, `adapter_name_or_path` and
     what concerns the base count.
 
-    Returns:
-        `output_dir`, the `files` of weights in it, and their `dtype`.
-
-    Raises:
-        UserError: the adapter cannot be merged, or the base is quantized and `dequantize` is not
-            given; nothing has been written then.
+    Returns `output_dir`, the `files` of weights in it, and their `dtype`. A UserError says that the
+    adapter cannot be merged, or the base is quantized and `dequantize` is not given; nothing has
+    been written then.
     """
     if model.adapter_name_or_path is None:
         raise UserError("nothing to merge; give --adapter_name_or_path")

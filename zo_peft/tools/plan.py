@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate.utils import convert_file_size_to_int
 from peft import PeftConfig
-from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
 from zo_peft.core import eps
@@ -130,7 +129,12 @@ class Planner:
         self.tuned = self.space.numel
         self.positions: int | None = getattr(self.fit.config, "max_position_embeddings", None)
         self.in_lanes = not isinstance(replacements_of(tuned, self.space), NotInLanes)
-        self._measure_layers(base)
+        self.quantized = self.fit.largest > 0
+        # For gradients, PEFT makes float32 of what is not quantized.
+        floats = [p for p in base.parameters() if p.is_floating_point()]
+        self.upcast = sum(4 * p.numel() - p.nbytes for p in floats) if self.quantized else 0
+        if self.device == "cpu":
+            check_4bit_widths(base, "meta")
         self.guide = self._guide() if args.strategy == GUIDED else None
 
     def _guide(self) -> GuideMemory:
@@ -145,15 +149,6 @@ class Planner:
             layers = f"{public_name(name)} has {guide.layers} layers"
             raise UserError(f"exact_layers={args.exact_layers}, but {layers}")
         return guide
-
-    def _measure_layers(self, base: PreTrainedModel) -> None:
-        """Measure what is not quantized; a UserError where a CPU would decode layers wrongly."""
-        self.quantized = self.fit.largest > 0
-        # For gradients, PEFT makes float32 of what is not quantized.
-        floats = [p for p in base.parameters() if p.is_floating_point()]
-        self.upcast = sum(4 * p.numel() - p.nbytes for p in floats) if self.quantized else 0
-        if self.device == "cpu":
-            check_4bit_widths(base, "meta")
 
     def candidates(self, batch: int, length: int, limit: int | None = None) -> list[int]:
         """How many candidates share a forward pass: in a step, and while zo_eps is chosen.
@@ -286,16 +281,13 @@ def plan(
 ) -> dict[str, Any]:
     """The memory of a run; with `gpu_memory` also what fits into it.
 
-    Returns:
-        The bytes of a `Memory`, as `forward_only` and as `gradients` (None where the base itself is
-        tuned). `gpu_memory` adds `gradients_fit` and, of forward passes, `fits`, the
-        `largest` options that fit (of a guided run `exact_layers`, too), and a `proposal` of
-        options that fit, None where none do. Then `least` tells of one example by itself in the
-        fewest bits: the `options` of that base, the `peak`, that of a single token
-        (`peak_of_a_token`), and the `max_length` that fits, or 0.
-
-    Raises:
-        UserError: the base is not found or cannot be planned, or an option makes no sense.
+    Returns the bytes of a `Memory`, as `forward_only` and as `gradients` (None where the base
+    itself is tuned). `gpu_memory` adds `gradients_fit` and, of forward passes, `fits`, the
+    `largest` options that fit (of a guided run `exact_layers`, too), and a `proposal` of options
+    that fit, None where none do. Then `least` tells of one example by itself in the fewest bits:
+    the `options` of that base, the `peak`, that of a single token (`peak_of_a_token`), and the
+    `max_length` that fits, or 0. A UserError says that the base is not found or cannot be planned,
+    or an option makes no sense.
     """
     if given.completion_length < 1:
         raise UserError(f"completion_length={given.completion_length}; it must be 1 or more")

@@ -28,12 +28,9 @@ class PushArguments:
 def push(given: PushArguments) -> dict[str, Any]:
     """Upload a folder's adapter, or its model, with tokenizer, card and metrics.
 
-    Returns:
-        `repo_id`, `revision`, `private`, `files` (each with `name` and `size` in bytes), the sum of
-        their sizes as `bytes`, and the `url` of the commit, which is None for a dry run.
-
-    Raises:
-        UserError: there is nothing to push, a file holds a token, or the Hub refuses all of it.
+    Returns `repo_id`, `revision`, `private`, `files` (each with `name` and `size` in bytes), the
+    sum of their sizes as `bytes`, and the `url` of the commit, which is None for a dry run. A
+    UserError says that there is nothing to push, a file holds a token, or the Hub refuses it.
     """
     folder = Path(given.folder)
     with hub_errors(given.repo_id):

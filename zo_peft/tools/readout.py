@@ -40,13 +40,10 @@ Seen = Sequence[Tensor]
 def readout(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
     """Fit the head on the training data, one pass for each batch, as far as the budget goes.
 
-    Returns:
-        What `zo_metrics.json` in `output_dir` then holds: the metric and the loss on the evaluation
-        data before and after, and what was spent.
-
-    Raises:
-        UserError: there are no evaluation data, or the task is not one of label words of one token
-            or of classes, or an engine computes the base.
+    Returns what `zo_metrics.json` in `output_dir` then holds: the metric and the loss on the
+    evaluation data before and after, and what was spent. A UserError says that there are no
+    evaluation data, or the task is not one of label words of one token or of classes, or an engine
+    computes the base.
     """
     if args.engine is not None:
         raise UserError("an engine tells no hidden states; give the float model, or no readout")

@@ -52,8 +52,7 @@ def replay(model: ModelArguments, given: ReplayArguments) -> dict[str, Any]:
 
     On the same kind of device the result has the same bits. `model` counts for its base alone.
 
-    Raises:
-        UserError: the journal is damaged or belongs to another base; nothing has been written then.
+    A UserError says that the journal is damaged or of another base; nothing is written then.
     """
     what = f"{Path(given.journal).name} is not of this version of zo_peft"
     with explained(what, KeyError, TypeError, AttributeError):

@@ -30,12 +30,9 @@ class ReportArguments:
 def report(given: ReportArguments) -> dict[str, Any]:
     """Write a self-contained HTML page and its charts, as PNG files.
 
-    Returns:
-        `page` and `charts`, which are file names, and `runs`, the page's first table.
-
-    Raises:
-        UserError: a folder holds no run, or a damaged one, or `output_dir` is a file or below one;
-            nothing has been written then.
+    Returns `page` and `charts`, which are file names, and `runs`, the page's first table. A
+    UserError says that a folder holds no run, or a damaged one, or `output_dir` is a file or below
+    one; nothing has been written then.
     """
     folders = list(dict.fromkeys(Path(name).resolve() for name in given.runs))
     runs = [load(folder, name) for folder, name in zip(folders, names(folders))]

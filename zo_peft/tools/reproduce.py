@@ -73,11 +73,8 @@ def reproduce(given: ReproduceArguments, options: list[str]) -> dict[str, Any]:
     Which is best is decided on validation examples. Runs that are there are not made again. Further
     `options` of `zo-peft train` replace published ones.
 
-    Returns:
-        The contents of `reproduction.json`. Beside it, `reproduction.md` is the table.
-
-    Raises:
-        UserError: the runs of all learning rates fail, or a run with another seed.
+    Returns the contents of `reproduction.json`. Beside it, `reproduction.md` is the table. A
+    UserError says that the runs of all learning rates fail, or a run with another seed.
     """
     if fixed := {"--learning_rate", "--seed"} & {word.partition("=")[0] for word in options}:
         raise UserError(f"{min(fixed)} is of one run; here are the published rates, and --seeds")
