@@ -126,28 +126,26 @@ def _with_file(parser: _Parser, argv: Sequence[str], more: dict[str, argparse.Ac
         default=argparse.SUPPRESS,
         help="YAML file of options; the command line overrides it.",
     )
-    options = {} if given.config is None else _read_options(given.config)
+    options: dict[Any, Any] = {}
+    if path := given.config:
+        errors = OSError, ValueError, yaml.YAMLError
+        with explained(f"--config {path} cannot be read as YAML", *errors):
+            options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(options, dict):
+            raise UserError(f"--config {path} must hold options, one `name: value` a line")
     words: list[str] = []
     own = {action.dest for action in parser._actions}
     # argparse takes what it does not know and has a space for one more value of a list before it.
     for option, value in sorted(options.items(), key=lambda given: given[0] in own):
         if option not in actions or option == "help_all":
             meant = guess(str(option), actions)
-            raise UserError(f"--config {given.config} has an unknown option {option!r}{meant}")
+            raise UserError(f"--config {path} has an unknown option {option!r}{meant}")
         if option not in parser.unread:
             words += _words(option, value, actions[option])
     if idle := [name for name in options if name in parser.unread]:
         listed = ", ".join(idle)
-        print(f"{parser.prog} uses none of these in {given.config}: {listed}", file=sys.stderr)
+        print(f"{parser.prog} uses none of these in {path}: {listed}", file=sys.stderr)
     return words + rest
-
-
-def _read_options(path: str) -> dict[Any, Any]:
-    with explained(f"--config {path} cannot be read as YAML", OSError, ValueError, yaml.YAMLError):
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(options, dict):
-        raise UserError(f"--config {path} must hold options, one `name: value` a line")
-    return options
 
 
 def _words(name: str, value: Any, action: argparse.Action) -> list[str]:

@@ -64,7 +64,10 @@ SKIPPED = Line2D([], [], color="black", ls="", marker="x", mew=1.5, label="skipp
 @rc_context(fname=STYLE)
 def draw(runs: Sequence[Run]) -> dict[str, Figure]:
     """Draw the figures that have something to show: loss, metric, steps, faults, by these names."""
-    across = _across(runs)
+    longest = pd.Series([run.steps["seconds"].max() for run in runs]).max()
+    times = [(unit, name) for unit, name, shortest in UNITS if longest >= shortest]
+    across = [("forward_passes", 1.0, "forward passes")]
+    across += [("seconds", unit, f"time of training, {name}") for unit, name in times[:1]]
     metric = plain(runs[0].metric_name) if len({r.metric_name for r in runs}) == 1 else "metric"
     figures: dict[str, Sequence[Panel]] = {
         "loss": [Panel("loss", "loss", "measured", *x) for x in across],
@@ -142,14 +145,6 @@ def plain(text: str) -> str:
 def _known(runs: Sequence[Run], panel: Panel) -> bool:
     found = (run.evaluations if panel.kind == "evaluated" else run.steps for run in runs)
     return any(columns[panel.series].notna().any() for columns in found)
-
-
-def _across(runs: Sequence[Run]) -> list[tuple[str, float, str]]:
-    """What is drawn over: forward passes and, if known, time; each as a panel's x, unit, across."""
-    longest = pd.Series([run.steps["seconds"].max() for run in runs]).max()
-    times = [(unit, name) for unit, name, shortest in UNITS if longest >= shortest]
-    over_time = [("seconds", unit, f"time of training, {name}") for unit, name in times[:1]]
-    return [("forward_passes", 1.0, "forward passes"), *over_time]
 
 
 def _measured(axes: Axes, runs: Sequence[Run], x: str, unit: float, name: str) -> None:

@@ -54,7 +54,13 @@ def doctor() -> dict[str, Any]:
             checks[name] |= {"error": public(error), "fix": check["fix"]}
     versions: dict[str, str | None] = {"python": platform.python_version(), "zo_peft": __version__}
     versions |= {package: version_of(package) for package in TABLE["packages"]}
-    found = {"versions": versions, "engines": installed(), "devices": _devices()}
+    memory = psutil.virtual_memory().total / 2**30
+    devices = [f"CPU ({platform.machine()}), {torch.get_num_threads()} threads, {memory:.0f} GiB"]
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        devices.append(f"CUDA {index}: {card.name}, {card.total_memory / 2**30:.0f} GiB")
+    devices += ["MPS"] if torch.backends.mps.is_available() else []
+    found = {"versions": versions, "engines": installed(), "devices": devices}
     return found | {"checks": checks}
 
 
@@ -80,12 +86,3 @@ def public(message: str) -> str:
         r"(?<![\w/:.])(?:[A-Za-z]:)?(?:[\\/][^\s\\/:'\"]+)*[\\/](?=[^\s\\/])", "", message
     )
     return shown.replace(name, "this machine") if name else shown
-
-
-def _devices() -> list[str]:
-    memory = psutil.virtual_memory().total / 2**30
-    found = [f"CPU ({platform.machine()}), {torch.get_num_threads()} threads, {memory:.0f} GiB"]
-    for index in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(index)
-        found.append(f"CUDA {index}: {card.name}, {card.total_memory / 2**30:.0f} GiB")
-    return found + (["MPS"] if torch.backends.mps.is_available() else [])
