@@ -107,7 +107,7 @@ def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) 
     """Put an adapter (safetensors of a folder or the Hub) on its base, or a UserError says why."""
     # Without safetensors, PEFT would read a pickle.
     config, _ = saved_adapter(path)
-    try:
+    with _reading(path):
         # The name of the base is that of the one that is here.
         config.base_model_name_or_path, config.inference_mode = None, not is_trainable
         adapted = add_adapter(model, _tunable(config) if is_trainable else config)
@@ -128,10 +128,6 @@ def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) 
         if strange := sorted(set(foreign) - wanted):
             raise ValueError(f"it has {strange[0]}, for which this base has no place.")
         return adapted
-    except KeyError as error:
-        raise unreadable_adapter(path, ValueError(f"it lacks {error.args[0]}.")) from error
-    except (*LOAD_ERRORS, RuntimeError) as error:
-        raise unreadable_adapter(path, error) from error
 
 
 def _tunable(config: PeftConfig) -> PeftConfig:
@@ -170,21 +166,26 @@ def save_adapter(model: PeftModel, folder: str) -> None:
         (Path(folder) / active).rmdir()
 
 
-def unreadable_adapter(path: str, error: BaseException) -> UserError:
-    """The error that says why an adapter cannot be loaded."""
-    layout = "PEFT's layout (adapter_config.json, adapter_model.safetensors), a folder or a Hub id"
-    why = f"adapter {path!r} cannot be loaded: {reason(error)}"
-    return UserError(f"{why} Give an adapter for this base in {layout}")
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Within the context, a UserError says why an adapter cannot be loaded."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (*LOAD_ERRORS, KeyError, TypeError, RuntimeError) as error:
+        why = f"it lacks {error.args[0]}." if isinstance(error, KeyError) else reason(error)
+        layout = "(adapter_config.json, adapter_model.safetensors), a folder or a Hub id"
+        advice = f"Give an adapter for this base in PEFT's layout {layout}"
+        raise UserError(f"adapter {path!r} cannot be loaded: {why} {advice}") from error
 
 
 def saved_adapter(name: str) -> tuple[PeftConfig, int | None]:
     """An adapter's configuration, and how many classes its head has, if any; or a UserError."""
-    try:
+    with _reading(name):
         config = PeftConfig.from_pretrained(name)
         with safe_open(file_of(name, SAFETENSORS_WEIGHTS_NAME), "pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    except (*LOAD_ERRORS, KeyError, TypeError) as error:
-        raise unreadable_adapter(name, error) from error
     heads = [shape[0] for key, shape in shapes.items() if HEAD.search(key)]
     return config, heads[0] if heads and config.task_type == TaskType.SEQ_CLS else None
 

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Template
 from transformers.hf_argparser import HfArg
 
-from zo_peft.errors import UserError
+from zo_peft.errors import explained
 from zo_peft.runs.texts import mib, number
 from zo_peft.tools.charts import draw
 from zo_peft.tools.history import Run, load, names
@@ -37,10 +37,9 @@ def report(given: ReportArguments) -> dict[str, Any]:
     folders = list(dict.fromkeys(Path(name).resolve() for name in given.runs))
     runs = [load(folder, name) for folder, name in zip(folders, names(folders))]
     figures, folder = draw(runs), Path(given.output_dir)
-    try:
+    what, errors = f"--output_dir {folder} cannot be made", (FileExistsError, NotADirectoryError)
+    with explained(what, *errors, advice="give a folder"):
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--output_dir {folder} is, or is below, a file; give a folder") from None
     charts = {name: folder / f"{name}.png" for name in figures}
     for name, figure in figures.items():
         figure.savefig(charts[name], dpi=110)
