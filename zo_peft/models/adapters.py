@@ -107,7 +107,7 @@ def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) 
     """Put an adapter (safetensors of a folder or the Hub) on its base, or a UserError says why."""
     # Without safetensors, PEFT would read a pickle.
     config, _ = saved_adapter(path)
-    with _reading(path):
+    with reading_adapter(path):
         # The name of the base is that of the one that is here.
         config.base_model_name_or_path, config.inference_mode = None, not is_trainable
         adapted = add_adapter(model, _tunable(config) if is_trainable else config)
@@ -167,7 +167,7 @@ def save_adapter(model: PeftModel, folder: str) -> None:
 
 
 @contextmanager
-def _reading(path: str) -> Iterator[None]:
+def reading_adapter(path: str) -> Iterator[None]:
     """Within the context, a UserError says why an adapter cannot be loaded."""
     try:
         yield
@@ -182,7 +182,7 @@ def _reading(path: str) -> Iterator[None]:
 
 def saved_adapter(name: str) -> tuple[PeftConfig, int | None]:
     """An adapter's configuration, and how many classes its head has, if any; or a UserError."""
-    with _reading(name):
+    with reading_adapter(name):
         config = PeftConfig.from_pretrained(name)
         with safe_open(file_of(name, SAFETENSORS_WEIGHTS_NAME), "pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118

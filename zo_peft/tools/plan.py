@@ -26,7 +26,7 @@ from zo_peft.core.noise import CHUNK
 from zo_peft.core.strategies import STRATEGIES
 from zo_peft.core.updates import RULES
 from zo_peft.errors import UserError
-from zo_peft.models.adapters import add_adapter, saved_adapter
+from zo_peft.models.adapters import add_adapter, reading_adapter
 from zo_peft.models.guide import may_read, rows_at_once
 from zo_peft.models.guide_memory import GuideMemory
 from zo_peft.models.hub import public_name
@@ -272,8 +272,10 @@ class Planner:
 
 
 def _peft_config(model: ModelArguments) -> PeftConfig:
-    own = model.adapter_name_or_path
-    return model.peft_config() if own is None else saved_adapter(own)[0]
+    if model.adapter_name_or_path is None:
+        return model.peft_config()
+    with reading_adapter(model.adapter_name_or_path):
+        return PeftConfig.from_pretrained(model.adapter_name_or_path)
 
 
 def plan(
