@@ -19,7 +19,7 @@ from zo_peft.cli import main
 
 #: What only a shell understands; and what it does not read.
 SHELL = re.compile(r"[|&;<>$`*]")
-COMMENT = re.compile(r"(?:^|\s)#[^'\"]*$", re.MULTILINE)
+COMMENT = re.compile(r"(?:^|\s)#[^'\"\n]*$", re.MULTILINE)
 
 
 def commands(code: str) -> list[list[str]] | None:

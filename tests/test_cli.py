@@ -374,6 +374,10 @@ def test_every_command_has_help_and_what_it_names(
     shown = {line.split()[0][2:] for line in screen if line.startswith("  --")}
     assert shown <= read - REFUSED.keys()
     assert command.groups or shown == read
+    assert command.meanings.keys() <= shown
+    # What a run tells is not asked for.
+    base = [line for line in screen if line.startswith("  --model_name_or_path ")]
+    assert not (command.defaults and base[0].endswith("(required)"))
 
 
 @pytest.mark.parametrize(

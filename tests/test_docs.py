@@ -16,6 +16,7 @@ import pytest
 from hub_client import environment, parquet, written
 from hub_server import Hub
 from markdown_it import MarkdownIt
+from run_blocks import commands
 
 from zo_peft.tools.demo import EMBEDDED
 
@@ -90,6 +91,17 @@ def test_a_comment_before_a_block_says_what_it_needs() -> None:
         Block(8, "python", "# c.py\nd\n", "c.py", None),
         Block(13, "", "e\n", None, None),
     ]
+
+
+def test_a_comment_ends_with_its_line() -> None:
+    lines = "zo-peft a run  # it runs\nzo-peft b \\\n    run\nzo-peft c  # the last\nzo-peft d\n"
+    assert commands(lines) == [
+        ["zo-peft", "a", "run"],
+        ["zo-peft", "b", "run"],
+        ["zo-peft", "c"],
+        ["zo-peft", "d"],
+    ]
+    assert commands("zo-peft a | head\n") is None
 
 
 #: Where a model says how many tokens it takes.

@@ -1,7 +1,7 @@
 """The command line, `zo-peft COMMAND`.
 
-A command's module is imported when the command runs, so that help and typing errors cost no
-seconds: torch and transformers are not loaded for them.
+A command's module is imported when the command runs, so that help and a mistyped command cost
+no seconds: torch and transformers are not loaded for them.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -43,6 +43,7 @@ class Command:
     goes_on: str = ""
     groups: Sequence[str] = ()
     example: str = ""
+    meanings: dict[str, str] = field(default_factory=dict)
 
 
 TABLE = yaml.safe_load(Path(__file__).with_name("commands.yaml").read_bytes())
@@ -72,7 +73,8 @@ def help_of(name: str, command: Command) -> str:
     more = "Options of zo-peft train" if command.trains else "--config FILE: options in YAML"
     end = f"{more}. --help-all: every option at length.\n"
     end += "--json: print one JSON object. --debug: tracebacks, and what libraries say."
-    shown = screen(command.arguments, command.groups, read_by(command.reads))
+    reads = read_by(command.reads)
+    shown = screen(command.arguments, command.groups, reads, command.meanings)
     return "\n\n".join([*parts, shown, end])
 
 

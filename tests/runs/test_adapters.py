@@ -121,6 +121,11 @@ def test_an_adapter_that_does_not_fit_is_never_taken(zo: Lines, tmp_path: Path) 
     assert "cannot be loaded: 'LATER'" in evaluated(zo, tmp_path / "run", code=2)
 
 
+def test_a_device_that_this_machine_lacks_is_named() -> None:
+    with pytest.raises(UserError, match=r"model .* cannot be loaded: .*CUDA"):
+        load_base(MODEL, device_map="cuda:99")
+
+
 def test_classes_are_those_of_the_head_or_the_words(zo: Lines, files: Path, tmp_path: Path) -> None:
     def head(command: str, name: str, classes: int, **changes: Any) -> str:
         file = files / f"{classes}.jsonl"
@@ -146,6 +151,10 @@ def test_classes_are_those_of_the_head_or_the_words(zo: Lines, files: Path, tmp_
     assert main(argv) == 0
     names = {0: "bad", 1: "fine", 2: "good"}
     assert AutoConfig.from_pretrained(tmp_path / "merged").id2label == names
+    # The run says which base it had.
+    assert main(["merge", str(tmp_path / "words"), str(tmp_path / "short")]) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("merged", "short")]
+    assert weights[0] == weights[1]
     # An adapter of another task is not scored with a head of random numbers.
     zo("train", tmp_path / "causal")
     assert "of task_type CAUSAL_LM, not SEQ_CLS" in head("evaluate", "causal", 2, code=2)

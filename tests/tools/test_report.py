@@ -161,6 +161,16 @@ def test_skipped_updates_and_dropped_losses_are_counted_and_marked(tmp_path: Pat
     assert set(draw([load(journalled(tmp_path / "whole"), "x")])) == {"loss", "steps"}
 
 
+def test_a_run_without_candidates_has_no_panels_of_them(tmp_path: Path) -> None:
+    alone = {f"step_{step}": {"eps": 0.0, "spread": 0.0} for step in range(9)}
+    guided = load(journalled(tmp_path / "guided", 9, **alone), "guided")
+    both = [guided, load(journalled(tmp_path / "gv", 9), "gv")]
+    labels = [[axes.get_ylabel() for axes in draw(some)["steps"].axes] for some in ([guided], both)]
+    assert [len(shown) for shown in labels] == [2, 4]
+    assert "eps" in labels[1]
+    assert "eps" not in labels[0]
+
+
 def test_of_a_task_only_evaluations_on_validation_examples_are_compared(tmp_path: Path) -> None:
     log = [{"step": 5, "loss": 1.0, "forward_passes": 40}]
     log += [

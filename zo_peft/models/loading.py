@@ -168,8 +168,9 @@ def _loading(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be loaded: {why.rstrip('.')}. {advice}") from error
     except torch.OutOfMemoryError:
         raise
-    except (ImportError, RuntimeError) as error:
-        # A quantization lacks its package or its device, or weights do not fit their model.
+    except (AssertionError, ImportError, RuntimeError) as error:
+        # A quantization lacks its package or its device, weights do not fit their model, or
+        # device_map names a GPU (PyTorch asserts that it was built with CUDA).
         why = first_line(error)
         if "ignore_mismatched_sizes" in why:
             why = "its weights have other shapes than its config.json says; give those of one model"

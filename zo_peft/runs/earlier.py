@@ -51,7 +51,8 @@ def options_of_run(words: Sequence[str]) -> dict[str, Any]:
     if adapter is None:
         return found
     if not told:
-        print(f"{public_name(adapter)} does not tell of its run; give its options", file=sys.stderr)
+        why = f"{public_name(adapter)} has no zo_metrics.json of a run with zo_peft, so nothing"
+        print(f"{why} is known of its prompts or words; options give them", file=sys.stderr)
     noted = Path(adapter) / BASE_NAME
     known = [*(noted.read_text().splitlines() if noted.is_file() else ()), None, None]
     own_base = known[0] or told.get("model_name_or_path")
@@ -63,6 +64,12 @@ def options_of_run(words: Sequence[str]) -> dict[str, Any]:
         tokenizer = known[1] or told.get("tokenizer_name")
         found |= {"engine": told.get("engine"), "tokenizer_name": tokenizer}
     return found
+
+
+def base_of_run(words: Sequence[str]) -> dict[str, Any]:
+    """The base of an earlier run alone, as it was before it was quantized."""
+    found = options_of_run(words)
+    return {n: found[n] for n in ("model_name_or_path", "model_revision") if n in found}
 
 
 def _is_model(folder: Path) -> bool:

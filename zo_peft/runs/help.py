@@ -4,10 +4,11 @@ What options mean is read from the source of their dataclasses: to import these 
 """
 
 import ast
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import wrap
+from types import MappingProxyType
 
 import yaml
 
@@ -37,13 +38,19 @@ def read_by(reads: Sequence[str]) -> set[str]:
     return {name for word in reads for name in SETS.get(word, (word,))}
 
 
-def screen(arguments: Sequence[str], groups: Sequence[str], reads: Collection[str] = ()) -> str:
+def screen(
+    arguments: Sequence[str],
+    groups: Sequence[str],
+    reads: Collection[str] = (),
+    own: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """The options of a command with what they mean: those of some groups, or all.
 
     Args:
         arguments: the command's dataclasses, as `module:name`.
         groups: titles of `options.yaml`.
         reads: the only options that the command reads; empty: all.
+        own: what options mean in this command alone.
     """
     sections = dict(map(_section, arguments))
     if groups:
@@ -53,7 +60,10 @@ def screen(arguments: Sequence[str], groups: Sequence[str], reads: Collection[st
         sections = {title: {n: meanings[n] for n in names} for title, names in shown.items()}
     return "\n\n".join(
         "\n".join(
-            [f"{title}:", *(_line(*o) for o in options.items() if not reads or o[0] in reads)]
+            [
+                f"{title}:",
+                *(_line(n, own.get(n, t)) for n, t in options.items() if not reads or n in reads),
+            ]
         )
         for title, options in sections.items()
     )

@@ -179,8 +179,7 @@ def _next(model: ModelArguments, data: DataArguments, args: ZOConfig, merges: bo
     repository = f"you/{re.sub('[^A-Za-z0-9._]+', '-', Path(folder).resolve().name)}"
     lines = [["predict", *answer], ["report", folder], ["push", folder, repository]]
     if merges:
-        names = {"model_name_or_path": model.model_name_or_path, "adapter_name_or_path": folder}
-        lines += [["merge", *flags(names | {"output_dir": f"{folder}-merged"}), *trust]]
+        lines += [["merge", folder, f"{folder}-merged", *trust]]
     return [shlex.join(["zo-peft", *map(str, line)]) for line in lines]
 
 

@@ -72,7 +72,8 @@ def draw(runs: Sequence[Run]) -> dict[str, Figure]:
     figures: dict[str, Sequence[Panel]] = {
         "loss": [Panel("loss", "loss", "measured", *x) for x in across],
         "metric": [Panel("metric", metric, "evaluated", *x) for x in across],
-        "steps": [panel for panel in STEPS if _known(runs, panel)],
+        # A guided run tries no candidates: their spread and their eps are zero throughout.
+        "steps": [panel for panel in STEPS if any(run.steps[panel.series].any() for run in runs)],
         "faults": FAULTS if any(run.total(p.series) for run in runs for p in FAULTS) else (),
     }
     if not _known(runs, figures["metric"][0]):

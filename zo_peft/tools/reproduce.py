@@ -36,7 +36,7 @@ class ReproduceArguments:
 
     model_name_or_path: str = HfArg(help="Base model: Hub id or folder.")
     task: str = HfArg(help="The benchmark.", metadata={"choices": [*TASKS]})
-    preset: Preset = HfArg(default="paper-gv", help="The method: paper-gv, paper-greedy, mezo, ...")
+    preset: Preset = HfArg(default="paper-gv", help="paper-gv, paper-greedy, mezo, subzero, lozo.")
     peft_type: Literal["LORA", "PREFIX_TUNING"] | None = HfArg(
         default=None, help="The adapter. Default: none, full weights."
     )
