@@ -18,15 +18,13 @@ from zo_peft.core.guide import (
     FIRST_WAIT,
     Gradients,
     Guided,
+    at_queries,
     covariance,
     low_rank,
-    mixed,
     unrotated,
 )
 from zo_peft.core.strategies import Estimate
 from zo_peft.core.updates import RULES
-
-SCALING = 0.7
 
 
 def noise(*shape: int) -> Tensor:
@@ -37,19 +35,23 @@ def close(mine: Tensor, theirs: Tensor) -> bool:
     return bool((mine - theirs).norm() <= 1e-5 * theirs.norm())
 
 
-@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6))
-def test_low_rank_is_the_gradient_of_a_lora(count: int, rank: int, width: int) -> None:
-    torch.manual_seed(count)
-    a, b = noise(rank, width).requires_grad_(), noise(3, rank).requires_grad_()
-    x, errors = noise(count, width), noise(count, 3)
-    (SCALING * x @ a.T @ b.T * errors).sum().backward()
-    found = low_rank(errors, x, a.detach(), b.detach(), SCALING)
-    assert close(found[0], a.grad)
-    assert close(found[1], b.grad)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 6))
+def test_low_rank_is_the_gradient_of_a_lora(layers: int, rank: int, width: int) -> None:
+    """All layers have the same errors; of two parts with two rows each."""
+    torch.manual_seed(layers)
+    a = noise(layers, rank, width).requires_grad_()
+    b = noise(layers, 3, rank).requires_grad_()
+    x, errors = noise(layers, 2, 2, 5, width), noise(1, 2, 2, 5, 3)
+    found = low_rank(errors.unsqueeze(3), x, a.detach(), b.detach())
+    for part in range(2):
+        lora = torch.einsum("lrni,lki,lok->lrno", x[:, part], a, b)
+        true = torch.autograd.grad((lora * errors[:, part]).sum(), (a, b))
+        assert close(found[0][:, part], true[0])
+        assert close(found[1][:, part], true[1])
 
 
 @given(st.integers(1, 3), st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)]))
-def test_mixed_is_the_gradient_of_a_lora_on_values(count: int, heads: tuple[int, int]) -> None:
+def test_low_rank_with_weights_is_that_on_values(count: int, heads: tuple[int, int]) -> None:
     torch.manual_seed(count)
     (query_heads, value_heads), width, rank, length = heads, 2, 3, 5
     a = noise(rank, 4).requires_grad_()
@@ -57,23 +59,28 @@ def test_mixed_is_the_gradient_of_a_lora_on_values(count: int, heads: tuple[int,
     x = noise(count, length, 4)
     weights = noise(count, query_heads, length).softmax(dim=-1)
     errors = noise(count, query_heads, width)
-    values = (SCALING * x @ a.T @ b.T).view(count, length, value_heads, width)
+    values = (x @ a.T @ b.T).view(count, length, value_heads, width)
     values = values.repeat_interleave(query_heads // value_heads, dim=2)
     (torch.einsum("nhs,nshw->nhw", weights, values) * errors).sum().backward()
-    inputs = torch.einsum("nhs,nsi->nhi", weights, x)
-    found = mixed(errors, inputs, a.detach(), b.detach(), SCALING)
-    assert close(found[0], a.grad)
-    assert close(found[1], b.grad)
+    # One layer and one part.
+    own = errors.view(1, 1, count, value_heads, -1, width)
+    sums = torch.einsum("nhs,nsi->nhi", weights, x)
+    for inputs, given_weights in ((x, weights[None, None]), (sums, None)):
+        factors = a.detach()[None], b.detach()[None]
+        found = low_rank(own, inputs[None, None], *factors, given_weights)
+        assert close(found[0][0, 0], a.grad)
+        assert close(found[1][0, 0], b.grad)
 
 
 def test_covariance_carries_errors_through_a_softmax() -> None:
     torch.manual_seed(0)
-    query, keys, values = noise(2, 3, 4).requires_grad_(), noise(2, 3, 5, 4), noise(2, 3, 5, 4)
-    weights = torch.einsum("nhw,nhsw->nhs", query, keys).softmax(dim=-1)
-    errors = noise(2, 3, 4)
-    (torch.einsum("nhs,nhsw->nhw", weights, values) * errors).sum().backward()
+    query, keys, values = noise(2, 3, 6, 4).requires_grad_(), noise(2, 3, 5, 4), noise(2, 3, 5, 4)
+    weights = (query @ keys.mT).softmax(dim=-1)
+    errors = noise(2, 3, 6, 4)
+    (weights @ values * errors).sum().backward()
     carried = covariance(weights.detach(), keys, values)
     assert close((carried @ errors[..., None])[..., 0], query.grad)
+    assert close(at_queries(errors, weights.detach(), keys, values), query.grad)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
@@ -197,6 +204,42 @@ def test_a_guide_that_knows_the_batch_but_not_its_examples_is_not_followed() -> 
     assert share > 0.7 * sum(told[n].square().sum() for n in parameters)
     run.estimate([common], 0, EXAMPLES)
     assert run.followed == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "checks", "followed"),
+    [
+        ([0], 1, [0, 1]),
+        ([2, 0], 2, [0, 1]),
+        ([2, 8], 2, []),
+        ([2, 2, 2], 3, [0, 1]),
+    ],
+    ids=["sure", "true after all", "uphill after all", "never sure"],
+)
+def test_a_first_check_that_is_not_sure_is_made_again(
+    wrong: list[int], checks: int, followed: list[int]
+) -> None:
+    """Of so many of eight examples the gradient has the other sign."""
+    run, (batch,) = guided({"0.weight": 1.0, "1.weight": 1.0})
+    batch, read, found = batch.of_rows(0, 8), run.guide.read, list[float]()
+
+    def partly_wrong(given: Batch, parts: int = 1) -> tuple[Tensor, list[Gradients]]:
+        losses, own = read(given, parts)
+        signs = [-1.0] * wrong[len(found)] + [1.0] * (8 - wrong[len(found)])
+        return losses, [{n: s * g for n, g in part.items()} for s, part in zip(signs, own)]
+
+    run.guide.read = partly_wrong
+    for number in range(checks):
+        assert (run.followed, run.due) == ([], number)
+        chosen = run.estimate([batch], number, 8)[1]["guide"]
+        found.append(chosen["slope"] / chosen["promised"])
+        # What checks in a row have found counts together; what points uphill is left out.
+        usual = sum(max(0, 1 - count / 4) for count in wrong[: len(found)])
+        assert found[-1] == pytest.approx(
+            usual / sum(count < 4 for count in wrong[: len(found)]), abs=0.15
+        )
+    assert run.followed == followed
+    assert run.due > checks
 
 
 @pytest.mark.parametrize(

@@ -27,14 +27,15 @@ WRITERS = {"llama": ("o_proj", "down_proj"), "opt": ("out_proj", "fc2")}
 QUERY_VALUE = ["q_proj", "v_proj"]
 
 
-def batch(rows: int = 5, scored: int = 1, uneven: bool = False) -> Batch:
+def batch(rows: int = 5, scored: int = 1, uneven: bool = False, before: int = 8) -> Batch:
     """Prompts of several lengths, padded in front; the last `scored` positions have labels.
 
     Args:
         uneven: the first of them has no label in the first row.
+        before: the tokens in front of them.
     """
     torch.manual_seed(3)
-    length = 8 + scored
+    length = before + scored
     ids = torch.randint(1, VOCABULARY, (rows, length))
     mask = torch.ones_like(ids)
     for row in range(rows - 1):
@@ -64,7 +65,7 @@ def silenced(model: PreTrainedModel, writers: tuple[str, str]) -> PreTrainedMode
     return model
 
 
-def adapted(model: PreTrainedModel, targets: list[str], **settings: Any) -> PeftModel:
+def adapted(model: PreTrainedModel, targets: Any, **settings: Any) -> PeftModel:
     config = LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=targets, **settings)
     torch.manual_seed(4)
     adapter = get_peft_model(model, config).eval()
@@ -100,17 +101,20 @@ def assert_near(mine: dict[str, Tensor], true: dict[str, Tensor], part: str, err
         assert (mine[name] - true[name]).norm() <= error * true[name].norm(), name
 
 
+@pytest.mark.parametrize("before", [4, 48])
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_reads_the_gradient_where_upper_layers_do_nothing(family: str) -> None:
+def test_reads_the_gradient_where_upper_layers_do_nothing(family: str, before: int) -> None:
+    """Of short rows keys and values are kept, of long ones sums over them."""
     model = {"llama": llama, "opt": opt}[family]()
     writers = WRITERS[family]
     model = adapted(silenced(model, writers), [*QUERY_VALUE, writers[0]])
     for name, parameter in model.named_parameters():
         if writers[0] in name and ".0." not in name and "lora_B" in name:
             nn.init.zeros_(parameter)
-    found = read(model, OptionObjective(), batch())
+    given = batch(before=before)
+    found = read(model, OptionObjective(), given)
     assert len(found) == LAYERS * 6
-    assert_near(found, gradients(model, OptionObjective(), batch()), ".0.", 1e-5)
+    assert_near(found, gradients(model, OptionObjective(), given), ".0.", 1e-5)
 
 
 class LossOfOne(OptionObjective):
@@ -252,6 +256,34 @@ def test_rows_of_options_are_scored_by_themselves() -> None:
     parts = [whole.of_rows(0, 1), whole.of_rows(1, 3)]
     found = torch.cat([objective.losses(model, part) for part in parts])
     torch.testing.assert_close(found, expected)
+
+
+def test_reads_the_gradient_where_options_share_a_prompt() -> None:
+    """The first tokens of all options are predicted at the same position."""
+    features = [
+        {"prompt_ids": [5, 6, 7], "option_ids": [[8, 9], [10]], "label": 1},
+        {"prompt_ids": [9, 8], "option_ids": [[5], [6, 7, 8], [9]], "label": 2},
+    ]
+    given = Collator(PAD, is_causal=True, shares_prompts=True)(features)
+    model = adapted(silenced(llama(), WRITERS["llama"]), QUERY_VALUE)
+    found = read(model, OptionObjective(), given)
+    assert_near(found, gradients(model, OptionObjective(), given), ".0.", 1e-5)
+
+
+def test_layers_that_are_stacked_a_few_at_a_time_have_the_same_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = adapted(llama(), "all-linear")
+    for given, objective in (
+        (batch(), OptionObjective()),
+        (batch(scored=3), CompletionObjective()),
+    ):
+        whole = read(model, objective, given)
+        monkeypatch.setattr("zo_peft.models.heads.FEW", 0)
+        found = read(model, objective, given)
+        monkeypatch.undo()
+        assert found.keys() == whole.keys()
+        assert_near(found, whole, "", 1e-5)
 
 
 def test_a_head_gets_its_exact_policy_gradient() -> None:

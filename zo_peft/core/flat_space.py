@@ -165,11 +165,13 @@ class FlatSpace(Space):
     def _add(self, flat: _Flat, into: Tensor, displacements: Sequence[Direction]) -> None:
         noise = [Direction(tuple(t for t in d.terms if t[0] >= 0)) for d in displacements]
         add_directions(into, noise, self.noise, flat.layout)
-        for row, displacement in enumerate(displacements):
-            for seed, weight in displacement.terms:
-                for name, tensor in self._vectors[-1 - seed].items() if seed < 0 else ():
-                    if name in flat.layout.slices:
-                        into[row, flat.layout.slices[name]].add_(tensor.flatten(), alpha=weight)
+        for row, displacement in zip(into, displacements):
+            given = [(self._vectors[-1 - s], weight) for s, weight in displacement.terms if s < 0]
+            terms = [(x, n, weight) for vector, weight in given for n, x in vector.items()]
+            if terms := [term for term in terms if term[1] in flat.layout.slices]:
+                tensors, names, weights = zip(*terms)
+                added = torch._foreach_mul([x.flatten() for x in tensors], weights)
+                torch._foreach_add_([row[flat.layout.slices[name]] for name in names], added)
 
     def _restore(self) -> None:
         for flat in self._flats:

@@ -3,9 +3,9 @@
 A forward pass yields the exact error at the output, `p = d loss / d h_L`, and the inputs of every
 module. A transformer adds the output of each layer to a residual stream, so with the layers above
 taken as the identity, `p` is the error at every layer (where norms lie in that stream, they and the
-MLPs are not taken so). With it the gradients of an adapter have closed forms (`low_rank`, `mixed`,
-`covariance`), and no backward pass is needed. To send the error of the output straight to every
-layer is direct feedback alignment (arXiv:1609.01596), with the residual stream for random matrices.
+MLPs are not taken so). With it the gradients of an adapter have a closed form (`low_rank`), and no
+backward pass is needed. To send the error of the output straight to every layer is direct feedback
+alignment (arXiv:1609.01596), with the residual stream for random matrices.
 
 `Guided` decides whether and which parts of such an estimate are followed. The measured loss has the
 last word: the estimate is a candidate, as in guided evolution strategies (arXiv:1806.10230).
@@ -53,91 +53,66 @@ CANDIDATES_EVERY = 16
 
 
 def low_rank(
-    errors: Tensor, inputs: Tensor, a: Tensor, b: Tensor, scaling: float
+    errors: Tensor, inputs: Tensor, a: Tensor, b: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `A` and `B` of a LoRA, `y = W x + scaling * B A x`.
+    """The gradients of `A` and `B` of the LoRAs `y = W x + B A x` of L layers, sums of P parts.
+
+    On the values of an attention, the error of a head at position n reaches the value at position j
+    in proportion to the weight with which it attends to j. Heads that share a value are a group.
+    Nothing that is made here is larger than the rank.
 
     Args:
-        errors: d loss / d y at N positions, [N, out].
-        inputs: x there, [N, in].
-        a, b: [r, in] and [out, r].
+        errors: d loss / d y at n positions, or d loss / d (the output of each head) at those of the
+            m heads of each group, [L or 1, P, rows, groups, m * n, width]; of other modules there
+            is one group.
+        inputs: x there, [L, P, rows, n, in]; of values x at all positions j, or without `weights`
+            its sums with them, [L, P, rows, groups * m * n, in].
+        a, b: [L, r, in] and [L, groups * width, r].
+        weights: [L, P, rows, groups * m * n, positions j].
+
+    Returns:
+        [L, P, r, in] and [L, P, groups * width, r].
     """
-    errors = scaling * errors
-    return (errors @ b).T @ inputs, errors.T @ (inputs @ a.T)
-
-
-def mixed(
-    errors: Tensor, inputs: Tensor, a: Tensor, b: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """The gradients of `A` and `B` of a LoRA on the values of an attention.
-
-    The error of head h at a scored position reaches the value at position j in proportion to the
-    weight with which the head attends to j. So the inputs count only as sums with these weights.
-
-    Args:
-        errors: d loss / d (the output of each head) at N positions, [N, heads, width].
-        inputs: sums over j of weight times x_j, [N, heads, in].
-        a, b: [r, in] and [value heads * width, r]; a value head serves equally many heads in a row.
-    """
-    _, heads, width = errors.shape
-    errors, shared = scaling * errors, heads // (len(b) // width)
-    by_head = b.view(-1, width, b.shape[1]).repeat_interleave(shared, dim=0)
-    grad_a = torch.einsum("nhw,hwr,nhi->ri", errors, by_head, inputs)
-    outer = torch.einsum("nhw,nhr->hwr", errors, inputs @ a.T)
-    return grad_a, outer.view(-1, shared, width, b.shape[1]).sum(dim=1).view_as(b)
+    by_group = b.unflatten(1, (errors.shape[3], -1))
+    back = torch.einsum("lprgmw,lgwk->lprgmk", errors, by_group).flatten(3, 4)
+    hidden = torch.einsum("lprsi,lki->lprsk", inputs, a)
+    if weights is not None:
+        back, hidden = weights.mT @ back, weights @ hidden
+    hidden = hidden.unflatten(3, errors.shape[3:5])
+    grad_a = torch.einsum("lprsk,lprsi->lpki", back, inputs)
+    return grad_a, torch.einsum("lprgmw,lprgmk->lpgwk", errors, hidden).flatten(2, 3)
 
 
 def covariance(weights: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """What carries the error at a head's output to its query: [N, heads, width, width].
+    """What carries the error at a head's output to its query: [..., m, width, width].
 
-    The weights w are a softmax of scores q . k_j, so d output / d q is the covariance of values and
-    keys under w: `sum_j w_j k_j (v_j - v)^T`, with `v = sum_j w_j v_j`.
-
-    Args:
-        weights: [N, heads, S].
-        keys, values: [N, heads, S, width].
+    The weights w [..., m, S] are a softmax of scores q . k_j, so d output / d q is the covariance
+    of values and keys [..., S, width] under w: `sum_j w_j k_j (v_j - v)^T`, `v = sum_j w_j v_j`.
     """
-    centred = values - weights[:, :, None] @ values
-    return keys.transpose(2, 3) @ centred.mul_(weights[..., None])
-
-
-def at_values(errors: Tensor, weights: Tensor, value_heads: int) -> Tensor:
-    """Errors at the outputs of heads as errors at their values: [R, value heads, S, width].
-
-    Args:
-        errors: [R, heads, n, width], at n positions of R rows.
-        weights: [R, heads, n, S]; a value head serves equally many heads in a row.
-    """
-    errors, weights = (x.unflatten(1, (value_heads, -1)) for x in (errors, weights))
-    return (weights.transpose(3, 4) @ errors).sum(dim=2)
+    centred = values.unsqueeze(-3) - (weights @ values).unsqueeze(-2)
+    return torch.einsum("...sk,...msw->...mkw", keys, centred.mul_(weights[..., None]))
 
 
 def at_queries(errors: Tensor, weights: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Errors at the outputs of heads as errors at their queries: [R, heads, n, width].
+    """Errors [..., m, width] at the outputs of heads as errors at their queries.
 
-    With the weights w as the softmax of scores q . k_j, the error at score j is
+    With weights, keys and values as of `covariance`, the error at score j is
     `w_j (e . v_j - sum_i w_i e . v_i)`.
-
-    Args:
-        errors, weights: as of `at_values`.
-        keys, values: [R, value heads, S, width].
     """
-    errors, weights = (x.unflatten(1, (values.shape[1], -1)) for x in (errors, weights))
-    scores = errors @ values[:, :, None].transpose(3, 4)
-    scores = weights * (scores - (weights * scores).sum(dim=-1, keepdim=True))
-    return (scores @ keys[:, :, None]).flatten(1, 2)
+    scores = weights * (errors @ values.mT)
+    return (scores - weights * scores.sum(dim=-1, keepdim=True)) @ keys
 
 
 def unrotated(errors: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Errors of rotated queries as errors of the queries before: [N, heads, width].
+    """Errors of rotated queries as errors of the queries before: [..., heads, width].
 
     Rotary embeddings turn the pairs (i, i + width / 2) of a query, of all heads alike. The angles
     are read off the queries themselves, `before` and `after`; with no rotation they are zero. A
     pair that is zero in all heads tells no angle, and its errors become zero.
     """
     pairs = _pairs(before)
-    size = pairs.abs().square().sum(dim=1, keepdim=True)
-    turn = (_pairs(after) * pairs.conj()).sum(dim=1, keepdim=True) / size
+    size = pairs.abs().square().sum(dim=-2, keepdim=True)
+    turn = (_pairs(after) * pairs.conj()).sum(dim=-2, keepdim=True) / size
     turn = turn.masked_fill(size == 0, 0)
     return torch.view_as_real(turn.conj() * _pairs(errors)).movedim(-1, -2).flatten(-2)
 
@@ -193,6 +168,7 @@ class Guided:
         eps: the distance of noise in checks.
         sensitivity: how far noise moves an example's loss, over its distance; it only rises.
         at_first: the first one, and the share of what is promised that the loss kept then.
+        tried: slope, promise and squared error of checks that were not sure.
     """
 
     guide: Guide
@@ -207,6 +183,7 @@ class Guided:
     eps: float = EPS
     sensitivity: float = 0.0
     at_first: list[float] = field(default_factory=list)
+    tried: list[list[float]] = field(default_factory=list)
     known: list[str] = field(default_factory=list)
 
     @property
@@ -342,7 +319,15 @@ class Guided:
         # The sum is measured much better than its parts.
         whole = (slopes[:, 0].mean() - measured[~agrees].sum()).item()
         error, promise = covariances.sum().sqrt().item(), promised[agrees].sum().item()
-        believed = KEPT * promise < whole < promise / KEPT
+        # Until it is followed, checks in a row count together.
+        self.tried = [*self.tried, [whole, promise, error**2]]
+        whole, promise, square = (sum(found) for found in zip(*self.tried))
+        believed = bool(agrees.any()) and KEPT * promise < whole < promise / KEPT
+        error, unsure = math.sqrt(square), believed and whole < 2 * math.sqrt(square)
+        if unsure and not self.followed and len(self.tried) < AGAIN:
+            self.due = number + 1
+            return {"slope": whole, "promised": promise, "error": error, "followed": []}
+        self.tried = []
         if believed:
             now = min(1.0, whole / promise)
             first, kept = self.at_first = self.at_first or [self.sensitivity, now]
@@ -368,8 +353,10 @@ class Guided:
         space, ranks = self.evaluator.space, self.evaluator.ranks
         assert isinstance(space, FlatSpace)
         vectors = [{n: g[n]} if n in g else {} for g in own for n in self.known]
-        norms = [sum(tensor.norm().item() for tensor in vector.values()) for vector in vectors]
-        sizes = torch.tensor(norms).double().view(signs.shape)
+        tensors = [tensor for vector in vectors for tensor in vector.values()]
+        norms = iter(torch.stack(torch._foreach_norm(tensors)).tolist() if tensors else ())
+        sizes = torch.tensor([next(norms) if vector else 0.0 for vector in vectors]).double()
+        sizes = sizes.view(signs.shape)
         roots = torch.tensor([space.parameters[n].numel() for n in self.known]).double().sqrt()
         mine = max(1, sum(map(bool, own)))
         (promised,) = ranks.mean([roots * sizes.sum(dim=0) / mine], batches[0])
@@ -445,6 +432,10 @@ def _least_squares(signs: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 def add(sums: Gradients, gradients: Gradients, scale: float) -> None:
     """Add gradients times a factor to others."""
-    for name, gradient in gradients.items():
-        share = gradient if scale == 1.0 else scale * gradient
-        sums[name] = sums[name] + share if name in sums else share
+    given = dict(gradients)
+    if given and scale != 1.0:
+        given = dict(zip(given, torch._foreach_mul([*given.values()], scale)))
+    if both := [name for name in given if name in sums]:
+        old, new = ([some[name] for name in both] for some in (sums, given))
+        given |= zip(both, torch._foreach_add(old, new))
+    sums |= given

@@ -86,9 +86,10 @@ class UpdateRule(torch.optim.Optimizer):
         if estimate.gradients is None:
             return self.space.dense(index, estimate.slope * estimate.direction)
         gradient = torch.zeros_like(self.space.buffers[index])
-        for name, view in self.space.views(index, gradient).items():
-            if name in estimate.gradients:
-                view.copy_(estimate.gradients[name])
+        views = self.space.views(index, gradient)
+        if known := views.keys() & estimate.gradients.keys():
+            given = [estimate.gradients[name] for name in known]
+            torch._foreach_copy_([views[name] for name in known], given)
         return gradient
 
     def _move(self, rate: float, estimate: Estimate, shrink: Mapping[str, float]) -> None:
@@ -138,9 +139,9 @@ class Momentum(UpdateRule):
         if estimate.gradients is None or estimate.gradients.keys() >= names:
             yield None
             return
-        known = torch.zeros_like(buffer, dtype=torch.bool)
-        for name, view in self.space.views(index, known).items():
-            view.fill_(name in estimate.gradients)
+        known = torch.ones_like(buffer, dtype=torch.bool)
+        views, given = self.space.views(index, known), estimate.gradients
+        torch._foreach_zero_([view for name, view in views.items() if name not in given])
         before = {name: flats[index].clone() for name, flats in self.buffers.items()}
         yield known
         for name, flats in self.buffers.items():

@@ -9,6 +9,8 @@ for what goes through the attention, which is left out. Other layers stay the id
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import compress, count
 from typing import Any
 
 import torch
@@ -16,8 +18,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from zo_peft.models.heads import Scored
-from zo_peft.models.peft_layers import is_plain_lora, lora_factors
+from zo_peft.models.heads import Scored, lora_parameters, lora_settings
+from zo_peft.models.peft_layers import is_plain_lora
 from zo_peft.models.quantized import Linear8bitLt
 from zo_peft.models.trunk import first_of, hidden_of
 
@@ -55,42 +57,58 @@ class Feedback:
 
     def __init__(self, scored: Scored, known: dict[nn.Module, PostNorm | None]) -> None:
         self._scored, self._known = scored, known
-        self._sample, self._nearest = _sample(scored.rows)
         self._calls: Calls = {}
         self._hidden = torch.empty(0)
-        #: From the bottom: the parts of post-norm layers, and the inputs of norms and activation.
-        self._passed: list[tuple[PostNorm, list[Tensor]]] = []
+        #: From the bottom: post-norm layers; and the inputs of their norms and activations.
+        self._layers: list[PostNorm] = []
+        self._inputs: dict[nn.Module, Tensor] = {}
 
     @contextmanager
     def hooks(self, layers: Sequence[nn.Module]) -> Iterator[None]:
         """Within the context a forward pass is kept."""
         with ExitStack() as stack:
+            within = stack.enter_context
             for layer in layers:
                 parts = self._known.get(layer)
-                known = (parts.first, parts.act, parts.last) if parts else ()
-                for module in known if layer in self._known else layer.modules():
-                    if module is not layer:
-                        stack.enter_context(module.register_forward_hook(self._called))
-                stack.enter_context(layer.register_forward_pre_hook(self._enter, with_kwargs=True))
-                stack.enter_context(layer.register_forward_hook(self._leave))
+                for module in (parts.first, parts.act, parts.last) if parts else ():
+                    within(module.register_forward_pre_hook(self._keep))
+                for module in [*layer.modules()][1:] if layer not in self._known else ():
+                    within(module.register_forward_hook(self._called))
+                if layer not in self._known:
+                    within(layer.register_forward_pre_hook(self._enter, with_kwargs=True))
+                    within(layer.register_forward_hook(self._leave))
             yield
+        self._layers = [parts for layer in layers if (parts := self._known[layer]) is not None]
 
     @torch.no_grad()
-    def down(self, errors: Tensor) -> Callable[[nn.Module], Tensor]:
-        """Take errors [N, d] at the output of the last layer to the outputs of modules.
+    def down(self, errors: Tensor) -> Callable[[Sequence[nn.Module]], Tensor]:
+        """Take errors [B, n, d] at the output of the last layer to the outputs of L modules:
+        [L, B, n, d], or [1, B, n, d] where these are all the same.
 
         Each position gets the error of one that is sampled, or none where it had none. Where the
         errors of positions differ otherwise, they stay as they are in all layers.
         """
-        own, some = errors[self._sample], errors.any(dim=1, keepdim=True)
-        found: dict[nn.Module, Tensor] = {}
-        if self._passed and torch.allclose(own[self._nearest] * some, errors, rtol=1e-3):
-            for parts, (first, act, last) in reversed(self._passed):
-                found[parts.down] = own = _through_norm(parts.last, last, own)
-                slopes = (parts.act(act + STEP) - parts.act(act - STEP)) / (2 * STEP)
-                inner = through_linear(parts.up, through_linear(parts.down, own) * slopes)
-                found[parts.out] = own = _through_norm(parts.first, first, own + inner)
-        return lambda m: found[m][self._nearest] * some if m in found else errors
+        if not self._layers:
+            return lambda _: errors[None]
+        flat, found = errors.flatten(0, 1), dict[nn.Module, Tensor]()
+        (sample, *_, nearest), some = self._sample, flat.any(dim=1, keepdim=True)
+        own, near = flat[sample], 1e-3 if flat.dtype == torch.float32 else 1e-2
+        if torch.allclose(own[nearest] * some, flat, rtol=near):
+            act, x = self._layers[0].act, self._stacked("act").float()
+            slopes = ((act(x + STEP) - act(x - STEP)) / (2 * STEP)).to(own.dtype)
+            first, last = (self._norms_back(name) for name in ("first", "last"))
+            for index, parts in reversed([*enumerate(self._layers)]):
+                found[parts.down] = own = last(index, own)
+                inner = through_linear(parts.down, own) * slopes[index]
+                found[parts.out] = own = first(index, own + through_linear(parts.up, inner))
+
+        def at(modules: Sequence[nn.Module]) -> Tensor:
+            if found.keys().isdisjoint(modules):
+                return errors[None]
+            own = torch.stack([found.get(module, flat[sample]) for module in modules])
+            return (own[:, nearest] * some).unflatten(1, errors.shape[:2])
+
+        return at
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._calls, self._hidden = {}, hidden_of(*args, **kwargs)
@@ -98,37 +116,57 @@ class Feedback:
     def _called(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         tensors = [x for x in (*args[:1], output) if isinstance(x, Tensor)]
         if [x.shape[:2] for x in tensors] == [self._hidden.shape[:2]] * 2:
-            x, y = (self._scored.of(x, self._sample) for x in tensors)
+            x, y = map(self._of, tensors)
             self._calls[module] = x, y
 
     def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
-        calls, self._calls = self._calls, {}
-        if layer not in self._known:
-            ends = (self._scored.of(x, self._sample) for x in (self._hidden, first_of(output)))
-            self._known[layer] = _parts_of(linears_of(layer), calls, *ends)
+        calls, ends = self._calls, (self._of(x) for x in (self._hidden, first_of(output)))
+        self._known[layer] = _parts_of(linears_of(layer), calls, *ends)
         if (parts := self._known[layer]) is not None:
-            inputs = [calls[part][0].float() for part in (parts.first, parts.act, parts.last)]
-            self._passed.append((parts, inputs))
+            self._inputs |= {m: calls[m][0] for m in (parts.first, parts.act, parts.last)}
 
+    def _keep(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._inputs[module] = self._of(args[0])
 
-def _sample(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The sampled of N positions, [S], and which of these is next before each, [N]."""
-    sample: list[int] = []
-    nearest: list[int] = []
-    start = 0
-    for count in rows.unique_consecutive(return_counts=True)[1].tolist():
-        few = min(count, POSITIONS)
-        nearest += [len(sample) + i * few // count for i in range(count)]
-        sample += [start + -(-i * count // few) for i in range(few)]
-        start += count
-    return torch.tensor(sample, device=rows.device), torch.tensor(nearest, device=rows.device)
+    def _of(self, x: Tensor) -> Tensor:
+        """[S, ...] of [B, T, ...]."""
+        _, rows, positions, _ = self._sample
+        virtual = x.shape[1] - self._scored.length
+        return x[rows, positions + virtual if virtual else positions]
+
+    @cached_property
+    def _sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Some slots of the grid of scored positions [S], counted through all rows, with their rows
+        and positions; and which of these is next before each slot, [B * n].
+        """
+        scored, sample, nearest = self._scored, list[int](), list[int]()
+        for row, kept in enumerate(scored.real.tolist()):
+            own = [row * len(kept) + slot for slot in compress(range(len(kept)), kept)]
+            few, ranks = min(len(own), POSITIONS), count()
+            nearest += [len(sample) + next(ranks) * few // len(own) if real else 0 for real in kept]
+            sample += [own[-(-index * len(own) // few)] for index in range(few)]
+        slots, back = (torch.tensor(x, device=scored.real.device) for x in (sample, nearest))
+        rows = slots // scored.each
+        return slots, rows, scored.positions[rows, slots % scored.each], back
+
+    def _stacked(self, name: str) -> Tensor:
+        """The inputs of a part of all layers, [L, S, ...]."""
+        return torch.stack([self._inputs[getattr(parts, name)] for parts in self._layers])
+
+    def _norms_back(self, name: str) -> Callable[[int, Tensor], Tensor]:
+        """Takes errors [S, d] through the layer norm of a layer, to its input."""
+        norms, x = [getattr(parts, name) for parts in self._layers], self._stacked(name)
+        weights, shape = torch.stack([norm.weight for norm in norms]).to(x.dtype), [x.shape[-1]]
+        _, mean, size = torch.native_layer_norm(x, shape, None, None, norms[0].eps)
+        back = partial(torch.ops.aten.native_layer_norm_backward, output_mask=[True, False, False])
+        return lambda i, e: back(e, x[i], shape, mean[i], size[i], weights[i], None)[0]
 
 
 def _parts_of(
     linears: Sequence[nn.Module], calls: Calls, hidden: Tensor, output: Tensor
 ) -> PostNorm | None:
     """The parts of a layer, if what they were called with is that of a post-norm, bit for bit."""
-    norms = [module for module in calls if isinstance(module, nn.LayerNorm)]
+    norms = [norm for norm in calls if isinstance(norm, nn.LayerNorm) and norm.elementwise_affine]
     if len(norms) != 2 or not _same(calls[norms[1]][1], output):
         return None
     (before, middle), (end, _) = (calls[norm] for norm in norms)
@@ -151,32 +189,22 @@ def _same(x: Tensor, y: Tensor) -> bool:
     return x.dtype == y.dtype and torch.equal(x, y)
 
 
-def _through_norm(norm: nn.LayerNorm, x: Tensor, errors: Tensor) -> Tensor:
-    """Take errors through a layer norm, to its input x."""
-    errors = errors if norm.weight is None else errors * norm.weight.float()
-    variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
-    size = (variance + norm.eps).sqrt()
-    normed = (x - mean) / size
-    along = normed * (errors * normed).mean(dim=-1, keepdim=True)
-    return (errors - errors.mean(dim=-1, keepdim=True) - along) / size
-
-
 def through_linear(module: Any, errors: Tensor) -> Tensor:
-    """Take errors through a linear module, to its input."""
+    """Take errors [..., out] through a linear module, to its input, in their dtype."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    back = errors @ _weight(base).float()
+    flat = errors.flatten(0, -2)
+    if isinstance(base, Linear8bitLt):
+        scales = base.state.SCB if base.weight.SCB is None else base.weight.SCB
+        # Divided by 127 at once, small errors would be below the smallest numbers of float16.
+        scaled, codes = (flat * scales).to(flat.dtype), base.weight.data.to(flat.dtype)
+        back = torch.addmm(scaled[:, :1], scaled, codes, beta=0, alpha=1 / 127)
+    else:
+        weight = dequantize_module_weight(base)
+        back = (flat.to(weight.dtype) @ weight).to(flat.dtype)
     if is_plain_lora(module):
-        a, b, scaling = lora_factors(module)
-        back = back + scaling * (errors @ b) @ a
-    return back
-
-
-def _weight(module: Any) -> Tensor:
-    """The weight of a linear layer in floating point, [out, in]."""
-    if isinstance(module, Linear8bitLt):
-        scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB
-        return module.weight.data * (scales / 127.0)[:, None]
-    return dequantize_module_weight(module)
+        (a, b), (*_, scaling) = lora_parameters(module), lora_settings(module)
+        back = torch.addmm(back, flat @ b.to(flat.dtype), a.to(flat.dtype), alpha=scaling)
+    return back.unflatten(0, errors.shape[:-1])
 
 
 def linears_of(layer: nn.Module) -> list[nn.Module]:

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from zo_peft.core.batch import Batch, Objective
-from zo_peft.core.guide import Gradients, add, low_rank
+from zo_peft.core.guide import Gradients, add
 from zo_peft.core.lanes import replaced
 from zo_peft.errors import UserError
+from zo_peft.models import heads
 from zo_peft.models.feedback import Feedback, PostNorm, linears_of, through_linear
-from zo_peft.models.heads import Heads, Reading, Role, Scored, lora_gradients, role_of
+from zo_peft.models.heads import Call, Found, Heads, Role, Scored, lora_gradients, stacked
 from zo_peft.models.peft_layers import is_plain_lora
 from zo_peft.models.trunk import first_of, hidden_of, layers_of, with_hidden
 
@@ -84,8 +85,11 @@ class ResidualGuide:
         # A backward pass takes about as long as two forward passes.
         self.passes, self.looked = 1 + math.ceil(2 * exact_layers / len(layers)), 0
         self.layer_runs = 0
-        kind = model.peft_type == PeftType.PREFIX_TUNING
-        self.prefix = kind and not model.active_peft_config.prefix_projection
+        #: The virtual tokens of a prefix, [P, ...]; none of another adapter.
+        self.prefix = nn.Parameter(torch.empty(0))
+        config = model.active_peft_config
+        if model.peft_type == PeftType.PREFIX_TUNING and not config.prefix_projection:
+            self.prefix = model.prompt_encoder[model.active_adapter].embedding.weight
         linears = [module for layer in self.read_layers for module in linears_of(layer)]
         self.loras = {module for module in linears if is_plain_lora(module)}
         #: The modules that a pass looks into: all at first, then those that it needs.
@@ -93,6 +97,8 @@ class ResidualGuide:
         self.roles: dict[nn.Module, Role] = {}
         self.post_norms: dict[nn.Module, PostNorm | None] = {}
         self.writers: set[nn.Module] = set()
+        #: Those whose outputs are needed, too: LoRAs, then those of queries that are turned.
+        self.turned: set[Any] = self.loras
         self.first = True
 
     def part(self, name: str) -> int:
@@ -107,14 +113,16 @@ class ResidualGuide:
         """The losses [B] of a batch, and the gradients of their mean over each of equal parts."""
         (rows, length), each = batch["input_ids"].shape, batch.rows // parts
         apart = getattr(self.objective, "repeatable", False) and rows == len(batch["labels"])
-        count = rows if Scored(batch).single or not apart else rows_at_once(length)
+        whole = Scored(batch)
+        count = rows if whole.single or not apart else rows_at_once(length)
         # A piece is a part, several, or some rows of one.
         count -= count % each if count > each else 0
         losses: list[Tensor] = []
         found = [Gradients() for _ in range(parts)]
         for start in range(0, rows, count):
             piece = batch if count == rows else batch.of_rows(start, start + count)
-            own, gradients = self._read(piece, max(1, piece.rows // each))
+            scored = whole if count == rows else Scored(piece)
+            own, gradients = self._read(piece, scored, max(1, piece.rows // each))
             losses.append(own)
             for sums in found[start // each :][: len(gradients)]:
                 # One at a time, so that none is held twice.
@@ -123,34 +131,30 @@ class ResidualGuide:
 
     # Within a pass gradients are enabled above its leaf.
     @torch.no_grad()
-    def _read(self, batch: Batch, parts: int) -> tuple[Tensor, list[Gradients]]:
-        reading = _Pass(self, batch)
+    def _read(self, batch: Batch, scored: Scored, parts: int) -> tuple[Tensor, list[Gradients]]:
+        reading = _Pass(self, scored)
         with reading.hooks():
             losses = self.objective.losses(self.model, batch)
-        split = losses.chunk(parts)
-        found = [self._gradients(reading, part.mean(), part is not split[-1]) for part in split]
+        # Rows have nothing to do with each other, so that a sum has the errors of all parts.
+        split = losses.chunk(parts) if self._above else (parts * losses,)
+        wanted, errors = [reading.leaf, *self._above.values()], torch.zeros_like(reading.leaf)
+        found = [Gradients() for _ in range(parts)]
+        for loss, gradients in zip(split, found):
+            again = loss is not split[-1]
+            own, *exact = torch.autograd.grad(loss.mean(), wanted, None, again, allow_unused=True)
+            gradients |= {n: g.float() for n, g in zip(self._above, exact) if g is not None}
+            errors += own
+        for parameters, stack in reading.gradients(reading.scored.errors(errors), parts):
+            names = [self.names.get(id(parameter)) for parameter in parameters]
+            for gradients, part in zip(found, stack.unbind(1)):
+                add(gradients, {n: g for n, g in zip(names, part.unbind()) if n is not None}, 1.0)
         if self.first:
-            roles = self.roles.values()
-            needed = self.writers.union(*({r.value, r.query, r.out} for r in roles if r.agrees))
+            roles = [role for role in self.roles.values() if role.agrees]
+            needed = self.writers.union(*({role.value, role.query} for role in roles))
             self.watched = [module for module in self.watched if module in needed]
+            self.turned = {role.query for role in roles if role.scale is None}
         self.first, self.looked = False, math.ceil(self.layer_runs / self._depth)
         return losses.detach(), found
-
-    def _gradients(self, reading: "_Pass", loss: Tensor, again: bool) -> Gradients:
-        """The gradients of a loss of the pass; `again`: the pass has another one behind it."""
-        wanted = [reading.leaf, *self._above.values()]
-        errors, *exact = torch.autograd.grad(loss, wanted, retain_graph=again, allow_unused=True)
-        gradients = {n: g.float() for n, g in zip(self._above, exact) if g is not None}
-        errors = reading.scored.of(errors).float()
-        errors_at = reading.feedback.down(errors)
-        for module, read in reading.readings:
-            # Nothing is read of several residual streams a token, or of a layer's own one.
-            if errors.shape[1:] != (module.out_features,):
-                continue
-            for parameter, gradient in read(errors_at(module)):
-                if (name := self.names.get(id(parameter))) is not None:
-                    add(gradients, {name: gradient}, 1.0)
-        return gradients
 
 
 def may_read(model: PeftModel, tuned: Mapping[str, nn.Parameter]) -> bool:
@@ -180,32 +184,36 @@ class _Pass:
     """One forward pass: its hooks, and the readings that they make.
 
     Attributes:
-        readings: each with the module that wants the errors at its output.
         leaf: the hidden states from which on the pass is differentiated, [B, T, d].
     """
 
-    def __init__(self, guide: ResidualGuide, batch: Batch) -> None:
-        self.guide, self.scored = guide, Scored(batch)
+    def __init__(self, guide: ResidualGuide, scored: Scored) -> None:
+        self.guide, self.scored = guide, scored
         self.feedback = Feedback(self.scored, guide.post_norms)
-        self.readings: list[tuple[nn.Module, Reading]] = []
         self.leaf = torch.empty(0)
-        self._inputs: dict[nn.Module, Tensor] = {}
-        self._outputs: dict[nn.Module, Tensor] = {}
+        #: What can be stacked: writers with their inputs [B, n, in], and attentions.
+        self._written: dict[Any, list[tuple[nn.Module, Tensor]]] = {}
+        self._calls: dict[Any, list[Call]] = {}
+        self._inputs: dict[Any, Tensor] = {}
+        self._outputs: dict[Any, Tensor] = {}
         self._attentions, self._still = 0, False
-        #: An attention whose outputs have not gone into a module yet, and what it tells.
-        self._open: tuple[Role, Tensor, list[Reading]] | None = None
+        #: An attention whose outputs have not gone into a module yet.
+        self._open: tuple[Role, Tensor] | None = None
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
         """Within the context a forward pass is read."""
-        guide = self.guide
-        interface = partial(self._interface, ALL_ATTENTION_FUNCTIONS.get_interface)
+        guide, get = self.guide, ALL_ATTENTION_FUNCTIONS.get_interface
+
+        def interface(*args: Any) -> Callable[..., Any]:
+            return partial(self._attention, get(*args))
+
         with ExitStack() as stack:
             within = stack.enter_context
             within(self.feedback.hooks(guide.read_layers))
             for module in guide.watched:
                 within(module.register_forward_pre_hook(self._before))
-                if module in guide.loras:
+                if module in guide.turned:
                     within(module.register_forward_hook(self._after))
             for layer in guide.read_layers if guide.first else ():
                 within(layer.register_forward_hook(self._look_back, with_kwargs=True))
@@ -247,7 +255,12 @@ class _Pass:
             found = list(_writers(layer, modules, args, kwargs))
         self.guide.writers |= set(found)
         self.guide.layer_runs += 1 + len(modules) if modules else 0
-        self.readings += [_of_writer(m, self.scored, inputs[m]) for m in found]
+        for module in found:
+            self._write(module, inputs[module])
+
+    def _write(self, module: nn.Module, x: Tensor) -> None:
+        like = heads.lora_settings(module), x.dtype, x.device
+        self._written.setdefault(like, []).append((module, self.scored.of(x)))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._still:
@@ -255,63 +268,91 @@ class _Pass:
         # Some layers pass all tokens of a batch to their MLP as if they were one row.
         x = args[0] if args[0].dim() == 3 else args[0].unflatten(0, (self.scored.count, -1))
         if module in self.guide.writers:
-            self.readings.append(_of_writer(module, self.scored, x))
+            self._write(module, x)
         elif module in self.guide.loras:
             self._inputs[module] = x
         if self._open is not None:
-            role, output, readings = self._open
-            if role.out is None and x.shape == output.shape and torch.equal(x, output):
-                role.out = module
-            if role.out is module:
-                self._open = None
-                if readings:
-                    self.readings.append((module, partial(_through, module, readings)))
+            role, output = self._open
+            if x.shape == output.shape and torch.equal(x, output):
+                role.out, self._open = module, None
 
     def _after(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self._outputs[module] = output
 
     # ---- Attention -------------------------------------------------------------------------------
 
-    def _interface(self, get: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-        return partial(self._attention, get(*args))
-
     def _attention(
-        self,
-        function: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
+        self, function: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any
     ) -> Any:
-        output = function(module, query, key, value, attention_mask, *args, **kwargs)
+        output = function(module, *args, **kwargs)
         if self._still:
             return output
+        (query, key, value, *rest), mask = args, kwargs.get("attention_mask")
         index, self._attentions = self._attentions, self._attentions + 1
-        if torch.is_grad_enabled():
+        guide, scored, role = self.guide, self.scored, self.guide.roles.get(module)
+        if torch.is_grad_enabled() or (role is not None and not role.agrees):
             return output
-        prefix = self.guide.prefix
-        known = self.guide.roles.get(module)
-        if known is not None and not (known.agrees and (known.value or known.query or prefix)):
-            return output
-        heads = Heads(self.scored, module, query, key, value, attention_mask, kwargs.get("scaling"))
-        if known is None:
-            known = role_of(module, heads, output[0], self._outputs)
-            self.guide.roles[module] = known
-        readings: list[Reading] = []
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        causal = getattr(module, "is_causal", False)
+        bias = scored.bias(rest[0] if rest else mask, query, key, causal)
+        kept = {"query": scored.of(query.transpose(1, 2)), "key": key, "value": value}
+        call = Call(role or Role(), index, query.shape[1], key.shape[1], scaling, bias, kept)
+        if role is None:
+            role = heads.role_of(module, call, query, scored.of(output[0]), self._outputs)
+            role.agrees &= bool(role.value or role.query or len(guide.prefix))
+            guide.roles[module] = call.role = role
         # Of a layer that attends twice with the same values, the first time is read.
-        if known.agrees and known.value in self._inputs:
-            readings.append(heads.of_values(known.value, self._inputs[known.value]))
-        if known.agrees and known.query in self._inputs:
-            states = self._inputs[known.query], self._outputs[known.query]
-            readings.append(heads.of_queries(known.query, *states, known.scale))
-        if known.agrees and prefix:
-            readings.append(heads.of_prefix(self.guide.model, index))
+        if role.value in self._inputs:
+            kept["inputs"] = self._inputs[role.value]
+        if role.query in self._inputs:
+            kept["asked"] = scored.of(self._inputs[role.query])
+            if role.scale is None:
+                kept["made"] = scored.of(self._outputs[role.query])
+        else:
+            del kept["value"]
+        if len(guide.prefix):
+            kept["output"] = scored.of(output[0].flatten(2))
         self._inputs, self._outputs = {}, {}
-        self._open = known, output[0].flatten(2), readings
+        self._open = None if role.out else (role, output[0].flatten(2))
+        if role.agrees and kept.keys() & {"inputs", "asked", "output"}:
+            width = kept["inputs"].shape[2] if "inputs" in kept else 0
+            sizes = *query.shape[1::2], *key.shape[1:3], width, "asked" in kept
+            if len(guide.prefix) or (scored.single and heads.sums_are_fewer(*sizes)):
+                Heads([call]).sum_up(len(guide.prefix))
+            self._calls.setdefault(call.like, []).append(call)
         return output
+
+    # ---- Gradients -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def gradients(self, errors: Tensor, parts: int) -> Iterator[Found]:
+        """Those of all that was read, from the errors [B, n, d] at the output of the last layer."""
+        # Nothing is read of several residual streams a token.
+        if errors.dim() != 3:
+            return
+        # In units of the largest, because float16 would lose small ones on the way.
+        unit = errors.abs().amax().float().clamp_min(torch.finfo(torch.float32).tiny)[None]
+        errors_at, width = self.feedback.down((errors / unit).to(errors.dtype)), errors.shape[2]
+        # A layer may have a residual stream of its own.
+        for written in self._written.values():
+            for some in _stacks(written, 12 * written[0][1].numel()):
+                modules, inputs = zip(*some)
+                if modules[0].out_features == width:
+                    own = errors_at(modules)[:, :, None].float()
+                    yield from lora_gradients(modules, unit, parts, own, stacked(inputs).float())
+        for calls in self._calls.values():
+            known = [c for c in calls if getattr(c.role.out, "out_features", 0) == width]
+            for some in _stacks(known, calls[0].size):
+                outs = [call.role.out for call in some]
+                own = errors_at(outs).expand(len(outs), -1, -1, -1)
+                back = stacked([through_linear(out, e) for out, e in zip(outs, own)])
+                yield from Heads(some).gradients(back, unit, parts, self.guide.prefix)
+
+
+def _stacks(things: list[Any], size: int) -> list[list[Any]]:
+    """Those that are stacked together, of things with so many bytes each."""
+    count = heads.at_once(size, len(things))
+    return [things[start : start + count] for start in range(0, len(things), count)]
 
 
 def _writers(
@@ -330,17 +371,3 @@ def _writers(
             moved = first_of(layer.forward(*args, **kwargs)) - start
         if F.cosine_similarity(moved.flatten(), noise.flatten(), dim=0) > FOLLOWS:
             yield module
-
-
-def _of_writer(module: Any, scored: Scored, x: Tensor) -> tuple[nn.Module, Reading]:
-    """The gradients of a LoRA that writes into the residual stream, whose input is x [B, T, in]."""
-    inputs = scored.of(x)
-    return module, lambda errors: lora_gradients(module, low_rank, errors, inputs)
-
-
-def _through(
-    module: nn.Module, readings: list[Reading], errors: Tensor
-) -> list[tuple[nn.Parameter, Tensor]]:
-    """Take errors through the module behind an attention, to the outputs of its heads."""
-    back = through_linear(module, errors)
-    return [found for read in readings for found in read(back)]

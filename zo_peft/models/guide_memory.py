@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zo_peft.core.lanes import replaced
 from zo_peft.errors import UserError
 from zo_peft.models.feedback import linears_of
+from zo_peft.models.heads import at_once, sums_are_fewer
 from zo_peft.models.peft_layers import is_plain_lora
 from zo_peft.models.trunk import first_of, hidden_of, layers_of, with_hidden
 
@@ -48,7 +49,7 @@ class GuideMemory:
             raise UserError("strategy='guided' needs a stack of transformer layers; use 'gv'")
         with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
             passes = [_Pass(model, layers, length) for length in LENGTHS]
-        self._kept, self._heads = passes[0].kept, passes[0].heads
+        self._kept = passes[0].kept
         self._saved = list(zip(*(one.saved for one in passes)))
 
     def kept(self, batch: int, length: int, positions: int, exact_layers: int) -> int:
@@ -58,13 +59,14 @@ class GuideMemory:
             positions: the scored ones of the batch; if as many as examples, each has one.
         """
         layers = self._kept[: self.layers - exact_layers]
-        if positions == batch:
-            return positions * sum(layer.alone for layer in layers)
-        return sum(positions * each.scored + batch * length * each.tokens for each in layers)
+        return batch * sum(each.of_row(length, positions // batch)[0] for each in layers)
 
-    def weights(self, batch: int, length: int, scored: int) -> int:
-        """Bytes of a layer's attention weights at `scored` positions of each example, twice."""
-        return 2 * 4 * batch * self._heads * scored * length
+    def stacked(self, batch: int, length: int, positions: int, exact_layers: int) -> int:
+        """Bytes of the layers that are stacked at a time, once all is read."""
+        count = self.layers - exact_layers
+        sizes = [each.of_row(length, positions // batch)[1] for each in self._kept[:count]]
+        most = batch * max(sizes, default=0)
+        return most and most * min(count, at_once(most, count))
 
     def graph(self, batch: int, length: int, exact_layers: int) -> int:
         """Bytes that the exact layers keep for their backward pass."""
@@ -81,16 +83,37 @@ def _growth(saved: tuple[int, ...], length: int) -> int:
 
 @dataclass
 class _Kept:
-    """The bytes that reading a layer keeps.
+    """What reading a layer keeps, in numbers of `size` bytes.
 
     Attributes:
-        alone: of a scored position that is the only one of its row.
-        scored: of a scored position where rows have several; `tokens`: of any token then.
+        scored: of each scored position, whatever is done with the tokens.
+        inputs: of the LoRA on its values; 0 without one.
+        has_query: there is one on its queries.
+        prefix: virtual tokens of a prefix.
     """
 
-    alone: int = 0
+    size: int = 0
     scored: int = 0
-    tokens: int = 0
+    heads: int = 0
+    groups: int = 0
+    width: int = 0
+    inputs: int = 0
+    has_query: bool = False
+    prefix: int = 0
+
+    def of_row(self, length: int, scored: int) -> tuple[int, int]:
+        """The bytes of a row with so many tokens and scored ones; and once it is stacked."""
+        has_any, values = self.inputs > 0 or self.has_query, 1 + self.has_query
+        sizes = self.heads, self.width, self.groups, length, self.inputs, self.has_query
+        # Scored queries are counted with their LoRA, if there is one.
+        own = has_any * length * (self.inputs + values * self.groups * self.width)
+        own += (has_any and not self.has_query) * scored * self.heads * self.width
+        weights = has_any * 3 * self.heads * scored * length
+        if scored == 1 and sums_are_fewer(*sizes):
+            own, weights = self.heads * (self.inputs + self.has_query * self.width**2), 0
+        own += self.prefix * scored * self.heads
+        kept = self.size * (own + scored * self.scored)
+        return kept, self.size * (own + weights) + 12 * scored * self.scored
 
 
 class _Pass:
@@ -99,13 +122,11 @@ class _Pass:
     Attributes:
         saved: the bytes that each layer keeps for its backward pass, parameters among them.
         kept: what reading each layer keeps.
-        heads: those of the queries.
     """
 
     def __init__(self, model: PeftModel, layers: list[nn.Module], length: int) -> None:
         self.saved: list[int] = []
         self.kept: list[_Kept] = []
-        self.heads = 0
         self._storages: dict[int, Tensor] = {}
         is_prefix = model.peft_type == PeftType.PREFIX_TUNING
         self._prefix = model.active_peft_config.num_virtual_tokens if is_prefix else 0
@@ -136,11 +157,10 @@ class _Pass:
 
     def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
         hidden = first_of(output)
-        size = hidden.element_size()
+        self.kept[-1].size = hidden.element_size()
         for module in _loras(layer):
             if module.out_features == hidden.shape[-1] and id(module) not in self._attended:
-                self.kept[-1].alone += size * module.in_features
-                self.kept[-1].scored += size * module.in_features
+                self.kept[-1].scored += module.in_features
         storages = [tensor.untyped_storage() for tensor in self._storages.values()]
         self.saved.append(sum(storage.nbytes() for storage in storages))
 
@@ -148,41 +168,27 @@ class _Pass:
         return partial(self._attention, get(*args), args[0])
 
     def _attention(
-        self,
-        function: Callable[..., Any],
-        name: str,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *args: Any,
-        **kwargs: Any,
+        self, function: Callable[..., Any], name: str, module: nn.Module, *args: Any, **kwargs: Any
     ) -> Any:
-        _, self.heads, _, width = query.shape
+        query, key, value, *_ = args
+        kept = self.kept[-1]
+        (_, heads, _, width), kept.prefix = query.shape, self._prefix
+        kept.heads, kept.groups, kept.width = heads, key.shape[1], width
+        kept.scored += 2 * heads * width * (self._prefix > 0)
         made = [_leaves(tensor) for tensor in (query, key, value)]
-        size, kept = query.element_size(), self.kept[-1]
-        before = kept.tokens
         for lora in _loras(module):
             ids = {id(p) for p in lora.parameters()}
             of_query, of_key, of_value = (not ids.isdisjoint(leaves) for leaves in made)
             if of_query or of_key or of_value:
                 self._attended.add(id(lora))
             if of_query:
-                kept.alone += size * (self.heads * width * (width + 2) + lora.in_features)
-                kept.scored += size * (self.heads * width + lora.in_features)
-                kept.tokens += size * key.shape[1] * width
+                # Its input, and its outputs before and after they are turned.
+                kept.scored += lora.in_features + 2 * heads * width
+                kept.has_query = True
             elif of_value:
-                kept.alone += size * self.heads * lora.in_features
-                kept.tokens += size * lora.in_features
-        if kept.tokens > before:
-            # From these the attention weights are computed.
-            kept.scored += size * self.heads * width
-            kept.tokens += size * key.shape[1] * width
-        if self._prefix:
-            numbers = size * self.heads * (2 * width + self._prefix)
-            kept.alone, kept.scored = kept.alone + numbers, kept.scored + numbers
+                kept.inputs = lora.in_features
         if name == "eager":
-            return function(module, query, key, value, *args, **kwargs)
+            return function(module, *args, **kwargs)
         # Others keep queries, keys and values by head, outputs and the sums of a softmax, and the
         # mask of padded examples as numbers, but no attention weights.
         output = query.transpose(1, 2) + (key.sum() + value.sum())

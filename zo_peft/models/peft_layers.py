@@ -138,13 +138,6 @@ def is_plain_lora(module: Any) -> bool:
     return hasattr(base, "weight") or hasattr(base, "W_q")  # the weight of HQQ
 
 
-def lora_factors(module: Any) -> tuple[Tensor, Tensor, float]:
-    """A [r, in] and B [out, r] of a plain LoRA, float32, and its scaling."""
-    name = module.active_adapters[0]
-    a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    return a.detach().float(), b.detach().float(), module.scaling[name]
-
-
 def check_options(model: PeftModel) -> None:
     """Raise a UserError for what PEFT passes over without a word on a quantized base."""
     # PEFT casts these to the dtype of the weights, which turns them to zero where that is int8.

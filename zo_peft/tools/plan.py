@@ -226,8 +226,7 @@ class Planner:
         )
         kept += 2 * 4 * positions * fit.config.hidden_size
         layer = fit.scratch + fit.layer(batch, length, fit.held)
-        if not single and exact_layers < guide.layers:
-            layer += guide.weights(batch, length, positions // batch)
+        layer = max(layer, guide.stacked(batch, length, positions, exact_layers))
         # The gradient of the logits is there in float32, too, beside the loss and its gradient.
         return kept, kept + max(layer, fit.logits(self._scored(batch, length)) * 3 // 2)
 
