@@ -342,6 +342,8 @@ def test_a_text_may_begin_with_dashes() -> None:
     argv = ["--model_name_or_path", "m", "--prompt_template", "-- {text} --lr"]
     _, (_, data, _) = parse("train", [*map(named, RUN)], argv)
     assert data.prompt_template == argv[-1]
+    _, (_, data, _) = parse("train", [*map(named, RUN)], [*argv, "--label_words", "-1=a", "1=b"])
+    assert data.given_words() == {"-1": "a", "1": "b"}
 
 
 #: What the help does not show: options that are refused, and those that only belong to them.

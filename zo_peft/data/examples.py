@@ -202,32 +202,37 @@ def options_of(words: Words) -> list[str]:
     return list(dict.fromkeys(words.values() if isinstance(words, Mapping) else words))
 
 
-def find_words(labels: Sequence[Any], column: str, asked: bool, sure: bool) -> Words | None:
+def find_words(labels: Sequence[Any], where: str, asked: bool, sure: bool) -> Words | None:
     """The labels of a column as their own label words, in alphabetic order; or None.
 
     A UserError says that they are fewer than two, or differ in case alone.
 
     Args:
         labels: those of all rows; None where a row has none.
+        where: the source and the column, for error messages.
         asked: take any values for labels. If not, they must be texts that are no numbers.
-        sure: the column holds labels. If not, few values must repeat, each twice on average.
+        sure: the column holds labels, where there are few or they repeat, each twice on average.
+            If not, both must be so.
     """
     given = [label for label in labels if label is not None]
     names = {str(label).strip() for label in given if isinstance(label, str | int | float)}
     are_texts = all(isinstance(label, str) for label in given)
     are_texts &= not any(re.fullmatch(r"[-+.\d]+", name) for name in names)
-    few = 2 <= len(names) <= min(MOST_CLASSES, len(labels) / 2)
-    if not (asked or (names and are_texts and (sure or few))):
+    enough = (MOST_CLASSES, len(labels) / 2)
+    fit = len(names) <= max(enough) if sure else 2 <= len(names) <= min(enough)
+    if not (asked or (names and are_texts and fit)):
         return None
     found = sorted(names - {"", "nan", "null"})
     folded = [name.lower() for name in found]
     if twice := [name for name in found if folded.count(name.lower()) > 1]:
         raise UserError(
-            f"column {column!r} has {twice[0]!r} and {twice[1]!r}, which differ in case alone; "
+            f"{where} has {twice[0]!r} and {twice[1]!r}, which differ in case alone; "
             f"write them alike, or give --label_words {twice[0]}=word {twice[1]}=word ..."
         )
     if len(found) < 2:
-        raise UserError(f"column {column!r} has fewer than two labels: {found}; name another")
+        row = next((n for n, label in enumerate(labels) if str(label).strip() not in found), 0)
+        what = f"fewer than two labels: {found}, and {reprlib.repr(labels[row])} in row {row + 1}"
+        raise UserError(f"{where} has {what}; correct its rows, or name another column")
     # In a list of words, a number would be an index, too.
     is_number = any(name.isdecimal() for name in found)
     return checked_words({name: name for name in found} if is_number else found)
