@@ -2,8 +2,10 @@
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import CPTConfig, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
@@ -42,7 +44,7 @@ from zo_peft.core.batch import Batch
 from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.flat_space import FlatSpace
 from zo_peft.data import Collator, collator_for
-from zo_peft.models.adapters import tuned_parameters
+from zo_peft.models.adapters import prepare, tuned_parameters
 from zo_peft.models.agreement import check, rounding
 from zo_peft.models.loading import base_hash, identity, load_base
 from zo_peft.models.recipe import evaluator_of
@@ -150,6 +152,22 @@ def test_rows_that_see_each_other_are_refused_but_for_batches_of_one() -> None:
     with (
         pytest.warns(UserWarning, match="one by one"),
         pytest.raises(UserError, match=r"LlamaForCausalLM.*per_device_train_batch_size=1"),
+    ):
+        checked(evaluator_on(model), SHORT, LONG)
+
+
+@pytest.mark.skipif(not hasattr(peft, "LilyConfig"), reason="this PEFT has no LILY")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_that_mixes_rows_is_found_out_in_every_dtype(dtype: torch.dtype) -> None:
+    config = peft.LilyConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(llama(initializer_range=0.05).to(dtype), config).eval()
+    prepare(model, SimpleNamespace(pad_token_id=PAD))
+    with pytest.warns(UserWarning, match="one by one"):
+        checked(evaluator_on(model), LONG)
+    what = "a loss would be off" if dtype == torch.float32 else "lily.layer mixes the rows"
+    with (
+        pytest.warns(UserWarning, match="one by one"),
+        pytest.raises(UserError, match=f"LILY .*{what}.*per_device_train_batch_size=1"),
     ):
         checked(evaluator_on(model), SHORT, LONG)
 

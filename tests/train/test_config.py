@@ -447,7 +447,7 @@ def test_the_number_of_candidates_follows_from_the_batch(
     assert make(tmp_path, **settings).num_candidates == count
 
 
-def test_model_init_kwargs_may_be_json_as_on_the_command_line(tmp_path: Path) -> None:
+def test_model_init_kwargs_may_be_json(tmp_path: Path) -> None:
     config = make(tmp_path, model_init_kwargs='{"dtype": "bfloat16"}')
     assert config.model_init_kwargs == {"dtype": "bfloat16"}
 
