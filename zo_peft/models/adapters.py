@@ -63,7 +63,8 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         linear = {n.rpartition(".")[2] for n, m in modules if isinstance(m, nn.Linear)}
         why = f"{kind} cannot be attached to {type(model).__name__}: {first_line(error)}"
         advice = f"Its linear layers are: {', '.join(sorted(linear)) or 'none'}"
-        raise UserError(f"{why} {advice}; name some as target_modules") from error
+        cure = f"name some as target_modules, or give a peft_config with all that {kind} needs"
+        raise UserError(f"{why} {advice}; {cure}") from error
     config = adapted.active_peft_config
     if kind == "IA3" and isinstance(config.target_modules, set):
         # PEFT's default names modules that are no targets, and then refuses to load what it saved.

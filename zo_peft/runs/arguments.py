@@ -90,10 +90,9 @@ class ModelArguments:
         try:
             return config_class(task_type=self.task_type, **taken)
         except (TypeError, ValueError, ImportError) as error:
-            raise UserError(
-                f"peft_type={self.peft_type!r} needs settings that the command line does not have: "
-                f"{first_line(error)} Give a peft_config in Python"
-            ) from error
+            why = f"needs settings that the command line does not have: {first_line(error)}"
+            cure = "Give a peft_config in Python"
+            raise UserError(f"peft_type={self.peft_type!r} {why} {cure}") from error
 
 
 @dataclass
