@@ -70,6 +70,13 @@ class Swapped(nn.Module):
         return self.inner(x.transpose(0, 1)).transpose(0, 1)
 
 
+class Pooled(Swapped):
+    """A module that puts the first tokens of all rows into one, as Longformer does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x[:, :1].transpose(0, 1)).transpose(0, 1)
+
+
 class Mixed(Swapped):
     """A module in which the rows of a batch see each other."""
 
@@ -137,9 +144,18 @@ def test_what_agrees_shares_a_forward_and_nothing_is_left_behind() -> None:
     assert evaluator.parts([Collator(PAD)([SHORT, LONG])]) == 2
 
 
-def test_a_module_that_lanes_split_along_tokens_goes_one_by_one() -> None:
-    evaluator = evaluator_on(with_modules(Swapped))
-    with pytest.warns(UserWarning, match=r"one by one: LlamaForCausalLM with LORA \(a loss would"):
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Swapped, r"LlamaForCausalLM with LORA \(a loss would"),
+        (Pooled, r".*\[1, .* is not the batch"),
+    ],
+)
+def test_a_module_that_lanes_split_along_tokens_goes_one_by_one(
+    kind: type[nn.Module], reason: str
+) -> None:
+    evaluator = evaluator_on(with_modules(kind))
+    with pytest.warns(UserWarning, match=f"one by one: {reason}"):
         checked(evaluator, SHORT, LONG)
     points, batch = [0.1 * Direction.of(n) for n in range(4)], Collator(PAD)([SHORT, LONG])
     assert evaluator(points, [batch]) == pytest.approx(true_losses(evaluator, points, batch))

@@ -127,8 +127,8 @@ def _mixing(evaluator: Evaluator, point: Direction, batch: Batch) -> str | None:
     found = list[str]()
 
     def compare(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        is_layer = isinstance(layer, BaseTunerLayer) and isinstance(output, Tensor)
-        if is_layer and inputs and inputs[0].is_floating_point():
+        fits = isinstance(layer, BaseTunerLayer) and isinstance(output, Tensor) and inputs
+        if fits and inputs[0].is_floating_point() and len(inputs[0]) > 1:
             # The other sign leaves the outliers of LLM.int8() where they are.
             rows, last = inputs[0][:-1], inputs[0][-1:]
             own, other = (layer.forward(torch.cat([rows, x]), *inputs[1:]) for x in (last, -last))
