@@ -14,7 +14,7 @@ from tiny import MODEL, command_line, evaluate_line
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from zo_peft.cli import main
-from zo_peft.errors import Notice, UserError
+from zo_peft.errors import UserError
 from zo_peft.models.adapters import load_adapter
 from zo_peft.models.loading import load_base
 from zo_peft.tools.demo import EMBEDDED, LABEL_WORDS, TEMPLATE
@@ -76,8 +76,7 @@ def test_prompts_are_evaluated_and_tuned_further(
     first = metrics(tmp_path / "first")
     loss = f"loss {first['eval_loss_after']:.4f}"
     assert loss in evaluated(zo, tmp_path / "first")
-    with pytest.warns(Notice, match="options are not used here: lora_r, lora_target_modules"):
-        zo("train", tmp_path / "second", adapter_name_or_path=tmp_path / "first", lora_r=4)
+    zo("train", tmp_path / "second", adapter_name_or_path=tmp_path / "first")
     second = metrics(tmp_path / "second")
     assert second["eval_loss_before"] == pytest.approx(first["eval_loss_after"], rel=1e-6)
     assert second["eval_loss_after"] != second["eval_loss_before"]

@@ -173,6 +173,7 @@ def test_every_field_of_its_own_is_documented() -> None:
         ({"preset": "paper"}, ["preset='paper'", "paper-gv, paper-greedy, paper-mezo, mezo"]),
         ({"weighting": "rank"}, ["weighting='rank'", "split, loss"]),
         ({"probe": "none"}, ["probe='none'", "central, reuse"]),
+        ({"log_level_replica": "great"}, ["log_level_replica='great'", "detail, debug, info"]),
         ({"noise": "uniform"}, ["noise='uniform'", "gaussian, rademacher"]),
         *(
             ({name: value}, [name, "positive"])

@@ -268,9 +268,9 @@ def _content(file: BinaryIO) -> bytes | None:
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Within the context, a ValueError says what is wrong with that part of a journal."""
+    """Within the context, an error of values says what is wrong with that part of a journal."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         advice = "use an undamaged copy, or start a new run"
         raise UserError(f"{what} is damaged: {error}; {advice}") from None

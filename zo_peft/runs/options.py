@@ -147,7 +147,7 @@ def _with_file(parser: _Parser, argv: Sequence[str], more: dict[str, argparse.Ac
 def _read_options(path: str) -> dict[Any, Any]:
     try:
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"--config {path} cannot be read as YAML: {first}") from None
     if not isinstance(options, dict):

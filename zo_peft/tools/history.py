@@ -118,7 +118,7 @@ def _json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, an empty one if there is no file."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path.parent.name}/{path.name} is not readable JSON: {error}") from None
 
 

@@ -138,7 +138,7 @@ def _reading(path: Path) -> Iterator[None]:
     """Within the context, a file that is missing or damaged is a UserError."""
     try:
         yield
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, RecursionError) as error:
         why = f"{path.parent.name}/{path.name} cannot be read ({type(error).__name__})"
         advice = "resume from a whole checkpoint-N folder, or with resume_from_checkpoint=True"
         raise UserError(f"{why}; {advice}") from error
