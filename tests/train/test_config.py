@@ -174,6 +174,7 @@ def test_every_field_of_its_own_is_documented() -> None:
         ({"weighting": "rank"}, ["weighting='rank'", "split, loss"]),
         ({"probe": "none"}, ["probe='none'", "central, reuse"]),
         ({"log_level_replica": "great"}, ["log_level_replica='great'", "detail, debug, info"]),
+        ({"log_level_replica": [4]}, ["log_level_replica=[4]", "detail, debug, info"]),
         ({"noise": "uniform"}, ["noise='uniform'", "gaussian, rademacher"]),
         *(
             ({name: value}, [name, "positive"])

@@ -116,7 +116,7 @@ def check_fields(config: "ZOConfig") -> None:
         if value is default is None:
             continue
         literals = (part for part in (hint, *get_args(hint)) if get_origin(part) is Literal)
-        words: Any = known.get(name) or field.metadata.get("choices")
+        words = [*known.get(name, field.metadata.get("choices") or ())]
         words = words or [word for part in literals for word in get_args(part) if word]
         # Letters of either case will do.
         value = {word.lower(): word for word in words}.get(str(value).lower(), value)
