@@ -162,8 +162,10 @@ def build(family: str, classes: int | None) -> PreTrainedModel:
 def targets(model: PreTrainedModel) -> list[str]:
     """The linear layers inside of the transformer's layers, without routers of experts."""
     head = model.get_output_embeddings()
-    kinds = (nn.Linear, Conv1D)
-    names = [n for n, m in model.named_modules() if isinstance(m, kinds) and m is not head]
+    # Grouped layers, as DeepSeek-V4 has them, multiply otherwise, and PEFT's LoRA does not fit.
+    plain = (nn.Linear.forward, Conv1D.forward)
+    modules = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    names = [n for n, m in modules if type(m).forward in plain and m is not head]
     # PEFT has its own for the blocks of state-space models.
     names = [n for n in names if n.rpartition(".")[2] not in ("gate", "router", "out_proj")]
     inside = [name for name in names if any(part.isdigit() for part in name.split("."))]

@@ -235,8 +235,11 @@ def test_a_run_without_output_dir_is_in_a_folder_named_after_base_and_data(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     short = {"output_dir": None, "eval_file": None, "max_forward_passes": 4}
-    assert main(["train", *options(tmp_path, **short), "--json"]) == 0
-    assert "--output_dir model-train" in json.loads(capsys.readouterr().out)["command"]
+    idle = ["--num_virtual_tokens", "4"]  # of prefixes, and the run has a LoRA
+    assert main(["train", *options(tmp_path, **short), *idle, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "these options are not used here: num_virtual_tokens" in printed.err
+    assert "--output_dir model-train" in json.loads(printed.out)["command"]
     assert (tmp_path / "model-train" / "adapter_model.safetensors").is_file()
     assert main(["train", *options(tmp_path, **short)]) == 2
     assert "model-train holds a run" in capsys.readouterr().err
@@ -302,6 +305,8 @@ REFUSED_LINES = {
     "metric_for_best_model: [a, b]": "metric_for_best_model",
     "model_name_or_path: null": "model_name_or_path",
     "lora_target_modules: [--help]": "lora_target_modules",
+    f"seed: {'[' * 5_000}": "cannot be read as YAML: maximum recursion depth",
+    "log_level_replica: great": "log_level_replica",
     "no_such_option: 1": "unknown option 'no_such_option'$",
     "batch_size: 1": r"unknown option 'batch_size' \(did you mean per_device_train_batch_size\?\)",
     "config: other.yaml": "unknown option 'config'",
@@ -342,6 +347,8 @@ def test_a_text_may_begin_with_dashes() -> None:
     argv = ["--model_name_or_path", "m", "--prompt_template", "-- {text} --lr"]
     _, (_, data, _) = parse("train", [*map(named, RUN)], argv)
     assert data.prompt_template == argv[-1]
+    _, (_, data, _) = parse("train", [*map(named, RUN)], [*argv, "--label_words", "-1=a", "1=b"])
+    assert data.given_words() == {"-1": "a", "1": "b"}
 
 
 #: What the help does not show: options that are refused, and those that only belong to them.

@@ -20,11 +20,13 @@ class NonFiniteLossError(UserError):
 def explained(what: str, *kinds: type[Exception], advice: str = "") -> Iterator[None]:
     """Within the context, an error of these kinds becomes a UserError: `what: why; advice`.
 
-    A UserError, and one that says that memory is full, stays as it is.
+    JSON and YAML that are nested too deep count as a ValueError. A UserError, and an error that
+    says that memory is full, stay as they are.
     """
+    too_deep = (RecursionError,) if ValueError in kinds else ()
     try:
         yield
-    except kinds as error:
+    except (*kinds, *too_deep) as error:
         if isinstance(error, UserError) or type(error).__name__ == "OutOfMemoryError":
             raise
         why = getattr(error, "strerror", None) or first_line(error)

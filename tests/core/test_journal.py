@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zo_peft import Direction, UserError
-from zo_peft.core.journal import JOURNAL_NAME, MAGIC, Journal, Record, read
+from zo_peft.core.journal import JOURNAL_NAME, MAGIC, Journal, Record, framed, read
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 seeds = st.integers(0, 2**63 - 1)
@@ -88,6 +88,9 @@ def test_every_other_damage_is_named_by_its_record(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="header of zo_journal is damaged"):
             read(path)
+    path.write_bytes(MAGIC + framed(b"[" * 100_000))
+    with pytest.raises(UserError, match="header of zo_journal is damaged: maximum recursion"):
+        read(path)
     path.write_bytes(b"PK\3\4" + whole)
     with pytest.raises(UserError, match="no journal of this version"):
         read(path)

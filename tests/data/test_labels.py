@@ -63,7 +63,9 @@ def test_labels_of_a_column_are_its_words() -> None:
     assert [read(label) for label in ("1", 4, "5")] == [0, 1, 2]
     for labels, part in (
         (["Ab", "ab", "c"], "'Ab' and 'ab', which differ in case"),
-        (["a"], "fewer than two"),
+        (["a"], r"^c has fewer than two labels: \['a'\], and 'a' in row 1"),
+        (["a", "", "nan"], "fewer than two labels: .*, and '' in row 2"),
+        ([["a"], 1], r"and \['a'\] in row 1; correct its rows"),
     ):
         with pytest.raises(UserError, match=part):
             find_words(labels, "c", True, True)
@@ -72,6 +74,11 @@ def test_labels_of_a_column_are_its_words() -> None:
 def test_which_labels_are_classes() -> None:
     for labels in (["a", "b"] * 2, ["a", "b", None, "b", "a"]):
         assert find_words(labels, "c", False, False) == ["a", "b"]
+    # A column of this name, or a head for classes, needs few classes, or that they repeat.
+    many = [f"v{number}" for number in range(101)]
+    assert find_words(["a", "b", "c"], "c", False, True) == ["a", "b", "c"]
+    assert find_words(many * 2, "c", False, True) == sorted(many)
+    assert find_words([*many, many[0]], "c", False, True) is None
     few: list[Any] = [["a", "b", "a"], ["a"] * 4, [*map(str, range(101))] * 2]
     for labels in [*few, ["a", "1"] * 2, ["1.5", "2"] * 2, [True, False] * 2, [["a"]] * 4, [None]]:
         assert find_words(labels, "c", False, False) is None

@@ -2,8 +2,10 @@
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import CPTConfig, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
@@ -42,7 +44,7 @@ from zo_peft.core.batch import Batch
 from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.flat_space import FlatSpace
 from zo_peft.data import Collator, collator_for
-from zo_peft.models.adapters import tuned_parameters
+from zo_peft.models.adapters import prepare, tuned_parameters
 from zo_peft.models.agreement import check, rounding
 from zo_peft.models.loading import base_hash, identity, load_base
 from zo_peft.models.recipe import evaluator_of
@@ -66,6 +68,13 @@ class Swapped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+
+class Pooled(Swapped):
+    """A module that puts the first tokens of all rows into one, as Longformer does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x[:, :1].transpose(0, 1)).transpose(0, 1)
 
 
 class Mixed(Swapped):
@@ -135,9 +144,18 @@ def test_what_agrees_shares_a_forward_and_nothing_is_left_behind() -> None:
     assert evaluator.parts([Collator(PAD)([SHORT, LONG])]) == 2
 
 
-def test_a_module_that_lanes_split_along_tokens_goes_one_by_one() -> None:
-    evaluator = evaluator_on(with_modules(Swapped))
-    with pytest.warns(UserWarning, match=r"one by one: LlamaForCausalLM with LORA \(a loss would"):
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Swapped, r"LlamaForCausalLM with LORA \(a loss would"),
+        (Pooled, r".*\[1, .* is not the batch"),
+    ],
+)
+def test_a_module_that_lanes_split_along_tokens_goes_one_by_one(
+    kind: type[nn.Module], reason: str
+) -> None:
+    evaluator = evaluator_on(with_modules(kind))
+    with pytest.warns(UserWarning, match=f"one by one: {reason}"):
         checked(evaluator, SHORT, LONG)
     points, batch = [0.1 * Direction.of(n) for n in range(4)], Collator(PAD)([SHORT, LONG])
     assert evaluator(points, [batch]) == pytest.approx(true_losses(evaluator, points, batch))
@@ -150,6 +168,22 @@ def test_rows_that_see_each_other_are_refused_but_for_batches_of_one() -> None:
     with (
         pytest.warns(UserWarning, match="one by one"),
         pytest.raises(UserError, match=r"LlamaForCausalLM.*per_device_train_batch_size=1"),
+    ):
+        checked(evaluator_on(model), SHORT, LONG)
+
+
+@pytest.mark.skipif(not hasattr(peft, "LilyConfig"), reason="this PEFT has no LILY")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_that_mixes_rows_is_found_out_in_every_dtype(dtype: torch.dtype) -> None:
+    config = peft.LilyConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(llama(initializer_range=0.05).to(dtype), config).eval()
+    prepare(model, SimpleNamespace(pad_token_id=PAD))
+    with pytest.warns(UserWarning, match="one by one"):
+        checked(evaluator_on(model), LONG)
+    what = "a loss would be off" if dtype == torch.float32 else "lily.layer mixes the rows"
+    with (
+        pytest.warns(UserWarning, match="one by one"),
+        pytest.raises(UserError, match=f"LILY .*{what}.*per_device_train_batch_size=1"),
     ):
         checked(evaluator_on(model), SHORT, LONG)
 

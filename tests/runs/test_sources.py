@@ -50,6 +50,20 @@ def test_labels_of_tickets_are_found(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert told(tmp_path, ROWS[:3], True, **TICKETS)[1].words() == words
     assert told(tmp_path, PAIRS[:3])[1].words() == words
     assert told(tmp_path, PAIRS[:3])[1].prompt_template == "{text}"
+    named = {"prompt_template": "{text}", "label_column": "label"}
+    assert told(tmp_path, PAIRS[:3], **named)[1].words() == words
+
+
+def test_truth_values_are_labels_whose_words_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "b.jsonl"
+    path.write_text("".join(f'{{"q": "{q}", "answer": {q}}}\n' for q in ("true", "false")))
+    given = {"prompt_template": "{q}?", "label_column": "answer", "train_file": str(path)}
+    with pytest.raises(UserError, match=r"^b\.jsonl: column 'answer' has truth .*--label_words"):
+        training_examples(DataArguments(**given), False, False, 0)
+    for classifies, words in ((False, ["no", "yes"]), (True, None)):
+        data = DataArguments(**given, label_words=words)
+        made = training_examples(data, classifies, False, 0)[0]
+        assert [example["label"] for example in made] == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +93,7 @@ def test_rows_to_evaluate_on_have_the_labels_of_training(tmp_path: Path) -> None
 
 
 def test_labels_in_two_cases_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^column 'label' has 'Access' and 'access'"):
+    with pytest.raises(UserError, match=r"^train\.csv: column 'label' has 'Access' and 'access'"):
         told(tmp_path, [*PAIRS, {"text": "a", "label": "Access"}])
 
 

@@ -173,6 +173,8 @@ def test_every_field_of_its_own_is_documented() -> None:
         ({"preset": "paper"}, ["preset='paper'", "paper-gv, paper-greedy, paper-mezo, mezo"]),
         ({"weighting": "rank"}, ["weighting='rank'", "split, loss"]),
         ({"probe": "none"}, ["probe='none'", "central, reuse"]),
+        ({"log_level_replica": "great"}, ["log_level_replica='great'", "detail, debug, info"]),
+        ({"log_level_replica": [4]}, ["log_level_replica=[4]", "detail, debug, info"]),
         ({"noise": "uniform"}, ["noise='uniform'", "gaussian, rademacher"]),
         *(
             ({name: value}, [name, "positive"])
@@ -447,7 +449,7 @@ def test_the_number_of_candidates_follows_from_the_batch(
     assert make(tmp_path, **settings).num_candidates == count
 
 
-def test_model_init_kwargs_may_be_json_as_on_the_command_line(tmp_path: Path) -> None:
+def test_model_init_kwargs_may_be_json(tmp_path: Path) -> None:
     config = make(tmp_path, model_init_kwargs='{"dtype": "bfloat16"}')
     assert config.model_init_kwargs == {"dtype": "bfloat16"}
 

@@ -90,6 +90,11 @@ def make(tmp_path: Path, peft_config: PeftConfig | None = LORA, **settings: Any)
     return make_trainer(tmp_path / "run", peft_config, **{**defaults, **settings})
 
 
+def test_a_loaded_model_takes_no_arguments_of_loading(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="model_init_kwargs is for a model that is given by name"):
+        make(tmp_path, model=llama(), model_init_kwargs={"dtype": "bfloat16"})
+
+
 def base_hash(model: PeftModel) -> str:
     """Of every tensor of the base, parameters and buffers and quantization state alike."""
     digest = hashlib.sha256()

@@ -188,10 +188,8 @@ def collator_for(
     difference = (early - other)[:, : len(_SOME_IDS)].abs().max()
     # Rounding may depend on later tokens, where those are dealt out to experts, for example.
     if difference > 64 * rounding(model) * early.std():
-        raise UserError(
-            f"{name_of(model)} predicts no next tokens, because its outputs depend on later ones, "
-            "as an encoder's do; give a decoder, or tune a sequence classifier"
-        )
+        why = "predicts no next tokens, because its outputs depend on later ones, as encoders' do"
+        raise UserError(f"{name_of(model)} {why}; give a decoder, or tune a sequence classifier")
     if difference:
         return collator
     collator = replace(collator, is_causal=True)

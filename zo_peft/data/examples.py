@@ -66,10 +66,9 @@ def make_examples(
     rows, words = list(rows), None if label_words is None else checked_words(label_words)
     if prompt_template is None and not classifies:
         if label_column is not None or words is not None:
-            raise UserError(
-                "--label_column and --label_words need a --prompt_template, for example "
-                f'"{{{prompt_of(rows[0] if rows else {}, label_column)}}}"'
-            )
+            prompt = prompt_of(rows[0] if rows else {}, label_column)
+            what = "--label_column and --label_words need a --prompt_template, for example"
+            raise UserError(f'{what} "{{{prompt}}}"')
         form = fitting_form(rows[0], source, classifies, generates) if rows else None
         return converted(source, rows, lambda row: example_of(row, form, generates))
     template = "{text}" if prompt_template is None else prompt_template
@@ -130,10 +129,8 @@ def fill_template(template: str, row: Row) -> str:
         if match[1]:
             return match[1][0]
         if match[2] is None:
-            raise UserError(
-                f"the prompt template has a {match[0]} alone; write {match[0] * 2} for a brace. "
-                f"The columns are {named(row)}"
-            )
+            why = f"the prompt template has a {match[0]} alone; write {match[0] * 2} for a brace"
+            raise UserError(f"{why}. The columns are {named(row)}")
         values.append(_value(row, match[2], text_of))
         return values[-1]
 
@@ -202,32 +199,36 @@ def options_of(words: Words) -> list[str]:
     return list(dict.fromkeys(words.values() if isinstance(words, Mapping) else words))
 
 
-def find_words(labels: Sequence[Any], column: str, asked: bool, sure: bool) -> Words | None:
+def find_words(labels: Sequence[Any], where: str, asked: bool, sure: bool) -> Words | None:
     """The labels of a column as their own label words, in alphabetic order; or None.
 
     A UserError says that they are fewer than two, or differ in case alone.
 
     Args:
         labels: those of all rows; None where a row has none.
+        where: the source and the column, for error messages.
         asked: take any values for labels. If not, they must be texts that are no numbers.
-        sure: the column holds labels. If not, few values must repeat, each twice on average.
+        sure: the column holds labels, where there are few or they repeat, each twice on average.
+            If not, both must be so.
     """
     given = [label for label in labels if label is not None]
     names = {str(label).strip() for label in given if isinstance(label, str | int | float)}
     are_texts = all(isinstance(label, str) for label in given)
     are_texts &= not any(re.fullmatch(r"[-+.\d]+", name) for name in names)
-    few = 2 <= len(names) <= min(MOST_CLASSES, len(labels) / 2)
-    if not (asked or (names and are_texts and (sure or few))):
+    enough = (MOST_CLASSES, len(labels) / 2)
+    fit = len(names) <= max(enough) if sure else 2 <= len(names) <= min(enough)
+    if not (asked or (names and are_texts and fit)):
         return None
     found = sorted(names - {"", "nan", "null"})
     folded = [name.lower() for name in found]
     if twice := [name for name in found if folded.count(name.lower()) > 1]:
-        raise UserError(
-            f"column {column!r} has {twice[0]!r} and {twice[1]!r}, which differ in case alone; "
-            f"write them alike, or give --label_words {twice[0]}=word {twice[1]}=word ..."
-        )
+        cure = f"write them alike, or give --label_words {twice[0]}=word {twice[1]}=word ..."
+        what = f"{where} has {twice[0]!r} and {twice[1]!r}, which differ in case alone"
+        raise UserError(f"{what}; {cure}")
     if len(found) < 2:
-        raise UserError(f"column {column!r} has fewer than two labels: {found}; name another")
+        row = next((n for n, label in enumerate(labels) if str(label).strip() not in found), 0)
+        what = f"fewer than two labels: {found}, and {reprlib.repr(labels[row])} in row {row + 1}"
+        raise UserError(f"{where} has {what}; correct its rows, or name another column")
     # In a list of words, a number would be an index, too.
     is_number = any(name.isdecimal() for name in found)
     return checked_words({name: name for name in found} if is_number else found)
@@ -255,10 +256,8 @@ def label_reader(
     if words is None:
         raise UserError(f"{what} no class index; name the classes as label words")
     index = "" if isinstance(words, Mapping) else f", nor an index from 0 to {len(words) - 1}"
-    raise UserError(
-        f"{what} not among the label words {list(words)}{index}; correct the row or --label_words, "
-        "which may be label=word ..."
-    )
+    cure = "correct the row or --label_words, which may be label=word ..."
+    raise UserError(f"{what} not among the label words {list(words)}{index}; {cure}")
 
 
 def _text(label: object, words: Collection[str]) -> str:
@@ -290,8 +289,7 @@ def _known(texts: set[str], words: Words | None, source: str) -> dict[str, int]:
     if not texts <= as_indices.keys():
         return as_words
     if texts <= as_words.keys() and any(as_words[text] != as_indices[text] for text in texts):
-        raise UserError(
-            f"{source}: its labels may be label words ({', '.join(words)}) or indices from 0; give "
-            f"each label its word, for example --label_words {words[0]}={words[0]} ..."
-        )
+        what = f"{source}: its labels may be label words ({', '.join(words)}) or indices from 0"
+        cure = f"give each label its word, for example --label_words {words[0]}={words[0]} ..."
+        raise UserError(f"{what}; {cure}")
     return as_indices

@@ -68,10 +68,9 @@ def _text(content: bytes, path: Path) -> str:
     is_marked, name = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)), path.name
     if b"\0" in content and not is_marked:
         line = content.count(b"\n", 0, content.index(b"\0")) + 1
-        raise UserError(
-            f"{name}, line {line} holds a NUL character; use tr -d '\\0' < {name} > new_{name}; "
-            f"or, if it is UTF-16, iconv -f utf-16le -t utf-8 {name} > new_{name}"
-        )
+        cure = f"use tr -d '\\0' < {name} > new_{name}; or, if it is UTF-16, iconv -f utf-16le"
+        what = f"{name}, line {line} holds a NUL character"
+        raise UserError(f"{what}; {cure} -t utf-8 {name} > new_{name}")
     try:
         text = content.decode("utf-16" if is_marked else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -101,11 +100,11 @@ def _read_json(content: bytes, path: Path) -> list[Row]:
             found = value if isinstance(value, list) else [value]
             if not all(isinstance(row, dict) for row in found):
                 raise ValueError("it is no object of columns")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             line = text.count("\n", 0, place) + 1
+            what = f"{path.name}, line {line} is not JSON: {error}; write one object after another"
             raise UserError(
-                f"{path.name}, line {line} is not JSON: {error}; write one object after another, "
-                "without commas between them, or one list of objects"
+                f"{what}, without commas between them, or one list of objects"
             ) from None
         rows += found
         place = _SPACE.match(text, stop).end()  # type: ignore[union-attr]
@@ -152,15 +151,13 @@ def _table(text: str, path: Path, delimiter: str, quoting: Any) -> list[Row]:
         for row in reader:
             if None in row or None in row.values():
                 fewer = "more" if None in row else "fewer"
-                raise UserError(
-                    f"{path.name}, line {reader.line_num} has {fewer} fields than the header; put "
-                    f"a field that holds {delimiter!r} in quotes, and leave out none"
-                )
+                what = f"{path.name}, line {reader.line_num} has {fewer} fields than the header"
+                cure = f"put a field that holds {delimiter!r} in quotes, and leave out none"
+                raise UserError(f"{what}; {cure}")
             rows.append(row)
     except csv.Error as error:
         # DictReader has not counted the line that its inner reader failed on.
         line = reader.reader.line_num
-        raise UserError(
-            f'{path.name}, line {line}: {error}; in a quoted field, write a quote as ""'
-        ) from None
+        cure = 'in a quoted field, write a quote as ""'
+        raise UserError(f"{path.name}, line {line}: {error}; {cure}") from None
     return rows

@@ -145,10 +145,8 @@ def example_of(row: Row, form: Form | None = None, generates: bool = False) -> R
         lacking = [name for name in form if row.get(name) is None]
         has = named(name for name, value in row.items() if value is not None)
         what = f"no value in column {lacking[0]!r}" if lacking else "another form"
-        raise UserError(
-            f"it has {what}: rows before have {named(form)}, this one has {has}; correct or drop "
-            "it, or put rows of another form into a file of their own"
-        )
+        how = "correct or drop it, or put rows of another form into a file of their own"
+        raise UserError(f"it has {what}: rows before have {named(form)}, this one has {has}; {how}")
     if own is None or own == ("prompt",):
         raise UserError(_unfit(row))
     if own in OTHERS:

@@ -237,10 +237,8 @@ def task_rows(name: str, folder: str | None, part: int) -> list[Row]:
     wanted = [f"{file}{kind}" for file in task.files[part] for kind in (".jsonl", ".json", ".tsv")]
     found = next((p for p in (Path(folder) / w for w in wanted) if p.is_file()), None)
     if found is None:
-        raise UserError(
-            f"--task_data_dir {Path(folder).name} holds no data of {name}; expected one of "
-            f"{', '.join(wanted)}"
-        )
+        what = f"--task_data_dir {Path(folder).name} holds no data of {name}"
+        raise UserError(f"{what}; expected one of {', '.join(wanted)}")
     rows = read_rows(found)
     if task.flatten is None or task.flatten[0] in rows[0]:
         return rows
@@ -258,10 +256,9 @@ def hub_rows(name: str, config: str | None, split: str) -> list[Row]:
         return datasets.load_dataset(name, config, split=split).to_list()
     except (*LOAD_ERRORS, RuntimeError, DatasetsError) as error:
         generating = isinstance(error, DatasetGenerationError) and error.__cause__
-        raise UserError(
-            f"data set {name!r}, split {split!r} cannot be loaded: {reason(generating or error)} "
-            "Give an id of the Hub, or local data: --train_file, --eval_file, --task_data_dir"
-        ) from error
+        cure = "Give an id of the Hub, or local data: --train_file, --eval_file, --task_data_dir"
+        what = f"data set {name!r}, split {split!r} cannot be loaded"
+        raise UserError(f"{what}: {reason(generating or error)} {cure}") from error
 
 
 def train_parts(

@@ -139,9 +139,8 @@ class Tokenization:
         if self.num_labels is not None:
             return {"input_ids": ids, "labels": _index(labels, self.num_labels, "classes")}
         if isinstance(labels, int) or len(labels) != len(ids) or _unscored(labels):
-            raise UserError(
-                "labels must be as long as input_ids, with one other than -100 behind the first"
-            )
+            what = "labels must be as long as input_ids"
+            raise UserError(f"{what}, with one other than -100 behind the first")
         return {"input_ids": ids, "labels": labels}
 
     def _classified(self, text: str, label: object, classes: int) -> Row:
@@ -210,10 +209,8 @@ class Tokenization:
             before = self._rendered(messages[:number], tools, add_generation_prompt=True)
             through = self._rendered(messages[: number + 1], tools)
             if not (text.startswith(before) and text.startswith(through)):
-                raise UserError(
-                    "the chat template renders the prompt differently without its answer; use "
-                    "prompt and completion columns"
-                )
+                why = "the chat template renders the prompt differently without its answer"
+                raise UserError(f"{why}; use prompt and completion columns")
             turns.append(range(len(before), len(through)))
         ids, offsets = self._located(text)
         # A token that reaches into a turn of the assistant has a loss.
@@ -229,10 +226,8 @@ class Tokenization:
             behind[:partial] = [-100] * partial
         ids, labels = cut, labels[:kept] + behind
         if _unscored(labels):
-            raise UserError(
-                "no token of the assistant's turns is left; shorten them, raise max_length, or "
-                "put text before"
-            )
+            advice = "shorten them, raise max_length, or put text before"
+            raise UserError(f"no token of the assistant's turns is left; {advice}")
         return {"input_ids": ids, "labels": labels}
 
     def _check_shown(self, text: str, messages: list[Row], tools: list[Any] | None) -> None:
@@ -287,10 +282,8 @@ class Tokenization:
             return ids
         room = self.max_length - reserved - kept
         if room < 1:
-            raise UserError(
-                f"its ending of {reserved} tokens leaves no room for a prompt within "
-                f"max_length={self.max_length}; raise it"
-            )
+            why = f"its ending of {reserved} tokens leaves no room for a prompt within max_length"
+            raise UserError(f"{why}={self.max_length}; raise it")
         return ids[:kept] + ids[-room:]
 
     def _ended(self, text: str) -> str:

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
 from zo_peft.core.batch import Batch, Objective
@@ -85,6 +87,8 @@ def _settle(evaluator: Evaluator, batch: Batch, alone: Sequence[Batch], smooth: 
     fault = _fault(evaluator, points, batch, expected, tolerance) or _unread(evaluator, alone, rest)
     if fault and evaluator.one_by_one(NotInLanes(f"{name} ({fault})")):
         fault = _fault(evaluator, points, batch, expected, tolerance)
+    if not fault and evaluator.candidates_per_forward == 1 and batch.examples > 1:
+        fault = _mixing(evaluator, own[0], batch)
     if fault:
         why = f"examples that share a batch change each other's losses in {name} ({fault})"
         advice = "per_device_train_batch_size=1 and per_device_eval_batch_size=1, with "
@@ -112,6 +116,27 @@ def _fault(
         return f"{type(error).__name__}: {first_line(error)}"
     off = _size(losses[[0, -1]] - expected)
     return None if off <= tolerance else f"a loss would be off by {off:.2g}"
+
+
+def _mixing(evaluator: Evaluator, point: Direction, batch: Batch) -> str | None:
+    """A layer of an adapter whose output for the first row changes with what is in the last one.
+
+    By losses alone, a base in a coarse dtype would hide that.
+    """
+    found = list[str]()
+
+    def compare(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        fits = isinstance(layer, BaseTunerLayer) and isinstance(output, Tensor) and inputs
+        if fits and inputs[0].is_floating_point() and len(inputs[0]) > 1:
+            # The other sign leaves the outliers of LLM.int8() where they are.
+            rows, last = inputs[0][:-1], inputs[0][-1:]
+            own, other = (layer.forward(torch.cat([rows, x]), *inputs[1:]) for x in (last, -last))
+            if not torch.equal(own[0], other[0]):
+                found.append(f"{type(layer).__module__} mixes the rows of a batch")
+
+    with register_module_forward_hook(compare):
+        _loss(evaluator, point, batch)
+    return min(found, default=None)
 
 
 def _unread(evaluator: Evaluator, alone: Sequence[Batch], rest: Tensor) -> str | None:

@@ -17,7 +17,7 @@ httpx = import_module(errors.HTTPError.__module__)
 AnyModel = PreTrainedModel | PeftModel
 
 #: What loading from a folder or from the Hub may raise.
-LOAD_ERRORS = (OSError, ValueError, SafetensorError, httpx.HTTPError)
+LOAD_ERRORS = (OSError, ValueError, RecursionError, SafetensorError, httpx.HTTPError)
 #: What stands for a Hub that is not reached.
 UNREACHED = (errors.LocalEntryNotFoundError, ConnectionError, httpx.TransportError)
 

@@ -150,6 +150,5 @@ def check_options(model: PeftModel) -> None:
     variants = marked or ["use_dora", "alora_invocation_tokens", "arrow_config"]
     asked = [name for name in variants if getattr(config, name, None)]
     if asked and not any(getattr(module, "lora_variant", None) for module in model.modules()):
-        raise UserError(
-            f"{asked[0]} does nothing on a quantized base; load it in floating point, or drop it"
-        )
+        what = f"{asked[0]} does nothing on a quantized base"
+        raise UserError(f"{what}; load it in floating point, or drop it")

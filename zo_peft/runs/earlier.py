@@ -36,10 +36,8 @@ def options_of_run(words: Sequence[str]) -> dict[str, Any]:
         raise UserError(f"{adapter} is a file; give the folder of a run first, and then {adapter}")
     told = read_results(adapter or base).get("settings", {}) if adapter or base else {}
     if adapter is not None and told.get("tune") != "scales" and _is_model(Path(adapter)):
-        raise UserError(
-            f"{adapter} holds a whole model, no adapter; give it by --model_name_or_path, and rows "
-            "by --eval_file"
-        )
+        cure = "give it by --model_name_or_path, and rows by --eval_file"
+        raise UserError(f"{adapter} holds a whole model, no adapter; {cure}")
     names = [*SETS["told of rows"], *(SETS["told of the base"] if adapter else ())]
     if given.task is None:
         own = given.eval_file or given.dataset_name or "task" not in told

@@ -48,6 +48,8 @@ class _Parser(HfArgumentParser, _Words):
         kinds: Any = (OutputArguments, *arguments)
         told: Any = {"prog": f"zo-peft {name}", "usage": "%(prog)s [options]"}
         super().__init__(kinds, **told, allow_abbrev=False, add_help=False)
+        # `-1=bad` is a value, as -1 is.
+        self._negative_number_matcher = re.compile(r"-\d")
         self.add_argument("--help-all", "--help_all", action="help", help="Show this.")
         names = {action.dest for action in self._actions}
         self.unread = names - {*reads, "json", "help_all"} if reads else set[str]()

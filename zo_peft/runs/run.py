@@ -4,6 +4,7 @@ import re
 import shlex
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from zo_peft.data.forms import Row
 from zo_peft.data.tasks import ANSWER_TOKENS, TASKS
 from zo_peft.data.tokenize import classes_of
 from zo_peft.engines.served import load_served
-from zo_peft.errors import UserError
+from zo_peft.errors import Notice, UserError
 from zo_peft.models.adapters import load_adapter, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
 from zo_peft.models.loading import load_base
@@ -53,6 +54,9 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         source = Path(data.task or data.train_file or data.dataset_name or "data").stem
         args.output_dir = f"{Path(model.model_name_or_path).resolve().name}-{source}"
     resume = resumes(model, args)
+    idle = sorted(_idle(model, data, args) & {field.name for field in fields(model)})
+    if given_idle := [n for n in idle if getattr(model, n) != getattr(ModelArguments, n)]:
+        warnings.warn(f"these options are not used here: {', '.join(given_idle)}", Notice, 2)
     examples, dev, test = examples_of(model, data, args)
     kind = GradientTrainer if args.strategy in GRADIENT else ZOTrainer
     trainer = trainer_of(kind, model, data, args, examples, dev or test)
@@ -122,10 +126,9 @@ def resumes(model: ModelArguments, args: ZOConfig) -> str | bool | None:
     own = resume is True or (resume and Path(str(resume)).resolve().parent == folder)
     if (journal or checkpoint or (folder / METRICS_NAME).is_file()) and not (own and found):
         nothing = ", which left nothing that this strategy can go on from" if own else ""
-        raise UserError(
-            f"{args.output_dir} holds a run{nothing}; go on with it by --resume_from_checkpoint "
-            "True and its own options, or give another --output_dir"
-        )
+        cure = "go on with it by --resume_from_checkpoint True and its own options"
+        what = f"{args.output_dir} holds a run{nothing}"
+        raise UserError(f"{what}; {cure}, or give another --output_dir")
     return resume
 
 
@@ -183,8 +186,8 @@ def _next(model: ModelArguments, data: DataArguments, args: ZOConfig, merges: bo
     return [shlex.join(["zo-peft", *map(str, line)]) for line in lines]
 
 
-def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
-    """The options that had a say in a run, by name. Of a path it has the last part alone."""
+def _idle(model: ModelArguments, data: DataArguments, args: ZOConfig) -> set[str]:
+    """The options that have no say in a run of the others, by name."""
     idle = set() if data.dataset_name else {*SETS["data set of the Hub"]}
     idle |= set() if data.task else {*SETS["task alone"]}
     idle |= set() if data.prompt_template else {"label_column"}
@@ -194,12 +197,17 @@ def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         prompts = model.peft_config().is_prompt_learning
         idle.add("lora_target_modules" if prompts else "num_virtual_tokens")
         idle |= set() if model.peft_type == "LORA" else {*SETS["lora"]}
+    return idle
+
+
+def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
+    """The options that had a say in a run, by name. Of a path it has the last part alone."""
     rewarded = generates(data.reward_funcs, args.objective)
     told = asdict(model) | asdict(data) | run_settings(args, rewarded)
     told["tokenizer_name"] = args.tokenizer_name
     told |= {name: public_name(told[name]) for name in SETS["names"] if told[name]}
     told |= {name: Path(told[name]).name for name in SETS["paths"] if told[name]}
-    return {name: value for name, value in told.items() if name not in idle}
+    return {name: value for name, value in told.items() if name not in _idle(model, data, args)}
 
 
 def trainer_of(
@@ -221,10 +229,8 @@ def trainer_of(
         config, classes = saved_adapter(model.adapter_name_or_path)
         num_labels = classes or num_labels
         if (config.task_type == "SEQ_CLS") != (model.task_type == "SEQ_CLS"):
-            raise UserError(
-                f"the adapter is of task_type {config.task_type}, not {model.task_type}; give its "
-                "own --task_type"
-            )
+            what = f"the adapter is of task_type {config.task_type}, not {model.task_type}"
+            raise UserError(f"{what}; give its own --task_type")
         own = read_results(model.adapter_name_or_path).get("label_words") or words
         swapped = own != words and sorted(own) == sorted(words)
         if classes and words and (len(words) != classes or swapped):

@@ -71,7 +71,7 @@ def _own_examples(
         return None
     source, rows = found
     check_layout(rows, source)
-    _find_words(data, rows, classifies, generates)
+    _find_words(data, rows, source, classifies, generates)
     template, column, words = data.prompt_template, data.label_column, data.given_words()
     made = make_examples(rows, source, template, column, words, classifies, generates)
     given, read = called(form_of(rows[0])), called(form_of(made[0]))
@@ -83,15 +83,19 @@ def _own_examples(
     return made
 
 
-def _find_words(data: DataArguments, rows: list[Row], classifies: bool, generates: bool) -> None:
+def _find_words(
+    data: DataArguments, rows: list[Row], source: str, classifies: bool, generates: bool
+) -> None:
     """Write label words of the rows, and a template for text + label, into `data` that has none."""
     column, asked = data.label_column or "label", data.label_words == ["auto"]
     has_template = data.prompt_template is not None
     is_pair = form_of(rows[0]) == ("text", "label") and not (has_template or classifies)
     wanted = (has_template or is_pair or classifies) and not generates
     if asked or (wanted and data.label_words is None):
-        sure = classifies or data.label_column is None
-        words = find_words(column_of(rows, column), column, asked, sure)
+        labels, where = column_of(rows, column), f"{source}: column {column!r}"
+        if not (asked or classifies) and {type(label) for label in labels} == {bool}:
+            raise UserError(f"{where} has truth values; give their words, --label_words no,yes")
+        words = find_words(labels, where, asked, classifies or column == "label")
         data.label_words = ["none"] if words is None else write_words(words)
     if is_pair and not generates and data.words() is not None:
         data.prompt_template = "{text}"

@@ -49,10 +49,8 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
     check_apart(given.output_dir, model.model_name_or_path, model.adapter_name_or_path)
     config, classes = saved_adapter(model.adapter_name_or_path)
     if config.is_prompt_learning:
-        raise UserError(
-            f"{config.peft_type.value} cannot be merged: it adds tokens, or keys and values, and "
-            "changes no weight; load it with PEFT"
-        )
+        why = "it adds tokens, or keys and values, and changes no weight; load it with PEFT"
+        raise UserError(f"{config.peft_type.value} cannot be merged: {why}")
     tokenizer = model.tokenizer()
     summary = read_results(model.adapter_name_or_path)
     base = load(model, "adapter", classes, summary.get("label_words") or ())

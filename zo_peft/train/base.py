@@ -182,6 +182,9 @@ class BaseTrainer(Trainer):
             num_labels = (classes_of(rows) or 2) if classifies else None
             kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
             model = load_base(model, num_labels, args.tune, **kwargs)
+        elif args.model_init_kwargs:
+            advice = "a command has --dtype, --load_in_8bit and others"
+            raise UserError(f"model_init_kwargs is for a model that is given by name; {advice}")
         self.prepare_base(model, args)
         if peft_config is not None:
             model = adapters.add_adapter(model, peft_config)

@@ -83,13 +83,15 @@ def check_fields(config: "ZOConfig") -> None:
     descends = config.strategy in GRADIENT
     advice = "momentum, weight_decay and update_rule shape steps without gradients"
     refused = REFUSED | ({} if descends else dict.fromkeys(OF_GRADIENTS, advice))
-    for name, default in ((f.name, f.default) for f in fields(config)):
+    for field in fields(config):
+        name, default = field.name, field.default
         value, hint = getattr(config, name), hints[name]
         given = f"{name}={reprlib.repr(value)}"
         if value is default is None:
             continue
         literals = (part for part in (hint, *get_args(hint)) if get_origin(part) is Literal)
-        words = known.get(name) or [word for part in literals for word in get_args(part) if word]
+        words = [*known.get(name, field.metadata.get("choices") or ())]
+        words = words or [word for part in literals for word in get_args(part) if word]
         # Letters of either case will do.
         value = {word.lower(): word for word in words}.get(str(value).lower(), value)
         setattr(config, name, value)
