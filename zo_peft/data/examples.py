@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from zo_peft.data.forms import (
+    MISSING,
     Row,
     example_of,
     filled_text,
@@ -78,6 +79,9 @@ def make_examples(
     if labelled:
         index_of = label_reader(column_of(rows, column), words, source, column)
     needs_label = label_column is not None or labelled or not generates
+    used = {match[2].strip() for match in _BRACES.finditer(template) if match[2]}
+    if needs_label and rows and column.strip() in used:
+        raise UserError(f"the prompt template shows {{{column}}}, the answer; leave it out")
     options = options_of(words or ())
 
     def example(row: Row) -> Row:
@@ -219,7 +223,7 @@ def find_words(labels: Sequence[Any], column: str, asked: bool, sure: bool) -> W
     few = 2 <= len(names) <= min(MOST_CLASSES, len(labels) / 2)
     if not (asked or (names and are_texts and (sure or few))):
         return None
-    found = sorted(names - {"", "nan", "null"})
+    found = sorted(names - {"", "null", *MISSING})
     folded = [name.lower() for name in found]
     if twice := [name for name in found if folded.count(name.lower()) > 1]:
         raise UserError(

@@ -129,14 +129,22 @@ def _twice(names: Iterable[str]) -> list[str]:
 
 
 def _read_csv(content: bytes, path: Path) -> list[Row]:
-    text = _text(content, path)
+    # Excel's own first line says what separates the columns, which the header tells as well.
+    text = re.sub(r"\Asep=.\n", "", _text(content, path))
     header = re.sub('"[^"]*"', "", text.partition("\n")[0])
     # Commas, where others are not more.
     return _table(text, path, max(",;\t", key=header.count), csv.QUOTE_MINIMAL)
 
 
+#: A field as programs write it that put quotes in quotes, and double them.
+_QUOTED = re.compile('"(?:[^"]|"")*"')
+
+
 def _read_tsv(content: bytes, path: Path) -> list[Row]:
     text = _text(content, path)
+    quoted = [field for field in re.split("[\t\n]", text) if '"' in field]
+    if any('""' in f[1:-1] for f in quoted) and all(map(_QUOTED.fullmatch, quoted)):
+        return _table(text, path, "\t", csv.QUOTE_MINIMAL)
     try:
         return _table(text, path, "\t", csv.QUOTE_NONE)
     except UserError:
@@ -153,7 +161,8 @@ def _table(text: str, path: Path, delimiter: str, quoting: Any) -> list[Row]:
     reader = csv.DictReader(file, strict=True, delimiter=delimiter, quoting=quoting)
     rows = []
     try:
-        if twice := _twice(reader.fieldnames or ()):
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        if twice := _twice(reader.fieldnames):
             raise UserError(f"{path.name}: the header has {twice[0]!r} twice; rename or drop one")
         for row in reader:
             if None in row or None in row.values():
