@@ -1,5 +1,6 @@
 """Adapters: how one is made, also on a base that accelerate offloads, loaded, and merged."""
 
+import math
 import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -228,6 +229,12 @@ def check_saved(model: PeftModel) -> None:
         raise UserError("several adapters are active; choose the one to tune with set_adapter")
     state = peft.get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
     saved = {tensor.data_ptr() for tensor in state.values()}
+    root = math.sqrt if getattr(model.active_peft_config, "use_rslora", False) else float
+    for layer in (m for m in model.modules() if active in getattr(m, "lora_alpha", ())):
+        scaling = layer.scaling[active]
+        if not math.isclose(scaling, layer.lora_alpha[active] / root(layer.r[active])):
+            why = f"the adapter's scaling was set to {scaling:g}, which is not saved with it"
+            raise UserError(f"{why}; change lora_alpha instead")
     owners: dict[int, str] = {}
     for name, parameter in tuned_parameters(model).items():
         other = owners.setdefault(parameter.data_ptr(), name)

@@ -4,6 +4,7 @@ import re
 import shlex
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from zo_peft.data.forms import Row
 from zo_peft.data.tasks import ANSWER_TOKENS, TASKS
 from zo_peft.data.tokenize import classes_of
 from zo_peft.engines.served import load_served
-from zo_peft.errors import UserError
+from zo_peft.errors import Notice, UserError
 from zo_peft.models.adapters import load_adapter, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
 from zo_peft.models.loading import load_base
@@ -57,6 +58,12 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         source = Path(data.task or data.train_file or data.dataset_name or "data").stem
         args.output_dir = f"{Path(model.model_name_or_path).resolve().name}-{source}"
     resume = resumes(model, args)
+    made = {n: getattr(model, n) != getattr(ModelArguments, n) for n in _idle(model, args)}
+    if unused := sorted(name for name, is_given in made.items() if is_given):
+        whose = "an adapter that is there" if model.adapter_name_or_path else model.peft_type
+        whose = "the base itself" if args.tune != "adapter" else whose
+        message = f"--{', --'.join(unused)}: not used, because {whose} is tuned"
+        warnings.warn(message, Notice, stacklevel=2)
     examples, dev, test = examples_of(model, data, args)
     kind = GradientTrainer if args.strategy in GRADIENT else ZOTrainer
     trainer = trainer_of(kind, model, data, args, examples, dev or test)
@@ -193,18 +200,22 @@ def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     idle = set() if data.dataset_name else {*SETS["data set of the Hub"]}
     idle |= set() if data.task else {*SETS["task alone"]}
     idle |= set() if data.prompt_template else {"label_column"}
-    if args.tune != "adapter" or model.adapter_name_or_path is not None:
-        idle |= {"peft_type", "num_virtual_tokens", "lora_target_modules", *SETS["lora"]}
-    else:
-        prompts = model.peft_config().is_prompt_learning
-        idle.add("lora_target_modules" if prompts else "num_virtual_tokens")
-        idle |= set() if model.peft_type == "LORA" else {*SETS["lora"]}
+    idle |= _idle(model, args)
     rewarded = generates(data.reward_funcs, args.objective)
     told = asdict(model) | asdict(data) | run_settings(args, rewarded)
     told["tokenizer_name"] = args.tokenizer_name
     told |= {name: public_name(told[name]) for name in SETS["names"] if told[name]}
     told |= {name: Path(told[name]).name for name in SETS["paths"] if told[name]}
     return {name: value for name, value in told.items() if name not in idle}
+
+
+def _idle(model: ModelArguments, args: ZOConfig) -> set[str]:
+    """The options of a new adapter that have no say in this run."""
+    if args.tune != "adapter" or model.adapter_name_or_path is not None:
+        return {"peft_type", "num_virtual_tokens", "lora_target_modules", *SETS["lora"]}
+    prompts = model.peft_config().is_prompt_learning
+    idle = {"lora_target_modules" if prompts else "num_virtual_tokens"}
+    return idle if model.peft_type == "LORA" else idle | {*SETS["lora"]}
 
 
 def trainer_of(

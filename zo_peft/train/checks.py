@@ -207,6 +207,8 @@ def check_values(config: "ZOConfig") -> None:
         raise UserError(f"num_train_epochs={config.num_train_epochs}; it must be positive")
     if config.top_p > 1:
         raise UserError(f"top_p={config.top_p}; it must be above 0 and at most 1")
+    if config.load_best_model_at_end and config.eval_strategy == "no":
+        raise UserError("load_best_model_at_end needs evaluations; give an eval_strategy")
     if config.load_best_model_at_end and config.save_only_model:
         raise UserError("load_best_model_at_end needs whole checkpoints; drop save_only_model")
     if config.exact_layers and config.strategy != GUIDED:
@@ -230,6 +232,24 @@ def check_values(config: "ZOConfig") -> None:
     for name in ("engine_folder", "engine_timeout"):
         if getattr(config, name) != getattr(type(config), name) and config.engine != "vllm":
             raise UserError(f"{name} is for engine='vllm' alone; drop it")
+
+
+def note_unused(config: "ZOConfig") -> None:
+    """Warn of what was given and has no say with this strategy, weighting and update rule."""
+    strategy, weighting, rule = config.strategy, config.weighting, config.update_rule
+    whole = strategy in ("greedy", "mezo", "n-spsa")
+    idle = {
+        "num_candidates": strategy == "mezo",
+        "probe": whole and strategy != "greedy",
+        "weighting": whole,
+        "elite_fraction": whole or weighting == "loss",
+        "momentum": rule in ALONG_CANDIDATES,
+        "adam_beta2": rule in (*ALONG_CANDIDATES, "momentum", "normalized", "spectral"),
+    }
+    for name in (name for name, unused in idle.items() if unused and strategy not in GRADIENT):
+        if getattr(config, name) != getattr(type(config), name):
+            message = f"{name} is not used with {strategy=}, {weighting=}, update_rule={rule!r}"
+            warnings.warn(message, Notice, stacklevel=4)
 
 
 def check_candidates(config: "ZOConfig") -> None:
