@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
@@ -125,19 +125,6 @@ class Collator:
         batch |= zip(names, torch.tensor(scored).unbind(1))
         is_option = [[index < len(own) for index in range(width)] for own in options]
         return batch | {"is_option": torch.tensor(is_option)}
-
-
-def check_collator(collate: Callable[..., Any], features: Features) -> None:
-    """Raise a UserError where a collator of one's own makes no batch such as `Collator` does."""
-    try:
-        lacking = Collator(0)(features).keys() - collate(features).keys() - {"attention_mask"}
-        why = f"its batches lack {', '.join(sorted(lacking))}" if lacking else ""
-    except Exception as error:  # a collator is a function of any kind
-        why = f"{type(error).__name__}: {error}"
-    if why:
-        name = getattr(collate, "__name__", type(collate).__name__)
-        why = f"data_collator {name} does not fit examples of {', '.join(features[0])}: {why}"
-        raise UserError(f"{' '.join(why.split())}; leave it out")
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int = 0, side: str = "right") -> Tensor:

@@ -136,14 +136,12 @@ def _read_csv(content: bytes, path: Path) -> list[Row]:
     return _table(text, path, max(",;\t", key=header.count), csv.QUOTE_MINIMAL)
 
 
-#: A field as programs write it that put quotes in quotes, and double them.
-_QUOTED = re.compile('"(?:[^"]|"")*"')
-
-
 def _read_tsv(content: bytes, path: Path) -> list[Row]:
     text = _text(content, path)
     quoted = [field for field in re.split("[\t\n]", text) if '"' in field]
-    if any('""' in f[1:-1] for f in quoted) and all(map(_QUOTED.fullmatch, quoted)):
+    # Programs that put a field with quotes into quotes double those that it holds.
+    is_quoted = all(re.fullmatch('"([^"]|"")*"', field) for field in quoted)
+    if is_quoted and any('""' in field[1:-1] for field in quoted):
         return _table(text, path, "\t", csv.QUOTE_MINIMAL)
     try:
         return _table(text, path, "\t", csv.QUOTE_NONE)
@@ -161,8 +159,7 @@ def _table(text: str, path: Path, delimiter: str, quoting: Any) -> list[Row]:
     reader = csv.DictReader(file, strict=True, delimiter=delimiter, quoting=quoting)
     rows = []
     try:
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-        if twice := _twice(reader.fieldnames):
+        if twice := _twice(reader.fieldnames or ()):
             raise UserError(f"{path.name}: the header has {twice[0]!r} twice; rename or drop one")
         for row in reader:
             if None in row or None in row.values():

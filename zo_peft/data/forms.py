@@ -120,6 +120,9 @@ def fitting_form(first: Row, source: str, classifies: bool, generates: bool) -> 
     form, head = form_of(first), (FORMS[0], ("text", "label"))
     fits = form in head if classifies else form not in (None, ("prompt",), head[1])
     with located(source, 1):
+        blank = [n for n in first if n != n.strip() and any(n.strip() in form for form in FORMS)]
+        if blank:
+            raise UserError(f"column {blank[0]!r} has blanks around its name; take them away")
         if form is None or not fits:
             raise UserError(_unfit(first, classifies))
     beside = OTHERS[form][0] if form in OTHERS else OPTIONAL
@@ -180,13 +183,12 @@ def example_of(row: Row, form: Form | None = None, generates: bool = False) -> R
 def _check_beside(row: Row, form: Form) -> None:
     """Raise a UserError for a column that would change what is learned, and cannot be used."""
     names, instead = (REFUSED, "labels") if form == FORMS[0] else (REFUSED_OF_TURNS, "its texts")
-    if form in (FORMS[0], *CONVERSED):
-        beside = OTHERS[form][0] if form in OTHERS else ()
-        for name in (n for n in names if n not in beside and row.get(n) not in (None, "", [], {})):
+    beside = OTHERS[form][0] if form in OTHERS else ()
+    for name in names if form in (FORMS[0], *CONVERSED) else ():
+        if name not in beside and row.get(name) not in (None, "", [], {}):
             raise UserError(f"column {name!r} cannot be used; write it into {instead}, or drop it")
     if form == ("prompt", "completion") and str(row.get("label")).lower() in ("true", "false"):
-        advice = "keep the rows whose completion is to be learned, and drop the column"
-        raise UserError(f"column 'label' marks completions as good or bad (as for KTO); {advice}")
+        raise UserError("column 'label' marks bad completions; keep the good ones, and drop it")
 
 
 def plain(value: Any) -> Any:
@@ -203,8 +205,6 @@ def text_of(value: Any) -> str:
     if not isinstance(value, str):
         shown = "null" if value is None else reprlib.repr(value)
         raise UserError(f"{shown} is no text; write text there, or drop the row")
-    if value.strip() in MISSING:
-        raise UserError(f"{value!r} is how pandas writes no value; drop the row, or leave it empty")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -291,9 +291,8 @@ def _turn(value: Any) -> dict[str, Any]:
 
 def _instruction(row: Row) -> Row:
     """An instruction as alpaca's prompt, and its answer."""
-    texts = {name: read(name, value, text_of) for name, value in row.items()}
-    for name in {"output", "response"} & row.keys():
-        read(name, row[name], filled_text)
+    readers = dict.fromkeys(("output", "response"), filled_text)
+    texts = {name: read(name, value, readers.get(name, text_of)) for name, value in row.items()}
     given = texts.get("input", texts.get("context", ""))
     read("instruction", texts["instruction"] + given, filled_text)
     paired, given = (PAIRED, f"### Input:\n{given}\n\n") if given.strip() else ("", "")
@@ -379,6 +378,9 @@ READERS: dict[str, Callable[[Any], Any]] = {
 
 def read(name: str, value: Any, reader: Callable[[Any], Any]) -> Any:
     """What a reader makes of a column's value; its UserError then begins with the column."""
+    if isinstance(value, str) and value in MISSING:
+        message = f"column {name!r} has {value!r}, as pandas writes no value; it is read as text"
+        warnings.warn(message, Notice, stacklevel=2)
     try:
         return reader(value)
     except RecursionError:

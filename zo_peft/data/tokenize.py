@@ -237,7 +237,8 @@ class Tokenization:
         if tools and self._rendered(messages, None) == text:
             raise UserError("the chat template does not show 'tools'; drop the column")
         for role in {message["role"] for message in messages if message.get("content")}:
-            others = [m | {"content": "."} if m["role"] == role else m for m in messages]
+            other = [m | {"content": f"{m.get('content')}."} for m in messages]
+            others = [o if m["role"] == role else m for m, o in zip(messages, other)]
             if self._rendered(others, tools) == text:
                 raise UserError(f"the chat template does not show messages of {role!r}; drop them")
         for key in {key for message in messages for key in message if key not in NAMES}:

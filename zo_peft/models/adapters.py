@@ -231,10 +231,9 @@ def check_saved(model: PeftModel) -> None:
     saved = {tensor.data_ptr() for tensor in state.values()}
     root = math.sqrt if getattr(model.active_peft_config, "use_rslora", False) else float
     for layer in (m for m in model.modules() if active in getattr(m, "lora_alpha", ())):
-        scaling = layer.scaling[active]
-        if not math.isclose(scaling, layer.lora_alpha[active] / root(layer.r[active])):
-            why = f"the adapter's scaling was set to {scaling:g}, which is not saved with it"
-            raise UserError(f"{why}; change lora_alpha instead")
+        configured = layer.lora_alpha[active] / root(layer.r[active])
+        if not math.isclose(layer.scaling[active], configured):
+            raise UserError("a scaling was set by hand, which is not saved; change lora_alpha")
     owners: dict[int, str] = {}
     for name, parameter in tuned_parameters(model).items():
         other = owners.setdefault(parameter.data_ptr(), name)

@@ -308,8 +308,7 @@ def identity(model: AnyModel) -> dict[str, str]:
     edited = _edited(model, files) if isinstance(model, PeftModel) else None
     if edited:
         why = f"{edited} is not as in {public_name(name)}: the adapter fits the base as it is here"
-        message = f"{why}; save the base, too (save_pretrained), and load it from there"
-        warnings.warn(message, Notice, stacklevel=2)
+        warnings.warn(f"{why}; save the base, too, and load it from there", Notice, stacklevel=2)
     # What others quantize while they load it has no file of its own.
     if edited or not files or (not bits and is_packed(base)):
         return {"tensors": base_hash(model), "loaded": loaded}
@@ -317,19 +316,18 @@ def identity(model: AnyModel) -> dict[str, str]:
 
 
 def _edited(model: PeftModel, files: Iterable[Path]) -> str | None:
-    """A tensor of a base of which the first row is not that of its files; None without one."""
+    """A tensor of the base of which the first row is not that of its files; None without one."""
     start = getattr(model.active_peft_config, "init_lora_weights", None)
-    # Other starts change the weights that they adapt.
-    layer = "." if start in (True, False, "gaussian", "orthogonal", "eva") else ".base_layer."
+    if start not in (True, False, "gaussian", "orthogonal", "eva"):  # others change the base
+        return None
     named = model.get_base_model().named_parameters()
     floats = ((n, p.detach()) for n, p in named if p.is_floating_point() and not p.requires_grad)
-    own = {n.replace(".base_layer.", layer): p for n, p in floats if p.dim() and not p.is_meta}
+    own = {n.replace(".base_layer.", "."): p for n, p in floats if p.dim() and not p.is_meta}
     for path in files:
         with safe_open(path, "pt") as file:
             for name in sorted(own.keys() & {*file.keys()}):
-                saved, mine = file.get_slice(name), own[name]
-                fits = saved.get_shape() == [*mine.shape]
-                if fits and not torch.equal(saved[:1].to(mine.dtype), mine[:1].cpu()):
+                mine, row = own[name][:1].cpu(), file.get_slice(name)[:1]
+                if mine.shape == row.shape and not torch.equal(row.to(mine.dtype), mine):
                     return name
     return None
 

@@ -248,7 +248,7 @@ class _Decided(np.ndarray):
 
 
 def on_decided(metrics: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
-    """The same function of predictions, which raise a UserError where it takes their argmax."""
+    """The same function of an `EvalPrediction`, with a UserError where it takes an argmax."""
 
     @wraps(metrics)
     def computed(prediction: EvalPrediction, **kwargs: Any) -> dict[str, float]:

@@ -58,11 +58,9 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         source = Path(data.task or data.train_file or data.dataset_name or "data").stem
         args.output_dir = f"{Path(model.model_name_or_path).resolve().name}-{source}"
     resume = resumes(model, args)
-    made = {n: getattr(model, n) != getattr(ModelArguments, n) for n in _idle(model, args)}
-    if unused := sorted(name for name, is_given in made.items() if is_given):
-        whose = "an adapter that is there" if model.adapter_name_or_path else model.peft_type
-        whose = "the base itself" if args.tune != "adapter" else whose
-        message = f"--{', --'.join(unused)}: not used, because {whose} is tuned"
+    names = (n for n, value in vars(model).items() if value != getattr(ModelArguments, n))
+    if unused := sorted({*names} - _told(model, data, args).keys()):
+        message = f"not used in this run, because of the other options: --{', --'.join(unused)}"
         warnings.warn(message, Notice, stacklevel=2)
     examples, dev, test = examples_of(model, data, args)
     kind = GradientTrainer if args.strategy in GRADIENT else ZOTrainer
@@ -200,22 +198,18 @@ def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     idle = set() if data.dataset_name else {*SETS["data set of the Hub"]}
     idle |= set() if data.task else {*SETS["task alone"]}
     idle |= set() if data.prompt_template else {"label_column"}
-    idle |= _idle(model, args)
+    if args.tune != "adapter" or model.adapter_name_or_path is not None:
+        idle |= {"peft_type", "num_virtual_tokens", "lora_target_modules", *SETS["lora"]}
+    else:
+        prompts = model.peft_config().is_prompt_learning
+        idle.add("lora_target_modules" if prompts else "num_virtual_tokens")
+        idle |= set() if model.peft_type == "LORA" else {*SETS["lora"]}
     rewarded = generates(data.reward_funcs, args.objective)
     told = asdict(model) | asdict(data) | run_settings(args, rewarded)
     told["tokenizer_name"] = args.tokenizer_name
     told |= {name: public_name(told[name]) for name in SETS["names"] if told[name]}
     told |= {name: Path(told[name]).name for name in SETS["paths"] if told[name]}
     return {name: value for name, value in told.items() if name not in idle}
-
-
-def _idle(model: ModelArguments, args: ZOConfig) -> set[str]:
-    """The options of a new adapter that have no say in this run."""
-    if args.tune != "adapter" or model.adapter_name_or_path is not None:
-        return {"peft_type", "num_virtual_tokens", "lora_target_modules", *SETS["lora"]}
-    prompts = model.peft_config().is_prompt_learning
-    idle = {"lora_target_modules" if prompts else "num_virtual_tokens"}
-    return idle if model.peft_type == "LORA" else idle | {*SETS["lora"]}
 
 
 def trainer_of(

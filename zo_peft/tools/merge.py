@@ -57,10 +57,9 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
             f"{config.peft_type.value} cannot be merged: it adds tokens, or keys and values, and "
             "changes no weight; load it with PEFT"
         )
-    own, name = config.base_model_name_or_path, model.model_name_or_path
-    if own and public_name(own) != public_name(name):
-        message = f"the adapter names {public_name(own)} as its base, and is merged into {name}"
-        warnings.warn(message, Notice, stacklevel=2)
+    named = public_name(config.base_model_name_or_path or "")
+    if named not in ("", public_name(model.model_name_or_path)):
+        warnings.warn(f"the adapter names {named} as its base", Notice, stacklevel=2)
     tokenizer = model.tokenizer()
     summary = read_results(model.adapter_name_or_path)
     base = load(model, "adapter", classes, summary.get("label_words") or ())

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,8 +20,7 @@ from transformers.utils import PushInProgress
 
 from zo_peft.core.batch import Batch, Objective
 from zo_peft.core.lanes import replaced
-from zo_peft.data import Tokenization, collator_for, tokenize_dataset
-from zo_peft.data.collate import check_collator
+from zo_peft.data import Collator, Tokenization, collator_for, tokenize_dataset
 from zo_peft.data.sampler import EpochSampler
 from zo_peft.data.tokenize import Features, classes_of, is_tokenized
 from zo_peft.engines import served
@@ -137,8 +136,10 @@ class BaseTrainer(Trainer):
             goals = self.objective, self.eval_objective
             model.eval()
             data_collator = collator_for(model, tokenizer.pad_token_id, *goals, examples=seen)
-        elif objective is None and (some := [*islice(train or (), 2)]):
-            check_collator(data_collator, some)
+        elif objective is None and train:
+            theirs, needed = (make([next(iter(train))]) for make in (data_collator, Collator(0)))
+            if lacking := sorted(needed.keys() - theirs.keys() - {"attention_mask"}):
+                raise UserError(f"batches of data_collator lack {', '.join(lacking)}; leave it out")
         if args.objective == "accuracy":
             self.objective = scoring.AccuracyObjective(self.objective)
         try:
@@ -267,8 +268,7 @@ class BaseTrainer(Trainer):
         for own, is_read, built in self._built:
             changed = {n for n, value in built.items() if value != getattr(own, n)}
             if changed := changed.intersection(BUILT) if is_read else changed:
-                why = f"{min(changed)} was changed after the trainer was built with it"
-                raise UserError(f"{why}; change it before, and build the trainer then")
+                raise UserError(f"{min(changed)} was changed after the trainer was built")
         self.totals.clear()
         result = super().train(*args, **kwargs)
         if not self.state.global_step:
@@ -326,8 +326,8 @@ class BaseTrainer(Trainer):
             sampler = super()._get_train_sampler(data)
         if isinstance(sampler, LengthGroupedSampler):
             sampler.batch_size = self._train_batch_size * self.args.gradient_accumulation_steps
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return EpochSampler(sampler, seed)
+            seeds = self.args.data_seed, self.args.seed
+            return EpochSampler(sampler, next(seed for seed in seeds if seed is not None))
         return sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:

@@ -103,7 +103,6 @@ class ZOConfig(TrainingArguments):
             guided = "guided" if self.strategy == GUIDED else "normalized"
             self.update_rule = "fzoo" if self.tune == "weights" else guided
         checks.check_values(self)
-        checks.note_unused(self)
         if self.num_candidates is None:
             self.num_candidates = 4 if self.per_example_noise and self._examples >= 4 else 8
         checks.check_candidates(self)
@@ -185,7 +184,7 @@ class ZOConfig(TrainingArguments):
         self.max_steps: int = min(steps, self.max_steps) if self.max_steps > 0 else steps
 
 
-#: Settings that a trainer is built with, and does not read again when it starts to train.
+#: Settings that a trainer is built with; those that are taken away are read when it trains.
 BUILT = {*ZOConfig.__annotations__, "seed", "per_device_train_batch_size"}
 BUILT -= {"learning_rate", "update_rule", "momentum", "warmup_steps", "logging_steps"}
 BUILT -= {"max_forward_passes", "num_train_epochs", "train_sampling_strategy"}

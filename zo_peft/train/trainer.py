@@ -1,6 +1,5 @@
 """`ZOTrainer`: transformers' Trainer, with a `Tuner` that makes the steps."""
 
-import hashlib
 import json
 import math
 import shutil
@@ -74,10 +73,7 @@ class ZOTrainer(CheckpointTrainer):
             raise UserError(f"strategy={args.strategy!r} needs gradients; use a GradientTrainer")
         for name in ("compute_loss", "create_optimizer"):
             if getattr(type(self), name) is not getattr(ZOTrainer, name):
-                why = f"{name} of {type(self).__name__} would not be asked"
-                raise UserError(
-                    f"{why}: steps are made of an objective's losses, by an update_rule"
-                )
+                raise UserError(f"{name} would not be asked; give an objective or an update_rule")
         recipe.check_in_place(model, args.tune)
         # The hash comes before the space, which takes nested scales of NF4 apart.
         self.base_hash = None if args.tune == "adapter" else base_hash(model)
@@ -212,6 +208,7 @@ class ZOTrainer(CheckpointTrainer):
     def _open_journal(self, resume: str | bool | None) -> str | None:
         """Start a journal or take one up; returns the checkpoint to go on from."""
         folder = Path(self.args.output_dir).resolve()
+        some = json.dumps([*islice(self.train_dataset or (), 100)], default=str)
         header = {
             "base": identity(self.model),
             "num_labels": self.tokenization.num_labels,
@@ -220,7 +217,7 @@ class ZOTrainer(CheckpointTrainer):
             "generator": GENERATOR,
             "space": self._space_settings(),
             "rule": self._rule_settings(),
-            "data": self._data_hash(),
+            "data": derive_seed(*some.encode()),
         }
         last = resume is True
         whose = folder if last or not resume else Path(str(resume)).resolve().parent
@@ -258,12 +255,6 @@ class ZOTrainer(CheckpointTrainer):
         if start is None:
             self._load_trained(checkpoint.load_tensors(initial))
         return start
-
-    def _data_hash(self) -> str:
-        """A hash of the first examples to train on."""
-        rows = islice(self.train_dataset or (), 1000)
-        text = json.dumps([*rows], sort_keys=True, default=str)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     # ---- The step -------------------------------------------------------------------------------
 
@@ -370,10 +361,8 @@ class ZOTrainer(CheckpointTrainer):
             num_training_steps = int(min(num_training_steps, self._budget // self._step_passes))
         self.tuner.total_steps = num_training_steps
         if self.args.get_warmup_steps(num_training_steps) > num_training_steps:
-            why = (
-                f"warmup_steps={self.args.warmup_steps:g} end after the {num_training_steps} steps"
-            )
-            message = f"{why} of this run, so its learning rate is never reached; lower them"
+            warm = f"warmup_steps={self.args.warmup_steps:g} end behind the run"
+            message = f"{warm}, so its learning rate is never reached; lower them"
             warnings.warn(message, Notice, stacklevel=2)
         rule = self.tuner.rule
         if rule.automatic:
