@@ -139,9 +139,9 @@ def _read_csv(content: bytes, path: Path) -> list[Row]:
 def _read_tsv(content: bytes, path: Path) -> list[Row]:
     text = _text(content, path)
     quoted = [field for field in re.split("[\t\n]", text) if '"' in field]
-    # Programs that put a field with quotes into quotes double those that it holds.
+    # Programs that put fields into quotes double those that a field holds.
     is_quoted = all(re.fullmatch('"([^"]|"")*"', field) for field in quoted)
-    if is_quoted and any('""' in field[1:-1] for field in quoted):
+    if is_quoted and (text.startswith('"') or any('""' in field[1:-1] for field in quoted)):
         return _table(text, path, "\t", csv.QUOTE_MINIMAL)
     try:
         return _table(text, path, "\t", csv.QUOTE_NONE)

@@ -58,7 +58,7 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         source = Path(data.task or data.train_file or data.dataset_name or "data").stem
         args.output_dir = f"{Path(model.model_name_or_path).resolve().name}-{source}"
     resume = resumes(model, args)
-    names = (n for n, value in vars(model).items() if value != getattr(ModelArguments, n))
+    names = (n for n, value in vars(model).items() if value != getattr(ModelArguments, n, value))
     if unused := sorted({*names} - _told(model, data, args).keys()):
         message = f"not used in this run, because of the other options: --{', --'.join(unused)}"
         warnings.warn(message, Notice, stacklevel=2)
