@@ -357,6 +357,24 @@ def test_blanks_around_names_and_labels_do_not_count() -> None:
     ]
 
 
+def test_blanks_around_the_name_of_a_column_are_not_passed_over() -> None:
+    fails(lambda: make_examples([{"text": "a", " label": "x"}], "f"), "f, row 1", "' label'")
+
+
+@pytest.mark.parametrize("template", ["{text} is {label}", "{ label }: {text}"])
+@pytest.mark.parametrize("more", [{"label_words": ["x", "y"]}, {}, {"classifies": True}], ids=str)
+def test_a_template_that_shows_the_answer_is_refused(template: str, more: dict[str, Any]) -> None:
+    rows = [{"text": "a", "label": "x"}]
+    fails(lambda: make_examples(rows, "f", template, **more), "{label}, the answer")
+    assert make_examples(rows, "f", "{text} {{label}}", label_words=["x", "y"])
+    assert make_examples(rows, "f", template, generates=True)[0]["prompt"]
+
+
+def test_what_pandas_writes_for_no_value_is_told() -> None:
+    with pytest.warns(UserWarning, match="column 'text' has 'nan', as pandas writes no value"):
+        assert make_examples([{"text": "nan"}], "f") == [{"text": "nan"}]
+
+
 @pytest.mark.parametrize("settings", [{"label_column": "label"}, {"label_words": ["a", "b"]}])
 def test_options_of_a_template_need_one(settings: dict[str, Any]) -> None:
     rows = [{"id": "1", "text": "a text", "label": "a"}]

@@ -1,5 +1,6 @@
 """Files as people have them: compressed, of other encodings and separators, Parquet."""
 
+import csv
 import gzip
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,23 @@ def test_cp1252_is_read_and_a_part_of_it_shown(tmp_path: Path) -> None:
 def test_a_tsv_has_quotes_only_where_it_is_no_table_without_them(tmp_path: Path) -> None:
     FRAME.to_csv(tmp_path / "a.tsv", sep="\t", index=False)
     assert read_rows(tmp_path / "a.tsv") == ROWS
-    FRAME[:1].to_csv(tmp_path / "a.tsv", sep="\t", index=False)
-    assert read_rows(tmp_path / "a.tsv")[0]["Ticket"] == '"Café ""Zur Mühle""; 3, 4"'
+    # As in GLUE's files: a quote at the start of a field is a part of the text.
+    (tmp_path / "a.tsv").write_text('a\tb\n"x" y\t"z"\n"u"\tv ""w""\n')
+    rows = [{"a": '"x" y', "b": '"z"'}, {"a": '"u"', "b": 'v ""w""'}]
+    assert read_rows(tmp_path / "a.tsv") == rows
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_a_tsv_in_which_quotes_are_doubled_is_read_as_it_was_written(
+    quoting: int, tmp_path: Path
+) -> None:
+    FRAME[:1].to_csv(tmp_path / "a.tsv", sep="\t", index=False, quoting=quoting)
+    assert read_rows(tmp_path / "a.tsv") == ROWS[:1]
+
+
+def test_the_line_in_which_excel_names_the_separator_is_no_header(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("sep=;\n" + FRAME.to_csv(sep=";", index=False))
+    assert read_rows(tmp_path / "a.csv") == ROWS
 
 
 def test_compressed_files(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from test_data import fails, make_tokenizer
 
 from zo_peft.data import Tokenization, make_examples, tokenize_dataset
-from zo_peft.data.forms import check_layout
+from zo_peft.data.forms import check_layout, question_of
 from zo_peft.models.loading import CHATML
 
 #: As in alpaca's own code (`prompt_dict` of its `train.py`).
@@ -21,6 +21,7 @@ WITHOUT = (
 )
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 SYSTEM = {"role": "system", "content": "c"}
+SILENT = {"role": "assistant", "content": "", "weight": 0}
 HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
 TOOLS = [{"name": "look"}]
 
@@ -48,6 +49,12 @@ TOOLS = [{"name": "look"}]
             {"conversations": [SYSTEM, HUMAN, {**GPT, "weight": 0}, HUMAN, GPT]},
             {"messages": [SYSTEM, USER, {**ANSWER, "weight": 0}, USER, ANSWER]},
         ),
+        ({"conversations": [HUMAN, GPT], "system": "c"}, {"messages": [SYSTEM, USER, ANSWER]}),
+        (
+            {"instruction": "Say hi", "output": "hi", "history": [], "system": ""},
+            {"prompt": WITHOUT, "completion": "hi"},
+        ),
+        ({"messages": [USER, SILENT, ANSWER]}, {"messages": [USER, SILENT, ANSWER]}),
         (
             {"conversations": [HUMAN, GPT], "tools": '[{"name": "look"}]'},
             {"messages": [USER, ANSWER], "tools": TOOLS},
@@ -67,7 +74,18 @@ def test_rows_of_other_programs(row: dict[str, Any], example: dict[str, Any]) ->
     [
         ({"instruction": True, "output": "b"}, ["column 'instruction'", "no text"]),
         ({"instruction": "a", "input": ["b"], "output": "b"}, ["column 'input'", "no text"]),
-        ({"instruction": "a", "output": ""}, ["column 'completion'", "empty"]),
+        ({"instruction": "a", "output": ""}, ["column 'output'", "empty"]),
+        ({"instruction": " ", "input": "", "output": "b"}, ["column 'instruction'", "empty"]),
+        ({"messages": [USER, {**ANSWER, "content": " "}]}, ["column 'messages'", "empty"]),
+        ({"messages": [USER, ANSWER], "system": "c"}, ["column 'system'", "its texts"]),
+        ({"instruction": "a", "output": "b", "system": "c"}, ["column 'system'"]),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, ["column 'history'"]),
+        (
+            {"messages": [USER, ANSWER], "chat_template_kwargs": {"a": 1}},
+            ["column 'chat_template_kwargs'"],
+        ),
+        ({"prompt": "a", "completion": "b", "label": False}, ["marks bad completions"]),
+        ({"prompt": "a", "completion": "b", "label": "True"}, ["marks bad completions"]),
         ({"conversations": [HUMAN]}, ["column 'conversations'", "no turn of gpt"]),
         ({"conversations": [{"from": "cat", "value": "b"}]}, ["'cat'", "human, gpt"]),
         ({"messages": [{**USER, "role": "\ud800"}, ANSWER]}, ["column 'messages'", "surrogate"]),
@@ -76,10 +94,29 @@ def test_rows_of_other_programs(row: dict[str, Any], example: dict[str, Any]) ->
             {"prompt": "a", "chosen": "b", "rejected": "c"},
             ['--prompt_template "{prompt}" --label_column "chosen"'],
         ),
+        ({"chosen": "b", "rejected": "c"}, ['--prompt_template "{text}" --label_column "chosen"']),
     ],
 )
 def test_rows_that_cannot_be_used_name_their_column(row: dict[str, Any], parts: list[str]) -> None:
     fails(lambda: make_examples([row], "f"), "f, row 1", *parts)
+
+
+def test_a_system_prompt_of_a_row_is_asked_with_it() -> None:
+    asked = question_of({"conversations": [HUMAN], "system": "c"})
+    assert asked == {"prompt": [SYSTEM, USER]}
+    fails(lambda: question_of({"messages": [USER], "system": "c"}), "column 'system'")
+    assert question_of({"text": "a", "system": "Linux"}) == {"prompt": "a"}
+
+
+def test_messages_that_the_chat_template_leaves_out_are_refused() -> None:
+    shown = "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokenizer = make_tokenizer(chat=shown + "{% if add_generation_prompt %}<assistant>{% endif %}")
+
+    def tokenized(*messages: dict[str, str]) -> Any:
+        return list(tokenize_dataset([{"messages": [*messages]}], Tokenization(tokenizer)))
+
+    fails(lambda: tokenized(SYSTEM, USER, ANSWER), "row 1", "does not show messages of 'system'")
+    assert len(tokenized(USER, ANSWER)) == len(tokenized(USER, ANSWER, USER, ANSWER)) == 1
 
 
 def test_columns_instead_of_rows_are_refused_with_the_command() -> None:

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from zo_peft import UserError, ZOConfig
 from zo_peft.core import eps as calibrate
 from zo_peft.core.strategies import STRATEGIES
-from zo_peft.train.checks import default_budget
+from zo_peft.train.checks import PRESETS, default_budget
 from zo_peft.train.config import HELP
 
 WARNING = "num_candidates=2"
@@ -251,6 +251,7 @@ def test_every_field_of_its_own_is_documented() -> None:
         ({"weighting": "split", "elite_fraction": 1.5}, ["elite_fraction"]),
         ({"weighting": "split", "elite_fraction": -0.5}, ["elite_fraction"]),
         ({"load_best_model_at_end": True, "save_only_model": True}, ["save_only_model"]),
+        ({"load_best_model_at_end": True}, ["load_best_model_at_end", "eval_strategy"]),
         (
             {"max_forward_passes": 3, "zo_eps": 1e-2},
             ["max_forward_passes=3", "gv", "takes 4", "num_candidates"],
@@ -367,11 +368,46 @@ def test_two_candidates_warn_and_say_why(settings: dict[str, Any], tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy": "mezo", "num_candidates": 2}, "num_candidates is not used with mezo"),
+        ({"strategy": "n-spsa", "probe": "central"}, "probe is not used with n-spsa"),
+        ({"strategy": "greedy", "weighting": "split"}, "weighting is not used with greedy"),
+        ({"elite_fraction": 0.25}, "elite_fraction is not used with loss"),
+        ({"update_rule": "sgd", "momentum": 0.5}, "momentum is not used with sgd"),
+        ({"update_rule": "spectral", "adam_beta2": 0.5}, "adam_beta2 is not used with spectral"),
+    ],
+    ids=str,
+)
+def test_what_has_no_say_is_told(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=message):
+        make(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"strategy": "n-spsa", "num_candidates": 2},
+        {"strategy": "greedy", "probe": "central"},
+        {"weighting": "split", "elite_fraction": 0.25},
+        {"update_rule": "adam", "momentum": 0.5, "adam_beta2": 0.5},
+        {"strategy": "guided", "adam_beta2": 0.5},
+        {"strategy": "adam", "adam_beta2": 0.5},
+        *({"preset": name} for name in PRESETS),
+    ],
+    ids=str,
+)
+def test_of_what_has_a_say_nothing_is_told(settings: dict[str, Any], tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* is not used with")
+        make(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
     "settings",
     [
         {"num_candidates": 3},
         {"num_candidates": 4},
-        {"num_candidates": 2, "strategy": "mezo"},
         {"num_candidates": 2, "strategy": "n-spsa"},
     ],
     ids=str,

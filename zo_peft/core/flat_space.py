@@ -155,10 +155,11 @@ class FlatSpace(Space):
     def check(self) -> None:
         """Raise a UserError where a parameter was changed by others since the space was made."""
         for flat in self._flats:
-            live = flat.layout.views(flat.live)
+            live, same = flat.layout.views(flat.live), torch.equal(flat.live, flat.theta)
             for name, view in flat.layout.views(flat.theta).items():
                 now = self.parameters[name]
-                if now.data_ptr() != live[name].data_ptr() or not torch.equal(now, view):
+                moved = now.data_ptr() != live[name].data_ptr()
+                if moved or not (same or torch.equal(now, view)):
                     why = f"{name} was changed after the trainer was built, which would be lost"
                     raise UserError(f"{why}; change it before, and build the trainer then")
 

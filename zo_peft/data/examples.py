@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from zo_peft.data.forms import (
+    MISSING,
     Row,
     example_of,
     filled_text,
@@ -74,9 +75,12 @@ def make_examples(
     template = "{text}" if prompt_template is None else prompt_template
     column = label_column or "label"
     labelled = words is not None or classifies
+    needs_label = label_column is not None or labelled or not generates
+    used = {match[2].strip() for match in _BRACES.finditer(template) if match[2]}
+    if needs_label and rows and column.strip() in used:
+        raise UserError(f"the prompt template shows {{{column}}}, the answer; leave it out")
     if labelled:
         index_of = label_reader(column_of(rows, column), words, source, column)
-    needs_label = label_column is not None or labelled or not generates
     options = options_of(words or ())
 
     def example(row: Row) -> Row:
@@ -219,7 +223,7 @@ def find_words(labels: Sequence[Any], where: str, asked: bool, sure: bool) -> Wo
     fit = len(names) <= max(enough) if sure else 2 <= len(names) <= min(enough)
     if not (asked or (names and are_texts and fit)):
         return None
-    found = sorted(names - {"", "nan", "null"})
+    found = sorted(names - {"", "null", *MISSING})
     folded = [name.lower() for name in found]
     if twice := [name for name in found if folded.count(name.lower()) > 1]:
         cure = f"write them alike, or give --label_words {twice[0]}=word {twice[1]}=word ..."

@@ -34,8 +34,15 @@ FORMS: tuple[Form, ...] = (
 #: Columns that may stand beside those of a form.
 TOKENIZED = ("attention_mask", "token_type_ids", "length")
 OPTIONAL = ("passage", "passage_start", "also_right", "tools")
-#: Columns of tokenized rows that would change what is learned, and that no model here is given.
+#: Columns of tokenized rows that would change what is learned, and that no model here is given; and
+#: those of rows with a prompt, an instruction or turns.
 REFUSED = ("position_ids", "completion_mask", "assistant_masks", "loss_mask")
+REFUSED_OF_TURNS = ("system", "history", "chat_template_kwargs")
+CONVERSED = (FORMS[2], *FORMS[4:9])
+#: What `astype(str)` of pandas makes of a value that is missing.
+MISSING = ("nan", "<NA>", "NaT")
+#: Keys of a message that a chat template may leave out, because they only say whose it is.
+NAMES = ("role", "content", "weight", "name", "tool_call_id")
 #: The prompt with which alpaca was trained.
 INSTRUCTION = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately "
@@ -83,7 +90,7 @@ def called(form: Form | None) -> str:
 
 def prompt_of(row: Row, answer: str | None) -> str:
     """A column that may be the prompt of this answer, for a message: `prompt`, or the longest."""
-    others = [name for name in row if name != answer] or ["text"]
+    others = [name for name in row if name not in (answer, "rejected")] or ["text"]
     return "prompt" if "prompt" in others else max(others, key=lambda name: len(str(row.get(name))))
 
 
@@ -113,6 +120,9 @@ def fitting_form(first: Row, source: str, classifies: bool, generates: bool) -> 
     form, head = form_of(first), (FORMS[0], ("text", "label"))
     fits = form in head if classifies else form not in (None, ("prompt",), head[1])
     with located(source, 1):
+        blank = [n for n in first if n != n.strip() and any(n.strip() in form for form in FORMS)]
+        if blank:
+            raise UserError(f"column {blank[0]!r} has blanks around its name; take them away")
         if form is None or not fits:
             raise UserError(_unfit(first, classifies))
     beside = OTHERS[form][0] if form in OTHERS else OPTIONAL
@@ -149,12 +159,11 @@ def example_of(row: Row, form: Form | None = None, generates: bool = False) -> R
         raise UserError(f"it has {what}: rows before have {named(form)}, this one has {has}; {how}")
     if own is None or own == ("prompt",):
         raise UserError(_unfit(row))
+    _check_beside(row, own)
     if own in OTHERS:
         beside, convert = OTHERS[own]
         row = convert({name: row[name] for name in (*own, *beside) if row.get(name) is not None})
         own = form_of(row) or own
-    if refused := [name for name in REFUSED if own == FORMS[0] and row.get(name) is not None]:
-        raise UserError(f"column {refused[0]!r} cannot be used; express it in labels, or drop it")
     used = (*own, *(TOKENIZED if own == FORMS[0] else OPTIONAL))
     # A data set of Arrow has null for those who have no other right options.
     if "also_right" in row and row["also_right"] is None:
@@ -167,6 +176,17 @@ def example_of(row: Row, form: Form | None = None, generates: bool = False) -> R
     if "tools" in example and not (conversation or own == ("messages",)):
         raise UserError("column 'tools' is for messages, which a chat template turns into text")
     return _unpadded(example) if own == FORMS[0] else example
+
+
+def _check_beside(row: Row, form: Form) -> None:
+    """Raise a UserError for a column that would change what is learned, and cannot be used."""
+    names, instead = (REFUSED, "labels") if form == FORMS[0] else (REFUSED_OF_TURNS, "its texts")
+    beside = OTHERS[form][0] if form in OTHERS else ()
+    for name in names if form in (FORMS[0], *CONVERSED) else ():
+        if name not in beside and row.get(name) not in (None, "", [], {}):
+            raise UserError(f"column {name!r} cannot be used; write it into {instead}, or drop it")
+    if form == ("prompt", "completion") and str(row.get("label")).lower() in ("true", "false"):
+        raise UserError("column 'label' marks bad completions; keep the good ones, and drop it")
 
 
 def plain(value: Any) -> Any:
@@ -233,9 +253,10 @@ def _message(value: Any) -> Row:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise UserError(f"{reprlib.repr(value)} must be a message with role and content")
     text_of(message["role"])
-    if "content" in message or "tool_calls" not in message:
-        message["content"] = text_of(message.get("content"))
     trained = message["role"] == "assistant"
+    if "content" in message or "tool_calls" not in message:
+        filled = trained and message.get("weight") != 0 and not message.keys() - NAMES
+        message["content"] = (filled_text if filled else text_of)(message.get("content"))
     if "weight" in message and message["weight"] not in ((0, 1) if trained else (0,)):
         raise UserError(f"weight {message['weight']!r} must be 0 or 1, and 1 only of the assistant")
     return message
@@ -253,7 +274,9 @@ def _conversation(row: Row) -> Row:
 
 def _turns(row: Row) -> list[dict[str, Any]]:
     what = "turns with from and value"
-    return read("conversations", row["conversations"], lambda value: _listed(value, _turn, what))
+    turns = read("conversations", row["conversations"], lambda value: _listed(value, _turn, what))
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return [*system, *turns]
 
 
 def _turn(value: Any) -> dict[str, Any]:
@@ -266,8 +289,10 @@ def _turn(value: Any) -> dict[str, Any]:
 
 def _instruction(row: Row) -> Row:
     """An instruction as alpaca's prompt, and its answer."""
-    texts = {name: read(name, value, text_of) for name, value in row.items()}
+    readers = dict.fromkeys(("output", "response"), filled_text)
+    texts = {name: read(name, value, readers.get(name, text_of)) for name, value in row.items()}
     given = texts.get("input", texts.get("context", ""))
+    read("instruction", texts["instruction"] + given, filled_text)
     paired, given = (PAIRED, f"### Input:\n{given}\n\n") if given.strip() else ("", "")
     prompt = INSTRUCTION.format(paired=paired, task=texts["instruction"], given=given)
     return {"prompt": prompt, "completion": texts.get("output", texts.get("response"))}
@@ -297,7 +322,7 @@ def _without_nulls(value: Any) -> Any:
 
 #: Forms of other programs: the columns that may stand beside, and what makes an own form of them.
 OTHERS: dict[Form, tuple[Form, Callable[[Row], Row]]] = {
-    ("conversations",): (("tools",), _conversation),
+    ("conversations",): (("tools", "system"), _conversation),
     ("instruction", "output"): (("input",), _instruction),
     ("instruction", "response"): (("context",), _instruction),
     ("prompt", "response"): ((), lambda r: {"prompt": r["prompt"], "completion": r["response"]}),
@@ -312,6 +337,8 @@ def question_of(row: Row, classifies: bool = False) -> Row:
     row = {name: value for name, value in row.items() if value is not None}
     if classifies:
         return {"text": row["text"], **{name: row[name] for name in OPTIONAL if name in row}}
+    asks = [form for form in CONVERSED if form[0] in row and "options" not in row]
+    _check_beside(row, asks[0] if asks else ())
     if "instruction" in row:
         asked = {"instruction", "input", "context"} & row.keys()
         return {"prompt": _instruction({name: row[name] for name in asked})["prompt"]}
@@ -351,6 +378,9 @@ READERS: dict[str, Callable[[Any], Any]] = {
 
 def read(name: str, value: Any, reader: Callable[[Any], Any]) -> Any:
     """What a reader makes of a column's value; its UserError then begins with the column."""
+    if isinstance(value, str) and value in MISSING:
+        message = f"column {name!r} has {value!r}, as pandas writes no value; it is read as text"
+        warnings.warn(message, Notice, stacklevel=2)
     try:
         return reader(value)
     except UserError as error:

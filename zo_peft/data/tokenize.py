@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from zo_peft.data.forms import FORMS, Form, Row, example_of, fitting_form, form_of, located
+from zo_peft.data.forms import FORMS, NAMES, Form, Row, example_of, fitting_form, form_of, located
 from zo_peft.errors import UserError, explained
 from zo_peft.models.adapters import check_token
 
@@ -20,9 +20,6 @@ try:
 except ImportError:
     HAS_DATASETS = False
     Dataset = IterableDataset = Value = type("Absent", (), {})
-
-#: Keys of a message that a chat template may leave out, because they only say whose it is.
-NAMES = ("role", "content", "weight", "name", "tool_call_id")
 
 
 class Features(list[Row]):
@@ -234,6 +231,11 @@ class Tokenization:
         """Refuse tools, and parts of messages, that the chat template leaves out."""
         if tools and self._rendered(messages, None) == text:
             raise UserError("the chat template does not show 'tools'; drop the column")
+        for role in {message["role"] for message in messages if message.get("content")}:
+            other = [m | {"content": f"{m.get('content')}."} for m in messages]
+            others = [o if m["role"] == role else m for m, o in zip(messages, other)]
+            if self._rendered(others, tools) == text:
+                raise UserError(f"the chat template does not show messages of {role!r}; drop them")
         for key in {key for message in messages for key in message if key not in NAMES}:
             without = [{k: value for k, value in m.items() if k != key} for m in messages]
             if self._rendered(without, tools) == text:

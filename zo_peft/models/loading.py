@@ -1,6 +1,7 @@
 """Base models (in floating point, int8 or NF4) and tokenizers, and how a base is recognised."""
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from safetensors import safe_open
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
@@ -23,7 +25,7 @@ from transformers import (
 )
 from transformers.quantizers import AutoHfQuantizer
 
-from zo_peft.errors import UserError, explained, first_line
+from zo_peft.errors import Notice, UserError, explained, first_line
 from zo_peft.models.hub import LOAD_ERRORS, AnyModel, file_of, public_name, reason
 from zo_peft.models.quantized import Linear4bit, Linear8bitLt, QuantState, bitsandbytes
 
@@ -300,10 +302,31 @@ def identity(model: AnyModel) -> dict[str, str]:
     loaded = {8: "int8", 4: "4-bit"}[bits] if bits else str(base.dtype)
     name = model.config.name_or_path
     files = sorted(Path(name).glob("*.safetensors")) if name else []
+    edited = _edited(model, files) if isinstance(model, PeftModel) else None
+    if edited:
+        why = f"{edited} is not as in {public_name(name)}: the adapter fits the base as it is here"
+        warnings.warn(f"{why}; save the base, too, and load it from there", Notice, stacklevel=2)
     # What others quantize while they load it has no file of its own.
-    if not files or (not bits and is_packed(base)):
+    if edited or not files or (not bits and is_packed(base)):
         return {"tensors": base_hash(model), "loaded": loaded}
     return {"files": files_hash(files), "loaded": loaded}
+
+
+def _edited(model: PeftModel, files: Iterable[Path]) -> str | None:
+    """A tensor of the base of which the first row is not that of its files; None without one."""
+    start = getattr(model.active_peft_config, "init_lora_weights", None)
+    if start not in (True, False, "gaussian", "orthogonal", "eva"):  # others change the base
+        return None
+    named = model.get_base_model().named_parameters()
+    floats = ((n, p.detach()) for n, p in named if p.is_floating_point() and not p.requires_grad)
+    own = {n.replace(".base_layer.", "."): p for n, p in floats if p.dim() and not p.is_meta}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in sorted(own.keys() & {*file.keys()}):
+                mine, row = own[name][:1].cpu(), file.get_slice(name)[:1]
+                if mine.shape == row.shape and not torch.equal(row.to(mine.dtype), mine):
+                    return name
+    return None
 
 
 def files_hash(files: Iterable[Path]) -> str:

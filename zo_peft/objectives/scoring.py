@@ -10,6 +10,8 @@ tokens [N], at the N positions.
 """
 
 from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from zo_peft.core.batch import IGNORE_INDEX, Batch, Objective, Prediction
+from zo_peft.errors import UserError
 
 
 def labelled_logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -235,6 +238,25 @@ def accuracy(prediction: EvalPrediction, name: str = "accuracy") -> dict[str, fl
     counted = prediction.label_ids != IGNORE_INDEX
     right = (prediction.predictions == prediction.label_ids)[counted]
     return {name: float(np.mean(right))}
+
+
+class _Decided(np.ndarray):
+    """Predictions that are indices, of which nobody takes the highest score."""
+
+    def argmax(self, *_: Any, **__: Any) -> Any:
+        raise UserError("predictions of compute_metrics are indices already; leave argmax out")
+
+
+def on_decided(metrics: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
+    """The same function of an `EvalPrediction`, with a UserError where it takes an argmax."""
+
+    @wraps(metrics)
+    def computed(prediction: EvalPrediction, **kwargs: Any) -> dict[str, float]:
+        if isinstance(prediction.predictions, np.ndarray):
+            prediction.predictions = prediction.predictions.view(_Decided)
+        return metrics(prediction, **kwargs)
+
+    return computed
 
 
 def _mean_by(groups: Tensor, values: Tensor, count: int) -> Tensor:

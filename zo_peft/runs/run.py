@@ -54,9 +54,10 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
         source = Path(data.task or data.train_file or data.dataset_name or "data").stem
         args.output_dir = f"{Path(model.model_name_or_path).resolve().name}-{source}"
     resume = resumes(model, args)
-    idle = sorted(_idle(model, data, args) & {field.name for field in fields(model)})
-    if given_idle := [n for n in idle if getattr(model, n) != getattr(ModelArguments, n)]:
-        warnings.warn(f"these options are not used here: {', '.join(given_idle)}", Notice, 2)
+    names = (n for n, value in vars(model).items() if value != getattr(ModelArguments, n, value))
+    if unused := sorted({*names} - _told(model, data, args).keys()):
+        message = f"not used in this run, because of the other options: --{', --'.join(unused)}"
+        warnings.warn(message, Notice, stacklevel=2)
     examples, dev, test = examples_of(model, data, args)
     kind = GradientTrainer if args.strategy in GRADIENT else ZOTrainer
     trainer = trainer_of(kind, model, data, args, examples, dev or test)
@@ -186,8 +187,8 @@ def _next(model: ModelArguments, data: DataArguments, args: ZOConfig, merges: bo
     return [shlex.join(["zo-peft", *map(str, line)]) for line in lines]
 
 
-def _idle(model: ModelArguments, data: DataArguments, args: ZOConfig) -> set[str]:
-    """The options that have no say in a run of the others, by name."""
+def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
+    """The options that had a say in a run, by name. Of a path it has the last part alone."""
     idle = set() if data.dataset_name else {*SETS["data set of the Hub"]}
     idle |= set() if data.task else {*SETS["task alone"]}
     idle |= set() if data.prompt_template else {"label_column"}
@@ -197,17 +198,12 @@ def _idle(model: ModelArguments, data: DataArguments, args: ZOConfig) -> set[str
         prompts = model.peft_config().is_prompt_learning
         idle.add("lora_target_modules" if prompts else "num_virtual_tokens")
         idle |= set() if model.peft_type == "LORA" else {*SETS["lora"]}
-    return idle
-
-
-def _told(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[str, Any]:
-    """The options that had a say in a run, by name. Of a path it has the last part alone."""
     rewarded = generates(data.reward_funcs, args.objective)
     told = asdict(model) | asdict(data) | run_settings(args, rewarded)
     told["tokenizer_name"] = args.tokenizer_name
     told |= {name: public_name(told[name]) for name in SETS["names"] if told[name]}
     told |= {name: Path(told[name]).name for name in SETS["paths"] if told[name]}
-    return {name: value for name, value in told.items() if name not in _idle(model, data, args)}
+    return {name: value for name, value in told.items() if name not in idle}
 
 
 def trainer_of(

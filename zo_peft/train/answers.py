@@ -25,7 +25,7 @@ from zo_peft.objectives.scoring import ClassificationObjective, OptionObjective
 def is_chat(dataset: Any) -> bool:
     """Whether the examples of a data set, or of the first of several, are conversations."""
     dataset = next(iter(dataset.values()), None) if isinstance(dataset, dict) else dataset
-    first: Any = next(iter(dataset or ()), {})
+    first: Any = next(iter(() if dataset is None else dataset), {})
     return any(isinstance(first.get(name), list) for name in ("messages", "prompt"))
 
 

@@ -20,7 +20,7 @@ from transformers.utils import PushInProgress
 
 from zo_peft.core.batch import Batch, Objective
 from zo_peft.core.lanes import replaced
-from zo_peft.data import Tokenization, collator_for, tokenize_dataset
+from zo_peft.data import Collator, Tokenization, collator_for, tokenize_dataset
 from zo_peft.data.sampler import EpochSampler
 from zo_peft.data.tokenize import Features, classes_of, is_tokenized
 from zo_peft.engines import served
@@ -31,7 +31,7 @@ from zo_peft.models.loading import load_base, load_tokenizer
 from zo_peft.objectives import rewards, scoring
 from zo_peft.train.answers import answered, is_chat, questions
 from zo_peft.train.card import write_model_card
-from zo_peft.train.config import ZOConfig
+from zo_peft.train.config import BUILT, ZOConfig
 from zo_peft.train.goals import check_goals, kind_of, objective_of
 from zo_peft.train.progress import Progress, Totals
 from zo_peft.train.results import METRICS_NAME, results, write_json
@@ -119,7 +119,7 @@ class BaseTrainer(Trainer):
         chosen = partial(objective_of, self.tokenization, args, reward_funcs)
         given = eval_objective or objective
         self.evaluated = None if given else kind_of(evaluation or train)
-        chats = is_chat(train_dataset or eval_dataset)
+        chats = is_chat(eval_dataset if train_dataset is None else train_dataset)
         self.form = "messages" if chats else kind_of(evaluation or train)
         self.eval_objective = given or chosen(self.evaluated)
         self.objective = objective or chosen(kind_of(train or evaluation))
@@ -128,12 +128,18 @@ class BaseTrainer(Trainer):
         if compute_metrics is None:
             accuracy = partial(scoring.accuracy, name=self.metric_name)
             compute_metrics = getattr(self.eval_objective, "metrics", accuracy)
+        else:
+            compute_metrics = scoring.on_decided(compute_metrics)
         if data_collator is None:
             several = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
             seen = chain.from_iterable(rows for rows in (train, *several) if rows is not None)
             goals = self.objective, self.eval_objective
             model.eval()
             data_collator = collator_for(model, tokenizer.pad_token_id, *goals, examples=seen)
+        elif objective is None and train:
+            theirs, needed = (make([next(iter(train))]) for make in (data_collator, Collator(0)))
+            if lacking := sorted(needed.keys() - theirs.keys() - {"attention_mask"}):
+                raise UserError(f"batches of data_collator lack {', '.join(lacking)}; leave it out")
         if args.objective == "accuracy":
             self.objective = scoring.AccuracyObjective(self.objective)
         # A logger whose package is not installed raises a RuntimeError.
@@ -159,6 +165,7 @@ class BaseTrainer(Trainer):
             adapters.start_prefix_from_tokens(self.model, pool[choice])
         self.summary: dict[str, Any] = {}
         self.ready()
+        self._built = [(own, own is self.args, {**vars(own)}) for own in (args, self.args)]
 
     def _load(
         self,
@@ -259,6 +266,10 @@ class BaseTrainer(Trainer):
         """As in Trainer, but its loss is the mean over all steps, also those before it resumed."""
         if self.train_dataset is None:
             raise UserError("there is nothing to train on; give a train_dataset")
+        for own, is_read, built in self._built:
+            changed = {n for n, value in built.items() if value != getattr(own, n)}
+            if changed := changed.intersection(BUILT) if is_read else changed:
+                raise UserError(f"{min(changed)} was changed after the trainer was built")
         self.totals.clear()
         result = super().train(*args, **kwargs)
         if not self.state.global_step:
@@ -316,7 +327,8 @@ class BaseTrainer(Trainer):
             sampler = super()._get_train_sampler(data)
         if isinstance(sampler, LengthGroupedSampler):
             sampler.batch_size = self._train_batch_size * self.args.gradient_accumulation_steps
-            return EpochSampler(sampler, self.args.data_seed or self.args.seed)
+            seeds = self.args.data_seed, self.args.seed
+            return EpochSampler(sampler, next(seed for seed in seeds if seed is not None))
         return sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:

@@ -41,6 +41,11 @@ OF_CANDIDATES += ["noise", "noise_rank", "low_rank_noise", "per_example_noise"]
 #: What decides about steps without gradients, of which a run with gradients uses nothing.
 CANDIDATES = {*OF_CANDIDATES, "update_rule", "momentum", "candidates_per_forward", "parallel"}
 CANDIDATES |= {"zo_eps", "exact_layers", "tune_unquantized"}
+#: Settings, and those strategies, weightings and update rules that do not use them.
+UNUSED = {"num_candidates": ("mezo",), "probe": ("mezo", "n-spsa"), "momentum": ALONG_CANDIDATES}
+UNUSED["weighting"] = ("greedy", "mezo", "n-spsa")
+UNUSED["elite_fraction"] = ("loss", *UNUSED["weighting"])
+UNUSED["adam_beta2"] = (*ALONG_CANDIDATES, "momentum", "normalized", "spectral")
 Preset = Literal["paper-gv", "paper-greedy", "paper-mezo", "mezo", "subzero", "lozo"]
 Tune = Literal["adapter", "scales", "weights"]
 ObjectiveName = Literal["accuracy", "f1", "exact_match"]
@@ -178,13 +183,20 @@ def choose_noise(config: "ZOConfig") -> None:
 
 
 def check_values(config: "ZOConfig") -> None:
-    """Refuse combinations that make no sense."""
+    """Refuse combinations that make no sense, and warn of what has no say."""
+    chosen = config.strategy, config.weighting, str(config.update_rule)
+    for name, without in UNUSED.items() if config.strategy not in GRADIENT else ():
+        why = " and ".join(word for word in chosen if word in without)
+        if why and getattr(config, name) != getattr(type(config), name):
+            warnings.warn(f"{name} is not used with {why}", Notice, stacklevel=4)
     if config.max_steps < 0 and not config.num_train_epochs:
         raise UserError(f"num_train_epochs={config.num_train_epochs}; it must be positive")
     if config.top_p > 1:
         raise UserError(f"top_p={config.top_p}; it must be above 0 and at most 1")
     if config.load_best_model_at_end and config.save_only_model:
         raise UserError("load_best_model_at_end needs whole checkpoints; drop save_only_model")
+    if config.load_best_model_at_end and config.eval_strategy == "no":
+        raise UserError("load_best_model_at_end needs evaluations; give an eval_strategy")
     if config.exact_layers and config.strategy != GUIDED:
         raise UserError(f"exact_layers={config.exact_layers} is for strategy='guided' alone")
     if config.strategy == GUIDED and config.update_rule in ALONG_CANDIDATES:

@@ -182,6 +182,11 @@ class ZOConfig(TrainingArguments):
         self.max_steps: int = min(steps, self.max_steps) if self.max_steps > 0 else steps
 
 
+#: Settings that a trainer is built with; those that are taken away are read when it trains.
+BUILT = {*ZOConfig.__annotations__, "seed", "per_device_train_batch_size"}
+BUILT -= {"learning_rate", "update_rule", "momentum", "warmup_steps", "logging_steps"}
+BUILT -= {"max_forward_passes", "num_train_epochs", "train_sampling_strategy"}
+
 #: Arguments of transformers that belong to a run's settings, beside those of zo_peft.
 RUN_FIELDS = {"gradient_accumulation_steps", "lr_scheduler_type", "max_steps", "num_train_epochs"}
 RUN_FIELDS |= {"per_device_train_batch_size", "seed", "weight_decay"}

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -32,7 +33,7 @@ from zo_peft.core.updates import AUTOMATIC, UpdateRule
 from zo_peft.data.collate import Collator, drawn_batch
 from zo_peft.engines.check import check_answers
 from zo_peft.engines.served import evaluator_of
-from zo_peft.errors import NonFiniteLossError, UserError, explained
+from zo_peft.errors import NonFiniteLossError, Notice, UserError, explained
 from zo_peft.models import recipe
 from zo_peft.models.adapters import peft_config_of
 from zo_peft.models.agreement import check
@@ -84,6 +85,9 @@ class ZOTrainer(CheckpointTrainer):
         model, args = self.model, self.args
         if args.strategy in GRADIENT:
             raise UserError(f"strategy={args.strategy!r} needs gradients; use a GradientTrainer")
+        for name in ("compute_loss", "create_optimizer"):
+            if getattr(type(self), name) is not getattr(ZOTrainer, name):
+                raise UserError(f"{name} would not be asked; give an objective or an update_rule")
         recipe.check_in_place(model, args.tune)
         # The hash comes before the space, which takes nested scales of NF4 apart.
         self.base_hash = None if args.tune == "adapter" else base_hash(model)
@@ -219,6 +223,7 @@ class ZOTrainer(CheckpointTrainer):
         """Start a journal or take one up; returns the checkpoint to go on from."""
         folder = Path(self.args.output_dir).resolve()
         config = peft_config_of(self.model)
+        some = json.dumps([*islice(self.train_dataset or (), 100)], default=str)
         header = {
             "base": identity(self.model),
             "num_labels": self.tokenization.num_labels,
@@ -227,6 +232,7 @@ class ZOTrainer(CheckpointTrainer):
             "generator": GENERATOR,
             "space": self._space_settings(),
             "rule": self._rule_settings(),
+            "data": derive_seed(*some.encode()),
         }
         last = resume is True
         whose = folder if last or not resume else Path(str(resume)).resolve().parent
@@ -244,8 +250,9 @@ class ZOTrainer(CheckpointTrainer):
                 self.tuner.journal = Journal(folder / JOURNAL_NAME, header)
             return None
         found, records = read(path)
-        if found != header:
-            why = f"{whose.name}/{path.name} is of another base, adapter or noise"
+        # Journals of earlier versions do not tell of the data.
+        if found | {"data": found.get("data", header["data"])} != header:
+            why = f"{whose.name}/{path.name} is of other data, or another base, adapter or noise"
             raise UserError(f"{why}; resume with those of that run, or give another output_dir")
         checksums = [record.checksum for record in records]
         start = checkpoint.last_whole(folder, checksums) if last else str(resume)
@@ -285,6 +292,9 @@ class ZOTrainer(CheckpointTrainer):
         if isinstance(self.objective, RewardObjective):
             self.objective.seed = derive_seed(self.args.seed, step, -3)
         batches = [self._prepare_inputs(batch) for batch in self._micro_batches]
+        if isinstance(self.space, FlatSpace):
+            # What a callback changes is not in the journal.
+            self.space.check()
         try:
             estimate = self.tuner.step(batches, step)
         except NonFiniteLossError as error:
@@ -367,6 +377,10 @@ class ZOTrainer(CheckpointTrainer):
             # `ZOConfig` took steps for ones of a single pass; these take several.
             num_training_steps = int(min(num_training_steps, self._budget // self._step_passes))
         self.tuner.total_steps = num_training_steps
+        if self.args.get_warmup_steps(num_training_steps) > num_training_steps:
+            warm = f"warmup_steps={self.args.warmup_steps:g} end behind the run"
+            message = f"{warm}, so its learning rate is never reached; lower them"
+            warnings.warn(message, Notice, stacklevel=2)
         rule = self.tuner.rule
         if rule.automatic:
             # Momentum makes steps alike: they go further than as many independent ones.
