@@ -238,7 +238,7 @@ def test_a_run_without_output_dir_is_in_a_folder_named_after_base_and_data(
     idle = ["--num_virtual_tokens", "4"]  # of prefixes, and the run has a LoRA
     assert main(["train", *options(tmp_path, **short), *idle, "--json"]) == 0
     printed = capsys.readouterr()
-    assert "these options are not used here: num_virtual_tokens" in printed.err
+    assert "because of the other options: --num_virtual_tokens" in printed.err
     assert "--output_dir model-train" in json.loads(printed.out)["command"]
     assert (tmp_path / "model-train" / "adapter_model.safetensors").is_file()
     assert main(["train", *options(tmp_path, **short)]) == 2
