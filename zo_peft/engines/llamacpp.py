@@ -1,8 +1,8 @@
 """llama.cpp in this process: a GGUF base, through the C functions that `xllamacpp` exports.
 
 Only functions that `llama.h` names are called. Structures change from build to build, so none is
-declared here: batches are opaque (`llama_batch_ext`), and of the parameters of a context those that
-have to differ from the defaults are found by their defaults, or the build is refused.
+declared here: batches are opaque (`llama_batch_ext`), and parameters that have to differ from the
+defaults are found by their defaults, or the build is refused.
 """
 
 import ctypes
@@ -50,10 +50,13 @@ RESULTS: dict[Any, str] = {
     "llama_get_memory llama_adapter_lora_init llama_batch_ext_init",
     ctypes.c_bool: "llama_batch_ext_set_pos llama_batch_ext_set_output_logits",
     ctypes.POINTER(c_float): "llama_get_logits_ith",
+    c_char_p: "llama_print_system_info",
 }
 
-#: So many words of the parameters of a context are searched; what is behind them are switches.
-SETTINGS = 32
+#: So many words of the parameters of a context are searched.
+SETTINGS = 36
+
+REORDERED = "this xllamacpp has its parameters in another order; install another version"
 
 #: The number of a sequence, the position of the first of these tokens, and the positions whose next
 #: tokens are asked about.
@@ -71,7 +74,10 @@ def _log(level: int, text: bytes, _: Any) -> None:
 
 
 class LlamaCpp(Engine):
-    """llama.cpp on the CPU, with keys and values in float32.
+    """llama.cpp on the CPU.
+
+    On a base in float32, attention is float32, too. On others it is what llama.cpp takes by itself,
+    which is faster: flash attention, with keys and values in float16.
 
     A state of an adapter goes to it as a GGUF file that exists in memory alone (Linux).
 
@@ -102,7 +108,7 @@ class LlamaCpp(Engine):
         kind = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[self._architecture]
         self._names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
         self._heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        parameters = library.llama_model_default_params()
+        parameters = _model_parameters(library, types)
         self._model = library.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
             raise UserError(f"llama.cpp cannot load {path}; its reason stands above")
@@ -227,10 +233,11 @@ class LlamaCpp(Engine):
             return
         self.forget()
         self._length = -(-length // TOKENS) * TOKENS
-        library, parameters = self._library, _context_parameters(self._library, self._length)
+        library, flash = self._library, not self.is_float32
+        parameters = _context_parameters(library, self._length, flash)
         self._context = context = library.llama_init_from_model(self._model, parameters)
         sizes = context and (library.llama_n_seq_max(context), library.llama_n_ctx_seq(context))
-        if sizes != (SEQUENCES, self._length):
+        if sizes != (SEQUENCES, self._length * (SEQUENCES if flash else 1)):
             raise UserError(
                 f"llama.cpp does not give {SEQUENCES} sequences of {self._length} tokens each; "
                 "shorten the examples (max_length)"
@@ -296,25 +303,41 @@ def _library(package: Any) -> ctypes.CDLL:
     return library
 
 
-def _context_parameters(library: ctypes.CDLL, length: int) -> _Parameters:
-    """Those of a context for `SEQUENCES` sequences of so many tokens, all in float32.
+def _model_parameters(library: ctypes.CDLL, types: Iterable[str]) -> _Parameters:
+    """Those of a model with matrices of these types.
 
-    Sizes come first, as they always did. Flash attention, whose sums are in float16, is the last of
-    four settings in a row that are -1 (automatic). The types of keys and values are the only two
-    settings in a row that are 1 (float16).
+    On AVX2, k-quants are multiplied faster as the file has them than in the order that llama.cpp
+    would put them in, which is the only one of five switches that is on.
+    """
+    parameters = library.llama_model_default_params()
+    if b"AVX2" in library.llama_print_system_info() and any(kind.endswith("_K") for kind in types):
+        if parameters.words[16:20] != [0, 0, 1 << 16, 0]:
+            raise UserError(REORDERED)
+        parameters.words[18] = 0
+    return parameters
+
+
+def _context_parameters(library: ctypes.CDLL, length: int, flash: bool) -> _Parameters:
+    """Those of a context for `SEQUENCES` sequences of so many tokens.
+
+    Sizes come first, as they always did. Flash attention is the last of four settings in a row that
+    are -1 (automatic). The types of keys and values are the only two settings in a row that are 1
+    (float16). The last of six switches, of which four are on, lets sequences share a space: what
+    they do not see of it costs flash attention nothing.
     """
     parameters = library.llama_context_default_params()
-    words = parameters.words[:SETTINGS]
-    automatic, types = (
-        [n for n in range(SETTINGS) if words[n : n + len(wanted)] == wanted]
-        for wanted in ([-1] * 4, [1, 1])
+    automatic, types, switches = (
+        [n for n in range(SETTINGS) if parameters.words[n : n + len(wanted)] == wanted]
+        for wanted in ([-1] * 4, [1, 1], [0x01010100, 1])
     )
-    if words[:4] != [512, 2048, 512, 1] or len(automatic) != 1 or len(types) != 1:
-        raise UserError(
-            "this xllamacpp has its parameters in another order; install another version"
-        )
+    found = len(automatic), len(types), len(switches)
+    if parameters.words[:4] != [512, 2048, 512, 1] or found != (1, 1, 1):
+        raise UserError(REORDERED)
     parameters.words[0] = parameters.words[1] = length * SEQUENCES
     parameters.words[3] = SEQUENCES
-    parameters.words[automatic[0] + 3] = 0
-    parameters.words[types[0]] = parameters.words[types[0] + 1] = 0
+    parameters.words[automatic[0] + 3] = int(flash)
+    if flash:
+        parameters.words[switches[0] + 1] |= 1 << 8
+    else:
+        parameters.words[types[0]] = parameters.words[types[0] + 1] = 0
     return parameters
