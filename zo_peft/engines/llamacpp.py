@@ -9,7 +9,7 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from ctypes import c_char_p, c_float, c_int32, c_size_t, c_void_p
 from functools import partial
 from pathlib import Path
@@ -53,10 +53,8 @@ RESULTS: dict[Any, str] = {
     c_char_p: "llama_print_system_info",
 }
 
-#: So many words of the parameters of a context are searched.
+#: So many words of parameters are searched.
 SETTINGS = 36
-
-REORDERED = "this xllamacpp has its parameters in another order; install another version"
 
 #: The number of a sequence, the position of the first of these tokens, and the positions whose next
 #: tokens are asked about.
@@ -137,12 +135,7 @@ class LlamaCpp(Engine):
     def answer(self, states: States, rows: Sequence[Sequence[Row]]) -> Answers:
         """As of `Engine`."""
         self._grow(max(len(row.ids) for own in rows for row in own))
-        found = []
-        tensors = self._tensors(states)
-        for index, own in enumerate(rows):
-            self._put({name: tensor[index] for name, tensor in tensors.items()})
-            for first in range(0, len(own), SEQUENCES):
-                found.append(self._ask(own[first : first + SEQUENCES]))
+        found = map(self._ask, self._groups(states, rows))
         return Answers(*map(torch.cat, zip(*found)))
 
     def generate(
@@ -151,13 +144,9 @@ class LlamaCpp(Engine):
         """As of `Engine`; keys and values are kept while a prompt is completed."""
         self._grow(max(len(ids) for own in prompts for ids in own) + sampling.longest)
         found = list[list[int]]()
-        tensors = self._tensors(states)
-        for index, own in enumerate(prompts):
-            self._put({name: tensor[index] for name, tensor in tensors.items()})
-            for first in range(0, len(own), SEQUENCES):
-                some = dict(enumerate(own[first : first + SEQUENCES], start=len(found)))
-                self._clear()
-                found += sampling.complete(some, partial(self._next, some))
+        for own in self._groups(states, prompts):
+            some = dict(enumerate(own, start=len(found)))
+            found += sampling.complete(some, partial(self._next, some))
         return found
 
     def forget(self) -> None:
@@ -245,9 +234,16 @@ class LlamaCpp(Engine):
         library.llama_set_n_threads(context, torch.get_num_threads(), torch.get_num_threads())
         self._batch = library.llama_batch_ext_init(context)
 
+    def _groups(self, states: States, rows: Sequence[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+        """A few rows at a time, for which their state is in its place and nothing is kept."""
+        library, tensors = self._library, self._tensors(states)
+        for index, own in enumerate(rows):
+            self._put({name: tensor[index] for name, tensor in tensors.items()})
+            for first in range(0, len(own), SEQUENCES):
+                library.llama_memory_clear(library.llama_get_memory(self._context), False)
+                yield own[first : first + SEQUENCES]
+
     def _ask(self, rows: Sequence[Row]) -> Answers:
-        """The answers to a few rows, with nothing kept of others."""
-        self._clear()
         parts = [(number, 0, row.ids, row.positions) for number, row in enumerate(rows)]
         return answers(self._process(parts), rows)
 
@@ -260,10 +256,6 @@ class LlamaCpp(Engine):
                 last = len(prompt) + len(drawn[number]) - 1
                 parts.append((sequence, last + 1 - len(new), new, [last]))
         return self._process(parts)
-
-    def _clear(self) -> None:
-        library = self._library
-        library.llama_memory_clear(library.llama_get_memory(self._context), False)
 
     def _process(self, parts: Iterable[_Part]) -> Tensor:
         """The logits [N, vocabulary] at the asked positions of these parts of sequences."""
@@ -307,37 +299,40 @@ def _model_parameters(library: ctypes.CDLL, types: Iterable[str]) -> _Parameters
     """Those of a model with matrices of these types.
 
     On AVX2, k-quants are multiplied faster as the file has them than in the order that llama.cpp
-    would put them in, which is the only one of five switches that is on.
+    would put them in; the switch for that is the only one that is on.
     """
     parameters = library.llama_model_default_params()
     if b"AVX2" in library.llama_print_system_info() and any(kind.endswith("_K") for kind in types):
-        if parameters.words[16:20] != [0, 0, 1 << 16, 0]:
-            raise UserError(REORDERED)
-        parameters.words[18] = 0
+        parameters.words[_place(parameters, 0, 1 << 16, 0) + 1] = 0
     return parameters
 
 
 def _context_parameters(library: ctypes.CDLL, length: int, flash: bool) -> _Parameters:
     """Those of a context for `SEQUENCES` sequences of so many tokens.
 
-    Sizes come first, as they always did. Flash attention is the last of four settings in a row that
-    are -1 (automatic). The types of keys and values are the only two settings in a row that are 1
-    (float16). The last of six switches, of which four are on, lets sequences share a space: what
-    they do not see of it costs flash attention nothing.
+    Flash attention is the last of four settings in a row that are -1 (automatic). The types of keys
+    and values are the only two settings in a row that are 1 (float16). The last of six switches, of
+    which four are on, lets sequences share a space: flash attention skips what they do not see.
     """
     parameters = library.llama_context_default_params()
-    automatic, types, switches = (
-        [n for n in range(SETTINGS) if parameters.words[n : n + len(wanted)] == wanted]
-        for wanted in ([-1] * 4, [1, 1], [0x01010100, 1])
-    )
-    found = len(automatic), len(types), len(switches)
-    if parameters.words[:4] != [512, 2048, 512, 1] or found != (1, 1, 1):
-        raise UserError(REORDERED)
-    parameters.words[0] = parameters.words[1] = length * SEQUENCES
-    parameters.words[3] = SEQUENCES
-    parameters.words[automatic[0] + 3] = int(flash)
+    sizes, automatic = _place(parameters, 512, 2048, 512, 1), _place(parameters, -1, -1, -1, -1)
+    types, switches = _place(parameters, 1, 1), _place(parameters, 0x01010100, 1)
+    words = parameters.words
+    words[sizes] = words[sizes + 1] = length * SEQUENCES
+    words[sizes + 3], words[automatic + 3] = SEQUENCES, int(flash)
     if flash:
-        parameters.words[switches[0] + 1] |= 1 << 8
+        words[switches + 1] |= 1 << 8
     else:
-        parameters.words[types[0]] = parameters.words[types[0] + 1] = 0
+        words[types] = words[types + 1] = 0
     return parameters
+
+
+def _place(parameters: _Parameters, *wanted: int) -> int:
+    """Where these words stand in a row, if that is one place alone."""
+    words = parameters.words[: SETTINGS + 1]
+    places = [n for n in range(SETTINGS) if (*words[n : n + len(wanted)],) == wanted]
+    if len(places) != 1:
+        raise UserError(
+            "this xllamacpp has its parameters in another order; install another version"
+        )
+    return places[0]
