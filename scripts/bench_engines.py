@@ -1,10 +1,10 @@
 """What engines take for the losses of candidates beside PyTorch, and what they learn.
 
 The first table is of the same work: 8 LoRAs on 16 prompts each, in CPU seconds, the same prompts
-without a LoRA, and which share of the time is spent around the engine. All evaluators take turns.
-The second table is of runs on the embedded task. Engines whose packages are missing are left out;
-int4 needs nncf. vLLM needs an environment of its own, because it pins other versions; with its
-Python, a server is started for the time of the measurements.
+without a LoRA, and which share of the time is spent around the engine. The second table is of runs
+on the embedded task. Engines whose packages are missing are left out; int4 needs nncf. vLLM needs
+an environment of its own, because it pins other versions; with its Python, a server is started for
+the time of the measurements.
 
     python scripts/bench_engines.py
     python scripts/bench_engines.py --size 100M --forward_passes 0
@@ -64,7 +64,7 @@ VLLM_URL, VLLM_STARTS = "http://127.0.0.1:8193", 300
 LORA = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
 CANDIDATES, PROMPTS, LENGTH = 8, 16, 32
 
-#: Turns of each evaluator, of which the first warms up.
+#: Measurements of each evaluator, of which the least counts.
 ROUNDS = 3
 MODEL = str(EMBEDDED / "model")
 
@@ -143,8 +143,8 @@ def speed(model: Any, bases: dict[tuple[Any, str], str], folder: str, per_exampl
     seeds = seeds if per_example else seeds[:, :1]
     points = [[0.1 * Direction.of(seed) for seed in own] for own in seeds.tolist()]
     rows, losses = [rows_of(batch)] * CANDIDATES, {}
-    for _ in range(ROUNDS):
-        for name, evaluator in evaluators.items():
+    for name, evaluator in evaluators.items():
+        for _ in range(ROUNDS):
             losses[name] = full[name](evaluator.batch_losses, points, batch)
             if name in engines:
                 bare[name](engines[name].answer, {}, rows)
@@ -198,6 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--size", choices=["embedded", "100M"], default="embedded")
     parser.add_argument("--engines", nargs="*", choices=[*ENGINES], default=[*ENGINES])
+    parser.add_argument("--types", nargs="*", help="Of the matrices: F32, Q4_K ...; default: all.")
     parser.add_argument("--per_example", action="store_true", help="Each example has own LoRAs.")
     parser.add_argument("--vllm_python", help="Of the environment of vLLM.")
     parser.add_argument("--forward_passes", type=int, default=400, help="Of a run; 0: no run.")
@@ -217,8 +218,9 @@ def main() -> None:
                 print(f"{engine} is left out: no {missing[0]}", file=sys.stderr)
                 continue
             for kind in kinds:
-                if kind == "Q4_K" and small:
-                    continue  # Its blocks have 256 numbers, more than a row of that model.
+                # The blocks of a k-quant have 256 numbers, more than a row of the small model.
+                if (kind == "Q4_K" and small) or kind not in (given.types or kinds):
+                    continue
                 path = bases[engine, kind] = str(folder / f"{engine}-{kind}")
                 with contextlib.redirect_stdout(sys.stderr):
                     write(model, Path(path), kind)

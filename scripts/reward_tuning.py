@@ -245,6 +245,16 @@ def row(
     adapter: str, folder: Path, points: int, pairs: int, to_goal: bool, **settings: Any
 ) -> dict[str, Any]:
     """Train an adapter and measure it as it goes; what is written of it."""
+    # Rewards differ most where they are neither all 0 nor all 1: before training. It is made first,
+    # because a server may be gone in the end.
+    names = {"base", "engine", "tokenizer_name", "engine_url"} & {*settings}
+    fresh = make(
+        adapter,
+        folder,
+        seed=settings["seed"],
+        max_steps=1,
+        **{name: settings[name] for name in names},
+    )
     reward = Counted()
     trainer = make(adapter, folder, reward, **settings)
     curve = Curve(settings["max_forward_passes"] // points, reward, to_goal)
@@ -256,15 +266,6 @@ def row(
     seconds = time.process_time() - start - curve.seconds
     curve.add()
     eps = [calibration.zo_eps for calibration in trainer.calibrations]
-    # Rewards differ most where they are neither all 0 nor all 1: before training.
-    names = {"base", "engine", "tokenizer_name", "engine_url"} & {*settings}
-    fresh = make(
-        adapter,
-        folder,
-        seed=trainer.args.seed,
-        max_steps=1,
-        **{name: settings[name] for name in names},
-    )
     ratio = variance_ratio(fresh, eps[0], pairs) if eps else None
     reached = (point for point in curve.points if point["reward"] >= GOAL)
     return {
