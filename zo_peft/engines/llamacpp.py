@@ -53,15 +53,9 @@ RESULTS: dict[Any, str] = {
     c_char_p: "llama_print_system_info",
 }
 
-#: So many words of parameters are searched.
-SETTINGS = 36
-
 #: The number of a sequence, the position of the first of these tokens, and the positions whose next
 #: tokens are asked about.
 _Part = tuple[int, int, list[int], list[int]]
-
-#: `llama_process` decodes rather than encodes.
-DECODE = 1
 
 
 @ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
@@ -106,7 +100,11 @@ class LlamaCpp(Engine):
         kind = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[self._architecture]
         self._names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
         self._heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        parameters = _model_parameters(library, types)
+        parameters = library.llama_model_default_params()
+        # On AVX2, k-quants are multiplied faster as the file has them than in the order that
+        # llama.cpp would put them in; the switch for that is the only one that is on.
+        if b"AVX2" in library.llama_print_system_info() and any(k.endswith("_K") for k in types):
+            parameters.words[_place(parameters, 0, 1 << 16, 0) + 1] = 0
         self._model = library.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
             raise UserError(f"llama.cpp cannot load {path}; its reason stands above")
@@ -135,7 +133,10 @@ class LlamaCpp(Engine):
     def answer(self, states: States, rows: Sequence[Sequence[Row]]) -> Answers:
         """As of `Engine`."""
         self._grow(max(len(row.ids) for own in rows for row in own))
-        found = map(self._ask, self._groups(states, rows))
+        found = []
+        for own in self._groups(states, rows):
+            parts = [(number, 0, row.ids, row.positions) for number, row in enumerate(own)]
+            found.append(answers(self._process(parts), own))
         return Answers(*map(torch.cat, zip(*found)))
 
     def generate(
@@ -243,10 +244,6 @@ class LlamaCpp(Engine):
                 library.llama_memory_clear(library.llama_get_memory(self._context), False)
                 yield own[first : first + SEQUENCES]
 
-    def _ask(self, rows: Sequence[Row]) -> Answers:
-        parts = [(number, 0, row.ids, row.positions) for number, row in enumerate(rows)]
-        return answers(self._process(parts), rows)
-
     def _next(self, prompts: dict[int, list[int]], drawn: dict[int, list[int]]) -> Tensor:
         """The logits behind what was drawn, of which all but the last tokens have been read."""
         parts = list[_Part]()
@@ -272,7 +269,8 @@ class LlamaCpp(Engine):
                     places.append(place)
                 if place < 0 or not taken:
                     raise UserError(f"llama.cpp does not take token {token} ({place})")
-        if status := self.timed(library.llama_process, self._context, DECODE, batch):
+        # With 1 it decodes rather than encodes.
+        if status := self.timed(library.llama_process, self._context, 1, batch):
             raise UserError(f"llama.cpp does not answer ({status}); its reason stands above")
         pointers = [library.llama_get_logits_ith(self._context, place) for place in places]
         logits = np.stack([np.ctypeslib.as_array(p, (self._tokens,)) for p in pointers])
@@ -293,18 +291,6 @@ def _library(package: Any) -> ctypes.CDLL:
     library.llama_log_set(_log, None)
     library.llama_backend_init()
     return library
-
-
-def _model_parameters(library: ctypes.CDLL, types: Iterable[str]) -> _Parameters:
-    """Those of a model with matrices of these types.
-
-    On AVX2, k-quants are multiplied faster as the file has them than in the order that llama.cpp
-    would put them in; the switch for that is the only one that is on.
-    """
-    parameters = library.llama_model_default_params()
-    if b"AVX2" in library.llama_print_system_info() and any(kind.endswith("_K") for kind in types):
-        parameters.words[_place(parameters, 0, 1 << 16, 0) + 1] = 0
-    return parameters
 
 
 def _context_parameters(library: ctypes.CDLL, length: int, flash: bool) -> _Parameters:
@@ -328,11 +314,9 @@ def _context_parameters(library: ctypes.CDLL, length: int, flash: bool) -> _Para
 
 
 def _place(parameters: _Parameters, *wanted: int) -> int:
-    """Where these words stand in a row, if that is one place alone."""
-    words = parameters.words[: SETTINGS + 1]
-    places = [n for n in range(SETTINGS) if (*words[n : n + len(wanted)],) == wanted]
+    """Where these words stand in a row among the first ones, if that is one place alone."""
+    words = parameters.words[:37]
+    places = [n for n in range(36) if (*words[n : n + len(wanted)],) == wanted]
     if len(places) != 1:
-        raise UserError(
-            "this xllamacpp has its parameters in another order; install another version"
-        )
+        raise UserError("this xllamacpp has other parameters; install another version")
     return places[0]

@@ -52,9 +52,8 @@ class ShowArguments:
 def replay(model: ModelArguments, given: ReplayArguments) -> dict[str, Any]:
     """Rebuild an adapter (or scales, or weights) from its base, starting values and journal.
 
-    On the same kind of device the result has the same bits. `model` counts for its base alone, and
-    where an engine had the base, for the configuration and the tokenizer: those of the model that
-    was converted.
+    On the same kind of device the result has the same bits. `model` counts for its base alone;
+    where an engine had it, for the configuration and tokenizer of the model that was converted.
 
     Raises:
         UserError: the journal is damaged or belongs to another base; nothing has been written then.
