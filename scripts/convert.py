@@ -9,17 +9,19 @@ optimum-intel.
 """
 
 import argparse
+import ctypes
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def write_gguf(model: Any, path: Path, kind: str = "F32") -> None:
-    """Write a model of transformers to a GGUF file, its matrices as F32, F16, Q8_0 or Q4_0."""
+    """Write a model of transformers to a GGUF file, its matrices as F32, Q8_0, Q4_0, Q4_K ..."""
     gguf, config = import_module("gguf"), model.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     writer = gguf.GGUFWriter(path, config.model_type)
@@ -46,12 +48,27 @@ def write_gguf(model: Any, path: Path, kind: str = "F32") -> None:
         if config.model_type == "llama" and module in heads:
             tensor = _interleaved(tensor, heads[module])
         stored = gguf.GGMLQuantizationType[kind if tensor.dim() > 1 else "F32"]
-        data = gguf.quantize(tensor.float().numpy(), stored)
+        quantize = _k_quantized if kind.endswith("_K") and tensor.dim() > 1 else gguf.quantize
+        data = quantize(tensor.float().numpy(), stored)
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), data, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _k_quantized(rows: Any, kind: Any) -> Any:
+    """The blocks of a matrix as k-quants, which llama.cpp makes alone."""
+    package = Path(str(import_module("xllamacpp").__file__)).parent
+    library = ctypes.CDLL(str(next(package.glob("xllamacpp*.so"))))
+    block, size = import_module("gguf").GGML_QUANT_SIZES[kind]
+    if rows.shape[1] % block:
+        raise SystemExit(f"{kind.name} has blocks of {block} numbers, and a row {rows.shape[1]}")
+    blocks = np.empty((len(rows), rows.shape[1] // block * size), np.uint8)
+    given, made = rows.ctypes.data_as(ctypes.c_void_p), blocks.ctypes.data_as(ctypes.c_void_p)
+    sizes = map(ctypes.c_int64, (0, *rows.shape))
+    library.ggml_quantize_chunk(int(kind), given, made, *sizes, None)
+    return blocks
 
 
 def _interleaved(rows: Tensor, heads: int) -> Tensor:
@@ -94,7 +111,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("output", type=Path)
     parser.add_argument("--engine", choices=["llamacpp", "openvino"], default="llamacpp")
-    parser.add_argument("--type", help="F32, F16, Q8_0 or Q4_0; for openvino f32, int8 or int4.")
+    parser.add_argument("--type", help="F32, Q8_0, Q4_0, Q4_K; for openvino f32, int8 or int4.")
     given = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
     if given.engine == "llamacpp":

@@ -10,6 +10,7 @@ and beside it with the engine.
 
     python scripts/reward_tuning.py
     python scripts/reward_tuning.py --engine llamacpp --adapters LoRA
+    python scripts/reward_tuning.py --engine vllm --engine_url http://a:8000 --adapters LoRA
     python scripts/reward_tuning.py --strategy guided --max_forward_passes 600 --points 60 --to_goal
 """
 
@@ -130,10 +131,12 @@ class Counted:
         return praises(**given)
 
 
-def engine_settings(engine: str, kind: str | None, url: str | None, folder: Path) -> dict[str, Any]:
+def engine_settings(
+    engine: str, kind: str | None, urls: list[str] | None, folder: Path
+) -> dict[str, Any]:
     """The settings of a run with an engine, whose base of this kind is written to the folder."""
     if engine == "vllm":
-        return {"engine": engine, "engine_url": [url]}
+        return {"engine": engine, "engine_url": urls}
     convert, path = import_module("convert"), folder / f"base.{engine}"
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     if engine == "llamacpp":
@@ -242,6 +245,16 @@ def row(
     adapter: str, folder: Path, points: int, pairs: int, to_goal: bool, **settings: Any
 ) -> dict[str, Any]:
     """Train an adapter and measure it as it goes; what is written of it."""
+    # Rewards differ most where they are neither all 0 nor all 1: before training. It is made first,
+    # because a server may be gone in the end.
+    names = {"base", "engine", "tokenizer_name", "engine_url"} & {*settings}
+    fresh = make(
+        adapter,
+        folder,
+        seed=settings["seed"],
+        max_steps=1,
+        **{name: settings[name] for name in names},
+    )
     reward = Counted()
     trainer = make(adapter, folder, reward, **settings)
     curve = Curve(settings["max_forward_passes"] // points, reward, to_goal)
@@ -253,15 +266,6 @@ def row(
     seconds = time.process_time() - start - curve.seconds
     curve.add()
     eps = [calibration.zo_eps for calibration in trainer.calibrations]
-    # Rewards differ most where they are neither all 0 nor all 1: before training.
-    names = {"base", "engine", "tokenizer_name", "engine_url"} & {*settings}
-    fresh = make(
-        adapter,
-        folder,
-        seed=trainer.args.seed,
-        max_steps=1,
-        **{name: settings[name] for name in names},
-    )
     ratio = variance_ratio(fresh, eps[0], pairs) if eps else None
     reached = (point for point in curve.points if point["reward"] >= GOAL)
     return {
@@ -308,7 +312,7 @@ def main() -> None:
     parser.add_argument("--to_goal", action="store_true", help=f"stop at a reward of {GOAL}")
     parser.add_argument("--engine", choices=["llamacpp", "openvino", "vllm"], help="LoRA alone")
     parser.add_argument("--type", help="of the engine's base: F32, f32 ...; default: 4 bits")
-    parser.add_argument("--engine_url", help="for vllm: of a server with the embedded model")
+    parser.add_argument("--engine_url", nargs="+", help="for vllm: servers of the embedded model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/reward_tuning"))
     given = parser.parse_args()

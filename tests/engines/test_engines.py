@@ -156,6 +156,48 @@ def test_a_float_engine_completes_prompts_as_pytorch_does(
     assert len({*map(len, seen[0])}) > 2
 
 
+@pytest.mark.parametrize(("kind", "within"), [("F16", 1e-3), ("Q4_K", 1e-2)])
+def test_llamacpp_computes_with_the_rounded_numbers(
+    kind: str, within: float, tmp_path: Any
+) -> None:
+    """Sequences share a space, k-quants stay as they are in the file, activations are rounded."""
+    torch.manual_seed(0)
+    model = tiny.llama(hidden_size=256, intermediate_size=256, num_key_value_heads=4).eval()
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny.MODEL).save_pretrained(tmp_path)
+    served = get_peft_model(
+        load_served(converted(model, tmp_path, "llamacpp", kind), "llamacpp", str(tmp_path))[0],
+        LORA,
+    )
+    gguf = importlib.import_module("gguf")
+    written = {
+        tensor.name: torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
+        for tensor in gguf.GGUFReader(tmp_path / f"{kind}.llamacpp").tensors
+    }
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        rows = written[names.get_name(name, (".weight",))]
+        if re.search(r"[qk]_proj", name):
+            rows = rows.view(4, -1, 2, 256).transpose(1, 2).reshape(256, 256)
+        parameter.data.copy_(rows)
+    own = get_peft_model(model, LORA).eval()
+    for key, parameter in own.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+            served.get_parameter(key).data.copy_(parameter.data)
+    ids = torch.randint(4, 60, (11, 40)).tolist()
+    rows = [{"input_ids": i[: 20 + n], "labels": [-100, *i[1 : 20 + n]]} for n, i in enumerate(ids)]
+    objective, batch = CompletionObjective(), Collator(tiny.PAD)(rows)
+    expected = evaluator_of(own, FlatSpace(tuned_parameters(own)), objective, 1)
+    points = [point[:1] for point in POINTS]
+    evaluator = in_engine(served, objective)
+    together = evaluator.batch_losses(points, batch)
+    torch.testing.assert_close(together, expected.batch_losses(points, batch), atol=within, rtol=0)
+    # A candidate's losses are the same with others and alone.
+    alone = [evaluator.batch_losses([point], batch) for point in points]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+
+
 def test_the_check_knows_an_adapter_that_acts_otherwise(both: Any, monkeypatch: Any) -> None:
     served, own = both
     kind, batch = own.config.model_type, batches()["options"][1]
@@ -258,6 +300,15 @@ def test_a_run_goes_on_bit_for_bit(engine: str, kind: str, bases: Any, tmp_path:
     resumed = trainer_of(tmp_path, engine, model, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     tiny.assert_same(tiny.theta(whole), tiny.theta(resumed))
+    # Its journal alone gives the same, where the engine is not.
+    resumed.save_model()
+    argv = ["replay", str(tmp_path / "zo_journal"), "--model_name_or_path", str(tiny.MODEL)]
+    assert main([*argv, "--output_dir", str(tmp_path / "replayed")]) == 0
+    ours, theirs = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (tmp_path, tmp_path / "replayed")
+    )
+    tiny.assert_same(ours, theirs)
 
 
 def test_the_command_line_trains_and_evaluates(

@@ -1,15 +1,15 @@
 """llama.cpp in this process: a GGUF base, through the C functions that `xllamacpp` exports.
 
 Only functions that `llama.h` names are called. Structures change from build to build, so none is
-declared here: batches are opaque (`llama_batch_ext`), and of the parameters of a context those that
-have to differ from the defaults are found by their defaults, or the build is refused.
+declared here: batches are opaque (`llama_batch_ext`), and parameters that have to differ from the
+defaults are found by their defaults, or the build is refused.
 """
 
 import ctypes
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from ctypes import c_char_p, c_float, c_int32, c_size_t, c_void_p
 from functools import partial
 from pathlib import Path
@@ -50,17 +50,12 @@ RESULTS: dict[Any, str] = {
     "llama_get_memory llama_adapter_lora_init llama_batch_ext_init",
     ctypes.c_bool: "llama_batch_ext_set_pos llama_batch_ext_set_output_logits",
     ctypes.POINTER(c_float): "llama_get_logits_ith",
+    c_char_p: "llama_print_system_info",
 }
-
-#: So many words of the parameters of a context are searched; what is behind them are switches.
-SETTINGS = 32
 
 #: The number of a sequence, the position of the first of these tokens, and the positions whose next
 #: tokens are asked about.
 _Part = tuple[int, int, list[int], list[int]]
-
-#: `llama_process` decodes rather than encodes.
-DECODE = 1
 
 
 @ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
@@ -71,7 +66,10 @@ def _log(level: int, text: bytes, _: Any) -> None:
 
 
 class LlamaCpp(Engine):
-    """llama.cpp on the CPU, with keys and values in float32.
+    """llama.cpp on the CPU.
+
+    On a base in float32, attention is float32, too. On others it is what llama.cpp takes by itself,
+    which is faster: flash attention, with keys and values in float16.
 
     A state of an adapter goes to it as a GGUF file that exists in memory alone (Linux).
 
@@ -103,6 +101,10 @@ class LlamaCpp(Engine):
         self._names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
         self._heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         parameters = library.llama_model_default_params()
+        # On AVX2, k-quants are multiplied faster as the file has them than in the order that
+        # llama.cpp would put them in; the switch for that is the only one that is on.
+        if b"AVX2" in library.llama_print_system_info() and any(k.endswith("_K") for k in types):
+            parameters.words[_place(parameters, 0, 1 << 16, 0) + 1] = 0
         self._model = library.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
             raise UserError(f"llama.cpp cannot load {path}; its reason stands above")
@@ -132,11 +134,9 @@ class LlamaCpp(Engine):
         """As of `Engine`."""
         self._grow(max(len(row.ids) for own in rows for row in own))
         found = []
-        tensors = self._tensors(states)
-        for index, own in enumerate(rows):
-            self._put({name: tensor[index] for name, tensor in tensors.items()})
-            for first in range(0, len(own), SEQUENCES):
-                found.append(self._ask(own[first : first + SEQUENCES]))
+        for own in self._groups(states, rows):
+            parts = [(number, 0, row.ids, row.positions) for number, row in enumerate(own)]
+            found.append(answers(self._process(parts), own))
         return Answers(*map(torch.cat, zip(*found)))
 
     def generate(
@@ -145,13 +145,9 @@ class LlamaCpp(Engine):
         """As of `Engine`; keys and values are kept while a prompt is completed."""
         self._grow(max(len(ids) for own in prompts for ids in own) + sampling.longest)
         found = list[list[int]]()
-        tensors = self._tensors(states)
-        for index, own in enumerate(prompts):
-            self._put({name: tensor[index] for name, tensor in tensors.items()})
-            for first in range(0, len(own), SEQUENCES):
-                some = dict(enumerate(own[first : first + SEQUENCES], start=len(found)))
-                self._clear()
-                found += sampling.complete(some, partial(self._next, some))
+        for own in self._groups(states, prompts):
+            some = dict(enumerate(own, start=len(found)))
+            found += sampling.complete(some, partial(self._next, some))
         return found
 
     def forget(self) -> None:
@@ -227,10 +223,11 @@ class LlamaCpp(Engine):
             return
         self.forget()
         self._length = -(-length // TOKENS) * TOKENS
-        library, parameters = self._library, _context_parameters(self._library, self._length)
+        library, flash = self._library, not self.is_float32
+        parameters = _context_parameters(library, self._length, flash)
         self._context = context = library.llama_init_from_model(self._model, parameters)
         sizes = context and (library.llama_n_seq_max(context), library.llama_n_ctx_seq(context))
-        if sizes != (SEQUENCES, self._length):
+        if sizes != (SEQUENCES, self._length * (SEQUENCES if flash else 1)):
             raise UserError(
                 f"llama.cpp does not give {SEQUENCES} sequences of {self._length} tokens each; "
                 "shorten the examples (max_length)"
@@ -238,11 +235,14 @@ class LlamaCpp(Engine):
         library.llama_set_n_threads(context, torch.get_num_threads(), torch.get_num_threads())
         self._batch = library.llama_batch_ext_init(context)
 
-    def _ask(self, rows: Sequence[Row]) -> Answers:
-        """The answers to a few rows, with nothing kept of others."""
-        self._clear()
-        parts = [(number, 0, row.ids, row.positions) for number, row in enumerate(rows)]
-        return answers(self._process(parts), rows)
+    def _groups(self, states: States, rows: Sequence[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+        """A few rows at a time, for which their state is in its place and nothing is kept."""
+        library, tensors = self._library, self._tensors(states)
+        for index, own in enumerate(rows):
+            self._put({name: tensor[index] for name, tensor in tensors.items()})
+            for first in range(0, len(own), SEQUENCES):
+                library.llama_memory_clear(library.llama_get_memory(self._context), False)
+                yield own[first : first + SEQUENCES]
 
     def _next(self, prompts: dict[int, list[int]], drawn: dict[int, list[int]]) -> Tensor:
         """The logits behind what was drawn, of which all but the last tokens have been read."""
@@ -253,10 +253,6 @@ class LlamaCpp(Engine):
                 last = len(prompt) + len(drawn[number]) - 1
                 parts.append((sequence, last + 1 - len(new), new, [last]))
         return self._process(parts)
-
-    def _clear(self) -> None:
-        library = self._library
-        library.llama_memory_clear(library.llama_get_memory(self._context), False)
 
     def _process(self, parts: Iterable[_Part]) -> Tensor:
         """The logits [N, vocabulary] at the asked positions of these parts of sequences."""
@@ -273,7 +269,8 @@ class LlamaCpp(Engine):
                     places.append(place)
                 if place < 0 or not taken:
                     raise UserError(f"llama.cpp does not take token {token} ({place})")
-        if status := self.timed(library.llama_process, self._context, DECODE, batch):
+        # With 1 it decodes rather than encodes.
+        if status := self.timed(library.llama_process, self._context, 1, batch):
             raise UserError(f"llama.cpp does not answer ({status}); its reason stands above")
         pointers = [library.llama_get_logits_ith(self._context, place) for place in places]
         logits = np.stack([np.ctypeslib.as_array(p, (self._tokens,)) for p in pointers])
@@ -296,25 +293,30 @@ def _library(package: Any) -> ctypes.CDLL:
     return library
 
 
-def _context_parameters(library: ctypes.CDLL, length: int) -> _Parameters:
-    """Those of a context for `SEQUENCES` sequences of so many tokens, all in float32.
+def _context_parameters(library: ctypes.CDLL, length: int, flash: bool) -> _Parameters:
+    """Those of a context for `SEQUENCES` sequences of so many tokens.
 
-    Sizes come first, as they always did. Flash attention, whose sums are in float16, is the last of
-    four settings in a row that are -1 (automatic). The types of keys and values are the only two
-    settings in a row that are 1 (float16).
+    Flash attention is the last of four settings in a row that are -1 (automatic). The types of keys
+    and values are the only two settings in a row that are 1 (float16). The last of six switches, of
+    which four are on, lets sequences share a space: flash attention skips what they do not see.
     """
     parameters = library.llama_context_default_params()
-    words = parameters.words[:SETTINGS]
-    automatic, types = (
-        [n for n in range(SETTINGS) if words[n : n + len(wanted)] == wanted]
-        for wanted in ([-1] * 4, [1, 1])
-    )
-    if words[:4] != [512, 2048, 512, 1] or len(automatic) != 1 or len(types) != 1:
-        raise UserError(
-            "this xllamacpp has its parameters in another order; install another version"
-        )
-    parameters.words[0] = parameters.words[1] = length * SEQUENCES
-    parameters.words[3] = SEQUENCES
-    parameters.words[automatic[0] + 3] = 0
-    parameters.words[types[0]] = parameters.words[types[0] + 1] = 0
+    sizes, automatic = _place(parameters, 512, 2048, 512, 1), _place(parameters, -1, -1, -1, -1)
+    types, switches = _place(parameters, 1, 1), _place(parameters, 0x01010100, 1)
+    words = parameters.words
+    words[sizes] = words[sizes + 1] = length * SEQUENCES
+    words[sizes + 3], words[automatic + 3] = SEQUENCES, int(flash)
+    if flash:
+        words[switches + 1] |= 1 << 8
+    else:
+        words[types] = words[types + 1] = 0
     return parameters
+
+
+def _place(parameters: _Parameters, *wanted: int) -> int:
+    """Where these words stand in a row among the first ones, if that is one place alone."""
+    words = parameters.words[:37]
+    places = [n for n in range(36) if (*words[n : n + len(wanted)],) == wanted]
+    if len(places) != 1:
+        raise UserError("this xllamacpp has other parameters; install another version")
+    return places[0]

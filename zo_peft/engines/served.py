@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,15 +29,7 @@ from zo_peft.core.evaluator import Evaluator
 from zo_peft.core.lanes import Host, Lanes
 from zo_peft.core.ranks import Ranks
 from zo_peft.core.space import Space
-from zo_peft.engines.engine import (
-    Answers,
-    Engine,
-    EngineName,
-    Matrices,
-    Row,
-    Sampling,
-    States,
-)
+from zo_peft.engines.engine import Answers, Engine, EngineName, Matrices, Row, Sampling, States
 from zo_peft.engines.llamacpp import LlamaCpp
 from zo_peft.engines.openvino import MODEL_NAME, OpenVino
 from zo_peft.engines.vllm import Vllm
@@ -78,12 +71,7 @@ def load_served(
         config, tokenizer = _from_gguf(load_config, path), _from_gguf(load_tokenizer, path, *chat)
     else:
         config, tokenizer = load_config(source or name), load_tokenizer(source or name, *chat)
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config)
-    # One expanded number takes no memory. It is not a number, so that nothing can start from it.
-    base._apply(lambda tensor: torch.full((1,), torch.nan).expand(tensor.shape))
-    base.requires_grad_(False)
-    base.forward = _refuse
+    base = shapes_of(config)
     base.name_or_path = base.config.name_or_path = source or name
     if source is not None or engine != "llamacpp":
         with suppress(OSError):  # Not every base has one.
@@ -96,7 +84,18 @@ def load_served(
     base.engine = engines[engine]()
     for method, answer in ANSWERS.items():
         setattr(base, method, partial(answer, base, Lanes({}, 1), ""))
-    return base.eval(), tokenizer
+    return base, tokenizer
+
+
+def shapes_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """A base of this configuration that has no weights."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+    # One expanded number takes no memory. It is not a number, so that nothing can start from it.
+    base._apply(lambda tensor: torch.full((1,), torch.nan).expand(tensor.shape))
+    base.requires_grad_(False)
+    base.forward = _refuse
+    return base.eval()
 
 
 def evaluator_of(

@@ -8,7 +8,7 @@ import math
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from peft import PeftModel
 from peft.mapping import get_peft_config
@@ -18,11 +18,13 @@ from transformers.hf_argparser import HfArg
 from zo_peft.core.journal import INITIAL_NAME, read
 from zo_peft.core.noise import GENERATOR
 from zo_peft.core.tuner import move
+from zo_peft.engines.engine import EngineName
+from zo_peft.engines.served import shapes_of
 from zo_peft.errors import UserError, explained
 from zo_peft.models.adapters import add_adapter, prepare
 from zo_peft.models.hub import check_apart
 from zo_peft.models.in_place_space import InPlaceSpace
-from zo_peft.models.loading import base_hash, identity, load_tokenizer
+from zo_peft.models.loading import base_hash, identity, load_config, load_tokenizer
 from zo_peft.models.recipe import check_in_place, load_trained, rule_of, space_of
 from zo_peft.runs.arguments import ModelArguments
 from zo_peft.runs.run import load
@@ -50,7 +52,8 @@ class ShowArguments:
 def replay(model: ModelArguments, given: ReplayArguments) -> dict[str, Any]:
     """Rebuild an adapter (or scales, or weights) from its base, starting values and journal.
 
-    On the same kind of device the result has the same bits. `model` counts for its base alone.
+    On the same kind of device the result has the same bits. `model` counts for its base alone;
+    where an engine had it, for the configuration and tokenizer of the model that was converted.
 
     A UserError says that the journal is damaged or of another base; nothing is written then.
     """
@@ -72,12 +75,16 @@ def _replayed(arguments: ModelArguments, given: ReplayArguments) -> dict[str, An
         )
     tune = header["space"]["tune"]
     set_seed(header["seed"])
-    model: PreTrainedModel | PeftModel = load(arguments, tune, header["num_labels"])
+    model: PreTrainedModel | PeftModel
+    if served := header["base"]["loaded"].split()[0] in get_args(EngineName):
+        model = shapes_of(load_config(name, **arguments.source))
+    else:
+        model = load(arguments, tune, header["num_labels"])
     if header["adapter"] is not None:
         config = {**header["adapter"], "base_model_name_or_path": None}
         model = add_adapter(model, get_peft_config(config))
     prepare(model, load_tokenizer(name, **arguments.source))
-    if identity(model) != header["base"]:
+    if not served and identity(model) != header["base"]:
         raise UserError(
             f"{path.name} is of another base than {name}; give the run's own, loaded as it was"
         )
