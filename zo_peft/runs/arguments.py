@@ -14,7 +14,7 @@ from zo_peft.data.examples import Words, options_of, read_words, write_words
 from zo_peft.data.tasks import TASKS
 from zo_peft.errors import UserError
 from zo_peft.models.hub import first_line
-from zo_peft.models.loading import load_tokenizer, quantization_config
+from zo_peft.models.loading import load_config, load_tokenizer, quantization_config
 from zo_peft.runs.help import SETS
 
 
@@ -29,6 +29,11 @@ class ModelArguments:
     )
     load_in_8bit: bool = HfArg(default=False, help="Quantize the base to int8 with bitsandbytes.")
     load_in_4bit: bool = HfArg(default=False, help="Quantize the base to NF4 with bitsandbytes.")
+    bnb_4bit_compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
+        default="auto",
+        help="What layers of load_in_4bit compute in. auto: the base's dtype, but float32 for "
+        "float16 without a GPU.",
+    )
     device_map: str | None = HfArg(
         default=None, help="As in transformers, for example auto for several devices."
     )
@@ -68,9 +73,16 @@ class ModelArguments:
         chat = self.chat_template, self.adapter_name_or_path
         return load_tokenizer(self.model_name_or_path, *chat, **self.source)
 
-    def quantization(self, has_classes: bool) -> BitsAndBytesConfig | None:
+    def quantization(self, has_classes: bool, on_cpu: bool) -> BitsAndBytesConfig | None:
         """How the base, with a head for classes or not, is quantized; None: as it was saved."""
-        dtype = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
+        dtype: torch.dtype | str = self.bnb_4bit_compute_dtype
+        if dtype != "auto" and not self.load_in_4bit:
+            raise UserError("bnb_4bit_compute_dtype is for load_in_4bit; give both, or auto")
+        if dtype == "auto" and self.load_in_4bit:
+            saved = load_config(self.model_name_or_path, **self.source).dtype or "float32"
+            dtype = saved if self.dtype == "auto" else self.dtype
+            # A CPU multiplies float16 several times more slowly than float32.
+            dtype = "float32" if on_cpu and dtype in ("float16", torch.float16) else dtype
         return quantization_config(self.load_in_8bit, self.load_in_4bit, dtype, has_classes)
 
     def peft_config(self) -> PeftConfig:
