@@ -141,6 +141,8 @@ LONG = json.dumps({"text": "good " * 500, "label": 1})
         ({"fp16": True}, None, "fp16 is not for forward-only tuning: .*dtype"),
         ({"max_forward_passes": 3}, None, "less than one step of gv, which takes 4"),
         ({"load_in_8bit": True, "load_in_4bit": True}, None, "exclude each other"),
+        ({"bnb_4bit_compute_dtype": "bfloat16"}, None, "is for load_in_4bit; give both, or auto"),
+        ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "int8"}, None, "invalid choice: 'int8'"),
         ({"load_in_4bit": True, "tune": "weights"}, None, "codes of a 4-bit base"),
         ({"tune": "scales"}, None, "needs a quantized base, and model is not"),
         ({"train_file": None}, None, "give --train_file"),

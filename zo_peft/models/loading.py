@@ -35,7 +35,7 @@ CHATML = Path(__file__).with_name("chatml.jinja")
 def quantization_config(
     load_in_8bit: bool,
     load_in_4bit: bool,
-    compute_dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | str = torch.float32,
     has_classes: bool = False,
 ) -> BitsAndBytesConfig | None:
     """The settings of LLM.int8() or NF4; None for a base in floating point.
@@ -333,6 +333,9 @@ def files_hash(files: Iterable[Path]) -> str:
     """A hash of what the files hold, one after the other."""
     digest = hashlib.blake2b(digest_size=16)
     for path in files:
+        own = hashlib.blake2b()
         with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "blake2b").digest())
+            for part in iter(lambda: file.read(2**20), b""):
+                own.update(part)
+        digest.update(own.digest())
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from transformers.hf_argparser import HfArg
 from zo_peft.data.examples import Words, options_of, read_words, write_words
 from zo_peft.data.tasks import TASKS
 from zo_peft.errors import UserError, explained
-from zo_peft.models.loading import load_tokenizer, quantization_config
+from zo_peft.models.loading import load_config, load_tokenizer, quantization_config
 from zo_peft.runs.help import SETS
 
 #: What each option means, by name.
@@ -33,6 +33,9 @@ class ModelArguments:
     )
     load_in_8bit: bool = HfArg(default=False, help=HELP["load_in_8bit"])
     load_in_4bit: bool = HfArg(default=False, help=HELP["load_in_4bit"])
+    bnb_4bit_compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
+        default="auto", help=HELP["bnb_4bit_compute_dtype"]
+    )
     device_map: str | None = HfArg(default=None, help=HELP["device_map"])
     trust_remote_code: bool = HfArg(default=False, help=HELP["trust_remote_code"])
     chat_template: str | None = HfArg(default=None, help=HELP["chat_template"])
@@ -60,9 +63,16 @@ class ModelArguments:
         chat = self.chat_template, self.adapter_name_or_path
         return load_tokenizer(self.model_name_or_path, *chat, **self.source)
 
-    def quantization(self, has_classes: bool) -> BitsAndBytesConfig | None:
+    def quantization(self, has_classes: bool, on_cpu: bool) -> BitsAndBytesConfig | None:
         """How the base, with a head for classes or not, is quantized; None: as it was saved."""
-        dtype = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
+        dtype: torch.dtype | str = self.bnb_4bit_compute_dtype
+        if dtype != "auto" and not self.load_in_4bit:
+            raise UserError("bnb_4bit_compute_dtype is for load_in_4bit; give both, or auto")
+        if dtype == "auto" and self.load_in_4bit:
+            saved = load_config(self.model_name_or_path, **self.source).dtype or "float32"
+            dtype = saved if self.dtype == "auto" else self.dtype
+            # A CPU multiplies float16 several times more slowly than float32.
+            dtype = "float32" if on_cpu and dtype in ("float16", torch.float16) else dtype
         return quantization_config(self.load_in_8bit, self.load_in_4bit, dtype, has_classes)
 
     def peft_config(self) -> PeftConfig:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -23,7 +24,7 @@ from zo_peft.engines.served import load_served
 from zo_peft.errors import Notice, UserError
 from zo_peft.models.adapters import load_adapter, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
-from zo_peft.models.loading import load_base
+from zo_peft.models.loading import load_base, quantization_of
 from zo_peft.objectives.rewards import RewardObjective, generates, load_function
 from zo_peft.runs.arguments import DataArguments, ModelArguments
 from zo_peft.runs.earlier import note_base
@@ -274,12 +275,18 @@ def _served(
 def load(
     model: ModelArguments, tune: str, num_labels: int | None, words: Sequence[str] = ()
 ) -> PreTrainedModel:
-    """The base, as `load_base` gives it, quantized if the arguments say so; or a UserError."""
+    """The base, as `load_base` gives it, quantized if the arguments say so; or a UserError.
+
+    The dtype that 4-bit layers compute in is written into the arguments, for the run's records.
+    """
     kwargs = {"dtype": model.dtype, "device_map": model.device_map, **model.source}
     # If it is None, it must not be given: it would hide that the base was saved quantized.
-    if quantization := model.quantization(num_labels is not None):
+    if quantization := model.quantization(num_labels is not None, not torch.cuda.is_available()):
         kwargs["quantization_config"] = quantization
-    return load_base(model.model_name_or_path, num_labels, tune, words, **kwargs)
+    base = load_base(model.model_name_or_path, num_labels, tune, words, **kwargs)
+    if model.load_in_4bit:
+        model.bnb_4bit_compute_dtype = quantization_of(base.config)["bnb_4bit_compute_dtype"]
+    return base
 
 
 def _evaluate(trainer: BaseTrainer, dataset: Any) -> dict[str, float]:

@@ -111,7 +111,7 @@ class Planner:
         if args.engine is not None:
             raise UserError("a plan is of a base in PyTorch; an engine's memory is not known")
         self.classifies = model.task_type == "SEQ_CLS"
-        bits, source = model.quantization(self.classifies), model.source
+        bits, source = model.quantization(self.classifies, self.device == "cpu"), model.source
         base = meta_base(model.model_name_or_path, model.dtype, bits, self.classifies, **source)
         self.weights = weight_bytes(base)
         with torch.device("meta"):
