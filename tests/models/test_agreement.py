@@ -280,6 +280,12 @@ def test_a_base_with_layers_of_another_adapter_is_refused(tmp_path: Path) -> Non
         make_trainer(tmp_path, model=base)
 
 
+def test_trainable_tokens_that_are_no_list_are_refused(tmp_path: Path) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", trainable_token_indices=1)
+    with pytest.raises(UserError, match=r"LlamaForCausalLM with LORA does not run .*IndexError"):
+        make_trainer(tmp_path, config)
+
+
 def test_tuned_parameters_that_share_memory_are_refused(tmp_path: Path) -> None:
     config = LoraConfig(
         task_type="CAUSAL_LM", target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True

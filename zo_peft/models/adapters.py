@@ -392,9 +392,11 @@ def context_length(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> int |
 def vocabulary(model: AnyModel) -> int | None:
     """How many token ids the model's embedding has rows for; None: it has no such embedding."""
     try:
-        weight = getattr(model.get_input_embeddings(), "weight", None)
+        embedding = model.get_input_embeddings()
     except NotImplementedError:  # Canine hashes characters
         return None
+    with running(model):  # PEFT computes the weight of trainable tokens
+        weight = getattr(embedding, "weight", None)
     return None if weight is None else weight.shape[0]
 
 
