@@ -81,8 +81,10 @@ def test_compare_spends_the_same_on_each_strategy(
 
     recorded(monkeypatch)  # would fail if anything ran again
     assert main(argv) == 0
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["mezo", "adam"]
+    assert str(tmp_path / "out/comparison.png") in printed.err
     assert main([*argv, "--seed", "1"]) == 2
     assert "holds a run with other options" in capsys.readouterr().err
 

@@ -1,5 +1,6 @@
 """`zo-peft compare`: train with several strategies on the same budget of forward passes."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,7 @@ def compare(given: CompareArguments, options: list[str]) -> dict[str, Any]:
     result = {name: summary([*found.values()]) for name, found in runs.items()}
     write_json(folder / RESULT_NAME, result)
     plot(folder, result, {name: [*found] for name, found in runs.items()})
+    print(f"the table and its chart: {folder / RESULT_NAME}, {folder / PLOT_NAME}", file=sys.stderr)
     return result
 
 
