@@ -237,7 +237,7 @@ class ZOTrainer(CheckpointTrainer):
         found, records = read(path)
         # Journals of earlier versions do not tell of the data.
         if found | {"data": found.get("data", header["data"])} != header:
-            why = f"{whose.name}/{path.name} is of other data, or another base, adapter or noise"
+            why = f"{whose.name}/{path.name} is of another base, adapter or noise, or other data"
             raise UserError(f"{why}; resume with those of that run, or give another output_dir")
         checksums = [record.checksum for record in records]
         start = checkpoint.last_whole(folder, checksums) if last else str(resume)
