@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from tiny import LORA, MODEL, command_line, examples, make_trainer
 from transformers import (
     AutoModelForCausalLM,
@@ -154,22 +153,6 @@ def test_a_collator_that_pads_texts_of_classes_gives_their_losses(tmp_path: Path
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def scaled(factor: float, **settings: Any) -> Any:
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], **settings)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), config)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.scale_layer(factor)
-    return model
-
-
-def test_a_scaling_that_would_not_be_saved_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a scaling was set by hand, which is not saved"):
-        make_trainer(tmp_path, None, model=scaled(3.0))
-    for settings in ({}, {"use_rslora": True, "alpha_pattern": {"q_proj": 3}}):
-        assert make_trainer(tmp_path, None, model=scaled(1.0, **settings))
-
-
 def test_a_base_that_is_not_that_of_its_files_is_told(tmp_path: Path) -> None:
     first = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
     base = AutoModelForCausalLM.from_pretrained(MODEL)
@@ -193,7 +176,7 @@ def test_a_base_as_it_was_loaded_is_that_of_its_files(start: Any, tmp_path: Path
 
 def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
     make_trainer(tmp_path).train()
-    with pytest.raises(UserError, match="zo_journal is of other data"):
+    with pytest.raises(UserError, match=r"zo_journal is of .* or other data"):
         make_trainer(tmp_path, train=examples()[::-1]).train(resume_from_checkpoint=True)
     assert make_trainer(tmp_path).train(resume_from_checkpoint=True).global_step == 4
 
@@ -212,14 +195,6 @@ def test_a_trainer_may_be_given_rows_in_an_array(kind: Any, tmp_path: Path) -> N
     args = ZOConfig(str(tmp_path), use_cpu=True, **settings)
     rows = np.array(examples())
     assert len(kind(MODEL, args, train_dataset=rows, peft_config=LORA).train_dataset) == len(rows)
-
-
-def test_a_warmup_that_does_not_end_is_told(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="warmup_steps=500 end behind the run"):
-        make_trainer(tmp_path / "a", warmup_steps=500, max_steps=2).train()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*warmup_steps")
-        make_trainer(tmp_path / "b", warmup_steps=2, max_steps=2).train()
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def make_examples(
     labelled = words is not None or classifies
     needs_label = label_column is not None or labelled or not generates
     used = {match[2].strip() for match in _BRACES.finditer(template) if match[2]}
-    if needs_label and rows and column.strip() in used:
+    if labelled and rows and column.strip() in used:
         raise UserError(f"the prompt template shows {{{column}}}, the answer; leave it out")
     if labelled:
         index_of = label_reader(column_of(rows, column), words, source, column)

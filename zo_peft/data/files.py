@@ -122,8 +122,7 @@ def _twice(names: Iterable[str]) -> list[str]:
 
 
 def _read_csv(content: bytes, path: Path) -> list[Row]:
-    # Excel's own first line says what separates the columns, which the header tells as well.
-    text = re.sub(r"\Asep=.\n", "", _text(content, path))
+    text = re.sub(r"\Asep=.\n", "", _text(content, path))  # Excel's own first line
     header = re.sub('"[^"]*"', "", text.partition("\n")[0])
     # Commas, where others are not more.
     return _table(text, path, max(",;\t", key=header.count), csv.QUOTE_MINIMAL)
@@ -132,7 +131,6 @@ def _read_csv(content: bytes, path: Path) -> list[Row]:
 def _read_tsv(content: bytes, path: Path) -> list[Row]:
     text = _text(content, path)
     quoted = [field for field in re.split("[\t\n]", text) if '"' in field]
-    # Programs that put fields into quotes double those that a field holds.
     is_quoted = all(re.fullmatch('"([^"]|"")*"', field) for field in quoted)
     if is_quoted and (text.startswith('"') or any('""' in field[1:-1] for field in quoted)):
         return _table(text, path, "\t", csv.QUOTE_MINIMAL)

@@ -34,8 +34,7 @@ FORMS: tuple[Form, ...] = (
 #: Columns that may stand beside those of a form.
 TOKENIZED = ("attention_mask", "token_type_ids", "length")
 OPTIONAL = ("passage", "passage_start", "also_right", "tools")
-#: Columns of tokenized rows that would change what is learned, and that no model here is given; and
-#: those of rows with a prompt, an instruction or turns.
+#: Columns that would change what is learned, and cannot be used: of tokenized rows, and of others.
 REFUSED = ("position_ids", "completion_mask", "assistant_masks", "loss_mask")
 REFUSED_OF_TURNS = ("system", "history", "chat_template_kwargs")
 CONVERSED = (FORMS[2], *FORMS[4:9])
@@ -120,8 +119,7 @@ def fitting_form(first: Row, source: str, classifies: bool, generates: bool) -> 
     form, head = form_of(first), (FORMS[0], ("text", "label"))
     fits = form in head if classifies else form not in (None, ("prompt",), head[1])
     with located(source, 1):
-        blank = [n for n in first if n != n.strip() and any(n.strip() in form for form in FORMS)]
-        if blank:
+        if blank := [n for n in first if n != n.strip() and any(n.strip() in f for f in FORMS)]:
             raise UserError(f"column {blank[0]!r} has blanks around its name; take them away")
         if form is None or not fits:
             raise UserError(_unfit(first, classifies))
@@ -275,8 +273,7 @@ def _conversation(row: Row) -> Row:
 def _turns(row: Row) -> list[dict[str, Any]]:
     what = "turns with from and value"
     turns = read("conversations", row["conversations"], lambda value: _listed(value, _turn, what))
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return [*system, *turns]
+    return [{"role": "system", "content": row["system"]}, *turns] if row.get("system") else turns
 
 
 def _turn(value: Any) -> dict[str, Any]:
@@ -337,8 +334,7 @@ def question_of(row: Row, classifies: bool = False) -> Row:
     row = {name: value for name, value in row.items() if value is not None}
     if classifies:
         return {"text": row["text"], **{name: row[name] for name in OPTIONAL if name in row}}
-    asks = [form for form in CONVERSED if form[0] in row and "options" not in row]
-    _check_beside(row, asks[0] if asks else ())
+    _check_beside(row, next((f for f in CONVERSED if f[0] in row and "options" not in row), ()))
     if "instruction" in row:
         asked = {"instruction", "input", "context"} & row.keys()
         return {"prompt": _instruction({name: row[name] for name in asked})["prompt"]}
@@ -379,8 +375,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
 def read(name: str, value: Any, reader: Callable[[Any], Any]) -> Any:
     """What a reader makes of a column's value; its UserError then begins with the column."""
     if isinstance(value, str) and value in MISSING:
-        message = f"column {name!r} has {value!r}, as pandas writes no value; it is read as text"
-        warnings.warn(message, Notice, stacklevel=2)
+        warnings.warn(f"column {name!r} has {value!r}, as pandas writes no value", Notice, 2)
     try:
         return reader(value)
     except UserError as error:

@@ -1,6 +1,5 @@
 """Adapters: how one is made, also on a base that accelerate offloads, loaded, and merged."""
 
-import math
 import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -224,11 +223,6 @@ def check_saved(model: PeftModel) -> None:
         raise UserError("several adapters are active; choose the one to tune with set_adapter")
     state = peft.get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
     saved = {tensor.data_ptr() for tensor in state.values()}
-    root = math.sqrt if getattr(model.active_peft_config, "use_rslora", False) else float
-    for layer in (m for m in model.modules() if active in getattr(m, "lora_alpha", ())):
-        configured = layer.lora_alpha[active] / root(layer.r[active])
-        if not math.isclose(layer.scaling[active], configured):
-            raise UserError("a scaling was set by hand, which is not saved; change lora_alpha")
     owners: dict[int, str] = {}
     for name, parameter in tuned_parameters(model).items():
         other = owners.setdefault(parameter.data_ptr(), name)

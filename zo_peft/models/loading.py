@@ -302,8 +302,7 @@ def identity(model: AnyModel) -> dict[str, str]:
     loaded = {8: "int8", 4: "4-bit"}[bits] if bits else str(base.dtype)
     name = model.config.name_or_path
     files = sorted(Path(name).glob("*.safetensors")) if name else []
-    edited = _edited(model, files) if isinstance(model, PeftModel) else None
-    if edited:
+    if edited := _edited(model, files) if isinstance(model, PeftModel) else None:
         why = f"{edited} is not as in {public_name(name)}: the adapter fits the base as it is here"
         warnings.warn(f"{why}; save the base, too, and load it from there", Notice, stacklevel=2)
     # What others quantize while they load it has no file of its own.
@@ -315,12 +314,11 @@ def identity(model: AnyModel) -> dict[str, str]:
 def _edited(model: PeftModel, files: Iterable[Path]) -> str | None:
     """A tensor of the base of which the first row is not that of its files; None without one."""
     start = getattr(model.active_peft_config, "init_lora_weights", None)
-    if start not in (True, False, "gaussian", "orthogonal", "eva"):  # others change the base
-        return None
+    keeps = start in (True, False, "gaussian", "orthogonal", "eva")  # others change the base
     named = model.get_base_model().named_parameters()
     floats = ((n, p.detach()) for n, p in named if p.is_floating_point() and not p.requires_grad)
     own = {n.replace(".base_layer.", "."): p for n, p in floats if p.dim() and not p.is_meta}
-    for path in files:
+    for path in files if keeps else ():
         with safe_open(path, "pt") as file:
             for name in sorted(own.keys() & {*file.keys()}):
                 mine, row = own[name][:1].cpu(), file.get_slice(name)[:1]

@@ -1,7 +1,6 @@
 """`zo-peft merge`: put an adapter into the weights of its base, so that it loads without PEFT."""
 
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
-from zo_peft.errors import Notice, UserError, explained
+from zo_peft.errors import UserError, explained
 from zo_peft.models.adapters import load_adapter, merged_model, saved_adapter
 from zo_peft.models.hub import check_apart, public_name
 from zo_peft.runs.arguments import ModelArguments
@@ -52,9 +51,6 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
     if config.is_prompt_learning:
         why = "it adds tokens, or keys and values, and changes no weight; load it with PEFT"
         raise UserError(f"{config.peft_type.value} cannot be merged: {why}")
-    named = public_name(config.base_model_name_or_path or "")
-    if named not in ("", public_name(model.model_name_or_path)):
-        warnings.warn(f"the adapter names {named} as its base", Notice, stacklevel=2)
     tokenizer = model.tokenizer()
     summary = read_results(model.adapter_name_or_path)
     base = load(model, "adapter", classes, summary.get("label_words") or ())

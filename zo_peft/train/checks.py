@@ -43,8 +43,7 @@ CANDIDATES = {*OF_CANDIDATES, "update_rule", "momentum", "candidates_per_forward
 CANDIDATES |= {"zo_eps", "exact_layers", "tune_unquantized"}
 #: Settings, and those strategies, weightings and update rules that do not use them.
 UNUSED = {"num_candidates": ("mezo",), "probe": ("mezo", "n-spsa"), "momentum": ALONG_CANDIDATES}
-UNUSED["weighting"] = ("greedy", "mezo", "n-spsa")
-UNUSED["elite_fraction"] = ("loss", *UNUSED["weighting"])
+UNUSED |= {"weighting": (w := ("greedy", "mezo", "n-spsa")), "elite_fraction": ("loss", *w)}
 UNUSED["adam_beta2"] = (*ALONG_CANDIDATES, "momentum", "normalized", "spectral")
 Preset = Literal["paper-gv", "paper-greedy", "paper-mezo", "mezo", "subzero", "lozo"]
 Tune = Literal["adapter", "scales", "weights"]

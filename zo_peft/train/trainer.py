@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -33,7 +32,7 @@ from zo_peft.core.updates import AUTOMATIC, UpdateRule
 from zo_peft.data.collate import Collator, drawn_batch
 from zo_peft.engines.check import check_answers
 from zo_peft.engines.served import evaluator_of
-from zo_peft.errors import NonFiniteLossError, Notice, UserError, explained
+from zo_peft.errors import NonFiniteLossError, UserError, explained
 from zo_peft.models import recipe
 from zo_peft.models.adapters import peft_config_of
 from zo_peft.models.agreement import check
@@ -250,9 +249,8 @@ class ZOTrainer(CheckpointTrainer):
                 self.tuner.journal = Journal(folder / JOURNAL_NAME, header)
             return None
         found, records = read(path)
-        # Journals of earlier versions do not tell of the data.
         if found | {"data": found.get("data", header["data"])} != header:
-            why = f"{whose.name}/{path.name} is of other data, or another base, adapter or noise"
+            why = f"{whose.name}/{path.name} is of another base, adapter or noise, or other data"
             raise UserError(f"{why}; resume with those of that run, or give another output_dir")
         checksums = [record.checksum for record in records]
         start = checkpoint.last_whole(folder, checksums) if last else str(resume)
@@ -293,7 +291,6 @@ class ZOTrainer(CheckpointTrainer):
             self.objective.seed = derive_seed(self.args.seed, step, -3)
         batches = [self._prepare_inputs(batch) for batch in self._micro_batches]
         if isinstance(self.space, FlatSpace):
-            # What a callback changes is not in the journal.
             self.space.check()
         try:
             estimate = self.tuner.step(batches, step)
@@ -377,10 +374,6 @@ class ZOTrainer(CheckpointTrainer):
             # `ZOConfig` took steps for ones of a single pass; these take several.
             num_training_steps = int(min(num_training_steps, self._budget // self._step_passes))
         self.tuner.total_steps = num_training_steps
-        if self.args.get_warmup_steps(num_training_steps) > num_training_steps:
-            warm = f"warmup_steps={self.args.warmup_steps:g} end behind the run"
-            message = f"{warm}, so its learning rate is never reached; lower them"
-            warnings.warn(message, Notice, stacklevel=2)
         rule = self.tuner.rule
         if rule.automatic:
             # Momentum makes steps alike: they go further than as many independent ones.
