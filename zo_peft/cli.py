@@ -140,7 +140,8 @@ def _quiet() -> Iterator[None]:
         disable_progress_bar()
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         warnings.simplefilter("default", Notice)
         warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
         try:
