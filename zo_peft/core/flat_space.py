@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -154,14 +155,15 @@ class FlatSpace(Space):
 
     def check(self) -> None:
         """Raise a UserError where a parameter was changed by others since the space was made."""
-        for flat in self._flats:
-            live, same = flat.layout.views(flat.live), torch.equal(flat.live, flat.theta)
-            for name, view in flat.layout.views(flat.theta).items():
-                now = self.parameters[name]
-                moved = now.data_ptr() != live[name].data_ptr()
-                if moved or not (same or torch.equal(now, view)):
-                    why = f"{name} was changed after the trainer was built, which would be lost"
-                    raise UserError(f"{why}; change it before, and build the trainer then")
+        # A GPU is waited for once, whatever the number of buffers.
+        first = self.buffers[0].device
+        edited = bool(sum((flat.live != flat.theta).any().to(first) for flat in self._flats))
+        live = [flat.layout.views(flat.live).items() for flat in self._flats]
+        for (name, view), kept in zip(chain(*live), self.tensors().values()):
+            now = self.parameters[name]
+            if now.data_ptr() != view.data_ptr() or (edited and not torch.equal(now, kept)):
+                why = f"{name} was changed after the trainer was built, which would be lost"
+                raise UserError(f"{why}; change it before, and build the trainer then")
 
     def _add(self, flat: _Flat, into: Tensor, displacements: Sequence[Direction]) -> None:
         noise = [Direction(tuple(t for t in d.terms if t[0] >= 0)) for d in displacements]
