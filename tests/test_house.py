@@ -80,7 +80,7 @@ def lines(*paths: Path) -> int:
     [
         ("the story of a step", STORY, 1_490),
         ("the core", [*(PACKAGE / "core").glob("*.py")], 3_000),
-        ("the package", MODULES, 16_070),
+        ("the package", MODULES, 16_080),
     ],
 )
 def test_it_stays_small(what: str, paths: list[Path], most: int) -> None:
