@@ -284,6 +284,10 @@ class Guided:
             whole, count = Gradients(), len(found)
             for part in found:
                 add(whole, part, 1.0 / count)
+            # Ranks whose batches have other masks may have read the layers in another order.
+            whole = dict(sorted(whole.items()))
+            if not self.known:
+                self.evaluator.ranks.check("what the guide reads", *whole)
             for gradients in mine:
                 # One at a time, so that no part is held twice.
                 add(gradients, found.pop(0), 1.0 / len(batches))
