@@ -8,6 +8,9 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from tiny import BASES, LAYERS, MODEL, PAD, VOCABULARY, bert, llama, opt
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from zo_peft import UserError
 from zo_peft.core.batch import Batch
@@ -66,7 +69,8 @@ def silenced(model: PreTrainedModel, writers: tuple[str, str]) -> PreTrainedMode
 
 
 def adapted(model: PreTrainedModel, targets: Any, **settings: Any) -> PeftModel:
-    config = LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=targets, **settings)
+    settings = {"task_type": "CAUSAL_LM", **settings}
+    config = LoraConfig(r=3, target_modules=targets, **settings)
     torch.manual_seed(4)
     adapter = get_peft_model(model, config).eval()
     for name, parameter in adapter.named_parameters():
@@ -115,6 +119,47 @@ def test_reads_the_gradient_where_upper_layers_do_nothing(family: str, before: i
     found = read(model, OptionObjective(), given)
     assert len(found) == LAYERS * 6
     assert_near(found, gradients(model, OptionObjective(), given), ".0.", 1e-5)
+
+
+def test_a_module_that_is_called_twice_gets_the_sum_of_its_gradients() -> None:
+    targets = [*QUERY_VALUE, "o_proj"]
+    torch.manual_seed(0)
+    apart, base = llama(), llama()
+    base.model.layers[1].self_attn = base.model.layers[0].self_attn
+    apart, shared = adapted(apart, targets), adapted(base, targets)
+    own = shared.state_dict(keep_vars=True)
+    own |= {name.replace("layers.0.self", "layers.1.self"): x for name, x in own.items()}
+    apart.load_state_dict(own)
+    both, found = (read(model, OptionObjective(), batch()) for model in (apart, shared))
+    assert len(found) == (LAYERS - 1) * 6
+    for name in (name for name in found if "layers.0" in name):
+        first, second = both[name], both[name.replace("layers.0", "layers.1")]
+        assert second.norm() > 0.1 * first.norm()
+        torch.testing.assert_close(found[name], first + second)
+
+
+def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **settings: Any) -> Any:
+    """Gets what flash attention gets: which tokens are no padding, [B, S]."""
+    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+    seen = (seen.tril() if module.is_causal else seen) & mask.bool()[:, None, None]
+    return sdpa_attention_forward(module, q, k, v, seen, **settings)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_the_mask_of_flash_attention_tells_the_same(family: str) -> None:
+    ALL_ATTENTION_FUNCTIONS.register("of_tokens", attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("of_tokens", flash_attention_mask)
+    causal = family == "llama"
+    base, targets = (llama(), QUERY_VALUE) if causal else (bert(), ["query", "value"])
+    model = adapted(base, targets, task_type="CAUSAL_LM" if causal else "SEQ_CLS")
+    objective = OptionObjective() if causal else ClassificationObjective()
+    expected = read(model, objective, batch())
+    model.get_base_model().set_attn_implementation("of_tokens")
+    found = read(model, objective, batch())
+    assert found.keys() == expected.keys()
+    assert len(found) >= 4 * LAYERS
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
 class LossOfOne(OptionObjective):

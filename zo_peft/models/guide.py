@@ -90,10 +90,10 @@ class ResidualGuide:
         config = model.active_peft_config
         if model.peft_type == PeftType.PREFIX_TUNING and not config.prefix_projection:
             self.prefix = model.prompt_encoder[model.active_adapter].embedding.weight
-        linears = [module for layer in self.read_layers for module in linears_of(layer)]
+        linears = dict.fromkeys(m for layer in self.read_layers for m in linears_of(layer))
         self.loras = {module for module in linears if is_plain_lora(module)}
         #: The modules that a pass looks into: all at first, then those that it needs.
-        self.watched = linears
+        self.watched = [*linears]
         self.roles: dict[nn.Module, Role] = {}
         self.post_norms: dict[nn.Module, PostNorm | None] = {}
         self.writers: set[nn.Module] = set()
@@ -147,7 +147,9 @@ class ResidualGuide:
         for parameters, stack in reading.gradients(reading.scored.errors(errors), parts):
             names = [self.names.get(id(parameter)) for parameter in parameters]
             for gradients, part in zip(found, stack.unbind(1)):
-                add(gradients, {n: g for n, g in zip(names, part.unbind()) if n is not None}, 1.0)
+                # One by one: a module that is called twice is there twice.
+                for name, gradient in zip(names, part.unbind()):
+                    add(gradients, {} if name is None else {name: gradient}, 1.0)
         if self.first:
             roles = [role for role in self.roles.values() if role.agrees]
             needed = self.writers.union(*({role.value, role.query} for role in roles))

@@ -74,7 +74,8 @@ class Scored:
 
         Args:
             mask: [B or 1, 1 or heads, T or 1, S], added or True where a position is seen. Without
-                one, those of a `causal` attention see what is before them.
+                one, those of a `causal` attention see what is before them. Flash attention has one
+                [B, S] of the tokens that are no padding.
             query, key: [B, heads, T, width] and [B, groups, S, width].
         """
         (_, heads, length, _), (_, groups, total, _), dtype = query.shape, key.shape, query.dtype
@@ -82,9 +83,10 @@ class Scored:
         if like in self._biases or (mask is None and (length == 1 or not causal)):
             return self._biases.get(like, (None, None))[1]
         where = self.positions + (length - self.length)
-        if mask is None:
-            keys = torch.arange(total, device=where.device)
-            seen = keys <= where[:, None, :, None] + (total - length)
+        if mask is None or mask.dim() == 2:
+            last = where[:, None, :, None] + (total - length * causal)
+            seen = torch.arange(total, device=where.device) <= last
+            seen = seen if mask is None else seen & mask.bool()[:, None, None]
         else:
             seen = mask.expand(self.count, -1, length, -1)[self._rows, :, where].transpose(1, 2)
         if seen.dtype == torch.bool:
