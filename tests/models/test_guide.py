@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from tiny import BASES, LAYERS, MODEL, PAD, VOCABULARY, bert, llama, opt
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
@@ -16,7 +17,7 @@ from zo_peft import UserError
 from zo_peft.core.batch import Batch
 from zo_peft.data import Collator
 from zo_peft.models.adapters import prepare, tuned_parameters
-from zo_peft.models.guide import ResidualGuide
+from zo_peft.models.guide import ResidualGuide, may_read
 from zo_peft.models.loading import load_base
 from zo_peft.objectives.scoring import (
     ClassificationObjective,
@@ -374,7 +375,7 @@ def test_the_dial_differentiates_so_many_layers_and_no_more(exact_layers: int) -
     assert guide.passes == {0: 1, 1: 2, LAYERS: 3}[exact_layers]
 
 
-def test_nothing_that_is_tuned_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_that_is_tuned_is_written() -> None:
     model = adapted(llama(), QUERY_VALUE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     read(model, OptionObjective(), batch())
@@ -386,3 +387,14 @@ def test_models_without_such_layers_are_refused() -> None:
     model = adapted(llama(), QUERY_VALUE)
     with pytest.raises(UserError, match="exact_layers=4"):
         ResidualGuide(model, tuned_parameters(model), OptionObjective(), 4)
+
+
+def test_layers_on_several_devices_are_left_to_candidates() -> None:
+    model = adapted(llama(), QUERY_VALUE)
+    tuned = tuned_parameters(model)
+    assert may_read(model, tuned)
+    with FakeTensorMode():
+        tuned |= {max(tuned): nn.Parameter(torch.zeros(1, device="cuda:1"))}
+    assert not may_read(model, tuned)
+    with pytest.raises(UserError, match="one device"):
+        ResidualGuide(model, tuned, OptionObjective())

@@ -50,7 +50,8 @@ class ResidualGuide:
         exact_layers: through so many of the uppermost layers the error is taken by autograd.
 
     Raises:
-        UserError: no stack of transformer layers is found, or it has fewer layers than that.
+        UserError: no stack of transformer layers is found, it has fewer layers than that, or what
+            is tuned lies on several devices.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class ResidualGuide:
                 f"strategy='guided' found {len(layers)} transformer layers in one stack; it needs "
                 f"one or more, and exact_layers={exact_layers} of them at most. Use strategy='gv'"
             )
+        if len({parameter.device for parameter in tuned.values()}) > 1:
+            raise UserError("strategy='guided' reads layers of one device; use strategy='gv'")
         self._depth = len(layers)
         self.read_layers = layers[: len(layers) - exact_layers]
         self.boundary = layers[len(self.read_layers)] if exact_layers else None
@@ -162,7 +165,7 @@ class ResidualGuide:
 def may_read(model: PeftModel, tuned: Mapping[str, nn.Parameter]) -> bool:
     """Whether a guide knows something of what is tuned, as far as that can be told unseen."""
     layers = layers_of(model)
-    if not layers:
+    if not layers or len({parameter.device for parameter in tuned.values()}) > 1:
         return False
     if model.peft_type == PeftType.PREFIX_TUNING:
         return not model.active_peft_config.prefix_projection
