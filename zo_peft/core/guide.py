@@ -374,7 +374,9 @@ class Guided:
                 lines = [Direction.combine(along, weights) for weights in (one, mix)]
                 points.append([point for line in lines for point in (line, -line)])
             found = self._losses(self.guide.objective, points, batches)
-        return promised.double(), (found[:, ::2] - found[:, 1::2]) / (2 * near)
+        # Where a loss is not finite it is not known to fall.
+        slopes = ((found[:, ::2] - found[:, 1::2]) / (2 * near)).nan_to_num(0.0, 0.0, 0.0)
+        return promised.double(), slopes
 
     def _judged(self, agree: list[int], number: int) -> list[int]:
         """The parts to follow after a check, and when the next one is due."""
