@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from tiny import BASES, LAYERS, MODEL, PAD, VOCABULARY, bert, llama, opt
+from tiny import BASES, LAYERS, MODEL, PAD, SIZES, VOCABULARY, WIDTH, bert, llama, opt
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, BitNetConfig, BitNetForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -137,6 +137,17 @@ def test_a_module_that_is_called_twice_gets_the_sum_of_its_gradients() -> None:
         first, second = both[name], both[name.replace("layers.0", "layers.1")]
         assert second.norm() > 0.1 * first.norm()
         torch.testing.assert_close(found[name], first + second)
+
+
+def test_heads_with_a_norm_behind_them_are_not_looked_at_again() -> None:
+    sizes = {**SIZES, "intermediate_size": WIDTH, "num_key_value_heads": 2}
+    base = BitNetForCausalLM(BitNetConfig(**sizes, bos_token_id=1, eos_token_id=2))
+    model = adapted(base, [*QUERY_VALUE, "down_proj"])
+    guide = ResidualGuide(model, tuned_parameters(model), OptionObjective())
+    ((found,), (again,)) = (guide.read(batch())[1] for _ in range(2))
+    assert found.keys() == again.keys()
+    assert all(".down_proj." in name for name in found)
+    assert [*guide.watched] == [layer.mlp.down_proj for layer in base.model.layers]
 
 
 def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **settings: Any) -> Any:

@@ -105,7 +105,7 @@ class Role:
         agrees: its outputs are those of the weights that are computed here.
         value, query: the LoRAs that make its values and queries, if there are any.
         scale: what its queries are times the output of `query`; None where they are also turned.
-        out: the linear module that its outputs go into.
+        out: the linear module that its outputs go into; without one nothing is read.
     """
 
     agrees: bool = False
