@@ -139,6 +139,20 @@ def test_a_module_that_is_called_twice_gets_the_sum_of_its_gradients() -> None:
         torch.testing.assert_close(found[name], first + second)
 
 
+def test_readings_do_not_depend_on_the_first_batch() -> None:
+    """A run that was resumed has another one; scales of 32**-0.5 are measured there."""
+    model = adapted(opt(num_attention_heads=2), QUERY_VALUE)
+    found = []
+    for rows, before in ((1, 3), (1, 4), (2, 4), (5, 8)):
+        guide = ResidualGuide(model, tuned_parameters(model), OptionObjective())
+        guide.read(batch(rows, before=before))
+        found.append(guide.read(batch())[1][0])
+    assert len(found[0]) == 4 * LAYERS
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        assert all(torch.equal(other[name], found[0][name]) for name in other)
+
+
 def test_heads_with_a_norm_behind_them_are_not_looked_at_again() -> None:
     sizes = {**SIZES, "intermediate_size": WIDTH, "num_key_value_heads": 2}
     base = BitNetForCausalLM(BitNetConfig(**sizes, bos_token_id=1, eos_token_id=2))

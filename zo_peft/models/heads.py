@@ -142,8 +142,7 @@ class Call:
         """What is the same of calls that can be stacked."""
         kept = ((name, x.shape, x.dtype, x.device) for name, x in self.kept.items())
         loras = (lora and lora_settings(lora) for lora in (self.role.value, self.role.query))
-        scale = self.role.scale and f"{self.role.scale:.3g}"
-        return (self.groups, self.scaling, id(self.bias), scale, *loras, *kept)
+        return (self.groups, self.scaling, id(self.bias), self.role.scale, *loras, *kept)
 
     @property
     def size(self) -> int:
@@ -275,7 +274,8 @@ def role_of(
         if y.shape == value.shape and torch.equal(y, value):
             role.value = candidate
         elif y.shape == query.shape and _turned(y, query):
-            scale = float(query.float().norm() / y.float().norm())
+            # In few digits, which are the same whatever the first batch is.
+            scale = float(f"{float(query.float().norm() / y.float().norm()):.3g}")
             # A single token is not turned, whatever the attention does with others.
             same = y.shape[2] > 1 and _near(scale * y, query)
             role.query, role.scale = candidate, scale if same else None
