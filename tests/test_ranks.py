@@ -14,16 +14,25 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from tiny import LAYERS, LORA, SIZES, WIDTH
 from torch import distributed
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+)
 
 from scripts.reward_tuning import make as make_rewarded
 from zo_peft import Direction, UserError, ZOConfig, ZOTrainer
 from zo_peft.core.flat_space import FlatSpace
+from zo_peft.core.guide import Guided
 from zo_peft.core.journal import JOURNAL_NAME, read
 from zo_peft.core.ranks import Ranks
 from zo_peft.data import Collator, make_examples, read_rows
 from zo_peft.models.adapters import tuned_parameters
+from zo_peft.models.guide import ResidualGuide
 from zo_peft.models.recipe import evaluator_of
 from zo_peft.objectives.rewards import RewardObjective
 from zo_peft.objectives.scoring import CompletionObjective
@@ -370,6 +379,42 @@ def evaluated(case: tuple[int, int, int], ranks: Ranks | None) -> Any:
     assert evaluator.forward_passes == count
     assert evaluator.examples_forwarded == count * rows
     return found.losses, (found.spread, found.example_spread), evaluator.parts([batch])
+
+
+def test_gradients_are_those_of_the_whole_batch_whatever_ranks_have_padded() -> None:
+    """With padding, layers with windows have a mask of their own, and are read by themselves."""
+    expected = guided_gradients(None)
+    for found in on_ranks(2, guided_gradients, "data"):
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            np.testing.assert_allclose(gradient, expected[name], rtol=1e-3, atol=1e-6)
+
+
+def guided_gradients(parallel: Any) -> dict[str, np.ndarray]:
+    """What a guide reads of four examples, of which the first two are of different length."""
+    ranks = Ranks()
+    if parallel is not None:
+        distributed.init_process_group("gloo")
+        ranks = Ranks(parallel, CPU)
+    torch.manual_seed(0)
+    windows = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    sizes = {**SIZES, "intermediate_size": WIDTH, "num_key_value_heads": 2}
+    base = Qwen2ForCausalLM(Qwen2Config(**sizes, **windows, layer_types=kinds))
+    model = get_peft_model(base, LORA).eval()
+    space = FlatSpace(tuned_parameters(model))
+    features = [
+        {"input_ids": list(range(5, 5 + n)), "labels": [-100, *range(6, 5 + n)]}
+        for n in (6, 9, 9, 9)
+    ]
+    batch = ranks.collator(Collator(0))(features)
+    objective = CompletionObjective()
+    evaluator = evaluator_of(model, space, objective, ranks=ranks)
+    guided = Guided(ResidualGuide(model, space.parameters, objective), evaluator, 0)
+    guided.due, guided.followed = 2, list(range(LAYERS))
+    gradients = guided.estimate([batch], 1, 1)[0].gradients
+    assert len(gradients) == 4 * LAYERS
+    return {name: gradient.numpy() for name, gradient in gradients.items()}
 
 
 def test_completions_are_drawn_with_the_noise_of_the_whole_batch() -> None:

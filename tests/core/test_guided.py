@@ -1,5 +1,6 @@
 """Closed forms against back-propagation, and which guides are followed."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -267,6 +268,26 @@ def test_the_measured_slope_is_that_of_the_losses() -> None:
     found = chosen["guide"]
     # The true gradient keeps what it promises, as far as the distance lets one see.
     assert abs(found["slope"] - found["promised"]) < 0.02 * found["promised"]
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+@pytest.mark.parametrize(("count", "followed"), [(1, [0, 1]), (EXAMPLES, [])])
+def test_losses_that_are_not_finite_confirm_nothing(
+    lost: float, count: int, followed: list[int]
+) -> None:
+    guide, batches = guided({"0.weight": 1.0, "1.weight": 1.0})
+    start = Squares().losses(guide.evaluator.model, batches[0]).detach()
+
+    class Cliffs(Squares):
+        def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+            found = super().losses(model, batch).view(-1, EXAMPLES)
+            moved = (found != start) & (torch.arange(EXAMPLES) < count)
+            return found.masked_fill(moved, lost).flatten()
+
+    guide.guide.objective = guide.evaluator.objective = Cliffs()
+    _, chosen = guide.estimate(batches, 0, EXAMPLES)
+    assert guide.followed == chosen["guide"]["followed"] == followed
+    assert math.isfinite(chosen["guide"]["slope"])
 
 
 def test_checks_become_rare_and_cost_what_is_said() -> None:

@@ -4,7 +4,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -133,10 +132,11 @@ def test_an_error_that_no_other_server_mends_is_raised() -> None:
     def wrong(_: int) -> None:
         raise ZeroDivisionError
 
-    servers: Any = Servers([Simulated("a", wrong), Simulated("b", wrong)])
+    given = [Simulated("a", wrong), Simulated("b", wrong)]
+    servers = Servers(given)
     with pytest.raises(ZeroDivisionError):
         servers.map(ask(range(4)))
     # Attempts of that call end later, and belong to no other call.
-    for server in servers._servers:
-        server.given.behaviour = lambda _: None
+    for server in given:
+        server.behaviour = lambda _: None
     assert servers.map(ask(range(4))) == [0, 1, 4, 9]

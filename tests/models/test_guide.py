@@ -5,15 +5,19 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from tiny import BASES, LAYERS, MODEL, PAD, VOCABULARY, bert, llama, opt
+from tiny import BASES, LAYERS, MODEL, PAD, SIZES, VOCABULARY, WIDTH, bert, llama, opt
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoTokenizer, BitNetConfig, BitNetForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from zo_peft import UserError
 from zo_peft.core.batch import Batch
 from zo_peft.data import Collator
 from zo_peft.models.adapters import prepare, tuned_parameters
-from zo_peft.models.guide import ResidualGuide
+from zo_peft.models.guide import ResidualGuide, may_read
 from zo_peft.models.loading import load_base
 from zo_peft.objectives.scoring import (
     ClassificationObjective,
@@ -66,7 +70,8 @@ def silenced(model: PreTrainedModel, writers: tuple[str, str]) -> PreTrainedMode
 
 
 def adapted(model: PreTrainedModel, targets: Any, **settings: Any) -> PeftModel:
-    config = LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=targets, **settings)
+    settings = {"task_type": "CAUSAL_LM", **settings}
+    config = LoraConfig(r=3, target_modules=targets, **settings)
     torch.manual_seed(4)
     adapter = get_peft_model(model, config).eval()
     for name, parameter in adapter.named_parameters():
@@ -115,6 +120,72 @@ def test_reads_the_gradient_where_upper_layers_do_nothing(family: str, before: i
     found = read(model, OptionObjective(), given)
     assert len(found) == LAYERS * 6
     assert_near(found, gradients(model, OptionObjective(), given), ".0.", 1e-5)
+
+
+def test_a_module_that_is_called_twice_gets_the_sum_of_its_gradients() -> None:
+    targets = [*QUERY_VALUE, "o_proj"]
+    torch.manual_seed(0)
+    apart, base = llama(), llama()
+    base.model.layers[1].self_attn = base.model.layers[0].self_attn
+    apart, shared = adapted(apart, targets), adapted(base, targets)
+    own = shared.state_dict(keep_vars=True)
+    own |= {name.replace("layers.0.self", "layers.1.self"): x for name, x in own.items()}
+    apart.load_state_dict(own)
+    both, found = (read(model, OptionObjective(), batch()) for model in (apart, shared))
+    assert len(found) == (LAYERS - 1) * 6
+    for name in (name for name in found if "layers.0" in name):
+        first, second = both[name], both[name.replace("layers.0", "layers.1")]
+        assert second.norm() > 0.1 * first.norm()
+        torch.testing.assert_close(found[name], first + second)
+
+
+def test_readings_do_not_depend_on_the_first_batch() -> None:
+    """A run that was resumed has another one; scales of 32**-0.5 are measured there."""
+    model = adapted(opt(num_attention_heads=2), QUERY_VALUE)
+    found = []
+    for rows, before in ((1, 3), (1, 4), (2, 4), (5, 8)):
+        guide = ResidualGuide(model, tuned_parameters(model), OptionObjective())
+        guide.read(batch(rows, before=before))
+        found.append(guide.read(batch())[1][0])
+    assert len(found[0]) == 4 * LAYERS
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        assert all(torch.equal(other[name], found[0][name]) for name in other)
+
+
+def test_heads_with_a_norm_behind_them_are_not_looked_at_again() -> None:
+    sizes = {**SIZES, "intermediate_size": WIDTH, "num_key_value_heads": 2}
+    base = BitNetForCausalLM(BitNetConfig(**sizes, bos_token_id=1, eos_token_id=2))
+    model = adapted(base, [*QUERY_VALUE, "down_proj"])
+    guide = ResidualGuide(model, tuned_parameters(model), OptionObjective())
+    ((found,), (again,)) = (guide.read(batch())[1] for _ in range(2))
+    assert found.keys() == again.keys()
+    assert all(".down_proj." in name for name in found)
+    assert [*guide.watched] == [layer.mlp.down_proj for layer in base.model.layers]
+
+
+def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **settings: Any) -> Any:
+    """Gets what flash attention gets: which tokens are no padding, [B, S]."""
+    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+    seen = (seen.tril() if module.is_causal else seen) & mask.bool()[:, None, None]
+    return sdpa_attention_forward(module, q, k, v, seen, **settings)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_the_mask_of_flash_attention_tells_the_same(family: str) -> None:
+    ALL_ATTENTION_FUNCTIONS.register("of_tokens", attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("of_tokens", flash_attention_mask)
+    causal = family == "llama"
+    base, targets = (llama(), QUERY_VALUE) if causal else (bert(), ["query", "value"])
+    model = adapted(base, targets, task_type="CAUSAL_LM" if causal else "SEQ_CLS")
+    objective = OptionObjective() if causal else ClassificationObjective()
+    expected = read(model, objective, batch())
+    model.get_base_model().set_attn_implementation("of_tokens")
+    found = read(model, objective, batch())
+    assert found.keys() == expected.keys()
+    assert len(found) >= 4 * LAYERS
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
 class LossOfOne(OptionObjective):
@@ -329,7 +400,7 @@ def test_the_dial_differentiates_so_many_layers_and_no_more(exact_layers: int) -
     assert guide.passes == {0: 1, 1: 2, LAYERS: 3}[exact_layers]
 
 
-def test_nothing_that_is_tuned_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_that_is_tuned_is_written() -> None:
     model = adapted(llama(), QUERY_VALUE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     read(model, OptionObjective(), batch())
@@ -341,3 +412,14 @@ def test_models_without_such_layers_are_refused() -> None:
     model = adapted(llama(), QUERY_VALUE)
     with pytest.raises(UserError, match="exact_layers=4"):
         ResidualGuide(model, tuned_parameters(model), OptionObjective(), 4)
+
+
+def test_layers_on_several_devices_are_left_to_candidates() -> None:
+    model = adapted(llama(), QUERY_VALUE)
+    tuned = tuned_parameters(model)
+    assert may_read(model, tuned)
+    with FakeTensorMode():
+        tuned |= {max(tuned): nn.Parameter(torch.zeros(1, device="cuda:1"))}
+    assert not may_read(model, tuned)
+    with pytest.raises(UserError, match="one device"):
+        ResidualGuide(model, tuned, OptionObjective())

@@ -284,6 +284,10 @@ class Guided:
             whole, count = Gradients(), len(found)
             for part in found:
                 add(whole, part, 1.0 / count)
+            # Ranks whose batches have other masks may have read the layers in another order.
+            whole = dict(sorted(whole.items()))
+            if not self.known:
+                self.evaluator.ranks.check("what the guide reads", *whole)
             for gradients in mine:
                 # One at a time, so that no part is held twice.
                 add(gradients, found.pop(0), 1.0 / len(batches))
@@ -348,7 +352,8 @@ class Guided:
 
         Returns:
             What is promised of each tensor, a mean over parts [N]; and for each part how its loss
-            changes along its gradients, and along them with its signs [G, 2].
+            changes along its gradients, and along them with its signs [G, 2] (as one that does not
+            change, where it is not finite).
         """
         space, ranks = self.evaluator.space, self.evaluator.ranks
         assert isinstance(space, FlatSpace)
@@ -370,7 +375,8 @@ class Guided:
                 lines = [Direction.combine(along, weights) for weights in (one, mix)]
                 points.append([point for line in lines for point in (line, -line)])
             found = self._losses(self.guide.objective, points, batches)
-        return promised.double(), (found[:, ::2] - found[:, 1::2]) / (2 * near)
+        slopes = (found[:, ::2] - found[:, 1::2]) / (2 * near)
+        return promised.double(), slopes.nan_to_num(0.0, 0.0, 0.0)
 
     def _judged(self, agree: list[int], number: int) -> list[int]:
         """The parts to follow after a check, and when the next one is due."""

@@ -50,7 +50,7 @@ class ResidualGuide:
         exact_layers: through so many of the uppermost layers the error is taken by autograd.
 
     Raises:
-        UserError: no stack of transformer layers is found, or it has fewer layers than that.
+        UserError: there is no stack of so many transformer layers, or it is on several devices.
     """
 
     def __init__(
@@ -62,11 +62,12 @@ class ResidualGuide:
     ) -> None:
         self.model, self.objective, self.in_nats, self.draws = model, objective, objective, 1
         layers = layers_of(model)
+        why = "reads layers of one device" if len({p.device for p in tuned.values()}) > 1 else ""
         if not layers or exact_layers > len(layers):
-            raise UserError(
-                f"strategy='guided' found {len(layers)} transformer layers in one stack; it needs "
-                f"one or more, and exact_layers={exact_layers} of them at most. Use strategy='gv'"
-            )
+            why = f"found {len(layers)} transformer layers in one stack; it needs one or more, and "
+            why += f"exact_layers={exact_layers} of them at most"
+        if why:
+            raise UserError(f"strategy='guided' {why}. Use strategy='gv'")
         self._depth = len(layers)
         self.read_layers = layers[: len(layers) - exact_layers]
         self.boundary = layers[len(self.read_layers)] if exact_layers else None
@@ -90,10 +91,10 @@ class ResidualGuide:
         config = model.active_peft_config
         if model.peft_type == PeftType.PREFIX_TUNING and not config.prefix_projection:
             self.prefix = model.prompt_encoder[model.active_adapter].embedding.weight
-        linears = [module for layer in self.read_layers for module in linears_of(layer)]
+        linears = dict.fromkeys(m for layer in self.read_layers for m in linears_of(layer))
         self.loras = {module for module in linears if is_plain_lora(module)}
         #: The modules that a pass looks into: all at first, then those that it needs.
-        self.watched = linears
+        self.watched = [*linears]
         self.roles: dict[nn.Module, Role] = {}
         self.post_norms: dict[nn.Module, PostNorm | None] = {}
         self.writers: set[nn.Module] = set()
@@ -147,9 +148,11 @@ class ResidualGuide:
         for parameters, stack in reading.gradients(reading.scored.errors(errors), parts):
             names = [self.names.get(id(parameter)) for parameter in parameters]
             for gradients, part in zip(found, stack.unbind(1)):
-                add(gradients, {n: g for n, g in zip(names, part.unbind()) if n is not None}, 1.0)
+                # One by one: a module that is called twice is there twice.
+                for name, gradient in zip(names, part.unbind()):
+                    add(gradients, {} if name is None else {name: gradient}, 1.0)
         if self.first:
-            roles = [role for role in self.roles.values() if role.agrees]
+            roles = [role for role in self.roles.values() if role.agrees and role.out]
             needed = self.writers.union(*({role.value, role.query} for role in roles))
             self.watched = [module for module in self.watched if module in needed]
             self.turned = {role.query for role in roles if role.scale is None}
@@ -160,7 +163,7 @@ class ResidualGuide:
 def may_read(model: PeftModel, tuned: Mapping[str, nn.Parameter]) -> bool:
     """Whether a guide knows something of what is tuned, as far as that can be told unseen."""
     layers = layers_of(model)
-    if not layers:
+    if not layers or len({parameter.device for parameter in tuned.values()}) > 1:
         return False
     if model.peft_type == PeftType.PREFIX_TUNING:
         return not model.active_peft_config.prefix_projection
@@ -246,11 +249,8 @@ class _Pass:
         inputs, outputs = self._inputs, self._outputs
         self._inputs, self._outputs = {}, {}
         hidden = hidden_of(*args, **kwargs)
-        modules = [
-            module
-            for module in inputs
-            if module.out_features == hidden.shape[-1] and outputs[module].numel() == hidden.numel()
-        ]
+        size, width = hidden.numel(), hidden.shape[-1]
+        modules = [m for m in inputs if m.out_features == width and outputs[m].numel() == size]
         with replaced([(self, "_still", True)]):
             found = list(_writers(layer, modules, args, kwargs))
         self.guide.writers |= set(found)
@@ -290,7 +290,7 @@ class _Pass:
         (query, key, value, *rest), mask = args, kwargs.get("attention_mask")
         index, self._attentions = self._attentions, self._attentions + 1
         guide, scored, role = self.guide, self.scored, self.guide.roles.get(module)
-        if torch.is_grad_enabled() or (role is not None and not role.agrees):
+        if torch.is_grad_enabled() or (role and not (role.agrees and role.out)):
             return output
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         causal = getattr(module, "is_causal", False)

@@ -74,7 +74,8 @@ class Scored:
 
         Args:
             mask: [B or 1, 1 or heads, T or 1, S], added or True where a position is seen. Without
-                one, those of a `causal` attention see what is before them.
+                one, those of a `causal` attention see what is before them. Flash attention has one
+                [B, S] of the tokens that are no padding.
             query, key: [B, heads, T, width] and [B, groups, S, width].
         """
         (_, heads, length, _), (_, groups, total, _), dtype = query.shape, key.shape, query.dtype
@@ -82,9 +83,10 @@ class Scored:
         if like in self._biases or (mask is None and (length == 1 or not causal)):
             return self._biases.get(like, (None, None))[1]
         where = self.positions + (length - self.length)
-        if mask is None:
-            keys = torch.arange(total, device=where.device)
-            seen = keys <= where[:, None, :, None] + (total - length)
+        if mask is None or mask.dim() == 2:
+            last = where[:, None, :, None] + (total - length * causal)
+            seen = torch.arange(total, device=where.device) <= last
+            seen = seen if mask is None else seen & mask.bool()[:, None, None]
         else:
             seen = mask.expand(self.count, -1, length, -1)[self._rows, :, where].transpose(1, 2)
         if seen.dtype == torch.bool:
@@ -103,7 +105,7 @@ class Role:
         agrees: its outputs are those of the weights that are computed here.
         value, query: the LoRAs that make its values and queries, if there are any.
         scale: what its queries are times the output of `query`; None where they are also turned.
-        out: the linear module that its outputs go into.
+        out: the linear module that its outputs go into; without one nothing is read.
     """
 
     agrees: bool = False
@@ -140,8 +142,7 @@ class Call:
         """What is the same of calls that can be stacked."""
         kept = ((name, x.shape, x.dtype, x.device) for name, x in self.kept.items())
         loras = (lora and lora_settings(lora) for lora in (self.role.value, self.role.query))
-        scale = self.role.scale and f"{self.role.scale:.3g}"
-        return (self.groups, self.scaling, id(self.bias), scale, *loras, *kept)
+        return (self.groups, self.scaling, id(self.bias), self.role.scale, *loras, *kept)
 
     @property
     def size(self) -> int:
@@ -273,7 +274,8 @@ def role_of(
         if y.shape == value.shape and torch.equal(y, value):
             role.value = candidate
         elif y.shape == query.shape and _turned(y, query):
-            scale = float(query.float().norm() / y.float().norm())
+            # In few digits, which are the same whatever the first batch is.
+            scale = float(f"{float(query.float().norm() / y.float().norm()):.3g}")
             # A single token is not turned, whatever the attention does with others.
             same = y.shape[2] > 1 and _near(scale * y, query)
             role.query, role.scale = candidate, scale if same else None
