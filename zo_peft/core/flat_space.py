@@ -146,7 +146,10 @@ class FlatSpace(Space):
 
     @contextmanager
     def vectors(self, vectors: Sequence[Mapping[str, Tensor]]) -> Iterator[list[int]]:
-        """Within the context (negative) seeds stand for vectors: tensors by name, else zeros."""
+        """Within the context (negative) seeds stand for vectors: tensors by name, else zeros.
+
+        Vectors that are in one direction have no name in common.
+        """
         self._vectors = list(vectors)
         try:
             yield [-1 - index for index in range(len(vectors))]

@@ -287,14 +287,16 @@ class _Pass:
         output = function(module, *args, **kwargs)
         if self._still:
             return output
-        (query, key, value, *rest), mask = args, kwargs.get("attention_mask")
+        (query, key, value, *rest) = args
+        mask = rest[0] if rest else kwargs.get("attention_mask")
         index, self._attentions = self._attentions, self._attentions + 1
         guide, scored, role = self.guide, self.scored, self.guide.roles.get(module)
-        if torch.is_grad_enabled() or (role and not (role.agrees and role.out)):
+        read = isinstance(mask, Tensor | None) and (not role or (role.agrees and role.out))
+        if torch.is_grad_enabled() or not read:
             return output
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         causal = getattr(module, "is_causal", False)
-        bias = scored.bias(rest[0] if rest else mask, query, key, causal)
+        bias = scored.bias(mask, query, key, causal)
         kept = {"query": scored.of(query.transpose(1, 2)), "key": key, "value": value}
         call = Call(role or Role(), index, query.shape[1], key.shape[1], scaling, bias, kept)
         if role is None:

@@ -49,23 +49,20 @@ class ShowArguments:
     journal: str = HfArg(help="A run's zo_journal.")
 
 
-def replay(model: ModelArguments, given: ReplayArguments) -> dict[str, Any]:
+def replay(arguments: ModelArguments, given: ReplayArguments) -> dict[str, Any]:
     """Rebuild an adapter (or scales, or weights) from its base, starting values and journal.
 
-    On the same kind of device the result has the same bits. `model` counts for its base alone;
-    where an engine had it, for the configuration and tokenizer of the model that was converted.
+    On the same kind of device the result has the same bits. `arguments` count for the base
+    alone; where an engine had it, for the configuration and tokenizer of what was converted.
 
     A UserError says that the journal is damaged or of another base; nothing is written then.
     """
-    what = f"{Path(given.journal).name} is not of this version of zo_peft"
-    with explained(what, KeyError, TypeError, AttributeError):
-        return _replayed(model, given)
-
-
-def _replayed(arguments: ModelArguments, given: ReplayArguments) -> dict[str, Any]:
     path, name = Path(given.journal), arguments.model_name_or_path
     check_apart(given.output_dir, name, str(path.parent))
     header, records = read(path)
+    foreign = f"{path.name} is not of this version of zo_peft"
+    if missing := {"generator", "space", "rule", "seed", "base", "adapter"} - header.keys():
+        raise UserError(f"{foreign}: its header has no {', '.join(sorted(missing))}")
     if header["generator"] != GENERATOR:
         raise UserError(f"{path.name} has noise of {header['generator']!r}, not of {GENERATOR!r}")
     if header.get("guide"):
@@ -90,11 +87,11 @@ def _replayed(arguments: ModelArguments, given: ReplayArguments) -> dict[str, An
         )
     base = base_hash(model) if tune == "scales" else ""
     check_in_place(model, tune)
-    space = space_of(model, **header["space"])
-    initial = load_tensors(path.with_name(INITIAL_NAME))
-    if initial:
+    with explained(foreign, TypeError):
+        space = space_of(model, **header["space"])
+        rule, last = rule_of(space, **header["rule"]), None
+    if initial := load_tensors(path.with_name(INITIAL_NAME)):
         load_trained(model, space, initial)
-    rule, last = rule_of(space, **header["rule"]), None
     until = math.inf if given.until_step is None else given.until_step
     for last in takewhile(lambda record: record.step < until, records):
         move(rule, last)
