@@ -371,7 +371,7 @@ def test_a_template_that_shows_the_answer_is_refused(template: str, more: dict[s
 
 
 def test_what_pandas_writes_for_no_value_is_told() -> None:
-    with pytest.warns(UserWarning, match="column 'text' has 'nan', as pandas writes no value"):
+    with pytest.warns(UserWarning, match="column 'text' has 'nan', as pandas writes a missing"):
         assert make_examples([{"text": "nan"}], "f") == [{"text": "nan"}]
 
 

@@ -84,8 +84,8 @@ def test_rows_of_other_programs(row: dict[str, Any], example: dict[str, Any]) ->
             {"messages": [USER, ANSWER], "chat_template_kwargs": {"a": 1}},
             ["column 'chat_template_kwargs'"],
         ),
-        ({"prompt": "a", "completion": "b", "label": False}, ["marks bad completions"]),
-        ({"prompt": "a", "completion": "b", "label": "True"}, ["marks bad completions"]),
+        ({"prompt": "a", "completion": "b", "label": False}, ["marks a bad completion"]),
+        ({"prompt": "a", "completion": "b", "label": "FALSE"}, ["marks a bad completion"]),
         ({"conversations": [HUMAN]}, ["column 'conversations'", "no turn of gpt"]),
         ({"conversations": [{"from": "cat", "value": "b"}]}, ["'cat'", "human, gpt"]),
         ({"messages": [{**USER, "role": "\ud800"}, ANSWER]}, ["column 'messages'", "surrogate"]),
@@ -99,6 +99,12 @@ def test_rows_of_other_programs(row: dict[str, Any], example: dict[str, Any]) ->
 )
 def test_rows_that_cannot_be_used_name_their_column(row: dict[str, Any], parts: list[str]) -> None:
     fails(lambda: make_examples([row], "f"), "f, row 1", *parts)
+
+
+def test_completions_that_are_marked_as_good_are_learned() -> None:
+    row = {"prompt": "a", "completion": "b"}
+    with pytest.warns(UserWarning, match="not used: label"):
+        assert make_examples([row | {"label": True}], "f") == [row]
 
 
 def test_a_system_prompt_of_a_row_is_asked_with_it() -> None:
@@ -115,8 +121,18 @@ def test_messages_that_the_chat_template_leaves_out_are_refused() -> None:
     def tokenized(*messages: dict[str, str]) -> Any:
         return list(tokenize_dataset([{"messages": [*messages]}], Tokenization(tokenizer)))
 
-    fails(lambda: tokenized(SYSTEM, USER, ANSWER), "row 1", "does not show messages of 'system'")
+    fails(lambda: tokenized(SYSTEM, USER, ANSWER), "row 1", "does not show content of 'system'")
     assert len(tokenized(USER, ANSWER)) == len(tokenized(USER, ANSWER, USER, ANSWER)) == 1
+
+
+def test_a_template_need_not_take_content_beside_tool_calls() -> None:
+    calls = "{{ m.tool_calls | tojson }}{% if m.content %}{{ raise_exception('both') }}{% endif %}"
+    turn = "{% if m.tool_calls %}" + calls + "{% else %}{{ m.content }}{% endif %}"
+    chat = "{% for m in messages %}<{{ m.role }}>" + turn + "{% endfor %}"
+    end = "{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenization = Tokenization(make_tokenizer(chat=chat + end))
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+    assert len(list(tokenize_dataset([{"messages": [USER, call, ANSWER]}], tokenization))) == 1
 
 
 def test_columns_instead_of_rows_are_refused_with_the_command() -> None:

@@ -517,10 +517,10 @@ def test_a_checkpoint_or_scales_of_another_base_are_refused(tmp_path: Path, tiny
     checkpoint = str(tmp_path / "out/checkpoint-1")
     other = trainer(tmp_path, "int8", "weights", **short)
     before = bits(other.model)
-    with pytest.raises(UserError, match="or another base, adapter or noise"):
+    with pytest.raises(UserError, match="is of another base, adapter or noise"):
         other.train(resume_from_checkpoint=checkpoint)
     nf4 = trainer(tmp_path, "nf4", "scales", **short)
-    with pytest.raises(UserError, match="or another base, adapter or noise"):
+    with pytest.raises(UserError, match="is of another base, adapter or noise"):
         nf4.train(resume_from_checkpoint=checkpoint)
     assert bits(other.model) == before
     save_scales(str(tmp_path), run.space, base_hash(load(MODEL, "int8")))  # type: ignore[arg-type]

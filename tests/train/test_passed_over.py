@@ -1,5 +1,6 @@
 """What a trainer, or a command, would pass over without a word: refused, or told."""
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import (
 
 from zo_peft import GradientTrainer, UserError, ZOConfig, ZOTrainer
 from zo_peft.cli import main
+from zo_peft.objectives.scoring import ClassificationObjective
 
 
 class OwnLoss(ZOTrainer):
@@ -56,6 +58,7 @@ def test_what_is_asked_may_be_overridden(tmp_path: Path) -> None:
     [
         ("zo_eps", 0.1),
         ("num_candidates", 16),
+        ("max_forward_passes", 400),
         ("noise", "gaussian"),
         ("max_length", 8),
         ("seed", 7),
@@ -128,6 +131,48 @@ def test_predictions_that_are_decided_are_not_decided_again(tmp_path: Path) -> N
     assert figures["eval_right"] == np.mean(right)
     with pytest.raises(UserError, match="are indices already; leave argmax out"):
         made(metrics(lambda predictions: np.argmax(predictions, axis=-1))).evaluate()
+
+    def unpacked(given: Any) -> Any:
+        logits, labels = given
+        return {"right": (logits.argmax(-1) == labels).mean()}
+
+    with pytest.raises(UserError, match="are indices already; leave argmax out"):
+        made(unpacked).evaluate()
+
+
+def test_what_is_computed_of_predictions_may_be_of_numpy(tmp_path: Path) -> None:
+    def own(given: Any) -> dict[str, Any]:
+        right = given.predictions == given.label_ids
+        return {"share": right.mean(), "sum": np.sum(given.predictions), "first": right.argmax()}
+
+    args, rows = ZOConfig(str(tmp_path), use_cpu=True), examples("test")
+    trainer = ZOTrainer(MODEL, args, eval_dataset=rows, peft_config=LORA, compute_metrics=own)
+    figures = trainer.evaluate()
+    # All figures are written as JSON.
+    trainer.save_state()
+    read = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"][0]
+    assert {name: read[f"eval_{name}"] for name in ("share", "sum", "first")} == {
+        name: figures[f"eval_{name}"] for name in ("share", "sum", "first")
+    }
+
+
+class Scores(ClassificationObjective):
+    """As that of classes, with the scores of all classes as predictions."""
+
+    def predict(self, model: Any, batch: Any) -> Any:
+        losses, _, right = super().predict(model, batch)
+        return losses, self.scores(model, batch), right
+
+
+def test_scores_of_an_objective_of_ones_own_are_not_decided(tmp_path: Path) -> None:
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"])
+    rows = [{"text": f"word {number}", "label": number % 2} for number in range(8)]
+    args = ZOConfig(str(tmp_path), use_cpu=True)
+    own = metrics(lambda predictions: predictions.argmax(axis=-1))
+    given: dict[str, Any] = {"peft_config": config, "train_dataset": rows, "eval_dataset": rows}
+    scored = ZOTrainer(MODEL, args, eval_objective=Scores(), compute_metrics=own, **given)
+    figures = scored.evaluate()
+    assert figures["eval_right"] == ZOTrainer(MODEL, args, **given).evaluate()["eval_accuracy"]
 
 
 def test_a_collator_that_makes_other_batches_is_refused(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_nothing_to_resume_is_a_new_run(tmp_path: Path) -> None:
 
 def test_other_settings_are_noticed(tmp_path: Path) -> None:
     make(tmp_path / "run").train()
-    with pytest.raises(UserError, match="or another base, adapter or noise"):
+    with pytest.raises(UserError, match="is of another base, adapter or noise"):
         make(tmp_path / "run", seed=4).train(resume_from_checkpoint=True)
     with pytest.raises(UserError, match="step 1 of the journal was made with other settings"):
         make(tmp_path / "run", max_steps=7).train(resume_from_checkpoint=True)

@@ -183,8 +183,8 @@ def _check_beside(row: Row, form: Form) -> None:
     for name in names if form in (FORMS[0], *CONVERSED) else ():
         if name not in beside and row.get(name) not in (None, "", [], {}):
             raise UserError(f"column {name!r} cannot be used; write it into {instead}, or drop it")
-    if form == ("prompt", "completion") and str(row.get("label")).lower() in ("true", "false"):
-        raise UserError("column 'label' marks bad completions; keep the good ones, and drop it")
+    if form == ("prompt", "completion") and str(row.get("label")).lower() == "false":
+        raise UserError("column 'label' marks a bad completion; leave out such rows")
 
 
 def plain(value: Any) -> Any:
@@ -375,7 +375,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
 def read(name: str, value: Any, reader: Callable[[Any], Any]) -> Any:
     """What a reader makes of a column's value; its UserError then begins with the column."""
     if isinstance(value, str) and value in MISSING:
-        warnings.warn(f"column {name!r} has {value!r}, as pandas writes no value", Notice, 2)
+        warnings.warn(f"column {name!r} has {value!r}, as pandas writes a missing value", Notice, 2)
     try:
         return reader(value)
     except UserError as error:

@@ -232,10 +232,10 @@ class Tokenization:
         if tools and self._rendered(messages, None) == text:
             raise UserError("the chat template does not show 'tools'; drop the column")
         for role in {message["role"] for message in messages if message.get("content")}:
-            other = [m | {"content": f"{m.get('content')}."} for m in messages]
-            others = [o if m["role"] == role else m for m, o in zip(messages, other)]
+            said = [m["role"] == role and m.get("content") for m in messages]
+            others = [m | {"content": f"{s}."} if s else m for m, s in zip(messages, said)]
             if self._rendered(others, tools) == text:
-                raise UserError(f"the chat template does not show messages of {role!r}; drop them")
+                raise UserError(f"the chat template does not show content of {role!r}; drop it")
         for key in {key for message in messages for key in message if key not in NAMES}:
             without = [{k: value for k, value in m.items() if k != key} for m in messages]
             if self._rendered(without, tools) == text:

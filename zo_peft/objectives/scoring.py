@@ -246,15 +246,22 @@ class _Decided(np.ndarray):
     def argmax(self, *_: Any, **__: Any) -> Any:
         raise UserError("predictions of compute_metrics are indices already; leave argmax out")
 
+    def __array_wrap__(self, array: Any, *_: Any) -> Any:
+        """What is computed of them is a plain array, or a number, of which anything is asked."""
+        return array.view(np.ndarray)[()]
+
 
 def on_decided(metrics: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
     """The same function of an `EvalPrediction`, with a UserError where it takes an argmax."""
 
     @wraps(metrics)
     def computed(prediction: EvalPrediction, **kwargs: Any) -> dict[str, float]:
-        if isinstance(prediction.predictions, np.ndarray):
-            prediction.predictions = prediction.predictions.view(_Decided)
-        return metrics(prediction, **kwargs)
+        given = prediction.predictions
+        # An objective of the user's own may give scores, which are not decided.
+        if isinstance(given, np.ndarray) and given.dtype.kind in "iu":
+            given = given.view(_Decided)
+        others = prediction.label_ids, prediction.inputs, prediction.losses
+        return metrics(EvalPrediction(given, *others), **kwargs)
 
     return computed
 

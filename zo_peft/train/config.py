@@ -185,7 +185,7 @@ class ZOConfig(TrainingArguments):
 #: Settings that a trainer is built with; those that are taken away are read when it trains.
 BUILT = {*ZOConfig.__annotations__, "seed", "per_device_train_batch_size"}
 BUILT -= {"learning_rate", "update_rule", "momentum", "warmup_steps", "logging_steps"}
-BUILT -= {"max_forward_passes", "num_train_epochs", "train_sampling_strategy"}
+BUILT -= {"num_train_epochs", "train_sampling_strategy"}
 
 #: Arguments of transformers that belong to a run's settings, beside those of zo_peft.
 RUN_FIELDS = {"gradient_accumulation_steps", "lr_scheduler_type", "max_steps", "num_train_epochs"}
