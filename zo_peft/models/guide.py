@@ -63,10 +63,9 @@ class ResidualGuide:
         self.model, self.objective, self.in_nats, self.draws = model, objective, objective, 1
         layers = layers_of(model)
         if not layers or exact_layers > len(layers):
-            raise UserError(
-                f"strategy='guided' found {len(layers)} transformer layers in one stack; it needs "
-                f"one or more, and exact_layers={exact_layers} of them at most. Use strategy='gv'"
-            )
+            what = f"strategy='guided' found {len(layers)} transformer layers in one stack"
+            needs = f"one or more, and exact_layers={exact_layers} of them at most"
+            raise UserError(f"{what}; it needs {needs}. Use strategy='gv'")
         self._depth = len(layers)
         self.read_layers = layers[: len(layers) - exact_layers]
         self.boundary = layers[len(self.read_layers)] if exact_layers else None
