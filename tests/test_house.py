@@ -78,9 +78,9 @@ def lines(*paths: Path) -> int:
 @pytest.mark.parametrize(
     ("what", "paths", "most"),
     [
-        ("the story of a step", STORY, 1_490),
-        ("the core", [*(PACKAGE / "core").glob("*.py")], 3_000),
-        ("the package", MODULES, 16_080),
+        ("the story of a step", STORY, 1_495),
+        ("the core", [*(PACKAGE / "core").glob("*.py")], 3_010),
+        ("the package", MODULES, 16_100),
     ],
 )
 def test_it_stays_small(what: str, paths: list[Path], most: int) -> None:

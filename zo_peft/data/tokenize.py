@@ -67,10 +67,9 @@ class Tokenization:
             length = len(ids) + max(map(len, options))
             generated = self.max_completion_length if "columns" in features else 0
             if self.context is not None and length + generated > self.context:
-                raise UserError(
-                    f"it has {length + generated} tokens, but the model's context holds "
-                    f"{self.context}; shorten it, or set max_length to at most that, to cut it"
-                )
+                what = f"it has {length + generated} tokens, but the model's context holds"
+                cure = "shorten it, or set max_length to at most that, to cut it"
+                raise UserError(f"{what} {self.context}; {cure}")
             labels = features.get("labels")
             scored = [i for i in labels if i != -100] if isinstance(labels, list) else []
             for token in {*ids, *scored, *(token for option in options for token in option)}:

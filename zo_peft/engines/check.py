@@ -70,10 +70,9 @@ def _two(base: Any, kind: str, rows: Sequence[Row]) -> States:
             return longer
     if moved > 0:
         return longer
-    raise UserError(
-        f"the engine's answers do not depend on an adapter on {kind or 'any module'}, so that it "
-        "would learn nothing; name other lora_target_modules"
-    )
+    what = f"the engine's answers do not depend on an adapter on {kind or 'any module'}"
+    cure = "name other lora_target_modules"
+    raise UserError(f"{what}, so that it would learn nothing; {cure}")
 
 
 def _longer(states: States, length: float) -> States:
@@ -98,11 +97,10 @@ def _check_swaps(engine: Engine, two: States, rows: Sequence[Row]) -> None:
     for index, again in enumerate([*together, *swapped]):
         off = (again - first[index % 2]).abs().max()
         if not off <= SWAPPED * moved:
-            raise UserError(
-                f"the engine answers otherwise where another adapter was there before: by "
-                f"{off:.2g} nats, where adapters differ by {moved:.2g}. It keeps something of it; "
-                "switch its prefix cache off, or use another version"
-            )
+            what = "the engine answers otherwise where another adapter was there before"
+            much = f"by {off:.2g} nats, where adapters differ by {moved:.2g}"
+            cure = "switch its prefix cache off, or use another version"
+            raise UserError(f"{what}: {much}. It keeps something of it; {cure}")
 
 
 def _check_effects(model: PeftModel, rows: Sequence[Row], reference: str) -> None:

@@ -93,10 +93,8 @@ class LlamaCpp(Engine):
         super().__init__("llamacpp", [path], types)
         self._architecture = file.get_field("general.architecture").contents()
         if self._architecture not in ARCHITECTURES:
-            raise UserError(
-                f"{path} is a {self._architecture}; LoRA matrices are known to fit the GGUF files "
-                f"of {', '.join(ARCHITECTURES)}"
-            )
+            known = f"LoRA matrices are known to fit the GGUF files of {', '.join(ARCHITECTURES)}"
+            raise UserError(f"{path} is a {self._architecture}; {known}")
         kind = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[self._architecture]
         self._names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
         self._heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -228,10 +226,8 @@ class LlamaCpp(Engine):
         self._context = context = library.llama_init_from_model(self._model, parameters)
         sizes = context and (library.llama_n_seq_max(context), library.llama_n_ctx_seq(context))
         if sizes != (SEQUENCES, self._length * (SEQUENCES if flash else 1)):
-            raise UserError(
-                f"llama.cpp does not give {SEQUENCES} sequences of {self._length} tokens each; "
-                "shorten the examples (max_length)"
-            )
+            what = f"llama.cpp does not give {SEQUENCES} sequences of {self._length} tokens each"
+            raise UserError(f"{what}; shorten the examples (max_length)")
         library.llama_set_n_threads(context, torch.get_num_threads(), torch.get_num_threads())
         self._batch = library.llama_batch_ext_init(context)
 

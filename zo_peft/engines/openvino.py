@@ -56,10 +56,9 @@ class OpenVino(Engine):
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[-1]}") from error
         self._inputs = [value.get_any_name() for value in self._graph.inputs]
         if strange := set(self._inputs) - INPUTS:
-            raise UserError(
-                f"{path} has the input {min(strange)}, so it keeps something of earlier tokens; "
-                "export it with --task text-generation, which is without past"
-            )
+            what = f"{path} has the input {min(strange)}, so it keeps something of earlier tokens"
+            cure = "export it with --task text-generation, which is without past"
+            raise UserError(f"{what}; {cure}")
         types = {
             node.get_element_type().get_type_name()
             for node in self._graph.get_ops()

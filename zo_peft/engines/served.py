@@ -121,10 +121,8 @@ def check_engine(model: AnyModel, engine: EngineName | None, processes: int) -> 
     """
     found: Engine | None = getattr(model, "engine", None)
     if (found is None) != (engine is None):
-        raise UserError(
-            f"engine={engine!r}, and the model is {'in PyTorch' if found is None else 'not'}; give "
-            "the name of its file as the model, with engine"
-        )
+        what = f"engine={engine!r}, and the model is {'in PyTorch' if found is None else 'not'}"
+        raise UserError(f"{what}; give the name of its file as the model, with engine")
     if found is None:
         return None
     if processes > 1:
@@ -207,10 +205,9 @@ def _from_gguf(load: Callable[..., Any], path: Path, *chat: str | None) -> Any:
     try:
         return load(str(path.parent), *chat, gguf_file=path.name)
     except (UserError, ImportError, KeyError, NotImplementedError) as error:
-        raise UserError(
-            f"{path} does not tell transformers its configuration and its tokenizer; give "
-            "--tokenizer_name, the folder of the model that was converted"
-        ) from error
+        what = f"{path} does not tell transformers its configuration and its tokenizer"
+        cure = "give --tokenizer_name, the folder of the model that was converted"
+        raise UserError(f"{what}; {cure}") from error
 
 
 def _refuse(*_: Any, **__: Any) -> Tensor:

@@ -191,7 +191,5 @@ class Servers(Generic[S]):
         self._failing_since = self._failing_since or now
         if not self._seconds or now - self._failing_since > self._timeout:
             reasons = [f"{server.given}: {server.reason}" for server in self._servers]
-            raise NoServerLeftError(
-                f"none of {len(reasons)} servers answers ({'; '.join(reasons[:3])}); start them "
-                "again, and resume the run"
-            )
+            what = f"none of {len(reasons)} servers answers ({'; '.join(reasons[:3])})"
+            raise NoServerLeftError(f"{what}; start them again, and resume the run")

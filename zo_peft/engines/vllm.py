@@ -99,10 +99,9 @@ class Server:
         try:
             self._post("load_lora_adapter", lora_name=name, lora_path=str(path))
         except _NotThereError as error:
-            raise UserError(
-                f"{self} does not load an adapter ({error}); start it with --enable-lora and with "
-                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and give an engine_folder that it sees"
-            ) from None
+            start = "start it with --enable-lora and with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+            cure = f"{start}, and give an engine_folder that it sees"
+            raise UserError(f"{self} does not load an adapter ({error}); {cure}") from None
         found = ask(name)
         self._post("unload_lora_adapter", lora_name=name)
         return found
@@ -201,14 +200,12 @@ class Vllm(Engine):
             try:
                 [(known, _)] = server.answer(None, next(self._salts), [(tokens, tokens)])
             except ServerFailure as error:
-                raise UserError(
-                    f"{server} does not answer ({error}); mend that, or leave it out of engine_url"
-                ) from None
+                cure = "mend that, or leave it out of engine_url"
+                raise UserError(f"{server} does not answer ({error}); {cure}") from None
             first = first or known
             if not all(abs(known[token] - first[token]) <= SAME for token in tokens):
-                raise UserError(
-                    f"{server} answers otherwise than {servers[0]}; give servers of one base"
-                )
+                what = f"{server} answers otherwise than {servers[0]}"
+                raise UserError(f"{what}; give servers of one base")
 
     def forget(self) -> None:
         """As of `Engine`: no salt of earlier calls comes again."""

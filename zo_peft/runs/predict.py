@@ -51,17 +51,7 @@ def predict(
     UserError says that rows cannot be answered, or not be written; nothing has been written then.
     """
     output = None if given.output_file is None else Path(given.output_file)
-    if output and (output.suffix.lower() not in (".jsonl", ".csv") or output.is_dir()):
-        raise UserError(f"--output_file {output}: give a name that ends in .jsonl or .csv")
-    found = own_rows(data, data.eval_file, data.dataset_test_split)
-    if found is None:
-        raise UserError("nothing to answer; give a file of rows, or --dataset_name and its split")
-    source, rows = found
-    added = ADDED_TO_CSV if output and output.suffix.lower() == ".csv" else ADDED
-    if taken := [name for row in rows for name in row if re.fullmatch(added, name)]:
-        raise UserError(f"{source} has a column {taken[0]!r} already; rename it")
-    if data.label_words == ["auto"]:
-        raise UserError("--label_words auto reads labels, which rows to answer lack; give words")
+    source, rows = _rows(data, output)
     # What was maximised has no say in an answer.
     args.objective = None
     given_words, words = data.given_words(), data.words() or []
@@ -87,6 +77,22 @@ def predict(
         _write(output, rows)
     shown = rows if output is None else None
     return {"output_file": given.output_file, "examples": len(rows), "rows": shown}
+
+
+def _rows(data: DataArguments, output: Path | None) -> tuple[str, list[Row]]:
+    """The source and the rows to answer; a UserError: there are none, or no place for answers."""
+    if output and (output.suffix.lower() not in (".jsonl", ".csv") or output.is_dir()):
+        raise UserError(f"--output_file {output}: give a name that ends in .jsonl or .csv")
+    found = own_rows(data, data.eval_file, data.dataset_test_split)
+    if found is None:
+        raise UserError("nothing to answer; give a file of rows, or --dataset_name and its split")
+    source, rows = found
+    added = ADDED_TO_CSV if output and output.suffix.lower() == ".csv" else ADDED
+    if taken := [name for row in rows for name in row if re.fullmatch(added, name)]:
+        raise UserError(f"{source} has a column {taken[0]!r} already; rename it")
+    if data.label_words == ["auto"]:
+        raise UserError("--label_words auto reads labels, which rows to answer lack; give words")
+    return found
 
 
 def _titles(given: Words | None, words: Sequence[str]) -> dict[str, str]:

@@ -87,8 +87,7 @@ def train(model: ModelArguments, data: DataArguments, args: ZOConfig) -> dict[st
     # Programs for chats load whole models.
     merges = trainer.form == "messages" and args.tune == "adapter" and args.engine is None
     merges = merges and not trainer.model.active_peft_config.is_prompt_learning
-    following = _next(*told, merges)
-    return trainer.summary | {"output_dir": args.output_dir, "next": following}
+    return trainer.summary | {"output_dir": args.output_dir, "next": _next(*told, merges)}
 
 
 def _check_same(folder: str, steps: int, now: dict[str, Any]) -> None:
@@ -96,10 +95,9 @@ def _check_same(folder: str, steps: int, now: dict[str, Any]) -> None:
     kept = read_results(folder)
     was = kept["settings"] if kept.get("steps") == steps else now
     for name in sorted({name for name in {**was, **now} if was.get(name) != now.get(name)}):
-        raise UserError(
-            f"{Path(folder).name} holds a run that is over, with {name}={was.get(name)!r}, and now "
-            f"it is {now.get(name)!r}; start it with its own options, or give another --output_dir"
-        )
+        what = f"{Path(folder).name} holds a run that is over, with {name}={was.get(name)!r}, and"
+        cure = "start it with its own options, or give another --output_dir"
+        raise UserError(f"{what} now it is {now.get(name)!r}; {cure}")
 
 
 def examples_of(
@@ -179,8 +177,7 @@ def _next(model: ModelArguments, data: DataArguments, args: ZOConfig, merges: bo
     base = args.tune != "adapter"
     answer = flags({"model_name_or_path": folder, "eval_file": rows}) if base else [folder, rows]
     trust = flags({"trust_remote_code": model.trust_remote_code or None})
-    servers = flags({"engine_url": args.engine_url})
-    answer += ["--output_file", "predictions.csv", *servers, *trust]
+    answer += ["--output_file", "predictions.csv", *flags({"engine_url": args.engine_url}), *trust]
     repository = f"you/{re.sub('[^A-Za-z0-9._]+', '-', Path(folder).resolve().name)}"
     lines = [["predict", *answer], ["report", folder], ["push", folder, repository]]
     if merges:
@@ -217,24 +214,7 @@ def trainer_of(
 ) -> Any:
     """A trainer of this kind for these arguments; its model and its data are loaded."""
     served, tokenizer = _served(model, args) if args.engine else (None, model.tokenizer())
-    num_labels, words = None, data.words() or []
-    if model.task_type == "SEQ_CLS":
-        # A new head that nobody trains would answer at random, so it gets no classes.
-        trained = train is not None or model.adapter_name_or_path is not None
-        num_labels = trained * (len(words) or classes_of(train))
-    if model.adapter_name_or_path is not None and args.tune == "adapter":
-        config, classes = saved_adapter(model.adapter_name_or_path)
-        num_labels = classes or num_labels
-        if (config.task_type == "SEQ_CLS") != (model.task_type == "SEQ_CLS"):
-            what = f"the adapter is of task_type {config.task_type}, not {model.task_type}"
-            raise UserError(f"{what}; give its own --task_type")
-        own = read_results(model.adapter_name_or_path).get("label_words") or words
-        swapped = own != words and sorted(own) == sorted(words)
-        if classes and words and (len(words) != classes or swapped):
-            raise UserError(
-                f"the adapter's head has {classes} classes; give a label word for each, in their "
-                f"order{': ' + ', '.join(own) if len(own) == classes else ''}"
-            )
+    num_labels, words = _num_labels(model, data, args.tune, train), data.words() or []
     # A new head is part of the run.
     set_seed(args.seed)
     base: PreTrainedModel | PeftModel = served or load(model, args.tune, num_labels, words)
@@ -244,9 +224,8 @@ def trainer_of(
         else:
             base = load_adapter(base, model.adapter_name_or_path, is_trainable=True)
     new = kind.trains and model.adapter_name_or_path is None and args.tune == "adapter"
-    answers = None
-    if data.task is not None and (rewards := TASKS[data.task].rewards):
-        answers = RewardObjective(rewards, tokenizer, [1.0, 0.0], ANSWER_TOKENS)
+    rewards = () if data.task is None else TASKS[data.task].rewards
+    answers = RewardObjective(rewards, tokenizer, [1.0, 0.0], ANSWER_TOKENS) if rewards else None
     return kind(
         model=base,
         args=args,
@@ -257,6 +236,30 @@ def trainer_of(
         reward_funcs=[load_function(name) for name in data.reward_funcs or ()],
         eval_objective=answers,
     )
+
+
+def _num_labels(
+    model: ModelArguments, data: DataArguments, tune: str, train: list[Row] | None
+) -> int | None:
+    """The classes of the head, None without one; a UserError where the adapter has others."""
+    num_labels, words = None, data.words() or []
+    if model.task_type == "SEQ_CLS":
+        # A new head that nobody trains would answer at random, so it gets no classes.
+        trained = train is not None or model.adapter_name_or_path is not None
+        num_labels = trained * (len(words) or classes_of(train))
+    if model.adapter_name_or_path is None or tune != "adapter":
+        return num_labels
+    config, classes = saved_adapter(model.adapter_name_or_path)
+    if (config.task_type == "SEQ_CLS") != (model.task_type == "SEQ_CLS"):
+        what = f"the adapter is of task_type {config.task_type}, not {model.task_type}"
+        raise UserError(f"{what}; give its own --task_type")
+    own = read_results(model.adapter_name_or_path).get("label_words") or words
+    swapped = own != words and sorted(own) == sorted(words)
+    if classes and words and (len(words) != classes or swapped):
+        order = f"order: {', '.join(own)}" if len(own) == classes else "order"
+        cure = f"give a label word for each, in their {order}"
+        raise UserError(f"the adapter's head has {classes} classes; {cure}")
+    return classes or num_labels
 
 
 def _served(

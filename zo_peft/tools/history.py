@@ -69,10 +69,8 @@ def load(folder: Path, name: str) -> Run:
     log = _log(folder, ended=bool(metrics) or steps is None)
     steps = _logged(log, metrics) if steps is None else steps
     if steps.empty:
-        raise UserError(
-            f"{name} holds no steps of a run, neither in {JOURNAL_NAME} nor in "
-            f"{TRAINER_STATE_NAME}; give an --output_dir of zo-peft train"
-        )
+        what = f"no steps of a run, neither in {JOURNAL_NAME} nor in {TRAINER_STATE_NAME}"
+        raise UserError(f"{name} holds {what}; give an --output_dir of zo-peft train")
     times = _columns(log, step="step", seconds="seconds")
     steps["seconds"] = _between(steps["step"], times["step"], times["seconds"])
     return Run(name, steps, *_evaluations(log, metrics, steps), metrics)

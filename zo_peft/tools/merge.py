@@ -79,10 +79,9 @@ def merge(model: ModelArguments, given: MergeArguments) -> dict[str, Any]:
 def _dequantized(base: PreTrainedModel, name: str, wanted: bool) -> PreTrainedModel:
     """The weights that a quantized base stands for, in float32."""
     if not wanted:
-        raise UserError(
-            f"{public_name(name)} is quantized, and rounding to its codes may undo the adapter; "
-            "give --dequantize to merge in floating point into the weights that the codes stand "
-            "for, or merge into the base as it was before it was quantized"
-        )
+        what = f"{public_name(name)} is quantized, and rounding to its codes may undo the adapter"
+        cure = "give --dequantize to merge in floating point into the weights that the codes stand"
+        other = "merge into the base as it was before it was quantized"
+        raise UserError(f"{what}; {cure} for, or {other}")
     with explained(f"{public_name(name)} cannot be merged into", NotImplementedError):
         return base.dequantize(torch.float32)

@@ -109,10 +109,9 @@ def seen(trainer: BaseTrainer, batches: Iterable[Any]) -> Seen:
     with head.register_forward_hook(lambda _, x, y: calls.append((x[0], y))):
         for batch in map(Batch, batches):
             if not (classifies or _has_words(batch)):
-                raise UserError(
-                    "a readout needs label words of one token, the same in all rows, and here they "
-                    "are longer or differ; give shorter --label_words, or --task_type SEQ_CLS"
-                )
+                what = "a readout needs label words of one token, the same in all rows"
+                cure = "give shorter --label_words, or --task_type SEQ_CLS"
+                raise UserError(f"{what}, and here they are longer or differ; {cure}")
             offsets = objective.scores(model, batch)
             states, logits = calls.pop()
             if classifies and states.ndim == 3:

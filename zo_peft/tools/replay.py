@@ -66,10 +66,9 @@ def replay(arguments: ModelArguments, given: ReplayArguments) -> dict[str, Any]:
     if header["generator"] != GENERATOR:
         raise UserError(f"{path.name} has noise of {header['generator']!r}, not of {GENERATOR!r}")
     if header.get("guide"):
-        raise UserError(
-            f"{path.name} is of strategy 'guided', whose gradients come from the training data and "
-            "are not in the journal; go on from a checkpoint with --resume_from_checkpoint"
-        )
+        why = "whose gradients come from the training data and are not in the journal"
+        cure = "go on from a checkpoint with --resume_from_checkpoint"
+        raise UserError(f"{path.name} is of strategy 'guided', {why}; {cure}")
     tune = header["space"]["tune"]
     set_seed(header["seed"])
     model: PreTrainedModel | PeftModel
@@ -82,9 +81,8 @@ def replay(arguments: ModelArguments, given: ReplayArguments) -> dict[str, Any]:
         model = add_adapter(model, get_peft_config(config))
     prepare(model, load_tokenizer(name, **arguments.source))
     if not served and identity(model) != header["base"]:
-        raise UserError(
-            f"{path.name} is of another base than {name}; give the run's own, loaded as it was"
-        )
+        cure = "give the run's own, loaded as it was"
+        raise UserError(f"{path.name} is of another base than {name}; {cure}")
     base = base_hash(model) if tune == "scales" else ""
     check_in_place(model, tune)
     with explained(foreign, TypeError):

@@ -104,9 +104,8 @@ def answered(
         # An answer that ends by itself is shorter.
         ended = [len(ids) < longest or is_over for ids, (_, is_over) in zip(drawn, texts)]
         output = np.array([text for text, _ in texts], dtype=object)
-        return PredictionOutput(
-            output, None, metrics | {f"{metric_key_prefix}_cut": ended.count(False)}
-        )
+        metrics[f"{metric_key_prefix}_cut"] = ended.count(False)
+        return PredictionOutput(output, None, metrics)
     # Batches that are narrower than others are padded with this.
     probabilities = np.where(found.predictions == IGNORE_INDEX, 0.0, found.predictions)
     if not np.isfinite(probabilities).all():

@@ -84,33 +84,12 @@ class BaseTrainer(Trainer):
         reward_funcs: Sequence[rewards.RewardFunction] = (),
         eval_objective: Objective | None = None,
     ) -> None:
-        if args is None:
-            name = model if isinstance(model, str) else model.config.name_or_path
-            args = ZOConfig(f"{Path(name or 'base').resolve().name}-zo")
-        if not isinstance(args, ZOConfig):
-            raise UserError(f"args is a {type(args).__name__}; give a ZOConfig, it takes the same")
-        if self.trains:
-            _check_tuned(args, model, peft_config)
-        check_goals(args, objective, reward_funcs)
-        if args.device.type == "cpu":
-            args.dataloader_pin_memory = False
-        # The collator needs all columns that `tokenize_dataset` makes.
-        args.remove_unused_columns = False
-        if isinstance(train_dataset, dict):
-            parts = ", ".join(map(str, train_dataset))
-            raise UserError(f"train_dataset is several data sets ({parts}); give one of them")
+        args = self._checked(args, model, peft_config, train_dataset, objective, reward_funcs)
         if isinstance(train_dataset, Iterator):
             train_dataset = list(train_dataset)
         generates = rewards.generates(reward_funcs, args.objective)
         model, tokenizer = self._load(model, args, processing_class, peft_config, train_dataset)
-        num_labels = model.config.num_labels if adapters.classifies(model) else None
-        if generates and num_labels is not None:
-            raise UserError("rewards are for language models; this model has a head for classes")
-        context, vocabulary = adapters.context_length(model, tokenizer), adapters.vocabulary(model)
-        most, drawn = args.max_length, args.max_completion_length
-        self.tokenization = Tokenization(
-            tokenizer, context, most, num_labels, generates, drawn, vocabulary
-        )
+        self.tokenization = _tokenization(model, tokenizer, args, generates)
         self.engine = served.check_engine(model, args.engine, args.world_size)
         if isinstance(objective, scoring.BlackBoxObjective) and train_dataset is None:
             train, evaluation = Features([{"input_ids": [0], "labels": 0, "length": 1}]), None
@@ -125,47 +104,72 @@ class BaseTrainer(Trainer):
         self.objective = objective or chosen(kind_of(train or evaluation))
         # The metric that the evaluation objective puts first.
         self.metric_name = getattr(self.eval_objective, "metric_name", "accuracy")
-        if compute_metrics is None:
-            accuracy = partial(scoring.accuracy, name=self.metric_name)
-            compute_metrics = getattr(self.eval_objective, "metrics", accuracy)
-        else:
-            compute_metrics = scoring.on_decided(compute_metrics)
+        accuracy = partial(scoring.accuracy, name=self.metric_name)
+        metrics = getattr(self.eval_objective, "metrics", accuracy)
+        if compute_metrics is not None:
+            metrics = scoring.on_decided(compute_metrics)
         if data_collator is None:
-            several = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
-            seen = chain.from_iterable(rows for rows in (train, *several) if rows is not None)
-            goals = self.objective, self.eval_objective
-            model.eval()
-            data_collator = collator_for(model, tokenizer.pad_token_id, *goals, examples=seen)
+            data_collator = self._collator(model, train, evaluation)
         elif objective is None and train:
-            theirs, needed = (make([next(iter(train))]) for make in (data_collator, Collator(0)))
-            if lacking := sorted(needed.keys() - theirs.keys() - {"attention_mask"}):
-                raise UserError(f"batches of data_collator lack {', '.join(lacking)}; leave it out")
+            _check_batches(data_collator, train)
         if args.objective == "accuracy":
             self.objective = scoring.AccuracyObjective(self.objective)
+        inputs = model, args, data_collator, train, evaluation, tokenizer
         # A logger whose package is not installed raises a RuntimeError.
         refusals = ImportError, OSError, RuntimeError, ValueError
         refused = explained("transformers refuses the settings", *refusals)
         # Trainer refuses to back-propagate through a quantized base.
         with refused, replaced([(model, "is_quantized", False)]):
-            super().__init__(
-                *(model, args, data_collator, train, evaluation, tokenizer),
-                compute_metrics=compute_metrics,
-                callbacks=callbacks,
-            )
+            super().__init__(*inputs, compute_metrics=metrics, callbacks=callbacks)
+        self._count_and_show()
+        if train and getattr(peft_config, "prefix_projection", None) is False:
+            self._start_prefix(next(iter(train)))
+        self.summary: dict[str, Any] = {}
+        self.ready()
+        self._built = [(own, own is self.args, {**vars(own)}) for own in (args, self.args)]
+
+    def _checked(self, args: Any, model: Any, config: Any, rows: Any, *goals: Any) -> ZOConfig:
+        """The settings, or those by default, for this trainer; or a UserError."""
+        if args is None:
+            name = model if isinstance(model, str) else model.config.name_or_path
+            args = ZOConfig(f"{Path(name or 'base').resolve().name}-zo")
+        if not isinstance(args, ZOConfig):
+            raise UserError(f"args is a {type(args).__name__}; give a ZOConfig, it takes the same")
+        if self.trains and args.tune != "adapter" and (config or isinstance(model, PeftModel)):
+            why = "tunes the base itself; give no adapter or peft_config"
+            raise UserError(f"tune={args.tune!r} {why}")
+        kinds: Any = type(None) if isinstance(model, PeftModel) else PeftConfig
+        if self.trains and args.tune == "adapter" and not isinstance(config, kinds):
+            raise UserError("give either a peft_config (such as a LoraConfig), or a PeftModel")
+        check_goals(args, *goals)
+        if args.device.type == "cpu":
+            args.dataloader_pin_memory = False
+        # The collator needs all columns that `tokenize_dataset` makes.
+        args.remove_unused_columns = False
+        if isinstance(rows, dict):
+            parts = ", ".join(map(str, rows))
+            raise UserError(f"train_dataset is several data sets ({parts}); give one of them")
+        return args
+
+    def _collator(self, model: AnyModel, train: Any, evaluation: Any) -> Collator:
+        several = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
+        seen = chain.from_iterable(rows for rows in (train, *several) if rows is not None)
+        goals, pad = (self.objective, self.eval_objective), self.tokenization.tokenizer.pad_token_id
+        model.eval()
+        return collator_for(model, pad, *goals, examples=seen)
+
+    def _count_and_show(self) -> None:
         self.totals = self.spent = Totals()
         self.add_callback(self.totals)
         shown = trainer_callback.ProgressCallback, trainer_callback.PrinterCallback
         if any(map(self.pop_callback, shown)):
-            bars = sys.stderr.isatty() and not args.disable_tqdm
+            bars = sys.stderr.isatty() and not self.args.disable_tqdm
             self.add_callback(Progress(lambda: self.forward_passes, self.metric_name, bars))
-        if train and getattr(peft_config, "prefix_projection", None) is False:
-            first = next(iter(train))
-            pool = torch.tensor(first.get("prompt_ids") or first["input_ids"])
-            choice = torch.randint(len(pool), (self.model.active_peft_config.num_virtual_tokens,))
-            adapters.start_prefix_from_tokens(self.model, pool[choice])
-        self.summary: dict[str, Any] = {}
-        self.ready()
-        self._built = [(own, own is self.args, {**vars(own)}) for own in (args, self.args)]
+
+    def _start_prefix(self, example: dict[str, Any]) -> None:
+        pool = torch.tensor(example.get("prompt_ids") or example["input_ids"])
+        choice = torch.randint(len(pool), (self.model.active_peft_config.num_virtual_tokens,))
+        adapters.start_prefix_from_tokens(self.model, pool[choice])
 
     def _load(
         self,
@@ -178,8 +182,7 @@ class BaseTrainer(Trainer):
         """The model with its adapter, and the tokenizer; `rows` say how many classes there are."""
         name = model if isinstance(model, str) else model.config.name_or_path
         if isinstance(model, str) and args.engine is not None:
-            source = args.tokenizer_name
-            model, own = served.load_served(model, args.engine, source, **args.servers)
+            model, own = served.load_served(model, args.engine, args.tokenizer_name, **args.servers)
             tokenizer = tokenizer or own
         tokenizer = tokenizer or load_tokenizer(name)
         # Trainer seeds too late for this: a new adapter's values are part of the run.
@@ -417,8 +420,7 @@ class BaseTrainer(Trainer):
         under_way = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if self.args.hub_always_push or not under_way:
             message = f"Training in progress, step {self.state.global_step}"
-            push = self.push_to_hub(message, blocking=False)
-            self.push_in_progress = PushInProgress([push])
+            self.push_in_progress = PushInProgress([self.push_to_hub(message, blocking=False)])
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card of `zo_peft.train.card`, which every save writes as well."""
@@ -426,9 +428,16 @@ class BaseTrainer(Trainer):
             write_model_card(self.args.output_dir, self.model, self.args.tune, self.facts)
 
 
-def _check_tuned(args: ZOConfig, model: str | AnyModel, peft_config: PeftConfig | None) -> None:
-    if args.tune != "adapter" and (peft_config or isinstance(model, PeftModel)):
-        raise UserError(f"tune={args.tune!r} tunes the base itself; give no adapter or peft_config")
-    kinds: Any = type(None) if isinstance(model, PeftModel) else PeftConfig
-    if args.tune == "adapter" and not isinstance(peft_config, kinds):
-        raise UserError("give either a peft_config (such as a LoraConfig), or a PeftModel")
+def _tokenization(model: AnyModel, tokenizer: Any, args: ZOConfig, generates: bool) -> Tokenization:
+    num_labels = model.config.num_labels if adapters.classifies(model) else None
+    if generates and num_labels is not None:
+        raise UserError("rewards are for language models; this model has a head for classes")
+    context, vocabulary = adapters.context_length(model, tokenizer), adapters.vocabulary(model)
+    most, drawn = args.max_length, args.max_completion_length
+    return Tokenization(tokenizer, context, most, num_labels, generates, drawn, vocabulary)
+
+
+def _check_batches(collate: Callable[..., Batch], train: Any) -> None:
+    theirs, needed = (make([next(iter(train))]) for make in (collate, Collator(0)))
+    if lacking := sorted(needed.keys() - theirs.keys() - {"attention_mask"}):
+        raise UserError(f"batches of data_collator lack {', '.join(lacking)}; leave it out")

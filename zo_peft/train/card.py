@@ -44,61 +44,64 @@ def write_model_card(
     `summary` is what `zo_metrics.json` holds; what it lacks is left out. `merged` is the name of
     the adapter that was merged into the model, which was measured before.
     """
-    settings, value = summary.get("settings", {}), summary.get("metric_after")
-    config, title = peft_config_of(model), Path(folder).resolve().name
-    kind = tune if config is None else config.peft_type.value
-    gradients = summary.get("strategy") in GRADIENT
-    made = [] if gradients else ["zeroth-order"]
-    num_labels = model.config.num_labels if classifies(model) else None
-    names = model.config.id2label if num_labels else {}
-    task = "text-generation" if num_labels is None else "text-classification"
-    base = _base(model, settings)
+    config, settings = peft_config_of(model), summary.get("settings", {})
     named, dataset = settings.get("dataset_name", ""), summary.get("dataset")
     if dataset is None and _on_hub(named, CARD_NAME, repo_type="dataset"):
         dataset = named
-    result = None
-    if value is not None and math.isfinite(value) and merged is None:
-        result = EvalResult(
-            task_type=task,
-            dataset_type=dataset or "custom",
-            dataset_name=dataset or named or settings.get("eval_file") or "custom",
-            dataset_config=settings.get("dataset_config"),
-            dataset_split=settings.get("dataset_test_split"),
-            metric_type=summary["metric_name"],
-            metric_value=value,
-        )
-    metadata = ModelCardData(
+    num_labels = model.config.num_labels if classifies(model) else None
+    names = model.config.id2label if num_labels else {}
+    shown = {
+        "title": Path(folder).resolve().name,
+        "base": _base(model, settings),
+        "settings": settings,
+        "summary": summary,
+        "merged": merged,
+        "kind": tune if config is None else config.peft_type.value,
+        "gradients": summary.get("strategy") in GRADIENT,
+        "dataset": dataset,
+        "num_labels": num_labels,
+        "names": names if names != {index: f"LABEL_{index}" for index in names} else None,
+        "quantization": quantization_of(model.config),
+        "config": config and _chosen(config),
+        "question": _question(summary, num_labels),
+    }
+    written: dict[str, Any] = {"literal": _literal, "block": _block, "yaml": _yaml}
+    card = ModelCard.from_template(_metadata(shown), str(TEMPLATE), **shown, **written)
+    card.save(Path(folder) / CARD_NAME)
+
+
+def _metadata(card: dict[str, Any]) -> ModelCardData:
+    """What the Hub searches, of the values that the card shows."""
+    task = "text-generation" if card["num_labels"] is None else "text-classification"
+    result = None if card["merged"] is not None else _result(card["summary"], card["dataset"], task)
+    made = [] if card["gradients"] else ["zeroth-order"]
+    return ModelCardData(
         license="unknown",
-        library_name="transformers" if config is None else "peft",
+        library_name="transformers" if card["config"] is None else "peft",
         pipeline_tag=task,
-        base_model=base["name"] if base["on_hub"] else None,
-        datasets=dataset and [dataset],
+        base_model=card["base"]["name"] if card["base"]["on_hub"] else None,
+        datasets=card["dataset"] and [card["dataset"]],
         metrics=[result.metric_type] if result else None,
-        tags=["zo_peft"] if merged else ["zo_peft", *made, kind.lower()],
-        model_name=title,
+        tags=["zo_peft"] if card["merged"] else ["zo_peft", *made, card["kind"].lower()],
+        model_name=card["title"],
         eval_results=[result] if result else None,
     )
-    card = ModelCard.from_template(
-        metadata,
-        str(TEMPLATE),
-        title=title,
-        base=base,
-        settings=settings,
-        summary=summary,
-        merged=merged,
-        kind=kind,
-        gradients=gradients,
-        dataset=dataset,
-        num_labels=num_labels,
-        names=names if names != {index: f"LABEL_{index}" for index in names} else None,
-        quantization=quantization_of(model.config),
-        config=config and _chosen(config),
-        question=_question(summary, num_labels),
-        literal=_literal,
-        block=_block,
-        yaml=_yaml,
+
+
+def _result(summary: dict[str, Any], dataset: str | None, task: str) -> EvalResult | None:
+    settings, value = summary.get("settings", {}), summary.get("metric_after")
+    if value is None or not math.isfinite(value):
+        return None
+    named = dataset or settings.get("dataset_name") or settings.get("eval_file")
+    return EvalResult(
+        task_type=task,
+        dataset_type=dataset or "custom",
+        dataset_name=named or "custom",
+        dataset_config=settings.get("dataset_config"),
+        dataset_split=settings.get("dataset_test_split"),
+        metric_type=summary["metric_name"],
+        metric_value=value,
     )
-    card.save(Path(folder) / CARD_NAME)
 
 
 def _question(summary: dict[str, Any], num_labels: int | None) -> dict[str, Any]:

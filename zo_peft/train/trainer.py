@@ -221,19 +221,7 @@ class ZOTrainer(CheckpointTrainer):
 
     def _open_journal(self, resume: str | bool | None) -> str | None:
         """Start a journal or take one up; returns the checkpoint to go on from."""
-        folder = Path(self.args.output_dir).resolve()
-        config = peft_config_of(self.model)
-        some = json.dumps([*islice(self.train_dataset or (), 100)], default=str)
-        header = {
-            "base": identity(self.model),
-            "num_labels": self.tokenization.num_labels,
-            "adapter": config and json.loads(json.dumps(config.to_dict(), default=sorted)),
-            "seed": self.args.seed,
-            "generator": GENERATOR,
-            "space": self._space_settings(),
-            "rule": self._rule_settings(),
-            "data": zlib.crc32(some.encode()),
-        }
+        folder, header = Path(self.args.output_dir).resolve(), self._header()
         last = resume is True
         whose = folder if last or not resume else Path(str(resume)).resolve().parent
         path = whose / JOURNAL_NAME
@@ -269,6 +257,21 @@ class ZOTrainer(CheckpointTrainer):
         if start is None:
             self._load_trained(checkpoint.load_tensors(initial))
         return start
+
+    def _header(self) -> dict[str, Any]:
+        """What a journal says of its run, by which it is told from others; but for the guide."""
+        config = peft_config_of(self.model)
+        some = json.dumps([*islice(self.train_dataset or (), 100)], default=str)
+        return {
+            "base": identity(self.model),
+            "num_labels": self.tokenization.num_labels,
+            "adapter": config and json.loads(json.dumps(config.to_dict(), default=sorted)),
+            "seed": self.args.seed,
+            "generator": GENERATOR,
+            "space": self._space_settings(),
+            "rule": self._rule_settings(),
+            "data": zlib.crc32(some.encode()),
+        }
 
     # ---- The step -------------------------------------------------------------------------------
 
