@@ -174,7 +174,8 @@ def reading_adapter(path: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (*LOAD_ERRORS, KeyError, TypeError, RuntimeError) as error:
-        why = f"it lacks {error.args[0]}." if isinstance(error, KeyError) else reason(error)
+        missing = f"{error} is missing, or unknown to this version of PEFT."
+        why = missing if isinstance(error, KeyError) else reason(error)
         layout = "(adapter_config.json, adapter_model.safetensors), a folder or a Hub id"
         advice = f"Give an adapter for this base in PEFT's layout {layout}"
         raise UserError(f"adapter {path!r} cannot be loaded: {why} {advice}") from error
