@@ -85,7 +85,7 @@ def replay(arguments: ModelArguments, given: ReplayArguments) -> dict[str, Any]:
         raise UserError(f"{path.name} is of another base than {name}; {cure}")
     base = base_hash(model) if tune == "scales" else ""
     check_in_place(model, tune)
-    with explained(foreign, TypeError):
+    with explained(foreign, KeyError, TypeError):
         space = space_of(model, **header["space"])
         rule, last = rule_of(space, **header["rule"]), None
     if initial := load_tensors(path.with_name(INITIAL_NAME)):
