@@ -677,6 +677,17 @@ def test_conversations_of_prompt_and_completion_are_messages() -> None:
     assert [label for label in row["labels"] if label != -100] == [*ids("ok"), 2]
 
 
+def test_parts_of_text_are_joined_and_others_are_refused() -> None:
+    chat, question = make_tokenizer(chat=CHAT), {"role": "user", "content": "qq"}
+    # Arrow fills the keys of other parts with null.
+    parts = [{"type": "text", "text": "q", "image_url": None}, {"type": "text", "text": "q"}]
+    row = tokenized({"messages": [{**question, "content": parts}, ANSWER]}, chat)
+    assert row == tokenized({"messages": [question, ANSWER]}, chat)
+    for bad in ([*parts, {"type": "image_url", "image_url": "x"}], [{"type": "text"}], []):
+        turns = {"messages": [{**question, "content": bad}, ANSWER]}
+        fails(lambda turns=turns: tokenized(turns, chat), "is no text")
+
+
 def test_weights_of_messages_count() -> None:
     chat = make_tokenizer(chat=CHAT)
     wrong = {"role": "assistant", "content": "ab", "weight": 0}

@@ -254,10 +254,17 @@ def _message(value: Any) -> Row:
     trained = message["role"] == "assistant"
     if "content" in message or "tool_calls" not in message:
         filled = trained and message.get("weight") != 0 and not message.keys() - NAMES
-        message["content"] = (filled_text if filled else text_of)(message.get("content"))
+        message["content"] = (filled_text if filled else text_of)(_joined(message.get("content")))
     if "weight" in message and message["weight"] not in ((0, 1) if trained else (0,)):
         raise UserError(f"weight {message['weight']!r} must be 0 or 1, and 1 only of the assistant")
     return message
+
+
+def _joined(content: Any) -> Any:
+    """The text of a message whose content is a list of parts, as images need, if all are text."""
+    parts = content if isinstance(content, list) else ()
+    are_texts = all(isinstance(part, dict) and part.get("type") == "text" for part in parts)
+    return "".join(text_of(p.get("text")) for p in parts) if parts and are_texts else content
 
 
 def _conversation(row: Row) -> Row:
