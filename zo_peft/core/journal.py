@@ -131,10 +131,10 @@ class Follower:
         return self._past.get(step)
 
     def append(self, record: Record) -> None:
-        """Do nothing, as `sync` and `close`: another process writes the records."""
+        """Do nothing: another process writes the records."""
 
-    def sync(self) -> None:  # noqa: D102
-        pass
+    def sync(self) -> None:
+        """Do nothing."""
 
     close = sync
 
